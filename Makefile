@@ -1,0 +1,56 @@
+# make demo, make test: from a clean checkout, with Python 3.11. The rest is in `make help`.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo serve test lint format docs lock clean
+
+help: ## what there is to make
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
+
+setup: $(READY) ## the environment, in .venv
+
+# A failed set-up leaves no stamp, so the next make goes on from there.
+$(READY): requirements/all.txt requirements/uv.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found; install Python 3.11, or name another with PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: $(PYTHON) is not Python 3.11, for which requirements/ is pinned" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (the first time: some GB)" >&2
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	@$(BIN)/uv pip sync -q --python $(BIN)/python --require-hashes requirements/all.txt
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup ## photographs to embeddings through the real server, shown as a table and a picture
+	@$(BIN)/clip-tools demo
+
+serve: setup models/clip_onnx/1/model.onnx ## the server in the foreground: 8000 HTTP, 8001 gRPC, 8002 metrics
+	@exec $(BIN)/clip-tools serve $(ARGS)
+
+models/clip_onnx/1/model.onnx: | setup
+	@$(BIN)/clip-tools export-onnx
+
+test: setup ## every test this machine can run
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## format, lint, types, generated files
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m clip_tools.docs --check
+
+format: setup ## put the format right
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+docs: setup ## write the generated documents anew
+	@$(BIN)/python -m clip_tools.docs
+
+lock: setup ## resolve the requirements anew (needs the package index)
+	@./requirements/lock.sh $(BIN)/uv
+
+clean: ## remove what was built; the environment and the photographs stay
+	rm -rf .cache/demo .cache/models .pytest_cache .ruff_cache .mypy_cache models/clip_onnx/1/model.onnx models/clip_onnx/1/manifest.json

@@ -1,0 +1,63 @@
+"""ONNX Runtime as a Python-based Triton backend, for a server that has no native one.
+
+It reads the same `config.pbtxt` as Triton's own `onnxruntime` backend and gives its keys the same meaning:
+`instance_group` kind, `optimization.execution_accelerators`, `optimization.graph.level`, and the parameters
+`intra_op_thread_count` and `inter_op_thread_count`. A batch that Triton formed is one session run. One accelerator
+more: `openvino_bf16`, OpenVINO computing in BF16, where plain `openvino` is FP32 whatever the CPU would prefer.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from ort_session import ConfigError, check_contract, open_session, session_plan
+
+
+class TritonPythonModel:
+    """One instance: one ONNX Runtime session."""
+
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        model_path = (
+            Path(args["model_repository"])
+            / args["model_version"]
+            / (config.get("default_model_filename") or "model.onnx")
+        )
+        try:
+            plan = session_plan(config, args["model_instance_kind"], int(args["model_instance_device_id"]))
+            self._session = open_session(model_path, plan)
+            check_contract(config, self._session)
+        except ConfigError as error:
+            raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
+        self._inputs = [entry["name"] for entry in config["input"]]
+        self._outputs = [entry["name"] for entry in config["output"]]
+        pb_utils.Logger.log_info(
+            f"{args['model_instance_name']} runs {model_path.name} with {', then '.join(plan.names)}, "
+            f"{plan.intra_op_threads or 'default'} threads"
+        )
+
+    def execute(self, requests):
+        """One session run for all requests; each gets its own rows, in order."""
+        try:
+            columns = [
+                [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
+                for name in self._inputs
+            ]
+            feeds = {
+                name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+                for name, arrays in zip(self._inputs, columns, strict=True)
+            }
+            results = self._session.run(self._outputs, feeds)
+        except Exception as error:
+            failure = pb_utils.TritonError(f"ONNX Runtime failed: {error}", pb_utils.TritonError.INTERNAL)
+            return [pb_utils.InferenceResponse(error=failure) for _ in requests]
+        ends = np.cumsum([len(array) for array in columns[0]])
+        rows = [np.split(result, ends[:-1]) for result in results]
+        return [
+            pb_utils.InferenceResponse(
+                [pb_utils.Tensor(name, parts[i]) for name, parts in zip(self._outputs, rows, strict=True)]
+            )
+            for i in range(len(requests))
+        ]

@@ -1,0 +1,155 @@
+"""What a `config.pbtxt` asks of ONNX Runtime, and the session that does it or says why it cannot."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnxruntime
+
+_TENSOR_TYPES = {
+    "TYPE_BOOL": "tensor(bool)",
+    "TYPE_UINT8": "tensor(uint8)",
+    "TYPE_INT32": "tensor(int32)",
+    "TYPE_INT64": "tensor(int64)",
+    "TYPE_FP16": "tensor(float16)",
+    "TYPE_FP32": "tensor(float)",
+}
+
+# `precision_mode` of Triton's TensorRT accelerator -> ONNX Runtime's provider option.
+_TENSORRT_PRECISIONS = {"FP32": None, "FP16": "trt_fp16_enable", "BF16": "trt_bf16_enable", "INT8": "trt_int8_enable"}
+
+_INSTALL = {
+    "OpenVINOExecutionProvider": "onnxruntime-openvino (extra `cpu`)",
+    "CUDAExecutionProvider": "onnxruntime-gpu (extra `gpu`)",
+    "TensorrtExecutionProvider": "onnxruntime-gpu and tensorrt (extra `gpu`)",
+}
+
+
+class ConfigError(ValueError):
+    """The configuration asks for what this backend or this machine does not have."""
+
+
+@dataclass(frozen=True)
+class SessionPlan:
+    """What the configuration asks of ONNX Runtime: providers in order of preference, and threads (0: its default)."""
+
+    providers: list[tuple[str, dict[str, str]]]
+    intra_op_threads: int = 0
+    inter_op_threads: int = 0
+    graph_level: int = 0
+    names: list[str] = field(default_factory=list)
+
+
+def session_plan(config: dict, kind: str, device_id: int) -> SessionPlan:
+    """The plan for one instance of `kind` ("CPU" or "GPU") on `device_id`. Raises ConfigError."""
+    parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
+    intra_op_threads = int(parameters.get("intra_op_thread_count", 0))
+    optimization = config.get("optimization") or {}
+    accelerators = optimization.get("execution_accelerators") or {}
+    providers, names = [], []
+    if kind == "GPU":
+        cuda_options = {}
+        for accelerator in accelerators.get("gpu_execution_accelerator", []):
+            options = accelerator.get("parameters", {})
+            if accelerator["name"] == "tensorrt":
+                providers.append(("TensorrtExecutionProvider", _tensorrt_options(options, device_id)))
+                names.append(f"TensorRT {options.get('precision_mode', 'FP32')}")
+            elif accelerator["name"] == "cuda":
+                cuda_options = dict(options)
+            else:
+                raise ConfigError(f"gpu_execution_accelerator '{accelerator['name']}': expected tensorrt or cuda")
+        providers.append(("CUDAExecutionProvider", cuda_options | {"device_id": str(device_id)}))
+        names.append(f"CUDA on GPU {device_id}")
+    else:
+        for accelerator in accelerators.get("cpu_execution_accelerator", []):
+            precision = {"openvino": "f32", "openvino_bf16": "bf16"}.get(accelerator["name"])
+            if precision is None:
+                raise ConfigError(
+                    f"cpu_execution_accelerator '{accelerator['name']}': expected openvino or openvino_bf16"
+                )
+            # The hint is always given: on CPUs with BF16 arithmetic OpenVINO's own default may be BF16.
+            device = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+            if intra_op_threads:
+                device["INFERENCE_NUM_THREADS"] = str(intra_op_threads)
+            providers.append(
+                ("OpenVINOExecutionProvider", {"device_type": "CPU", "load_config": json.dumps({"CPU": device})})
+            )
+            names.append(f"OpenVINO {'FP32' if precision == 'f32' else 'BF16'} on the CPU")
+    providers.append(("CPUExecutionProvider", {}))
+    return SessionPlan(
+        providers=providers,
+        intra_op_threads=intra_op_threads,
+        inter_op_threads=int(parameters.get("inter_op_thread_count", 0)),
+        graph_level=int((optimization.get("graph") or {}).get("level", 0)),
+        names=names or ["ONNX Runtime FP32 on the CPU"],
+    )
+
+
+def _tensorrt_options(parameters: dict[str, str], device_id: int) -> dict[str, str]:
+    """Triton's names for the TensorRT accelerator's parameters -> ONNX Runtime's."""
+    options = {"device_id": str(device_id)}
+    for key, value in parameters.items():
+        if key == "precision_mode":
+            if value not in _TENSORRT_PRECISIONS:
+                raise ConfigError(f"precision_mode '{value}': expected one of {', '.join(_TENSORRT_PRECISIONS)}")
+            if option := _TENSORRT_PRECISIONS[value]:
+                options[option] = "1"
+        elif key == "max_workspace_size_bytes":
+            options["trt_max_workspace_size"] = value
+        elif key.startswith("trt_"):
+            options[key] = value
+        else:
+            raise ConfigError(f"TensorRT accelerator parameter '{key}' is unknown")
+    return options
+
+
+def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSession:
+    """A session on the first provider of the plan. Raises ConfigError where ONNX Runtime would quietly use another."""
+    available = onnxruntime.get_available_providers()
+    for name, _ in plan.providers:
+        if name not in available:
+            raise ConfigError(
+                f"{name} is asked for, but this onnxruntime {onnxruntime.__version__} has only "
+                f"{', '.join(available)}: install {_INSTALL.get(name, name)}"
+            )
+    if not model_path.is_file():
+        raise ConfigError(f"{model_path} is missing: make it with `clip-tools export-onnx`")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = plan.intra_op_threads
+    options.inter_op_num_threads = plan.inter_op_threads
+    options.log_severity_level = 3
+    if plan.graph_level < 0:  # Triton's meaning: -1 basic, 0 default (all), 1 extended
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    elif plan.graph_level > 0:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    session = onnxruntime.InferenceSession(str(model_path), options, providers=plan.providers)
+    session.disable_fallback()
+    wanted, got = plan.providers[0][0], session.get_providers()[0]
+    if got != wanted:
+        raise ConfigError(
+            f"{wanted} is asked for, but ONNX Runtime fell back to {got}: is its driver or library there?"
+        )
+    return session
+
+
+def check_contract(config: dict, session: onnxruntime.InferenceSession) -> None:
+    """Raises ConfigError unless the graph has the configuration's tensors: names, types and dims."""
+    batched = config.get("max_batch_size", 0) > 0
+    for title, declared, found in (
+        ("input", config["input"], session.get_inputs()),
+        ("output", config["output"], session.get_outputs()),
+    ):
+        tensors = {tensor.name: tensor for tensor in found}
+        for entry in declared:
+            name, dims = entry["name"], [int(d) for d in entry["dims"]]
+            if name not in tensors:
+                raise ConfigError(f"{title} '{name}' is not in the graph, which has {', '.join(sorted(tensors))}")
+            tensor = tensors[name]
+            if tensor.type != _TENSOR_TYPES.get(entry["data_type"]):
+                raise ConfigError(f"{title} '{name}': config.pbtxt says {entry['data_type']}, the graph {tensor.type}")
+            graph_dims = list(tensor.shape[1:] if batched else tensor.shape)
+            agree = len(graph_dims) == len(dims) and all(
+                want in (have, -1) or not isinstance(have, int) for have, want in zip(graph_dims, dims, strict=True)
+            )
+            if not agree:
+                raise ConfigError(f"{title} '{name}': config.pbtxt says dims {dims}, the graph {graph_dims}")

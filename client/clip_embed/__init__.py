@@ -1,0 +1,40 @@
+"""A thin client of the CLIP embedding server: encoded images in, unit vectors out.
+
+from clip_embed import EmbeddingClient
+
+with EmbeddingClient("grpc://localhost:8001") as client:
+    embeddings = client.embed(["cat.jpg", "dog.jpg"])  # (2, 512) float32, each row of L2 norm 1
+    similarity = embeddings @ embeddings.T             # cosine
+"""
+
+from clip_embed.aio import AsyncEmbeddingClient
+from clip_embed.batches import ImageSource
+from clip_embed.client import EmbeddingClient
+from clip_embed.errors import (
+    ContractError,
+    DeadlineExceededError,
+    EmbeddingError,
+    ImageFailure,
+    InvalidImageError,
+    ModelNotReadyError,
+    RequestTooLargeError,
+    ServerError,
+    ServerOverloadedError,
+    ServerUnavailableError,
+)
+
+__all__ = [
+    "AsyncEmbeddingClient",
+    "ContractError",
+    "DeadlineExceededError",
+    "EmbeddingClient",
+    "EmbeddingError",
+    "ImageFailure",
+    "ImageSource",
+    "InvalidImageError",
+    "ModelNotReadyError",
+    "RequestTooLargeError",
+    "ServerError",
+    "ServerOverloadedError",
+    "ServerUnavailableError",
+]

@@ -1,0 +1,196 @@
+"""All of a call but the waiting: images are cut into requests, and what comes back is put in order again.
+
+The blocking and the async client share it. It starts no thread and sends nothing; it reads the files that were given
+as paths, one request's worth at a time.
+"""
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clip_embed.errors import EmbeddingError, ImageFailure, InvalidImageError, ServerUnavailableError
+from clip_embed.wire import Embeddings, ImageBytes
+
+ImageSource = bytes | bytearray | memoryview | str | os.PathLike[str]
+"""One image: the bytes of an encoded file, or a path to one (a str is always a path)."""
+
+MAX_REQUEST_BYTES = 1 << 30  # a protobuf message ends at 2 GiB
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image that was read: its place in the caller's images, its bytes, and its path if it had one."""
+
+    index: int
+    image: ImageBytes
+    source: str | None
+
+
+Request = tuple[Item, ...]
+"""What is sent at once: one item or more."""
+
+
+class Batches:
+    """The requests of one call, and its results in the order of its images.
+
+    Args:
+        images: read lazily.
+        batch_size: images a request, at most.
+        max_batch_bytes: bytes a request, at most; a larger image goes alone.
+        read_ahead: how many images may be read before the first of them has its result: what bounds the memory.
+        keep_going: a failure becomes the result of its images; otherwise it is raised.
+    """
+
+    def __init__(
+        self,
+        images: Iterable[ImageSource],
+        *,
+        batch_size: int,
+        max_batch_bytes: int,
+        read_ahead: int,
+        keep_going: bool,
+    ) -> None:
+        self._images = iter(images)
+        self._batch_size = batch_size
+        self._max_batch_bytes = max_batch_bytes
+        self._read_ahead = read_ahead
+        self._keep_going = keep_going
+        self._held: Item | None = None  # read, but too large for the request that was being filled
+        self._again: deque[Request] = deque()  # what is left of requests that had bad images
+        self._results: dict[int, Embeddings | EmbeddingError] = {}
+        self._exhausted = False
+        self._taken = 0
+        self._given = 0
+
+    @property
+    def finished(self) -> bool:
+        """Every image has been taken, and every result given."""
+        return self._exhausted and self._given == self._taken
+
+    def next_request(self) -> Request | None:
+        """What to send next; None when there is nothing more, or nothing more before results are taken.
+
+        Raises:
+            InvalidImageError: A file cannot be read, and keep_going is False.
+            TypeError: An image is neither bytes nor a path.
+        """
+        if self._again:
+            return self._again.popleft()
+        items: list[Item] = []
+        size_bytes = 0
+        while len(items) < self._batch_size and (self._held or self._may_take()):
+            item, self._held = self._held or self._take(), None
+            if item is None:
+                continue
+            size_bytes += len(item.image)
+            if items and size_bytes > self._max_batch_bytes:
+                self._held = item
+                break
+            items.append(item)
+        return tuple(items) if items else None
+
+    def settle(self, request: Request, answer: Callable[[], Embeddings]) -> None:
+        """Takes in what came of a request of n images: `answer` gives (n, 512) embeddings or raises."""
+        try:
+            embeddings = answer()
+        except EmbeddingError as error:
+            self._fail(request, error)
+        except (futures.CancelledError, asyncio.CancelledError):  # by close(): a call that ends early asks no answer
+            self._fail(request, ServerUnavailableError("the client was closed before the answer came"))
+        else:
+            self._results.update(zip((item.index for item in request), embeddings, strict=True))
+
+    def ready(self) -> Iterator[Embeddings | EmbeddingError]:
+        """The results that are next in order, each given once."""
+        while self._given in self._results:
+            result = self._results.pop(self._given)
+            self._given += 1
+            yield result
+
+    def _fail(self, request: Request, error: EmbeddingError) -> None:
+        """Bad images fall out and the rest goes again; or the error is the result of every image, or it is raised."""
+        failures: dict[int, ImageFailure] = {}
+        if isinstance(error, InvalidImageError):
+            named = {failure.index: failure for failure in error.failures}
+            failures = {
+                item.index: replace(named[place], index=item.index, source=item.source)
+                for place, item in enumerate(request)
+                if place in named
+            }
+        if not self._keep_going:
+            if failures:
+                raise InvalidImageError(list(failures.values())) from error
+            raise error
+        for index, failure in failures.items():
+            self._results[index] = InvalidImageError([failure])
+        rest = tuple(item for item in request if item.index not in failures)
+        if failures and rest:
+            self._again.append(rest)
+        elif rest:
+            self._results.update((item.index, error) for item in rest)
+
+    def _may_take(self) -> bool:
+        return not self._exhausted and self._taken - self._given < self._read_ahead
+
+    def _take(self) -> Item | None:
+        try:
+            image = next(self._images)
+        except StopIteration:
+            self._exhausted = True
+            return None
+        index = self._taken
+        self._taken += 1
+        try:
+            return read_image(image, index)
+        except InvalidImageError as error:
+            if not self._keep_going:
+                raise
+            self._results[index] = error
+            return None
+
+
+def read_image(image: ImageSource, index: int) -> Item:
+    """The image's bytes, not copied if they are bytes already, else read from its path.
+
+    Raises:
+        InvalidImageError: The file cannot be read (`unreadable`), or the image is over 1 GiB (`too_large`).
+        TypeError: It is neither bytes nor a path.
+    """
+    source = None
+    match image:
+        case bytes():
+            content: ImageBytes = image
+        case bytearray() | memoryview():
+            view = memoryview(image)
+            content = view.cast("B") if view.nbytes and view.c_contiguous else view.tobytes()
+        case str() | os.PathLike():
+            source = os.fsdecode(image)
+            try:
+                with Path(source).open("rb") as file:
+                    _check_size(os.fstat(file.fileno()).st_size, index, source)
+                    content = file.read()
+            except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+                reason = getattr(error, "strerror", None) or str(error)
+                raise InvalidImageError([ImageFailure(index, "unreadable", reason, source)]) from error
+        case _:
+            raise TypeError(
+                f"images[{index}]: expected the bytes of an encoded image file, or a path, came {type(image).__name__}"
+            )
+    _check_size(len(content), index, source)
+    return Item(index, content, source)
+
+
+def require_many(images: Iterable[ImageSource]) -> None:
+    """Raises TypeError for a single image: its letters or bytes would be taken for images."""
+    if isinstance(images, str | bytes | bytearray | memoryview | os.PathLike):
+        raise TypeError(f"expected a sequence of images, came one {type(images).__name__}; give [image]")
+
+
+def _check_size(size_bytes: int, index: int, source: str | None) -> None:
+    if size_bytes > MAX_REQUEST_BYTES:
+        reason = f"{size_bytes} bytes, and a request holds {MAX_REQUEST_BYTES} at most"
+        raise InvalidImageError([ImageFailure(index, "too_large", reason, source)])

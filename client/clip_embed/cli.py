@@ -1,0 +1,177 @@
+"""The command `clip-embed`: images and folders of them in, embeddings on stdout, talk on stderr."""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from itertools import chain, tee
+from pathlib import Path
+from typing import Annotated, NoReturn, Self
+
+from clip_embed.client import EmbeddingClient
+from clip_embed.errors import (
+    ContractError,
+    EmbeddingError,
+    InvalidImageError,
+    ModelNotReadyError,
+    ServerUnavailableError,
+)
+from clip_embed.output import open_writer
+from clip_embed.transport import DEFAULT_URL, URL_VARIABLE
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+except ModuleNotFoundError:  # only the installed command imports this module, so it may end the process
+    sys.stderr.write("clip-embed: the command needs more packages: pip install 'clip-embed[cli]'\n")
+    sys.exit(2)
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+SOME_FAILED, USAGE, NO_SERVER, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
+HOPELESS = (ServerUnavailableError, ModelNotReadyError, ContractError)  # the next image would fare no better
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+class Format(StrEnum):
+    jsonl = "jsonl"
+    npy = "npy"
+
+
+@app.command()
+def embed(
+    images: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE", help="Files, folders to search for images, or - for paths on stdin."),
+    ],
+    *,
+    url: Annotated[str, typer.Option(envvar=URL_VARIABLE, help="The server: grpc(s):// or http(s)://.")] = DEFAULT_URL,
+    output_format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help='jsonl: a line {"path": ..., "embedding": [...]} for each image, none for one that failed. '
+            "npy: one (N, 512) float32 array; row i is image i, NaN if it failed.",
+        ),
+    ] = Format.jsonl,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file, written whole or not at all; default: stdout.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a request, at most; the server takes 64.")] = 8,
+    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests on their way at once.")] = 8,
+    timeout_s: Annotated[float, typer.Option(min=0.001, help="Deadline of each request, in seconds.")] = 30.0,
+) -> None:
+    """Embed images: data on stdout in the order of the images, one line on stderr for each that failed.
+
+    Exit codes: 0 all good, 1 some images failed, 2 usage, 3 the server cannot be reached or used.
+    """
+    npy = output_format is Format.npy
+    paths = find_images(images, sys.stdin.buffer)
+    if (first := next(paths, None)) is None:
+        _exit(USAGE, f"no images found in {' '.join(images)}")
+    if npy and output is None and sys.stdout.isatty():
+        _exit(USAGE, "npy is binary and stdout is a terminal: give --output FILE")
+    try:
+        client = EmbeddingClient(url, timeout_s=timeout_s, batch_size=batch_size, max_in_flight=max_in_flight)
+    except (ValueError, ModuleNotFoundError) as error:
+        _exit(USAGE, str(error))
+    to_embed, to_name = tee(chain([first], paths))  # holds no more paths than are read ahead
+    failed = False
+    try:
+        with client, _Talk(shows_bar=not (output is None and sys.stdout.isatty())) as talk:
+            if not client.is_ready(timeout_s=min(timeout_s, 5.0)):
+                _exit(NO_SERVER, f"no {client.model} at {client.url}: start the server (make serve), or give --url")
+            with open_writer(output, npy=npy) as writer:
+                for path, result in zip(to_name, client.embed_each(to_embed), strict=True):
+                    if isinstance(result, HOPELESS):
+                        raise result
+                    if isinstance(result, EmbeddingError):
+                        failed = True
+                        talk.say(f"{path}: {_describe(result)}")
+                    writer.add(path, None if isinstance(result, EmbeddingError) else result)
+                    talk.advance()
+    except HOPELESS as error:
+        _exit(NO_SERVER, str(error))
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit meets the pipe again
+        raise typer.Exit(BROKEN_PIPE) from None
+    except OSError as error:
+        _exit(USAGE, f"cannot write {output or 'stdout'}: {error.strerror}")
+    if failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def main() -> None:
+    """The entry point."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def find_images(arguments: Iterable[str], stdin: Iterable[bytes]) -> Iterator[str]:
+    """The paths that the arguments mean, lazily; of a folder those with a known suffix, sorted within each folder."""
+    for argument in arguments:
+        if argument == "-":
+            yield from filter(None, (os.fsdecode(line).rstrip("\r\n") for line in stdin))
+        elif Path(argument).is_dir():
+            yield from _walk(argument)
+        else:
+            yield argument
+
+
+def _walk(root: str) -> Iterator[str]:
+    unlisted: list[str] = []  # folders that cannot be read: given as if they were images, so that they are reported
+    for folder, subfolders, names in os.walk(root, onerror=lambda error: unlisted.append(error.filename)):
+        subfolders.sort()
+        files = (Path(folder, name) for name in sorted(names))
+        yield from (str(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+    yield from unlisted
+
+
+class _Talk:
+    """What is said on stderr: lines, and a progress bar if it is a terminal and the run lasts over two seconds."""
+
+    def __init__(self, *, shows_bar: bool) -> None:
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            redirect_stdout=False,  # rich would send the data to stderr
+            disable=not (shows_bar and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=None)  # a folder's size is not known before its end
+        self._begun_s = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
+        if not self._bar.live.is_started and time.monotonic() - self._begun_s > 2:
+            self._bar.start()
+
+    def say(self, line: str) -> None:
+        self._console.print(" ".join(line.split()), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _describe(error: EmbeddingError) -> str:
+    """`code: reason`."""
+    if isinstance(error, InvalidImageError):
+        return ": ".join(filter(None, (error.failures[0].code, error.failures[0].reason)))
+    return f"{type(error).__name__}: {error}"
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    sys.stderr.write(f"clip-embed: {' '.join(message.split())}\n")
+    raise typer.Exit(code)

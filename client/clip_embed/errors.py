@@ -1,0 +1,191 @@
+"""The errors, named by what the caller should do, and the one place where foreign errors become ours.
+
+EmbeddingError                everything below; `retryable` says whether the same call may succeed later
+├ InvalidImageError           fix or drop the images that `.failures` names
+├ RequestTooLargeError        lower batch_size or max_batch_bytes, or raise the server's limit
+├ ServerUnavailableError      start the server, or try again                        retryable
+├ ServerOverloadedError       back off, then try again                              retryable
+├ ModelNotReadyError          wait until the model is loaded, or correct its name   retryable
+├ DeadlineExceededError       try again, or allow more time                         retryable
+├ ContractError               use the client that belongs to the served model
+└ ServerError                 read the server's log
+
+A caller's own mistakes (a string where a sequence is due, a malformed URL) are TypeError and ValueError.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFailure:
+    """One refused image.
+
+    Args:
+        index: position in the caller's images, from 0.
+        code: the server's `empty`, `too_large`, `not_an_image`, `unsupported_format`, `too_many_pixels`, `truncated`
+            or `corrupt`; or the client's `unreadable` (no such file, no permission, a folder).
+        reason: one sentence for a person; empty when the server gave none.
+        source: the path, when the image was given as one.
+    """
+
+    index: int
+    code: str
+    reason: str = ""
+    source: str | None = None
+
+    def __str__(self) -> str:
+        return f"[{self.index}] " + ": ".join(filter(None, (self.source, self.code, self.reason)))
+
+
+class EmbeddingError(Exception):
+    """An embedding that could not be had. `retryable`: the same call may succeed later."""
+
+    retryable: ClassVar[bool] = False
+    advice: ClassVar[str] = ""
+
+
+class InvalidImageError(EmbeddingError):
+    """Some images of the call cannot be embedded: fix or drop those that `failures` names (at least one)."""
+
+    def __init__(self, failures: Sequence[ImageFailure]) -> None:
+        self.failures = tuple(failures)
+        super().__init__(self.failures)
+
+    def __str__(self) -> str:
+        shown = "; ".join(map(str, self.failures[:5]))
+        left_out = f"; and {len(self.failures) - 5} more" if len(self.failures) > 5 else ""
+        return f"{len(self.failures)} refused: {shown}{left_out}"
+
+
+class RequestTooLargeError(EmbeddingError):
+    """One request holds more images or bytes than the server takes."""
+
+    advice = "lower batch_size or max_batch_bytes, or raise the server's limit"
+
+
+class ServerUnavailableError(EmbeddingError):
+    """Nothing listens at the URL, or the connection was lost."""
+
+    retryable = True
+    advice = "start the server (make serve), check the URL, or try again"
+
+
+class ServerOverloadedError(EmbeddingError):
+    """The server's queue is full, or the request waited in it for too long."""
+
+    retryable = True
+    advice = "back off, then try again"
+
+
+class ModelNotReadyError(EmbeddingError):
+    """The server is up, but the model is unknown to it, still loading, or failed to load."""
+
+    retryable = True
+    advice = "wait until it is loaded; if it never is, check the model's name and the server's log"
+
+
+class DeadlineExceededError(EmbeddingError):
+    """No answer within timeout_s."""
+
+    retryable = True
+    advice = "try again, or raise timeout_s"
+
+
+class ContractError(EmbeddingError):
+    """The server's model is not the one that this client knows, or the server is not an inference server."""
+
+    advice = "use the client that belongs to the served model"
+
+
+class ServerError(EmbeddingError):
+    """The server failed inside."""
+
+    advice = "read the server's log"
+
+
+# Phrases of Triton and grpc-core; tests/unit/test_client_errors.py has the whole messages and says which were met.
+_QUEUE_FULL = ("Exceeds maximum queue size", "Request timeout expired")
+_NOT_READY = ("unknown model", "no available versions", "not at ready state", "loading or unloading", "not ready")
+_TOO_LARGE = ("batch-size must be <=", "message larger than max", "--http-max-input-size")
+_GRPC_STATUS = {
+    400: "INVALID_ARGUMENT",
+    404: "NOT_FOUND",
+    408: "DEADLINE_EXCEEDED",
+    429: "RESOURCE_EXHAUSTED",
+    499: "CANCELLED",
+    502: "UNAVAILABLE",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+
+
+def error_from_grpc(status: str, message: str, *, url: str) -> EmbeddingError:
+    """Our error for a gRPC status name, such as `UNAVAILABLE`, and its message.
+
+    The status alone is not enough: Triton answers UNAVAILABLE for a full queue, for a request that waited in the queue
+    too long and for a model that is loading (triton-inference-server/server#6110, #5348), as gRPC itself does when
+    nothing listens.
+    """
+    if status == "INVALID_ARGUMENT" and (failures := parse_failures(message)):
+        return InvalidImageError(failures)
+    kind: type[EmbeddingError]
+    if _says(message, _TOO_LARGE):
+        kind = RequestTooLargeError
+    elif status == "DEADLINE_EXCEEDED":
+        kind = DeadlineExceededError
+    elif status == "RESOURCE_EXHAUSTED" or (status == "UNAVAILABLE" and _says(message, _QUEUE_FULL)):
+        kind = ServerOverloadedError
+    elif status in ("NOT_FOUND", "UNAVAILABLE", "INVALID_ARGUMENT") and _says(message, _NOT_READY):
+        kind = ModelNotReadyError
+    elif status in ("UNAVAILABLE", "CANCELLED", "ABORTED"):
+        kind = ServerUnavailableError
+    elif status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"):
+        kind = ContractError
+    else:
+        kind = ServerError
+    return kind(f"{url}: {message.strip() or status}; {kind.advice}")
+
+
+def error_from_http(status: int, body: bytes, *, url: str) -> EmbeddingError:
+    """Our error for an HTTP status and its body, which is Triton's `{"error": "..."}` or a proxy's page."""
+    try:
+        message = str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        message = f"HTTP {status} {body[:200].decode(errors='replace')}"
+    if status == 413:
+        return RequestTooLargeError(f"{url}: {message}; {RequestTooLargeError.advice}")
+    name = _GRPC_STATUS.get(status, "INTERNAL" if status >= 500 else "UNIMPLEMENTED")
+    return error_from_grpc(name, message, url=url)
+
+
+_REFUSED = re.compile(r"image_bytes: \d+ of (?P<count>\d+) images refused\. (?P<items>.*)", re.DOTALL)
+_ITEM = re.compile(r"(?:^|; )\[(?P<index>\d+)\] (?P<code>[a-z][a-z_]*)(?:: |(?=; \[)|$)")
+
+
+def parse_failures(message: str) -> tuple[ImageFailure, ...]:
+    """The bad images that the server's message names, with indices inside the request; none when it names none.
+
+    The message is written by `models/preprocess`, and Triton puts the model's name before it:
+    `in ensemble 'clip_ensemble', image_bytes: 2 of 5 images refused. [1] truncated: ends early; [3] empty: 0 bytes`.
+    A reason may itself hold `;` and `[7]`: an item begins only where its index also comes after the last one.
+    """
+    if (refused := _REFUSED.search(message)) is None:
+        return ()
+    items, count = refused["items"], int(refused["count"])
+    starts: list[re.Match[str]] = []
+    for item in _ITEM.finditer(items):
+        if (int(starts[-1]["index"]) if starts else -1) < int(item["index"]) < count:
+            starts.append(item)
+    ends = [item.start() for item in starts[1:]] + [len(items)]
+    return tuple(
+        ImageFailure(int(item["index"]), item["code"], items[item.end() : end])
+        for item, end in zip(starts, ends, strict=False)  # none of the first, and one end, when nothing is named
+    )
+
+
+def _says(message: str, phrases: tuple[str, ...]) -> bool:
+    return any(phrase in message for phrase in phrases)

@@ -1,0 +1,139 @@
+"""gRPC: one channel, Triton's own messages, serialised by `wire`."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import cached_property
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+import grpc.aio  # type: ignore[import-untyped]
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from clip_embed.errors import EmbeddingError, error_from_grpc
+from clip_embed.transport import Target
+from clip_embed.wire import Embeddings, ImageBytes, grpc_request, read_grpc_answer
+
+_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # The message that names a request's bad images travels as metadata, of which gRPC takes 8 KiB by default.
+    ("grpc.max_metadata_size", 1 << 20),
+    ("grpc.absolute_max_metadata_size", 1 << 20),
+    # A server that comes back is seen within a second; by default within two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A dead peer is noticed even in a call without a deadline. Triton closes the connection of a client that pings more
+    # often than every 300 s (--grpc-http2-min-recv-ping-interval-without-data).
+    ("grpc.keepalive_time_ms", 310_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+
+
+def _open(module: Any, target: Target) -> Any:
+    """A channel of `grpc` or of `grpc.aio`."""
+    if target.is_secure:
+        return module.secure_channel(target.address, grpc.ssl_channel_credentials(), options=_OPTIONS)
+    return module.insecure_channel(target.address, options=_OPTIONS)
+
+
+def _infer_call(channel: Any) -> Any:
+    """The stub's ModelInfer, but for a request that is bytes already."""
+    return channel.unary_unary(
+        "/inference.GRPCInferenceService/ModelInfer",
+        response_deserializer=service_pb2.ModelInferResponse.FromString,
+    )
+
+
+def _our_error(error: Any, target: Target) -> EmbeddingError:
+    return error_from_grpc(error.code().name, error.details() or "", url=target.url)
+
+
+class GrpcTransport:
+    """Implements `transport.Transport`."""
+
+    def __init__(self, target: Target, model: str) -> None:
+        self._target, self._model = target, model
+        self._channel = _open(grpc, target)
+        self._infer = _infer_call(self._channel)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Future[Embeddings]:
+        call = self._infer.future(grpc_request(self._model, images), timeout=timeout_s)
+        answer = _Answer(call)
+
+        def settle(_: Any) -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
+                answer.set_result(read_grpc_answer(call.result(), len(images)))
+            except grpc.RpcError as error:
+                ours = _our_error(error, self._target)
+                ours.__cause__ = error
+                answer.set_exception(ours)
+            except Exception as error:
+                answer.set_exception(error)
+
+        call.add_done_callback(settle)
+        return answer
+
+    def is_ready(self, timeout_s: float | None) -> bool:
+        try:
+            return bool(self._stub.ModelReady(service_pb2.ModelReadyRequest(name=self._model), timeout=timeout_s).ready)
+        except grpc.RpcError as error:
+            raise _our_error(error, self._target) from error
+
+    def close(self) -> None:
+        # A Ctrl-C inside grpc's start of a call can leave it a call that never ends, and channel.close() waits for all
+        # of them without a limit (grpcio 1.85: 3 of 8 interrupted runs hung here). So it gets a second.
+        closing = threading.Thread(target=self._channel.close, name="clip-embed-close", daemon=True)
+        closing.start()
+        closing.join(timeout=1.0)
+
+
+class _Answer(Future[Embeddings]):
+    """A future that also cancels the call behind it."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self._call = call
+
+    def cancel(self) -> bool:
+        cancelled = super().cancel()
+        self._call.cancel()
+        return cancelled
+
+
+class AsyncGrpcTransport:
+    """Implements `transport.AsyncTransport`. The channel belongs to the event loop of its first request."""
+
+    def __init__(self, target: Target, model: str) -> None:
+        self._target, self._model = target, model
+
+    @cached_property
+    def _channel(self) -> Any:
+        return _open(grpc.aio, self._target)
+
+    @cached_property
+    def _infer(self) -> Any:
+        return _infer_call(self._channel)
+
+    async def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Embeddings:
+        try:
+            answer = await self._infer(grpc_request(self._model, images), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise _our_error(error, self._target) from error
+        return read_grpc_answer(answer, len(images))
+
+    async def is_ready(self, timeout_s: float | None) -> bool:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        try:
+            return bool(
+                (await stub.ModelReady(service_pb2.ModelReadyRequest(name=self._model), timeout=timeout_s)).ready
+            )
+        except grpc.RpcError as error:
+            raise _our_error(error, self._target) from error
+
+    async def close(self) -> None:
+        if "_channel" in self.__dict__:
+            await self._channel.close()

@@ -1,0 +1,102 @@
+"""HTTP: httpx, and Triton's binary tensors as `wire` writes them.
+
+Not `tritonclient.http`: it is built on gevent, whose hub belongs to one thread, so a client of it cannot be shared.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from clip_embed.errors import error_from_grpc, error_from_http
+from clip_embed.transport import Target
+from clip_embed.wire import HEADER_LENGTH, Embeddings, ImageBytes, http_request, read_http_answer
+
+T = TypeVar("T")
+
+
+class AsyncHttpTransport:
+    """Implements `transport.AsyncTransport`."""
+
+    def __init__(self, target: Target, model: str) -> None:
+        self._url = target.url
+        self._model_path = f"v2/models/{quote(model, safe='')}"
+        self._http = httpx.AsyncClient(
+            base_url=target.address,
+            timeout=None,  # noqa: S113  httpx limits each read and write; a whole request is limited in _request
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+            # Triton gzips for whoever accepts it, which costs its time and saves nothing: these floats do not shrink.
+            headers={"Accept-Encoding": "identity"},
+        )
+
+    async def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Embeddings:
+        headers, body = http_request(images)
+        answer = await self._request("POST", f"{self._model_path}/infer", timeout_s, headers=headers, content=body)
+        if answer.status_code != httpx.codes.OK:
+            raise error_from_http(answer.status_code, answer.content, url=self._url)
+        return read_http_answer(answer.content, answer.headers.get(HEADER_LENGTH), len(images))
+
+    async def is_ready(self, timeout_s: float | None) -> bool:
+        answer = await self._request("GET", f"{self._model_path}/ready", timeout_s)
+        return answer.status_code == httpx.codes.OK
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def _request(self, method: str, path: str, timeout_s: float | None, **content: Any) -> httpx.Response:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._http.request(method, path, **content)
+        except TimeoutError as error:
+            raise error_from_grpc("DEADLINE_EXCEEDED", "no answer in time", url=self._url) from error
+        except httpx.TransportError as error:
+            raise error_from_grpc("UNAVAILABLE", f"{type(error).__name__} {error}", url=self._url) from error
+
+
+class HttpTransport:
+    """Implements `transport.Transport`: the async one on an event loop in a thread of its own.
+
+    So there is one HTTP path, the deadline is the whole request's, and a cancelled request leaves the wire; a blocking
+    httpx call could give neither.
+    """
+
+    def __init__(self, target: Target, model: str) -> None:
+        self._transport = AsyncHttpTransport(target, model)
+        self._lock = threading.Lock()  # no work may enter the loop once it is being stopped: nobody would end it
+        self._is_closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="clip-embed-http", daemon=True)
+        self._thread.start()
+
+    def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Future[Embeddings]:
+        return self._start(self._transport.send, images, timeout_s)
+
+    def is_ready(self, timeout_s: float | None) -> bool:
+        return self._start(self._transport.is_ready, timeout_s).result()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _start(self, function: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> Future[T]:
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("this client is closed")
+            return asyncio.run_coroutine_threadsafe(function(*arguments), self._loop)
+
+    async def _finish(self) -> None:
+        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        await self._transport.close()

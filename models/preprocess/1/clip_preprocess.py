@@ -1,0 +1,129 @@
+"""One encoded image -> the very pixels that open_clip's inference transform feeds to its model."""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+SIDE_PX = 224
+
+# Encodings people do send, and what their first bytes look like: (offset, bytes) -> name.
+_SIGNATURES = {
+    (0, b"\xff\xd8\xff"): "JPEG",
+    (0, b"\x89PNG\r\n\x1a\n"): "PNG",
+    (0, b"GIF8"): "GIF",
+    (8, b"WEBP"): "WEBP",
+    (4, b"ftypavif"): "AVIF",
+    (4, b"ftypheic"): "HEIC",
+    (4, b"ftypmif1"): "HEIF",
+    (0, b"%PDF"): "PDF",
+    (0, b"%!PS"): "EPS",
+    (0, b"8BPS"): "PSD",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one image may be. Over it, the image is refused before its pixels are decoded."""
+
+    max_image_bytes: int
+    max_image_pixels: int
+    formats: tuple[str, ...]
+
+
+class RefusedImage(ValueError):
+    """This image has no pixels: fix or drop it, trying again does not help.
+
+    `code` is one word for programs: empty, too_large, too_many_pixels, unsupported_format, not_an_image,
+    truncated or corrupt. `reason` is a sentence for people, in one line.
+    """
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = " ".join(reason.split())
+
+
+def pixels_of(image_bytes: bytes, limits: Limits) -> np.ndarray:
+    """The image as (224, 224, 3) uint8, RGB, height x width x channel, 0..255.
+
+    The order is open_clip's (`open_clip/transform.py`): resize the shortest side to 224 bicubic, crop the
+    centre, convert to RGB, in the file's own colour mode until then. No EXIF rotation; the first frame of an
+    animation. Raises RefusedImage.
+    """
+    image = _opened(image_bytes, limits)
+    try:
+        with warnings.catch_warnings():  # what Pillow has to say about odd palettes and metadata
+            warnings.simplefilter("ignore")
+            image.load()
+            size = _resized_size(*image.size)
+            if size[0] * size[1] > limits.max_image_pixels:  # 65500 x 1 would become 14672000 x 224
+                raise RefusedImage(
+                    "too_many_pixels",
+                    f"{image.width} x {image.height} px would be resized to {size[0]} x {size[1]}; "
+                    f"at most {limits.max_image_pixels} pixels are accepted",
+                )
+            left, top = _crop_offset(size[0]), _crop_offset(size[1])
+            resized = image.resize(size, Image.Resampling.BICUBIC)
+            cropped = resized.crop((left, top, left + SIDE_PX, top + SIDE_PX))
+            return np.asarray(cropped.convert("RGB"))
+    except RefusedImage:
+        raise
+    except MemoryError:
+        raise  # the server's trouble, not the image's
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        code = "truncated" if "truncated" in str(error).lower() else "corrupt"
+        raise RefusedImage(code, f"{image.format} data cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _opened(image_bytes: bytes, limits: Limits) -> Image.Image:
+    """The image with its header read, within the limits, and no pixel decoded yet."""
+    size_bytes = len(image_bytes)
+    if size_bytes == 0:
+        raise RefusedImage("empty", "0 bytes came")
+    if size_bytes > limits.max_image_bytes:
+        raise RefusedImage("too_large", f"{size_bytes} bytes; at most {limits.max_image_bytes} are accepted")
+    # Pillow raises above twice this figure, also for an image inside an image (ICO holds PNGs).
+    Image.MAX_IMAGE_PIXELS = max(1, limits.max_image_pixels // 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(image_bytes), formats=limits.formats)
+    except Image.DecompressionBombError as error:
+        raise RefusedImage("too_many_pixels", f"over {limits.max_image_pixels} pixels by its header") from error
+    except UnidentifiedImageError as error:
+        raise _unidentified(image_bytes, limits) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise RefusedImage("corrupt", f"the header cannot be read: {error or type(error).__name__}") from error
+    if image.width * image.height > limits.max_image_pixels:
+        raise RefusedImage(
+            "too_many_pixels",
+            f"{image.width} x {image.height} px; at most {limits.max_image_pixels} pixels are accepted",
+        )
+    return image
+
+
+def _unidentified(image_bytes: bytes, limits: Limits) -> RefusedImage:
+    """Why no decoder took these bytes, as well as their first few tell."""
+    for (offset, signature), name in _SIGNATURES.items():
+        if image_bytes.startswith(signature, offset):
+            if name in limits.formats:
+                return RefusedImage("corrupt", f"it begins as {name}, but its header cannot be read")
+            return RefusedImage("unsupported_format", f"{name} is not accepted; send JPEG")
+    return RefusedImage("not_an_image", f"{len(image_bytes)} bytes that no decoder knows; send JPEG")
+
+
+def _resized_size(width: int, height: int) -> tuple[int, int]:
+    """(width, height) with the shortest side at 224, the other rounded down, as torchvision's Resize does."""
+    if width <= height:
+        return SIDE_PX, int(SIDE_PX * height / width)
+    return int(SIDE_PX * width / height), SIDE_PX
+
+
+def _crop_offset(length: int) -> int:
+    """Where the centre crop begins: torchvision's CenterCrop rounds half to even; flooring is off by one pixel."""
+    return round((length - SIDE_PX) / 2)

@@ -1,0 +1,67 @@
+"""Triton adapter of `clip_preprocess`: `image_bytes` tensors in, `pixels` tensors or errors out."""
+
+import json
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from PIL import Image
+
+from clip_preprocess import SIDE_PX, Limits, RefusedImage, pixels_of
+
+# A gRPC status travels in HTTP/2 trailers, which clients cut off at 8 KiB by default.
+_MAX_MESSAGE_CHARS = 4000
+
+
+class TritonPythonModel:
+    """Decodes each request by itself: a bad image fails its own request and no other."""
+
+    def initialize(self, args):
+        parameters = json.loads(args["model_config"])["parameters"]
+        value = {key: parameter["string_value"] for key, parameter in parameters.items()}
+        self._limits = Limits(
+            max_image_bytes=int(value["max_image_bytes"]),
+            max_image_pixels=int(value["max_image_pixels"]),
+            formats=tuple(value["formats"].split()),
+        )
+        Image.init()
+        if unknown := set(self._limits.formats) - set(Image.OPEN):
+            raise pb_utils.TritonModelException(
+                f"preprocess: parameter formats has {', '.join(sorted(unknown))}; "
+                f"this Pillow reads {', '.join(sorted(Image.OPEN))}"
+            )
+
+    def execute(self, requests):
+        return [self._response(request) for request in requests]
+
+    def _response(self, request):
+        try:
+            images = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy().reshape(-1)
+            pixels = np.empty((len(images), SIDE_PX, SIDE_PX, 3), np.uint8)
+            refused = []
+            for index, image_bytes in enumerate(images):
+                try:
+                    pixels[index] = pixels_of(image_bytes, self._limits)
+                except RefusedImage as error:
+                    refused.append((index, error))
+            if refused:
+                message = _refusal(refused, len(images))
+                return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+            return pb_utils.InferenceResponse([pb_utils.Tensor("pixels", pixels)])
+        except Exception as error:
+            message = f"preprocess failed: {type(error).__name__}: {error}"
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL))
+
+
+def _refusal(refused, total):
+    """One line that names every bad index: `[1] truncated: why; [3] empty: why`. Clients parse it.
+
+    Where there are so many that the line would not fit, the later ones keep their index and code alone.
+    """
+    message = f"image_bytes: {len(refused)} of {total} images refused. "
+    room = _MAX_MESSAGE_CHARS - len(message) - sum(len(f"[{i}] {error.code}; ") for i, error in refused)
+    items = []
+    for index, error in refused:
+        reason = f": {error.reason[:300]}".encode("ascii", "replace").decode()
+        room -= len(reason)
+        items.append(f"[{index}] {error.code}{reason if room >= 0 else ''}")
+    return message + "; ".join(items)

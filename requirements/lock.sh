@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Resolve pyproject.toml into pinned files with hashes and without index addresses: requirements/lock.sh [UV]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+uv=${1:-uv}
+compile=("$uv" pip compile -q --python-platform x86_64-manylinux_2_36 --generate-hashes --no-emit-index-url --no-annotate
+  --no-header --emit-build-options)
+
+echo uv | "${compile[@]}" --python-version 3.11 - -o requirements/uv.txt
+# The whole environment of a machine without a GPU: what `make` installs.
+"${compile[@]}" --python-version 3.11 pyproject.toml --group dev --extra cpu --extra server --extra export --extra profile --extra http \
+  --extra rtx -o requirements/all.txt
+# The client alone.
+"${compile[@]}" --python-version 3.11 pyproject.toml --constraint requirements/all.txt -o requirements/client.txt
+# What the container's Python models import beside Triton's own packages (Ubuntu 24.04: Python 3.12).
+printf 'numpy<2\npillow\n' | "${compile[@]}" --python-version 3.12 --constraint requirements/all.txt - \
+  -o requirements/container.txt

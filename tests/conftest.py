@@ -1,0 +1,100 @@
+"""What the tests share: photographs, weights, the oracle, a model repository and the real server."""
+
+import hashlib
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clip_tools import photos
+from clip_tools.demo import weights_from_environment
+from clip_tools.export_onnx import export_onnx, is_exported, manifest_path
+from clip_tools.oracle import Oracle, Weights, load_oracle
+from clip_tools.paths import BACKENDS, CACHE, MODELS
+from clip_tools.serve import EmbeddedServer, ServeOptions
+
+# What the server's own Python finds beside a model.
+sys.path += [str(MODELS / "preprocess" / "1"), str(BACKENDS / "onnxruntime")]
+
+
+@pytest.fixture(scope="session")
+def weights() -> Weights:
+    """CLIP_CHECKPOINT's weights where it is set; else the real architecture with seeded ones."""
+    given = weights_from_environment()
+    return given if "CLIP_CHECKPOINT" in os.environ else Weights(given.model, "random:0")
+
+
+@pytest.fixture(scope="session")
+def trained(weights: Weights) -> Weights:
+    """The weights, for tests that mean nothing without training."""
+    if weights.seed is not None:
+        pytest.skip("needs trained weights: set CLIP_CHECKPOINT to an open_clip checkpoint (and CLIP_MODEL)")
+    return weights
+
+
+@pytest.fixture(scope="session")
+def oracle(weights: Weights) -> Oracle:
+    """open_clip itself."""
+    return load_oracle(weights)
+
+
+@pytest.fixture(scope="session")
+def demo_photos() -> list[Path]:
+    """The demo's photographs."""
+    return photos.demo_photos()
+
+
+@pytest.fixture(scope="session")
+def odd_images() -> Path:
+    """The folder of odd image files: Pillow's own test images."""
+    return photos.odd_images()
+
+
+@pytest.fixture(scope="session")
+def onnx_model(weights: Weights, demo_photos: list[Path]) -> Path:
+    """model.onnx of the weights, exported once and kept; never the one in models/, which is the user's."""
+    name = hashlib.sha256(f"{weights} {weights.checkpoint_sha256}".encode()).hexdigest()[:12]
+    path = CACHE / "models" / name / "model.onnx"
+    if not is_exported(path, weights):
+        export_onnx(weights, [photo.read_bytes() for photo in demo_photos], path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def repository(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model repository as it is committed, with the tests' model in it."""
+    folder = tmp_path_factory.mktemp("repository") / "models"
+    shutil.copytree(MODELS, folder, ignore=shutil.ignore_patterns("*.onnx", "*.plan", "manifest.json", "__pycache__"))
+    for path in (onnx_model, manifest_path(onnx_model)):
+        (folder / "clip_onnx" / "1" / path.name).symlink_to(path)
+    return folder
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, for a server that wants numbers."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def options_for(models: Path, log: Path, **changes: object) -> ServeOptions:
+    """Options for a server of its own, on free ports."""
+    http, grpc, metrics = free_ports(3)
+    fields = {"models": models, "log": log, "http_port": http, "grpc_port": grpc, "metrics_port": metrics, **changes}
+    return ServeOptions(**fields)
+
+
+@pytest.fixture(scope="session")
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The real tritonserver, started once for all tests that only ask it things."""
+    with EmbeddedServer(options_for(repository, tmp_path_factory.mktemp("server") / "log")) as running:
+        yield running

@@ -1,0 +1,184 @@
+"""How the embedded server starts, is configured, stops, and says what is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from tests.conftest import options_for
+
+from clip_embed import EmbeddingClient
+from clip_tools.errors import ToolError
+from clip_tools.serve import EmbeddedServer
+
+CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
+TRITONSERVER = Path(sys.executable).with_name("tritonserver")
+
+
+def serve_command(options, *more: str) -> list[str]:
+    ports = [f"--{name}-port={getattr(options, f'{name}_port')}" for name in ("http", "grpc", "metrics")]
+    return [str(CLIP_TOOLS), "serve", f"--models={options.models}", *ports, *more]
+
+
+def refused(*command: str) -> tuple[int, str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stderr
+
+
+def wait_for(stream, words: str) -> str:
+    seen = ""
+    for line in stream:
+        seen += line
+        if words in line:
+            return line
+    raise AssertionError(f"{words!r} never came:\n{seen}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_says_ready_stops_on_a_signal_and_leaves_nothing(repository, tmp_path, number):
+    options = options_for(repository, tmp_path / "log")
+    with subprocess.Popen(serve_command(options, "--log-verbose=0"), stderr=subprocess.PIPE, text=True) as process:
+        wait_for(process.stderr, "ready after")
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert any("tritonserver" in child.name() for child in children)
+        process.send_signal(number)
+        process.stderr.read()
+        assert process.wait(timeout=60) == 0
+    assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
+    assert list(Path("/dev/shm").glob(f"clip_tools_{process.pid}_*")) == []  # noqa: S108
+
+
+def test_a_server_comes_back_on_the_same_ports(repository, demo_photos, tmp_path):
+    options = options_for(repository, tmp_path / "log")
+    answers = []
+    for _ in range(2):
+        with EmbeddedServer(options), EmbeddingClient(options.grpc_url) as client:
+            answers.append(client.embed(demo_photos[:1]))
+    assert np.array_equal(*answers)
+
+
+def test_when_serve_is_killed_the_server_goes_too(repository, tmp_path):
+    options = options_for(repository, tmp_path / "log")
+    with subprocess.Popen(serve_command(options), stderr=subprocess.PIPE, text=True) as process:
+        wait_for(process.stderr, "ready after")
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+        _, alive = psutil.wait_procs(children, timeout=60)
+        process.stderr.read()
+    assert alive == []
+
+
+def test_bf16_is_served_by_name_and_is_not_fp32(repository, server, demo_photos, tmp_path):
+    """The precision asked for is the one that runs: its vectors are FP32's, but not to the bit.
+
+    How exact it is, `clip-tools verify` says; here ten photographs with these weights may read 0.96.
+    """
+    with EmbeddingClient(server.options.grpc_url) as client:
+        fp32 = client.embed(demo_photos)
+    options = options_for(repository, tmp_path / "log", config_name="cpu-bf16")
+    with EmbeddedServer(options), EmbeddingClient(options.grpc_url) as client:
+        bf16 = client.embed(demo_photos)
+    assert "OpenVINO BF16" in options.log.read_text()
+    assert 1e-6 < 1 - (fp32 * bf16).sum(axis=1).min() < 0.1
+
+
+def test_what_runs_is_printed_at_load(server):
+    assert "runs model.onnx with OpenVINO FP32 on the CPU" in server.options.log.read_text()
+
+
+def test_a_port_in_use_names_the_port_and_the_flag(repository, tmp_path):
+    options = options_for(repository, tmp_path / "log")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", options.grpc_port))
+        taken.listen()
+        code, words = refused(*serve_command(options))
+    assert code == 1
+    assert f"port {options.grpc_port} (gRPC)" in words
+    assert "--grpc-port" in words
+    assert words.count("\n") == 1
+
+
+def test_a_missing_model_file_is_one_line_with_the_command(repository, tmp_path):
+    models = tmp_path / "models"
+    shutil.copytree(repository, models)
+    (models / "clip_onnx" / "1" / "model.onnx").unlink()
+    code, words = refused(*serve_command(options_for(models, tmp_path / "log")))
+    assert code == 1
+    assert "clip-tools export-onnx" in words
+    assert words.count("\n") == 1
+
+
+def test_a_provider_that_is_not_there_fails_the_load_with_a_sentence(repository, tmp_path):
+    models = tmp_path / "models"
+    shutil.copytree(repository, models, symlinks=True)
+    config = models / "clip_onnx" / "config.pbtxt"
+    config.write_text(config.read_text().replace('"openvino"', '"tensorrt"'))
+    with pytest.raises(ToolError, match="cpu_execution_accelerator 'tensorrt': expected openvino"):
+        EmbeddedServer(options_for(models, tmp_path / "log")).__enter__()
+
+
+def test_an_unknown_configuration_name_is_refused_with_the_known_ones(repository, tmp_path):
+    code, words = refused(*serve_command(options_for(repository, tmp_path / "log"), "--model-config-name=fp12"))
+    assert code == 1
+    assert "cpu-bf16" in words
+
+
+def test_numpy_2_is_refused_before_a_stub_dies_of_it(monkeypatch):
+    from clip_tools import tritonserver
+
+    monkeypatch.setattr(tritonserver.importlib.metadata, "version", lambda _: "2.4.6")
+    with pytest.raises(ToolError, match=r"numpy 2.4.6 .* pip install 'numpy<2'"):
+        tritonserver.find_installation()
+
+
+def test_the_wrapper_takes_plain_tritonserver_flags(repository, demo_photos, tmp_path):
+    """As Model Analyzer calls it."""
+    options = options_for(repository, tmp_path / "log")
+    command = [
+        str(TRITONSERVER),
+        f"--model-repository={repository}",
+        "--model-control-mode=explicit",
+        "--load-model=clip_ensemble",
+        f"--http-port={options.http_port}",
+        f"--grpc-port={options.grpc_port}",
+        f"--metrics-port={options.metrics_port}",
+    ]
+    with options.log.open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            with EmbeddingClient(options.grpc_url) as client:
+                deadline = time.monotonic() + 120
+                while not client.is_ready() and time.monotonic() < deadline and process.poll() is None:
+                    time.sleep(0.1)
+                assert client.embed(demo_photos[:1]).shape == (1, 512)
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def test_clip_embed_reports_the_bad_file_and_keeps_the_others(server, demo_photos, tmp_path):
+    bad = tmp_path / "broken.jpg"
+    bad.write_bytes(b"\xff\xd8\xff broken")
+    done = subprocess.run(
+        [
+            str(CLIP_TOOLS.with_name("clip-embed")),
+            *(str(path) for path in (demo_photos[0], bad, demo_photos[1])),
+            "--url",
+            server.options.grpc_url,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1
+    assert [Path(line["path"]).name for line in lines] == [demo_photos[0].name, demo_photos[1].name]
+    assert "broken.jpg" in done.stderr

@@ -1,0 +1,404 @@
+"""The blocking client against real sockets."""
+
+import array
+import itertools
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_client_loopback import Brain, serve, vector_of
+
+import clip_embed
+from clip_embed import (
+    ContractError,
+    DeadlineExceededError,
+    EmbeddingClient,
+    EmbeddingError,
+    InvalidImageError,
+    ModelNotReadyError,
+    ServerError,
+    ServerOverloadedError,
+    ServerUnavailableError,
+)
+
+
+@pytest.fixture(scope="module")
+def brain():
+    return Brain()
+
+
+@pytest.fixture(scope="module", params=["grpc", "http"])
+def url(request, brain):
+    if request.param == "http":
+        pytest.importorskip("httpx", reason="pip install 'clip-embed[http]'")
+    with serve(request.param, brain) as url:
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def _fresh(brain):
+    brain.reset()
+    yield
+    brain.gate.set()
+
+
+@pytest.fixture
+def client(url):
+    with EmbeddingClient(url) as client:
+        yield client
+
+
+def images_of(count: int) -> list[bytes]:
+    return [b"image %d" % i * (i % 7) for i in range(count)]
+
+
+def test_embeddings_are_rows_in_the_order_of_the_images(client, brain):
+    """20 images go in requests of 8, 8 and 4, and come back as the very floats that the server gave."""
+    images = images_of(20)
+    embeddings = client.embed(images)
+    assert embeddings.dtype == np.float32
+    assert embeddings.flags.c_contiguous
+    assert np.array_equal(embeddings, np.stack([vector_of(image) for image in images]))
+    assert sorted(brain.requests) == [4, 8, 8]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    count=st.integers(0, 40), batch_size=st.integers(1, 9), max_in_flight=st.integers(1, 5), limit=st.integers(1, 99)
+)
+def test_order_holds_for_any_batching(url, count, batch_size, max_in_flight, limit):
+    """However a call is cut into requests, row i is image i."""
+    options = {"batch_size": batch_size, "max_in_flight": max_in_flight, "max_batch_bytes": limit}
+    with EmbeddingClient(url, **options) as client:
+        images = images_of(count)
+        expected = np.stack([vector_of(image) for image in images]) if images else np.empty((0, 512))
+        assert np.array_equal(client.embed(images), expected)
+
+
+def test_no_images_give_no_rows_and_no_request(client, brain):
+    assert client.embed([]).shape == (0, 512)
+    assert client.embed([]).dtype == np.float32
+    assert brain.requests == []
+
+
+def test_bytes_in_any_dress_and_paths_are_the_same_image(client, tmp_path):
+    """bytes, bytearray, any memoryview, str and Path: one vector."""
+    content = b"an encoded file."
+    (tmp_path / "image.jpg").write_bytes(content)
+    dresses = [
+        content,
+        bytearray(content),
+        memoryview(b"xx" + content)[2:],
+        memoryview(array.array("I", content)),
+        memoryview(bytes(byte for byte in content for _ in range(2)))[::2],
+        tmp_path / "image.jpg",
+        str(tmp_path / "image.jpg"),
+    ]
+    assert np.array_equal(client.embed(dresses), np.stack([vector_of(content)] * len(dresses)))
+
+
+def test_embeddings_can_be_written_to(client):
+    client.embed([b"a"])[:] *= 2
+    next(client.embed_each([b"a"]))[:] *= 2
+
+
+@pytest.mark.parametrize("one", ["photo.jpg", b"bytes", bytearray(b"bytes"), memoryview(b"bytes")])
+def test_one_image_in_place_of_many_is_refused(client, one, brain):
+    """A str is a sequence of str, and bytes one of ints: without the check each letter would be a path."""
+    for call in (client.embed, client.embed_each):
+        with pytest.raises(TypeError, match=r"give \[image\]"):
+            call(one)
+    assert brain.requests == []
+
+
+def test_pixels_are_refused_by_name(client):
+    """Decoded pixels are not an encoded file."""
+    with pytest.raises(TypeError, match=r"images\[1\].*encoded image file.*ndarray"):
+        client.embed([b"a", np.zeros((2, 2, 3), np.uint8)])
+
+
+def test_bad_images_are_named_by_the_callers_index_and_path(url, tmp_path):
+    """The server counts inside its request; the caller counts in the call."""
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(b"bad:truncated:the file ends early")
+    with EmbeddingClient(url, batch_size=4, max_in_flight=1) as client, pytest.raises(InvalidImageError) as caught:
+        client.embed([*images_of(5), b"bad:empty:0 bytes", path, b"good"])
+    assert [(f.index, f.code, f.reason, f.source) for f in caught.value.failures] == [
+        (5, "empty", "0 bytes", None),
+        (6, "truncated", "the file ends early", str(path)),
+    ]
+    assert f"[6] {path}: truncated: the file ends early" in str(caught.value)
+
+
+def test_an_unreadable_file_is_named(client, tmp_path):
+    with pytest.raises(InvalidImageError) as caught:
+        client.embed([b"good", tmp_path / "missing.jpg"])
+    (failure,) = caught.value.failures
+    assert (failure.index, failure.code, failure.source) == (1, "unreadable", str(tmp_path / "missing.jpg"))
+
+
+def test_sixty_four_bad_images_are_all_named(url):
+    """The message goes in gRPC's metadata, which clients cap at 8 KiB by default."""
+    with EmbeddingClient(url, batch_size=64) as client, pytest.raises(InvalidImageError) as caught:
+        client.embed([b"bad:corrupt:" + b"long " * 100] * 64)
+    assert [failure.index for failure in caught.value.failures] == list(range(64))
+
+
+def test_a_bad_image_never_loses_its_neighbours(url, brain, tmp_path):
+    """embed_each gives each bad image its own error, and every other image its vector, in order."""
+    images = images_of(30)
+    bad = {3: "empty", 4: "corrupt", 17: "corrupt", 29: "truncated"}
+    for index, code in bad.items():
+        images[index] = f"bad:{code}:a; [reason] {index}".encode()
+    images[10] = tmp_path / "missing.jpg"
+    with EmbeddingClient(url, batch_size=8) as client:
+        results = list(client.embed_each(iter(images)))
+    assert len(results) == 30
+    for index, (image, result) in enumerate(zip(images, results, strict=True)):
+        if index in bad or index == 10:
+            (failure,) = result.failures
+            assert (failure.index, failure.code) == (index, bad.get(index, "unreadable"))
+        else:
+            assert np.array_equal(result, vector_of(image))
+
+
+def test_a_whole_request_of_bad_images_is_not_sent_again(client, brain):
+    results = list(client.embed_each([b"bad:empty:0 bytes"] * 8))
+    assert [result.failures[0].index for result in results] == list(range(8))
+    assert brain.requests == [8]
+
+
+def test_a_failed_request_of_embed_each_spares_the_others(url):
+    """The error of a request is the result of each of its images, and only of those."""
+    with EmbeddingClient(url, batch_size=2) as client:
+        results = list(client.embed_each([b"a", b"b", b"fail:INTERNAL:boom", b"c", b"d"]))
+    assert [isinstance(result, ServerError) for result in results] == [False, False, True, True, False]
+    assert np.array_equal(results[4], vector_of(b"d"))
+
+
+def test_images_are_read_as_they_are_needed(url):
+    """From an endless stream, taking ten results reads a bounded number of images."""
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        for taken in itertools.count(1):
+            yield b"image %d" % taken
+
+    with EmbeddingClient(url, batch_size=2, max_in_flight=2) as client:
+        results = list(itertools.islice(client.embed_each(endless()), 10))
+    assert np.array_equal(results[9], vector_of(b"image 10"))
+    assert taken <= 10 + 4 * 2 * 2 + 2
+
+
+def test_a_slow_request_does_not_idle_the_others(url, brain):
+    """While the first request waits, later ones go on; their results still come after it."""
+    with EmbeddingClient(url, batch_size=1, max_in_flight=2) as client, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.embed, [b"wait", b"b", b"c", b"d"])
+        assert all(brain.arrived.acquire(timeout=10) for _ in range(4))
+        assert not call.done()
+        brain.gate.set()
+        assert np.array_equal(call.result(10), np.stack([vector_of(image) for image in (b"wait", b"b", b"c", b"d")]))
+
+
+def test_requests_in_flight_are_bounded(url, brain):
+    """Two may wait at the server; the third is not sent before one comes back."""
+    with EmbeddingClient(url, batch_size=1, max_in_flight=2) as client, ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.embed, [b"wait"] * 5)
+        assert brain.waiting.acquire(timeout=10)
+        assert brain.waiting.acquire(timeout=10)
+        assert not brain.waiting.acquire(timeout=0.1)
+        brain.gate.set()
+        assert call.result(10).shape == (5, 512)
+
+
+def test_the_deadline_is_the_whole_calls(url):
+    with EmbeddingClient(url, timeout_s=0.2) as client, pytest.raises(DeadlineExceededError):
+        client.embed([b"wait"])
+
+
+def test_no_deadline_is_allowed(url):
+    with EmbeddingClient(url, timeout_s=None) as client:
+        assert client.embed([b"a"]).shape == (1, 512)
+
+
+def test_one_failure_cancels_the_rest(url, brain):
+    """After the first failure no request of the call goes on: gRPC tells the server, HTTP drops the connection."""
+    with EmbeddingClient(url, batch_size=1, max_in_flight=2) as client:
+        with pytest.raises(ServerError, match="boom"):
+            client.embed([b"wait", b"fail:INTERNAL:boom", b"never sent"])
+        assert len(brain.requests) <= 2
+        if url.startswith("grpc"):
+            assert brain.cancelled.acquire(timeout=10)
+
+
+def test_threads_share_a_client(client):
+    """Each of 8 threads gets its own images' vectors."""
+    with ThreadPoolExecutor(8) as pool:
+        calls = {i: pool.submit(client.embed, [b"%d of %d" % (k, i) for k in range(11)]) for i in range(8)}
+    for i, call in calls.items():
+        assert np.array_equal(call.result(), np.stack([vector_of(b"%d of %d" % (k, i)) for k in range(11)]))
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "expected"),
+    [
+        ("UNAVAILABLE", "in ensemble 'clip_ensemble', Exceeds maximum queue size", ServerOverloadedError),
+        ("NOT_FOUND", "Request for unknown model: 'clip_ensemble' has no available versions", ModelNotReadyError),
+        ("INTERNAL", "boom", ServerError),
+    ],
+)
+def test_errors_come_with_their_cause_and_the_servers_words(client, status, message, expected):
+    with pytest.raises(expected) as caught:
+        client.embed([f"fail:{status}:{message}".encode()])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda rows: rows[:, :256],
+        lambda rows: rows[:-1],
+        lambda rows: rows.astype(np.float16),
+        lambda rows: rows * 2,
+        lambda rows: rows * np.nan,
+    ],
+    ids=["256 numbers", "a row lost", "FP16", "norm 2", "NaN"],
+)
+def test_another_models_answer_is_refused(client, brain, alter):
+    """Never a vector that is not (n, 512) FP32 of norm 1."""
+    brain.alter = alter
+    with pytest.raises(ContractError, match=r"expected .* came"):
+        client.embed([b"a", b"b"])
+
+
+def test_readiness_follows_the_model(url, brain):
+    with EmbeddingClient(url) as client, EmbeddingClient(url, model="other") as other:
+        assert client.is_ready()
+        assert not other.is_ready()
+        brain.ready = False
+        assert not client.is_ready()
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_nothing_listens(scheme):
+    """A port that was free a moment ago: not ready, without an exception; a call says where and what to do."""
+    with serve(scheme, Brain()) as url:
+        pass
+    with EmbeddingClient(url) as client:
+        assert not client.is_ready()
+        with pytest.raises(ServerUnavailableError, match=f"{url}.*start the server") as caught:
+            client.embed([b"a"])
+    assert caught.value.retryable
+    assert caught.value.__cause__ is not None
+
+
+def test_a_client_may_be_closed_during_a_call(url, brain):
+    """The call ends at once, with an error that says why."""
+    client = EmbeddingClient(url)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.embed, [b"wait"])
+        assert brain.waiting.acquire(timeout=10)
+        client.close()
+        with pytest.raises(ServerUnavailableError):
+            call.result(10)
+    client.close()
+    assert not client.is_ready()
+    with pytest.raises(RuntimeError, match="closed"):
+        client.embed([b"a"])
+
+
+def test_the_transport_can_be_replaced():
+    """A test of an application needs no server."""
+
+    class Constant:
+        def send(self, images, timeout_s):
+            answer = Future()
+            answer.set_result(np.full((len(images), 512), 512**-0.5, np.float32))
+            return answer
+
+        def is_ready(self, timeout_s):
+            return True
+
+        def close(self):
+            pass
+
+    with EmbeddingClient(transport=Constant()) as client:
+        assert client.is_ready()
+        assert client.embed([b"a"] * 9).shape == (9, 512)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "ftp://host:1",
+        "grpc://host",
+        "grpc://",
+        "http://",
+        "host",
+        "host:port",
+        "grpc://host:1/path",
+        "",
+        "http://h/?q=1",
+    ],
+)
+def test_malformed_urls_are_refused(bad, monkeypatch):
+    with pytest.raises(ValueError):
+        EmbeddingClient(bad)
+    monkeypatch.setenv("INFERENCE_SERVICE_URL", bad)
+    with pytest.raises(ValueError, match="INFERENCE_SERVICE_URL"):
+        EmbeddingClient.from_env()
+
+
+def test_the_server_may_come_from_the_environment(url, monkeypatch):
+    monkeypatch.delenv("INFERENCE_SERVICE_URL", raising=False)
+    with pytest.raises(ValueError, match="INFERENCE_SERVICE_URL is not set"):
+        EmbeddingClient.from_env()
+    monkeypatch.setenv("INFERENCE_SERVICE_URL", url.removeprefix("grpc://"))  # a bare host:port means gRPC
+    with EmbeddingClient.from_env(batch_size=2) as client:
+        assert client.embed([b"a"]).shape == (1, 512)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"max_in_flight": 0}, {"max_batch_bytes": 0}, {"timeout_s": 0}])
+def test_options_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValueError, match="expected"):
+        EmbeddingClient(**options)
+
+
+def test_http_without_its_extra_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'clip-embed\[http\]'"):
+        EmbeddingClient("http://localhost:8000")
+
+
+def test_the_import_needs_no_extra():
+    """An application that speaks gRPC has numpy and tritonclient, and nothing of ours but this package."""
+    code = "import clip_embed, sys; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not {"httpx", "typer", "rich", "gevent", "PIL", "torch", "clip_tools"} & set(modules)
+
+
+def test_every_error_is_an_embedding_error_and_says_whether_to_retry():
+    errors = [value for name, value in vars(clip_embed).items() if name.endswith("Error")]
+    assert len(errors) == 9
+    assert all(issubclass(error, EmbeddingError) for error in errors)
+    assert {error.__name__ for error in errors if error.retryable} == {
+        "ServerUnavailableError",
+        "ServerOverloadedError",
+        "ModelNotReadyError",
+        "DeadlineExceededError",
+    }
+
+
+def test_no_threads_are_left_behind(url):
+    """A closed client leaves nothing running."""
+    before = set(threading.enumerate())
+    with EmbeddingClient(url) as client:
+        client.embed([b"a"])
+    left = [thread.name for thread in set(threading.enumerate()) - before]
+    assert not any(name.startswith("clip-embed") for name in left)

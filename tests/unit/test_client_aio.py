@@ -1,0 +1,129 @@
+"""The asyncio client against real sockets: what it shares with the blocking one is tested there."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from test_client_loopback import Brain, serve, vector_of
+
+from clip_embed import (
+    AsyncEmbeddingClient,
+    DeadlineExceededError,
+    InvalidImageError,
+    ServerError,
+    ServerUnavailableError,
+)
+
+
+@pytest.fixture
+def brain():
+    return Brain()
+
+
+@pytest.fixture(params=["grpc", "http"])
+def url(request, brain):
+    if request.param == "http":
+        pytest.importorskip("httpx", reason="pip install 'clip-embed[http]'")
+    with serve(request.param, brain) as url:
+        yield url
+
+
+def test_embeddings_are_rows_in_the_order_of_the_images(url, tmp_path):
+    """Many calls at once, each of several requests, from bytes and from files."""
+    (tmp_path / "a.jpg").write_bytes(b"a file")
+
+    async def run():
+        async with AsyncEmbeddingClient(url, batch_size=3) as client:
+            assert await client.is_ready()
+            assert (await client.embed([])).shape == (0, 512)
+            calls = [[b"%d of %d" % (k, i) for k in range(10)] for i in range(8)]
+            for call, embeddings in zip(calls, await asyncio.gather(*map(client.embed, calls)), strict=True):
+                assert np.array_equal(embeddings, np.stack([vector_of(image) for image in call]))
+            assert np.array_equal(await client.embed([tmp_path / "a.jpg"]), [vector_of(b"a file")])
+
+    asyncio.run(run())
+
+
+def test_bad_images_are_named_by_the_callers_index(url):
+    async def run():
+        async with AsyncEmbeddingClient(url, batch_size=2) as client:
+            await client.embed([b"a", b"b", b"c", b"bad:empty:0 bytes"])
+
+    with pytest.raises(InvalidImageError, match=r"\[3\] empty: 0 bytes"):
+        asyncio.run(run())
+
+
+def test_one_failure_cancels_the_rest(url, brain):
+    async def run():
+        async with AsyncEmbeddingClient(url, batch_size=1) as client:
+            await client.embed([b"wait", b"fail:INTERNAL:boom"])
+
+    with pytest.raises(ServerError, match="boom"):
+        asyncio.run(run())
+
+
+def test_a_cancelled_call_is_cancelled_on_the_server(url, brain):
+    """gRPC tells the server, HTTP drops the connection."""
+
+    async def run():
+        async with AsyncEmbeddingClient(url) as client:
+            call = asyncio.create_task(client.embed([b"wait"]))
+            await asyncio.to_thread(brain.waiting.acquire, timeout=10)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            brain.gate.set()
+            assert await client.embed([b"a"]) is not None
+            if url.startswith("grpc"):
+                assert await asyncio.to_thread(brain.cancelled.acquire, timeout=10)
+
+    asyncio.run(run())
+
+
+def test_the_deadline_is_the_whole_calls(url):
+    async def run():
+        async with AsyncEmbeddingClient(url, timeout_s=0.2) as client:
+            await client.embed([b"wait"])
+
+    with pytest.raises(DeadlineExceededError):
+        asyncio.run(run())
+
+
+def test_a_client_may_be_made_before_the_loop_and_closed_during_a_call(url, brain):
+    """At a module's import there is no event loop yet; at its end a call may still be waiting."""
+    client = AsyncEmbeddingClient(url)
+
+    async def run():
+        call = asyncio.create_task(client.embed([b"wait"]))
+        await asyncio.to_thread(brain.waiting.acquire, timeout=10)
+        await client.close()
+        with pytest.raises(ServerUnavailableError):
+            await call
+        assert not await client.is_ready()
+        with pytest.raises(RuntimeError, match="closed"):
+            await client.embed([b"a"])
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_nothing_listens(scheme):
+    with serve(scheme, Brain()) as url:
+        pass
+
+    async def run():
+        async with AsyncEmbeddingClient(url) as client:
+            assert not await client.is_ready()
+            with pytest.raises(ServerUnavailableError, match="start the server"):
+                await client.embed([b"a"])
+
+    asyncio.run(run())
+
+
+def test_one_image_in_place_of_many_is_refused(url):
+    async def run():
+        async with AsyncEmbeddingClient(url) as client:
+            await client.embed("photo.jpg")
+
+    with pytest.raises(TypeError, match=r"give \[image\]"):
+        asyncio.run(run())

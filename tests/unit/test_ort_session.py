@@ -1,0 +1,100 @@
+"""What `backends/onnxruntime` reads out of a `config.pbtxt`."""
+
+import json
+from pathlib import Path
+
+import onnxruntime
+import pytest
+from google.protobuf import json_format
+
+from clip_tools.paths import MODELS
+from clip_tools.repository import read_config
+from ort_session import ConfigError, check_contract, open_session, session_plan
+
+
+def as_triton_gives_it(config_name: str | None = None) -> dict:
+    return json_format.MessageToDict(read_config(MODELS, "clip_onnx", config_name), preserving_proto_field_name=True)
+
+
+def accelerated(kind: str, name: str, **parameters: str) -> dict:
+    accelerator = {"name": name, "parameters": parameters}
+    return {"optimization": {"execution_accelerators": {f"{kind}_execution_accelerator": [accelerator]}}}
+
+
+def hint(plan) -> str:
+    return json.loads(plan.providers[0][1]["load_config"])["CPU"]["INFERENCE_PRECISION_HINT"]
+
+
+def test_the_default_on_a_cpu_is_openvino_in_fp32():
+    plan = session_plan(as_triton_gives_it(), "CPU", 0)
+    assert plan.providers[0][0] == "OpenVINOExecutionProvider"
+    assert hint(plan) == "f32"
+
+
+def test_the_default_on_a_gpu_is_cuda_on_the_instances_device():
+    plan = session_plan(as_triton_gives_it(), "GPU", 1)
+    assert plan.providers[0] == ("CUDAExecutionProvider", {"device_id": "1"})
+
+
+def test_bf16_is_a_named_configuration():
+    assert hint(session_plan(as_triton_gives_it("cpu-bf16"), "CPU", 0)) == "bf16"
+
+
+def test_without_an_accelerator_it_is_onnx_runtimes_own_cpu_provider():
+    assert [name for name, _ in session_plan({}, "CPU", 0).providers] == ["CPUExecutionProvider"]
+
+
+def test_threads_reach_onnx_runtime_and_openvino():
+    config = accelerated("cpu", "openvino") | {"parameters": {"intra_op_thread_count": {"string_value": "3"}}}
+    plan = session_plan(config, "CPU", 0)
+    assert plan.intra_op_threads == 3
+    assert json.loads(plan.providers[0][1]["load_config"])["CPU"]["INFERENCE_NUM_THREADS"] == "3"
+
+
+def test_tensorrt_comes_before_cuda_with_triton_s_parameter_names():
+    config = accelerated("gpu", "tensorrt", precision_mode="FP16", trt_engine_cache_enable="1")
+    (first, options), (second, _), _ = session_plan(config, "GPU", 0).providers
+    assert (first, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+    assert options == {"device_id": "0", "trt_fp16_enable": "1", "trt_engine_cache_enable": "1"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("CPU", accelerated("cpu", "tensorrt")),
+        ("GPU", accelerated("gpu", "openvino")),
+        ("GPU", accelerated("gpu", "tensorrt", precision_mode="FP8")),
+        ("GPU", accelerated("gpu", "tensorrt", precison_mode="FP16")),
+    ],
+)
+def test_what_is_unknown_is_refused_and_not_ignored(kind, config):
+    with pytest.raises(ConfigError, match=r"expected|unknown"):
+        session_plan(config, kind, 0)
+
+
+def test_a_provider_that_is_not_there_is_refused_with_what_to_install():
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this environment has the CUDA provider")
+    with pytest.raises(ConfigError, match=r"CUDAExecutionProvider is asked for.*onnxruntime-gpu"):
+        open_session(Path("model.onnx"), session_plan({}, "GPU", 0))
+
+
+def test_a_missing_model_file_says_how_to_make_it(tmp_path):
+    with pytest.raises(ConfigError, match="clip-tools export-onnx"):
+        open_session(tmp_path / "model.onnx", session_plan({}, "CPU", 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input": [{"name": "image", "data_type": "TYPE_UINT8", "dims": ["224", "224", "3"]}]}, "not in the graph"),
+        ({"input": [{"name": "pixels", "data_type": "TYPE_FP32", "dims": ["224", "224", "3"]}]}, "TYPE_FP32"),
+        ({"output": [{"name": "embedding", "data_type": "TYPE_FP32", "dims": ["768"]}]}, "768"),
+    ],
+)
+def test_a_graph_with_other_tensors_is_refused(onnx_model, change, message):
+    session = open_session(onnx_model, session_plan({}, "CPU", 0))
+    config = as_triton_gives_it()
+    check_contract(config, session)
+    with pytest.raises(ConfigError, match=message):
+        check_contract(config | change, session)

@@ -1,0 +1,106 @@
+"""`clip_preprocess` on made images: what colours, order and limits mean."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_preprocess import SIDE_PX, Limits, RefusedImage, pixels_of
+
+LIMITS = Limits(max_image_bytes=1 << 20, max_image_pixels=4_000_000, formats=("JPEG", "PNG", "GIF", "WEBP", "BMP"))
+
+
+def encoded(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def refusal(image_bytes: bytes, limits: Limits = LIMITS) -> RefusedImage:
+    with pytest.raises(RefusedImage) as caught:
+        pixels_of(image_bytes, limits)
+    return caught.value
+
+
+def test_a_red_jpeg_stays_red():
+    pixels = pixels_of(encoded(Image.new("RGB", (300, 500), (255, 0, 0)), "JPEG", quality=95), LIMITS)
+    assert pixels.shape == (SIDE_PX, SIDE_PX, 3)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - (254, 0, 0)).max() <= 1  # JPEG's own rounding
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (224, 224), (223, 225), (640, 427), (1024, 683)])
+def test_every_size_gives_the_same_shape(size):
+    assert pixels_of(encoded(Image.new("RGB", size, (1, 2, 3))), LIMITS).shape == (SIDE_PX, SIDE_PX, 3)
+
+
+def test_the_centre_is_kept_and_the_sides_are_cut():
+    wide = Image.new("RGB", (672, 224), (255, 255, 255))
+    wide.paste((0, 0, 255), (224, 0, 448, 224))
+    assert (pixels_of(encoded(wide), LIMITS) == (0, 0, 255)).all()
+
+
+def test_exif_orientation_is_not_applied():
+    left_red = Image.new("RGB", (448, 448))
+    left_red.paste((255, 0, 0), (0, 0, 224, 448))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down, for programs that turn images
+    turned, plain = (pixels_of(encoded(left_red, "PNG", **extra), LIMITS) for extra in ({"exif": exif}, {}))
+    assert (turned == plain).all()
+    assert (plain[:, 0] == (255, 0, 0)).all()
+
+
+def test_an_animation_gives_its_first_frame():
+    first, second = Image.new("RGB", (50, 50), (255, 255, 255)), Image.new("RGB", (50, 50))
+    gif = encoded(first, "GIF", save_all=True, append_images=[second])
+    assert (pixels_of(gif, LIMITS) == 255).all()
+
+
+def test_empty_bytes():
+    assert refusal(b"").code == "empty"
+
+
+def test_text_is_not_an_image():
+    assert refusal(b"<html>404</html>").code == "not_an_image"
+
+
+def test_a_truncated_jpeg_is_refused_and_not_half_gray():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
+    whole = encoded(noise, "JPEG")
+    for part in (0.25, 0.5, 0.75, 0.99):
+        assert refusal(whole[: int(len(whole) * part)]).code == "truncated"
+
+
+def test_a_cut_header_names_the_format():
+    error = refusal(encoded(Image.new("RGB", (9, 9)), "JPEG")[:15])
+    assert error.code in ("corrupt", "truncated")
+
+
+def test_too_many_bytes_says_how_many_are_accepted():
+    error = refusal(b"x" * (LIMITS.max_image_bytes + 1))
+    assert error.code == "too_large"
+    assert str(LIMITS.max_image_bytes) in error.reason
+
+
+@pytest.mark.parametrize("size", [(3000, 3000), (65_500, 65_500), (65_500, 1), (1, 65_500)])
+def test_bombs_are_refused_by_their_header(size):
+    header = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG"))
+    frame = header.index(b"\xff\xc0")
+    header[frame + 5 : frame + 9] = size[1].to_bytes(2, "big") + size[0].to_bytes(2, "big")
+    assert refusal(bytes(header)).code in ("too_many_pixels", "truncated")
+
+
+def test_a_sliver_is_refused_before_it_is_blown_up():
+    assert refusal(encoded(Image.new("RGB", (65_500, 1)), "PNG")).code == "too_many_pixels"
+
+
+def test_formats_that_are_not_listed_are_not_read():
+    tiff = encoded(Image.new("RGB", (9, 9)), "TIFF")
+    assert refusal(tiff).code == "not_an_image"
+
+
+def test_a_known_but_unlisted_format_is_named():
+    error = refusal(b"\0\0\0\x18ftypheic" + b"\0" * 50)
+    assert error.code == "unsupported_format"
+    assert "HEIC" in error.reason

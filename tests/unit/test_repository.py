@@ -1,0 +1,63 @@
+"""The committed model repository keeps its contract, in every named configuration."""
+
+import itertools
+import shutil
+
+import pytest
+
+from clip_embed import wire
+from clip_tools.errors import ToolError
+from clip_tools.paths import MODELS
+from clip_tools.repository import check_files, config_names, deployment, read_config
+
+NAMED = [None, *config_names(MODELS)]
+
+
+def tensors(entries) -> list[tuple[str, int, tuple[int, ...]]]:
+    return [(entry.name, entry.data_type, tuple(entry.dims)) for entry in entries]
+
+
+@pytest.mark.parametrize("config_name", NAMED)
+def test_each_tensor_has_one_name_type_and_shape_from_end_to_end(config_name):
+    *steps, ensemble = deployment(MODELS, config_name)
+    assert tensors(ensemble.config.input) == tensors(steps[0].config.input)
+    assert tensors(ensemble.config.output) == tensors(steps[-1].config.output)
+    for before, after in itertools.pairwise(steps):
+        assert tensors(before.config.output) == tensors(after.config.input)
+    assert {model.config.max_batch_size for model in (*steps, ensemble)} == {64}
+
+
+@pytest.mark.parametrize("config_name", NAMED)
+def test_clip_onnx_and_clip_trt_can_take_each_others_place(config_name):
+    onnx, trt = (read_config(MODELS, name, config_name) for name in ("clip_onnx", "clip_trt"))
+    assert tensors(onnx.input) == tensors(trt.input)
+    assert tensors(onnx.output) == tensors(trt.output)
+
+
+def test_the_client_asks_for_the_ensembles_tensors():
+    ensemble = read_config(MODELS, "clip_ensemble")
+    assert [entry.name for entry in ensemble.input] == [wire.INPUT]
+    assert [entry.name for entry in ensemble.output] == [wire.OUTPUT]
+    assert list(ensemble.output[0].dims) == [wire.EMBEDDING_SIZE]
+
+
+def test_trt_routes_through_clip_trt_and_the_default_through_clip_onnx():
+    assert [model.name for model in deployment(MODELS)] == ["preprocess", "clip_onnx", "clip_ensemble"]
+    assert [model.name for model in deployment(MODELS, "trt")] == ["preprocess", "clip_trt", "clip_ensemble"]
+
+
+def test_an_unknown_configuration_name_lists_the_known():
+    with pytest.raises(ToolError, match=r"'fp12'.*cpu-bf16.*trt"):
+        deployment(MODELS, "fp12")
+
+
+def test_a_missing_model_file_names_the_command_that_makes_it(tmp_path):
+    models = tmp_path / "models"
+    shutil.copytree(MODELS, models, ignore=shutil.ignore_patterns("*.onnx"))
+    with pytest.raises(ToolError, match=r"clip_onnx needs .*model.onnx.*clip-tools export-onnx"):
+        check_files(deployment(models))
+
+
+def test_a_folder_that_is_no_repository_is_said_to_be_none(tmp_path):
+    with pytest.raises(ToolError, match=r"is .* the model repository"):
+        deployment(tmp_path)

@@ -1,0 +1,1 @@
+"""Builds, checks, serves and measures the model repository: the command `clip-tools`."""

@@ -1,0 +1,119 @@
+"""The command `clip-tools`: one verb, one module."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from clip_tools.errors import ToolError
+from clip_tools.paths import MODELS
+
+try:
+    import typer
+except ImportError:
+    sys.exit("clip-tools: typer is not installed: pip install 'clip-embed[cli]'")
+
+app = typer.Typer(
+    name="clip-tools",
+    help="Build, check, serve and measure the model repository.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Port = Annotated[int, typer.Option(min=1, max=65535)]
+Models = Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")]
+ConfigName = Annotated[
+    str | None,
+    typer.Option("--model-config-name", help="A named configuration of the whole deployment, such as cpu-bf16."),
+]
+
+
+@app.command("export-onnx")
+def export_onnx(
+    model: Annotated[str, typer.Option(help="An open_clip architecture.")] = "ViT-B-32",
+    pretrained: Annotated[
+        str, typer.Option(help="A pretrained tag, a checkpoint's path, or random:SEED for untrained weights.")
+    ] = "laion2b_s34b_b79k",
+    output: Annotated[Path, typer.Option(help="Where the model goes; its manifest goes beside it.")] = (
+        MODELS / "clip_onnx" / "1" / "model.onnx"
+    ),
+    photographs: Annotated[
+        Path | None, typer.Option(help="A folder of images to compare on, in place of the demo's photographs.")
+    ] = None,
+) -> None:
+    """Export an open_clip image tower to ONNX, compare it with PyTorch, and write its manifest."""
+    from rich.console import Console
+
+    from clip_tools import export_onnx as verb
+    from clip_tools import photos
+    from clip_tools.oracle import Weights
+
+    weights = Weights(model, pretrained)
+    with Console(stderr=True).status(f"exporting {model}, {pretrained}"):
+        paths = photos.images_in(photographs) if photographs else photos.demo_photos()
+        manifest = verb.export_onnx(weights, [path.read_bytes() for path in paths], output)
+    if not manifest.trained:
+        sys.stderr.write("untrained weights: good for trying things out, worth nothing as embeddings\n")
+    typer.echo(manifest.to_json())
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    config_name: ConfigName = None,
+    models: Models = MODELS,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines reach the server.")
+    ] = "127.0.0.1",
+    http_port: Port = 8000,
+    grpc_port: Port = 8001,
+    metrics_port: Port = 8002,
+    ready_timeout_s: Annotated[float, typer.Option(help="How long loading may take.")] = 180.0,
+) -> None:
+    """Serve clip_ensemble by the embedded tritonserver until Ctrl-C. Further flags go to tritonserver."""
+    from clip_tools import serve as verb
+
+    verb.serve(
+        verb.ServeOptions(
+            models=models,
+            config_name=config_name,
+            host=host,
+            http_port=http_port,
+            grpc_port=grpc_port,
+            metrics_port=metrics_port,
+            ready_timeout_s=ready_timeout_s,
+            arguments=tuple(context.args),
+        )
+    )
+
+
+@app.command()
+def demo(
+    http_port: Port = 8000,
+    grpc_port: Port = 8001,
+    metrics_port: Port = 8002,
+    config_name: ConfigName = None,
+    picture: Annotated[Path | None, typer.Option(help="Where the heat map goes.")] = None,
+) -> None:
+    """Serve, embed the demo photographs over gRPC, show how alike they are, and stop."""
+    from clip_tools import demo as verb
+    from clip_tools.serve import ServeOptions
+
+    verb.demo(
+        ServeOptions(
+            config_name=config_name, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, log=verb.LOG
+        ),
+        picture=picture or verb.PICTURE,
+    )
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line on stderr and an exit code."""
+    try:
+        app()
+    except ToolError as error:
+        sys.stderr.write(f"clip-tools: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,14 @@
+"""The one error of the tools that a user caused or can mend."""
+
+
+class ToolError(Exception):
+    """What was expected, what came, and what to do, in one line. The command prints it and exits 1 or `exit_code`."""
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def missing_extra(extra: str, error: ImportError) -> ToolError:
+    """The error for a command whose extra is not installed."""
+    return ToolError(f"{error.name} is not installed: pip install 'clip-embed[{extra}]'", exit_code=2)

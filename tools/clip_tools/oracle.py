@@ -1,0 +1,175 @@
+"""What open_clip itself gives for an image: the reference that everything here is held against.
+
+It uses open_clip's own transform and model and none of the served code, so that a mistake cannot agree with itself.
+"""
+
+import contextlib
+import hashlib
+import logging
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clip_tools.errors import ToolError, missing_extra
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+DEFAULT_MODEL = "ViT-B-32"
+DEFAULT_PRETRAINED = "laion2b_s34b_b79k"
+IMAGE_SIZE_PX = 224
+EMBEDDING_DIM = 512
+
+
+class WeightsUnavailable(ToolError):
+    """The weights asked for exist by name but cannot be had here: no hub answers, or the file is broken."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which weights: an open_clip architecture, and a pretrained tag, a checkpoint's path, or `random:SEED`."""
+
+    model: str = DEFAULT_MODEL
+    pretrained: str = DEFAULT_PRETRAINED
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of `random:SEED`; None for trained weights. Raises ToolError when it is not a number."""
+        if not self.pretrained.startswith("random:"):
+            return None
+        if not re.fullmatch(r"random:\d+", self.pretrained):
+            raise ToolError(f"--pretrained {self.pretrained}: expected random:SEED with a whole number", exit_code=2)
+        return int(self.pretrained.removeprefix("random:"))
+
+    @property
+    def checkpoint_sha256(self) -> str | None:
+        """The sha256 of the checkpoint file; None for a tag or random weights."""
+        path = Path(self.pretrained)
+        if self.seed is not None or not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """open_clip's model in FP32 on the CPU, and its own inference transform."""
+
+    model: Any
+    transform: Any
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def pixels(self, image_bytes: bytes) -> "npt.NDArray[np.uint8]":
+        """(224, 224, 3) uint8 RGB: open_clip's transform up to, and without, its normalisation."""
+        import numpy as np
+        from PIL import Image
+
+        image = Image.open(BytesIO(image_bytes))
+        for step in self.transform.transforms:
+            if type(step).__name__ in ("ToTensor", "MaybeToTensor"):
+                return np.asarray(image)
+            image = step(image)
+        raise ToolError("open_clip's transform has no ToTensor step: this open_clip is newer than these tools")
+
+    def embed(self, images: Sequence[bytes], *, batch_size: int = 16) -> "npt.NDArray[np.float32]":
+        """(N, 512) float32, L2 norm 1: open_clip's answer for N encoded images, in order."""
+        import torch
+        from PIL import Image
+
+        rows = []
+        with torch.inference_mode():
+            for start in range(0, len(images), batch_size):
+                batch = [self.transform(Image.open(BytesIO(data))) for data in images[start : start + batch_size]]
+                rows.append(self.model.encode_image(torch.stack(batch), normalize=True))
+        result: npt.NDArray[np.float32] = torch.cat(rows).numpy() if rows else torch.empty(0, EMBEDDING_DIM).numpy()
+        return result
+
+
+def load_oracle(weights: Weights) -> Oracle:
+    """The open_clip model of these weights. Raises ToolError for an unknown name, or weights that cannot be had."""
+    try:
+        import open_clip
+        import torch
+    except ImportError as error:
+        raise missing_extra("export", error) from error
+    config = open_clip.get_model_config(weights.model)
+    if config is None:
+        raise ToolError(
+            f"--model {weights.model}: open_clip does not know it; see open_clip.list_models()", exit_code=2
+        )
+    seed = weights.seed
+    if seed is not None:
+        torch.manual_seed(seed)
+    elif not Path(weights.pretrained).is_file():
+        _check_tag(weights, open_clip.list_pretrained_tags_by_model(weights.model))
+        _use_the_cache_unless_a_hub_answers()
+    log = logging.getLogger()
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # open_clip logs what the error below says
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            weights.model,
+            pretrained=None if seed is not None else weights.pretrained,
+            weights_only=True,  # a checkpoint is data: nothing in it may run
+        )
+    except Exception as error:  # hub, file and state-dict errors come in many types
+        line = " ".join(str(error).split())[:200]
+        if "weights_only" in line:  # torch advises to switch the guard off
+            line = "it is neither safetensors nor a torch checkpoint of plain tensors"
+        raise WeightsUnavailable(
+            f"the weights '{weights.pretrained}' of {weights.model} cannot be had: {type(error).__name__}: {line}; "
+            "pass --pretrained with a local checkpoint, or random:0 for untrained weights"
+        ) from error
+    finally:
+        log.setLevel(level)
+    model.eval()
+    preprocessing = open_clip.get_model_preprocess_cfg(model)
+    _check_contract(weights.model, preprocessing, config)
+    return Oracle(model, transform, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
+
+
+def _use_the_cache_unless_a_hub_answers(timeout_s: float = 10.0) -> None:
+    """Without a hub, its client retries for a minute; this asks once, and after that only its cache counts."""
+    import huggingface_hub
+
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=timeout_s)
+            answered.set()
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name look-up can outlast any timeout
+    asking.start()
+    asking.join(timeout_s)
+    if not answered.is_set():
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def _check_tag(weights: Weights, tags: list[str]) -> None:
+    if "/" in weights.pretrained or Path(weights.pretrained).suffix:
+        raise ToolError(f"--pretrained {weights.pretrained}: no such file", exit_code=2)
+    if weights.pretrained not in tags:
+        raise ToolError(
+            f"--pretrained {weights.pretrained}: expected a checkpoint's path, random:SEED or a tag "
+            f"of {weights.model}: {', '.join(tags) or 'it has none'}",
+            exit_code=2,
+        )
+
+
+def _check_contract(name: str, preprocessing: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raises ToolError unless the tower takes what `preprocess` makes and gives what the configs declare."""
+    wanted = {"size": (IMAGE_SIZE_PX,) * 2, "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
+    got = {key: preprocessing.get(key) for key in wanted}
+    got["size"] = tuple(got["size"]) if isinstance(got["size"], list | tuple) else (got["size"],) * 2
+    if got != wanted or config.get("embed_dim") != EMBEDDING_DIM:
+        raise ToolError(
+            f"{name} does not fit the model repository, which takes {wanted} and gives {EMBEDDING_DIM} numbers; "
+            f"it takes {got} and gives {config.get('embed_dim')}"
+        )

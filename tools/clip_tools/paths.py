@@ -1,0 +1,8 @@
+"""Where the parts of a checkout are."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "models"
+BACKENDS = ROOT / "backends"
+CACHE = ROOT / ".cache"

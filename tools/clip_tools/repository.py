@@ -1,0 +1,73 @@
+"""Reads the model repository: which models a deployment loads, from which configuration, and what is missing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_tools.errors import ToolError, missing_extra
+
+ENSEMBLE = "clip_ensemble"
+
+_DEFAULT_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
+_BUILT_BY = {"onnxruntime": "clip-tools export-onnx", "tensorrt": "clip-tools build-engine"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of a deployment: its name, its parsed `ModelConfig`, and the file it runs (None: an ensemble)."""
+
+    name: str
+    config: Any
+    file: Path | None
+
+
+def config_names(models: Path) -> list[str]:
+    """The named configurations of this repository, which `--model-config-name` may choose from."""
+    return sorted({path.stem for path in models.glob("*/configs/*.pbtxt")})
+
+
+def read_config(models: Path, name: str, config_name: str | None = None) -> Any:
+    """The `ModelConfig` protobuf of model `name`: the named configuration where it has one, else its config.pbtxt."""
+    try:
+        from google.protobuf import text_format
+        from tritonclient.grpc import model_config_pb2
+    except ImportError as error:
+        raise missing_extra("server", error) from error
+    named = models / name / "configs" / f"{config_name}.pbtxt"
+    path = named if config_name and named.is_file() else models / name / "config.pbtxt"
+    try:
+        return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+    except FileNotFoundError as error:
+        raise ToolError(f"{path} was expected and is not there: is {models} the model repository?") from error
+    except text_format.ParseError as error:
+        raise ToolError(f"{path} is not a Triton model configuration: {error}") from error
+
+
+def deployment(models: Path, config_name: str | None = None, *, root: str = ENSEMBLE) -> list[Model]:
+    """The models that serving `root` loads, steps first. Raises ToolError for an unknown configuration name."""
+    if config_name and config_name not in config_names(models):
+        known = ", ".join(config_names(models)) or "none"
+        raise ToolError(f"no model in {models} has a configuration named '{config_name}'; there are: {known}")
+    config = read_config(models, root, config_name)
+    steps = [
+        model
+        for step in config.ensemble_scheduling.step
+        for model in deployment(models, config_name, root=step.model_name)
+    ]
+    file = None
+    if not config.HasField("ensemble_scheduling"):
+        filename = config.default_model_filename or _DEFAULT_FILES.get(config.backend, "model")
+        versions = sorted((int(p.name) for p in (models / root).iterdir() if p.name.isdigit()), reverse=True)
+        file = models / root / str(versions[0] if versions else 1) / filename
+    return [*steps, Model(root, config, file)]
+
+
+def check_files(models: list[Model]) -> None:
+    """Raises ToolError when a model's file is missing, with the command that makes it."""
+    for model in models:
+        if model.file and not model.file.is_file():
+            how = _BUILT_BY.get(model.config.backend)
+            raise ToolError(
+                f"{model.name} needs {model.file}, which is not there"
+                + (f": make it with `{how}`" if how else ": check the repository out again")
+            )

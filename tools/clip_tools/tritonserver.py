@@ -1,0 +1,132 @@
+"""The real `tritonserver` of the nvidia-pytriton wheel, runnable from this environment with plain flags.
+
+The wheel is made for its own launcher, so three things are put right before the binary starts: a backend directory
+that Triton accepts, the library path, and the Python whose packages the models see.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from clip_tools.errors import ToolError
+from clip_tools.paths import BACKENDS
+
+# Set by this module's caller for a server whose backends come from elsewhere.
+_BACKEND_FLAG = "--backend-directory"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A runnable server: its binary, the environment it needs, and the backends it finds."""
+
+    binary: Path
+    environment: dict[str, str]
+    backends: Path
+
+
+def find_installation() -> Installation:
+    """The server of this environment, with its backend directory assembled. Raises ToolError for what is missing."""
+    package = _package_dir()
+    libraries = package.parent / "nvidia_pytriton.libs"
+    _check_numpy()
+    libpython = Path(sysconfig.get_config_var("LIBDIR") or "")
+    soname = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so"
+    if not any(libpython.glob(soname + "*")):
+        raise ToolError(
+            f"{soname} was expected in {libpython}, which the server's Python models link to: install the shared "
+            f"library of this Python (Debian: libpython{sys.version_info.major}.{sys.version_info.minor})"
+        )
+    bin_dir = Path(sys.executable).parent
+    environment = {
+        # The stub takes its packages from the first python3 on PATH.
+        "PATH": os.pathsep.join([str(bin_dir), os.environ.get("PATH", os.defpath)]),
+        "VIRTUAL_ENV": sys.prefix,
+        "LD_LIBRARY_PATH": os.pathsep.join(
+            part for part in (str(libraries), str(libpython), os.environ.get("LD_LIBRARY_PATH", "")) if part
+        ),
+    }
+    return Installation(
+        binary=package / "tritonserver" / "bin" / "tritonserver",
+        environment=environment,
+        backends=assemble_backends(package / "tritonserver", BACKENDS),
+    )
+
+
+def _package_dir() -> Path:
+    try:
+        distribution = importlib.metadata.distribution("nvidia-pytriton")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ToolError(
+            "no tritonserver here: nvidia-pytriton is not installed: pip install 'clip-embed[server]'", exit_code=2
+        ) from error
+    return Path(str(distribution.locate_file("pytriton")))
+
+
+def _check_numpy() -> None:
+    version = importlib.metadata.version("numpy")
+    if int(version.split(".", maxsplit=1)[0]) >= 2:
+        raise ToolError(
+            f"numpy {version} is installed, but the Python models of tritonserver 24.10 die under numpy 2 at their "
+            "first request: pip install 'numpy<2'"
+        )
+
+
+def assemble_backends(server: Path, ours: Path) -> Path:
+    """A backend directory with Triton's Python backend and ours, under this environment.
+
+    All are real files: Triton refuses a symlink that leaves the directory. Its name holds a digest of what is in it,
+    so a running server's files never change under it, and a second call finds it ready.
+    """
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise ToolError(f"tritonserver has no Python backend for Python {version}: use Python 3.11")
+    sources = {"python/" + path.name: path for path in (server / "backends" / "python").iterdir() if path.is_file()}
+    sources["python/triton_python_backend_stub"] = stub
+    sources |= {str(path.relative_to(ours)): path for path in ours.glob("*/*.py")}
+    digest = hashlib.sha256()
+    for name, path in sorted(sources.items()):
+        stat = path.stat()
+        content = path.read_bytes() if path.suffix == ".py" else f"{stat.st_size} {stat.st_mtime_ns}".encode()
+        digest.update(name.encode() + b"\0" + content)
+    target = Path(sys.prefix) / "share" / "clip-tools" / f"backends-{digest.hexdigest()[:12]}"
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            for name, path in sources.items():
+                copy = Path(folder) / "backends" / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, copy)
+                copy.chmod(0o755)
+            try:
+                (Path(folder) / "backends").rename(target)
+            except OSError:  # another process was first
+                if not target.is_dir():
+                    raise
+    return target
+
+
+def command(installation: Installation, arguments: list[str]) -> list[str]:
+    """The server's command line: plain tritonserver flags, with our backends unless others are given."""
+    ours = (
+        [] if any(a.split("=")[0] == _BACKEND_FLAG for a in arguments) else [f"{_BACKEND_FLAG}={installation.backends}"]
+    )
+    return [str(installation.binary), *ours, *arguments]
+
+
+def main() -> None:
+    """Become tritonserver with the flags given: the `tritonserver` that Model Analyzer and people call."""
+    try:
+        installation = find_installation()
+    except ToolError as error:
+        sys.stderr.write(f"tritonserver: {error}\n")
+        sys.exit(error.exit_code)
+    os.execve(  # noqa: S606
+        installation.binary, command(installation, sys.argv[1:]), {**os.environ, **installation.environment}
+    )
