@@ -90,6 +90,7 @@ def serve(
 
 @app.command()
 def demo(
+    models: Models = MODELS,
     http_port: Port = 8000,
     grpc_port: Port = 8001,
     metrics_port: Port = 8002,
@@ -102,7 +103,12 @@ def demo(
 
     verb.demo(
         ServeOptions(
-            config_name=config_name, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port, log=verb.LOG
+            models=models,
+            config_name=config_name,
+            http_port=http_port,
+            grpc_port=grpc_port,
+            metrics_port=metrics_port,
+            log=verb.LOG,
         ),
         picture=picture or verb.PICTURE,
     )

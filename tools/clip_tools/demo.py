@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_tools import photos
 from clip_tools.errors import missing_extra
-from clip_tools.export_onnx import MODEL_PATH, Manifest, export_onnx, is_exported
+from clip_tools.export_onnx import Manifest, export_onnx, is_exported
 from clip_tools.oracle import DEFAULT_MODEL, Weights, WeightsUnavailable
 from clip_tools.paths import CACHE, ROOT
 from clip_tools.serve import EmbeddedServer, ServeOptions
@@ -33,7 +33,7 @@ def weights_from_environment() -> Weights:
     return Weights(model, checkpoint) if checkpoint else Weights(model)
 
 
-def ensure_model(photographs: Sequence[bytes], *, output: Path = MODEL_PATH) -> Manifest:
+def ensure_model(photographs: Sequence[bytes], output: Path) -> Manifest:
     """The manifest of the model to show: the one that is there when it will do, else a fresh export.
 
     A trained model that is there stays, unless CLIP_CHECKPOINT asks for another. Only here, and only when no hub
@@ -133,7 +133,7 @@ def demo(options: ServeOptions, *, picture: Path) -> None:
         paths = photos.demo_photos()
     images = [path.read_bytes() for path in paths]
     with talk.status("exporting the model (the first time only)"):
-        manifest = ensure_model(images)
+        manifest = ensure_model(images, options.models / "clip_onnx" / "1" / "model.onnx")
     if not manifest.trained:
         talk.print(UNTRAINED, style="bold yellow")
     with talk.status("starting tritonserver"):

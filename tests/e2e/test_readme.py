@@ -1,0 +1,103 @@
+"""The README's commands, run as they are written."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clip_tools.paths import ROOT
+from clip_tools.serve import EmbeddedServer, ServeOptions
+
+README = (ROOT / "README.md").read_text()
+PORTS = (8000, 8001, 8002)
+
+
+def section(title: str) -> str:
+    """The README's text below a heading."""
+    return re.split(r"^## ", README.split(f"## {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def commands(title: str) -> str:
+    """The indented shell lines of a section, as one script."""
+    text = re.sub(r"```.*?```", "", section(title), flags=re.DOTALL)
+    return "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_readmes_ports_are_free() -> None:
+    for port in PORTS:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                pytest.skip(f"port {port}, which the README's commands name, is in use")
+
+
+@pytest.fixture(scope="module")
+def environment(repository: Path) -> dict[str, str]:
+    """A shell with .venv active, on the tests' model repository so that the user's model is left alone."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "CLIP_MODELS": str(repository)}
+
+
+@pytest.fixture
+def served(repository: Path, tmp_path: Path) -> Iterator[None]:
+    with EmbeddedServer(ServeOptions(models=repository, log=tmp_path / "log")):
+        yield
+
+
+@pytest.fixture
+def folder(demo_photos: list[Path], tmp_path: Path) -> Path:
+    """Where a reader would stand: photo.jpg, other.jpg and photos/."""
+    shutil.copy(demo_photos[0], tmp_path / "photo.jpg")
+    shutil.copy(demo_photos[1], tmp_path / "other.jpg")
+    (tmp_path / "photos").mkdir()
+    for path in demo_photos[2:5]:
+        shutil.copy(path, tmp_path / "photos")
+    return tmp_path
+
+
+def run(script: str, folder: Path, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["bash", "-euc", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_make_demo(environment, demo_photos):
+    """The first command; its second run, as the model is there."""
+    assert "    make demo " in README
+    shown = run("make demo", ROOT, environment)
+    for path in demo_photos:
+        assert re.search(rf"^  {path.stem} +\d+ KB  [+-]0\.\d{{4}} ", shown, re.MULTILINE)
+    assert "Similarity (cosine)" in shown
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_one_image_in_one_vector_out(served, folder, environment):
+    serve, *lines = commands("One image in, one vector out").splitlines()
+    assert serve.startswith("make serve")  # run by the fixture
+    numbers = run("\n".join(lines), folder, environment)
+    assert numbers.startswith("array('f', [")
+    vector = np.frombuffer((folder / "answer.bin").read_bytes()[-2048:], np.float32)
+    assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_client(served, folder, environment):
+    install, *lines = commands("The client").splitlines()
+    assert install.startswith("pip install .")  # tests/e2e/test_install.py
+    python = re.search(r"```python\n(.*?)```", section("The client"), re.DOTALL)[1]
+    (folder / "example.py").write_text(python + "print(embeddings.shape)\n")
+    assert run("python -W error::UserWarning example.py", folder, environment) == "(2, 512)\n"
+    run("\n".join(lines), folder, environment)
+    assert len((folder / "vectors.jsonl").read_text().splitlines()) == 3
+    assert np.load(folder / "vectors.npy").shape == (3, 512)
