@@ -15,10 +15,12 @@ from clip_tools.demo import weights_from_environment
 from clip_tools.export_onnx import export_onnx, is_exported, manifest_path
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import BACKENDS, CACHE, MODELS
+from clip_tools.repository import read_config
 from clip_tools.serve import EmbeddedServer, ServeOptions
 
 # What the server's own Python finds beside a model.
 sys.path += [str(MODELS / "preprocess" / "1"), str(BACKENDS / "onnxruntime")]
+import clip_preprocess
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +54,15 @@ def demo_photos() -> list[Path]:
 def odd_images() -> Path:
     """The folder of odd image files: Pillow's own test images."""
     return photos.odd_images()
+
+
+@pytest.fixture(scope="session")
+def limits() -> clip_preprocess.Limits:
+    """The limits that are served."""
+    value = {key: entry.string_value for key, entry in read_config(MODELS, "preprocess").parameters.items()}
+    return clip_preprocess.Limits(
+        int(value["max_image_bytes"]), int(value["max_image_pixels"]), tuple(value["formats"].split())
+    )
 
 
 @pytest.fixture(scope="session")

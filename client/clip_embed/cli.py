@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from enum import StrEnum
 from itertools import chain, tee
 from pathlib import Path
@@ -68,49 +69,57 @@ def embed(
     Exit codes: 0 all good, 1 some images failed, 2 usage, 3 the server cannot be reached or used.
     """
     npy = output_format is Format.npy
-    paths = find_images(images, sys.stdin.buffer)
-    if (first := next(paths, None)) is None:
-        _exit(USAGE, f"no images found in {' '.join(images)}")
     if npy and output is None and sys.stdout.isatty():
         _exit(USAGE, "npy is binary and stdout is a terminal: give --output FILE")
     try:
         client = EmbeddingClient(url, timeout_s=timeout_s, batch_size=batch_size, max_in_flight=max_in_flight)
     except (ValueError, ModuleNotFoundError) as error:
         _exit(USAGE, str(error))
-    to_embed, to_name = tee(chain([first], paths))  # holds no more paths than are read ahead
-    failed = False
+    # The work has its own thread, so that Ctrl-C meets this one, which only waits: in the midst of grpc's code it could
+    # be lost, or leave a client that does not close.
+    work = ThreadPoolExecutor(1).submit(_run, client, images, npy=npy, output=output)
     try:
-        with client, _Talk(shows_bar=not (output is None and sys.stdout.isatty())) as talk:
-            if not client.is_ready(timeout_s=min(timeout_s, 5.0)):
-                _exit(NO_SERVER, f"no {client.model} at {client.url}: start the server (make serve), or give --url")
-            with open_writer(output, npy=npy) as writer:
-                for path, result in zip(to_name, client.embed_each(to_embed), strict=True):
-                    if isinstance(result, HOPELESS):
-                        raise result
-                    if isinstance(result, EmbeddingError):
-                        failed = True
-                        talk.say(f"{path}: {_describe(result)}")
-                    writer.add(path, None if isinstance(result, EmbeddingError) else result)
-                    talk.advance()
+        some_failed = work.result()
+    except KeyboardInterrupt:
+        client.close()  # which ends the work, but where it waits for stdin: so its end is not waited for long
+        wait([work], timeout=2.0)
+        os._exit(INTERRUPTED)
     except HOPELESS as error:
         _exit(NO_SERVER, str(error))
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit meets the pipe again
         raise typer.Exit(BROKEN_PIPE) from None
     except OSError as error:
         _exit(USAGE, f"cannot write {output or 'stdout'}: {error.strerror}")
-    if failed:
+    if some_failed:
         raise typer.Exit(SOME_FAILED)
 
 
 def main() -> None:
     """The entry point."""
-    try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    app()
+
+
+def _run(client: EmbeddingClient, images: list[str], *, npy: bool, output: Path | None) -> bool:
+    """Embeds and writes; whether some images failed."""
+    paths = find_images(images, sys.stdin.buffer)
+    if (first := next(paths, None)) is None:
+        _exit(USAGE, f"no images found in {' '.join(images)}")
+    to_embed, to_name = tee(chain([first], paths))  # holds no more paths than are read ahead
+    some_failed = False
+    with client, _Talk(shows_bar=not (output is None and sys.stdout.isatty())) as talk:
+        if not client.is_ready():
+            _exit(NO_SERVER, f"no {client.model} at {client.url}: start the server (make serve), or give --url")
+        with open_writer(output, npy=npy) as writer:
+            for path, result in zip(to_name, client.embed_each(to_embed), strict=True):
+                if isinstance(result, HOPELESS):
+                    raise result
+                if isinstance(result, EmbeddingError):
+                    some_failed = True
+                    talk.say(f"{path}: {_describe(result)}")
+                writer.add(path, None if isinstance(result, EmbeddingError) else result)
+                talk.advance()
+    return some_failed
 
 
 def find_images(arguments: Iterable[str], stdin: Iterable[bytes]) -> Iterator[str]:

@@ -10,17 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip_preprocess import Limits, RefusedImage, pixels_of
+from clip_preprocess import RefusedImage, pixels_of
 from clip_tools import photos
-from clip_tools.paths import MODELS
-from clip_tools.repository import read_config
-
-
-@pytest.fixture(scope="module")
-def limits() -> Limits:
-    """The limits that are served."""
-    value = {key: entry.string_value for key, entry in read_config(MODELS, "preprocess").parameters.items()}
-    return Limits(int(value["max_image_bytes"]), int(value["max_image_pixels"]), tuple(value["formats"].split()))
 
 
 def assert_same(image_bytes: bytes, oracle, limits, name: object) -> None:

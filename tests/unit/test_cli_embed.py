@@ -185,6 +185,39 @@ def test_ctrl_c_is_quiet_and_keeps_what_was_finished(waiting):
     assert json.loads(line)["path"] == "a.jpg"
 
 
+def test_ctrl_c_leaves_no_part_of_a_file(url, brain, tmp_path):
+    """A file that was being written goes, and what was there before stays."""
+    brain.reset()
+    (tmp_path / "wait.jpg").write_bytes(b"wait")
+    (tmp_path / "out.npy").write_text("old")
+    arguments = ["wait.jpg", "--url", url, "--format", "npy", "-o", "out.npy"]
+    with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        assert brain.waiting.acquire(timeout=30)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == b""
+        assert process.returncode == 130
+        process.kill()
+    brain.gate.set()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "wait.jpg"]
+    assert (tmp_path / "out.npy").read_text() == "old"
+
+
+def test_a_server_that_goes_ends_the_run(url, brain, tmp_path):
+    """What was finished is on stdout; then one line, not one for each image that is left."""
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    (tmp_path / "gone.jpg").write_bytes(b"fail:UNAVAILABLE:Socket closed")
+    done = subprocess.run(
+        [*COMMAND, "a.jpg", *["gone.jpg"] * 9, "--batch-size", "1", "--url", url],
+        check=False,
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 3
+    assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == ["a.jpg"]
+    (line,) = done.stderr.decode().splitlines()
+    assert "Socket closed" in line
+
+
 def test_a_closed_pipe_is_quiet(waiting, brain):
     """As in `clip-embed photos | head -1`."""
     waiting.stdout.readline()

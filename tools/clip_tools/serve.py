@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -24,7 +25,20 @@ from clip_tools.repository import ENSEMBLE, check_files, deployment
 from clip_tools.tritonserver import command, find_installation
 
 _EXIT_TIMEOUT_S = 30  # Triton's own default: how long it waits for requests in flight
-_LOG_LINES_KEPT = 400
+_LOG_LINES_KEPT = 2000  # tritonserver's own help, printed after a bad flag, has over 500
+
+# The lines of the log that say why it ended, the most telling first.
+_REASONS = tuple(
+    map(
+        re.compile,
+        (
+            r"^E.*failed to load '.*?' version \d+: (?:\w+: )?(.*)",
+            r"error: (.*)",
+            r"(unrecognized option .*)",
+            r"^E.*?\] (.*)",
+        ),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -210,15 +224,10 @@ class EmbeddedServer:
 
     def _last_words(self) -> str:
         """The line of the log that says why, as well as it can be found."""
-        lines = list(self._tail)
-        for pattern in (
-            r"failed to load '.*?' version \d+: (?:\w+: )?(.*)",
-            r'failed to load \'.*?\': (.*)"?$',
-            r"error: (.*)",
-            r"\] \"?(.*?)\"?$",
-        ):
+        lines = [line for line in self._tail if line.strip()]
+        for reason in _REASONS:
             for line in lines:
-                if (found := re.search(pattern, line)) and (line[:1] == "E" or "error" in pattern):
+                if found := reason.search(line):
                     return found[1].strip().strip('"')
         return lines[-1].strip() if lines else "nothing was logged"
 
@@ -242,6 +251,8 @@ def check_port_is_free(host: str, port: int, title: str, flag: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ToolError(f"--host {host} is no address of this machine: 127.0.0.1 is for it alone") from error
             raise ToolError(
                 f"port {port} ({title}) on {host} cannot be used: {error.strerror}{_owner(port)}; "
                 f"stop what holds it, or choose another with {flag}"

@@ -1,0 +1,55 @@
+"""Broken photographs give pixels or a refusal with a known code, and nothing else."""
+
+import io
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clip_preprocess import RefusedImage, pixels_of
+
+CODES = {"empty", "too_large", "too_many_pixels", "unsupported_format", "not_an_image", "truncated", "corrupt"}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO", "TGA")
+
+
+@st.composite
+def damages(draw) -> list[tuple[str, float, float, int]]:
+    """What to do to a file: places and lengths as fractions of its size."""
+    fraction = st.floats(0, 1)
+    kind = st.sampled_from(["flip", "cut", "drop", "swap", "repeat"])
+    return draw(st.lists(st.tuples(kind, fraction, fraction, st.integers(1, 255)), min_size=1, max_size=6))
+
+
+def damaged(content: bytes, plan: list[tuple[str, float, float, int]]) -> bytes:
+    data = bytearray(content)
+    for kind, where, length, value in plan:
+        if not data:
+            break
+        start = min(int(where * len(data)), len(data) - 1)
+        end = min(start + 1 + int(length * 200), len(data))
+        if kind == "flip":
+            data[start] ^= value
+        elif kind == "cut":
+            del data[start:]
+        elif kind == "drop":
+            del data[start:end]
+        elif kind == "swap":
+            data[start:end] = data[start:end][::-1]
+        else:
+            data[start:start] = data[start:end]
+    return bytes(data)
+
+
+@settings(max_examples=300, deadline=None)
+@given(plan=damages(), image_format=st.sampled_from(FORMATS))
+def test_a_damaged_photograph_gives_pixels_or_a_known_refusal(limits, demo_photos, plan, image_format):
+    buffer = io.BytesIO()
+    with Image.open(demo_photos[0]) as photo:
+        photo.resize((96, 64)).save(buffer, image_format)
+    try:
+        pixels = pixels_of(damaged(buffer.getvalue(), plan), limits)
+    except RefusedImage as error:
+        assert error.code in CODES
+        assert "\n" not in error.reason
+    else:
+        assert pixels.shape == (224, 224, 3)
