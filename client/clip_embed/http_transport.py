@@ -13,7 +13,7 @@ from urllib.parse import quote
 import httpx
 
 from clip_embed.errors import error_from_grpc, error_from_http
-from clip_embed.transport import Target
+from clip_embed.transport import AsyncTransport, Target
 from clip_embed.wire import HEADER_LENGTH, Embeddings, ImageBytes, http_request, read_http_answer
 
 T = TypeVar("T")
@@ -64,8 +64,10 @@ class HttpTransport:
     httpx call could give neither.
     """
 
+    carries: Callable[[Target, str], AsyncTransport] = AsyncHttpTransport
+
     def __init__(self, target: Target, model: str) -> None:
-        self._transport = AsyncHttpTransport(target, model)
+        self._transport = type(self).carries(target, model)
         self._lock = threading.Lock()  # no work may enter the loop once it is being stopped: nobody would end it
         self._is_closed = False
         self._loop = asyncio.new_event_loop()

@@ -7,7 +7,16 @@ from typing import Any, Generic, Self, TypeVar
 
 from clip_embed.batches import MAX_REQUEST_BYTES, Batches, ImageSource, require_many
 from clip_embed.errors import DeadlineExceededError
-from clip_embed.transport import DEFAULT_URL, URL_VARIABLE, AsyncTransport, Target, Transport, parse_url
+from clip_embed.transport import (
+    BACKEND_VARIABLE,
+    DEFAULT_URL,
+    URL_VARIABLE,
+    AsyncTransport,
+    Backend,
+    Target,
+    Transport,
+    parse_url,
+)
 from clip_embed.wire import DEFAULT_MODEL
 
 TransportT = TypeVar("TransportT", Transport, AsyncTransport)
@@ -22,6 +31,7 @@ class ClientOptions(Generic[TransportT]):
         *,
         timeout_s: float | None = 30.0,
         model: str = DEFAULT_MODEL,
+        backend: Backend = "triton",
         batch_size: int = 8,
         max_in_flight: int = 8,
         max_batch_bytes: int = 32 << 20,
@@ -33,6 +43,7 @@ class ClientOptions(Generic[TransportT]):
             url: `grpc://`, `grpcs://`, `http://` or `https://`; a bare host:port means gRPC.
             timeout_s: the deadline of a whole `embed`, and of each request of `embed_each`; None for none.
             model: the Triton model that is asked.
+            backend: "pytorch" for the service that `clip-tools bench` compares with, at an HTTP URL; it has one model.
             batch_size: images a request, at most; the server takes 64.
             max_in_flight: requests on their way at once, in each call.
             max_batch_bytes: bytes a request, at most; a larger image goes alone.
@@ -49,7 +60,7 @@ class ClientOptions(Generic[TransportT]):
                 "expected batch_size >= 1, max_in_flight >= 1 and max_batch_bytes from 1 byte to 1 GiB, "
                 f"came {batch_size}, {max_in_flight} and {max_batch_bytes}"
             )
-        target = parse_url(url)
+        target = parse_url(url, backend=backend)
         self.url = target.url
         self.model = model
         self._timeout_s = timeout_s
@@ -63,16 +74,19 @@ class ClientOptions(Generic[TransportT]):
     def from_env(cls, **options: Any) -> Self:
         """A client of the server that INFERENCE_SERVICE_URL names, with the constructor's other options.
 
+        INFERENCE_BACKEND=pytorch says that it is the PyTorch service; without it, or with `triton`, it is Triton.
+
         Raises:
-            ValueError: The variable is not set, or is not a server's URL.
+            ValueError: The first variable is not set, or the two do not name a server.
         """
         url = os.environ.get(URL_VARIABLE)
         if not url:
             raise ValueError(f"{URL_VARIABLE} is not set; for example {URL_VARIABLE}={DEFAULT_URL}")
+        options.setdefault("backend", os.environ.get(BACKEND_VARIABLE) or "triton")
         try:
-            parse_url(url)
+            parse_url(url, backend=options["backend"])
         except ValueError as error:
-            raise ValueError(f"{URL_VARIABLE}: {error}") from error
+            raise ValueError(f"{URL_VARIABLE}, {BACKEND_VARIABLE}: {error}") from error
         return cls(url, **options)
 
     @staticmethod

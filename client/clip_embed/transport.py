@@ -3,13 +3,17 @@
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 from urllib.parse import urlsplit
 
 from clip_embed.wire import Embeddings, ImageBytes
 
 DEFAULT_URL = "grpc://localhost:8001"
 URL_VARIABLE = "INFERENCE_SERVICE_URL"
+BACKEND_VARIABLE = "INFERENCE_BACKEND"
+
+Backend = Literal["triton", "pytorch"]
+"""Who answers: the Triton server, or the PyTorch service that `clip-tools bench` compares it with."""
 
 
 class Transport(Protocol):
@@ -41,14 +45,18 @@ class Target:
     is_http: bool
     is_secure: bool
     address: str
+    backend: Backend = "triton"
 
 
-def parse_url(url: str) -> Target:
+def parse_url(url: str, *, backend: Backend = "triton") -> Target:
     """The server that a URL names; a bare host:port means gRPC.
 
     Raises:
-        ValueError: Another scheme, no host, no port for gRPC, or parts that mean nothing here.
+        ValueError: Another scheme, no host, no port for gRPC, parts that mean nothing here, an unknown backend, or a
+            gRPC URL for the one that speaks HTTP alone.
     """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
     full = url if "://" in url else f"grpc://{url}"
     try:
         parts = urlsplit(full)
@@ -61,7 +69,9 @@ def parse_url(url: str) -> Target:
         raise ValueError(f"{url!r}: expected grpc://HOST:PORT, grpcs://, http:// or https://, or a bare HOST:PORT")
     if is_grpc and (port is None or parts.path.strip("/")):
         raise ValueError(f"{url!r}: a gRPC server is HOST:PORT, such as {DEFAULT_URL}")
-    return Target(full, is_http, parts.scheme in ("https", "grpcs"), full if is_http else parts.netloc)
+    if backend == "pytorch" and not is_http:
+        raise ValueError(f"{url!r}: the pytorch backend speaks HTTP alone; expected http://HOST:PORT")
+    return Target(full, is_http, parts.scheme in ("https", "grpcs"), full if is_http else parts.netloc, backend)
 
 
 def open_transport(target: Target, model: str) -> Transport:
@@ -69,7 +79,10 @@ def open_transport(target: Target, model: str) -> Transport:
     if target.is_http:
         _require_httpx()
         from clip_embed.http_transport import HttpTransport
+        from clip_embed.pytorch_transport import PyTorchTransport
 
+        if target.backend == "pytorch":
+            return PyTorchTransport(target, model)
         return HttpTransport(target, model)
     from clip_embed.grpc_transport import GrpcTransport
 
@@ -81,7 +94,10 @@ def open_async_transport(target: Target, model: str) -> AsyncTransport:
     if target.is_http:
         _require_httpx()
         from clip_embed.http_transport import AsyncHttpTransport
+        from clip_embed.pytorch_transport import AsyncPyTorchTransport
 
+        if target.backend == "pytorch":
+            return AsyncPyTorchTransport(target, model)
         return AsyncHttpTransport(target, model)
     from clip_embed.grpc_transport import AsyncGrpcTransport
 

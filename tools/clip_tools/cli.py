@@ -12,6 +12,8 @@ try:
 except ImportError:
     sys.exit("clip-tools: typer is not installed: pip install 'clip-embed[cli]'")
 
+from clip_tools import cli_measure
+
 app = typer.Typer(
     name="clip-tools",
     help="Build, check, serve and measure the model repository.",
@@ -20,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(cli_measure.app)
 
 Port = Annotated[int, typer.Option(min=1, max=65535)]
 Models = Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")]

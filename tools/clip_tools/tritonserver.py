@@ -32,7 +32,7 @@ class Installation:
 
 def find_installation() -> Installation:
     """The server of this environment, with its backend directory assembled. Raises ToolError for what is missing."""
-    package = _package_dir()
+    package = package_dir()
     libraries = package.parent / "nvidia_pytriton.libs"
     _check_numpy()
     libpython = Path(sysconfig.get_config_var("LIBDIR") or "")
@@ -58,7 +58,8 @@ def find_installation() -> Installation:
     )
 
 
-def _package_dir() -> Path:
+def package_dir() -> Path:
+    """Where the wheel's package is. Raises ToolError when it is not installed."""
     try:
         distribution = importlib.metadata.distribution("nvidia-pytriton")
     except importlib.metadata.PackageNotFoundError as error:

@@ -1,0 +1,54 @@
+"""HTTP to the PyTorch service of `clip_tools.baseline`: JSON with base64, as such services commonly speak.
+
+`clip-tools bench` compares Triton with it; INFERENCE_BACKEND=pytorch moves an application from one to the other.
+"""
+
+import base64
+import json
+from collections.abc import Sequence
+
+import httpx
+import numpy as np
+
+from clip_embed.errors import ContractError, error_from_http
+from clip_embed.http_transport import AsyncHttpTransport, HttpTransport
+from clip_embed.wire import EMBEDDING_SIZE, Embeddings, ImageBytes
+
+
+class AsyncPyTorchTransport(AsyncHttpTransport):
+    """Implements `transport.AsyncTransport`. The service has one model, so the model's name is not sent."""
+
+    async def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Embeddings:
+        body = json.dumps({"images": [base64.b64encode(image).decode("ascii") for image in images]}).encode()
+        headers = {"Content-Type": "application/json"}
+        answer = await self._request("POST", "embed/base64", timeout_s, headers=headers, content=body)
+        if answer.status_code != httpx.codes.OK:
+            raise error_from_http(answer.status_code, answer.content, url=self._url)
+        return read_answer(answer.content, len(images))
+
+    async def is_ready(self, timeout_s: float | None) -> bool:
+        return (await self._request("GET", "health", timeout_s)).status_code == httpx.codes.OK
+
+
+class PyTorchTransport(HttpTransport):
+    """Implements `transport.Transport`."""
+
+    carries = AsyncPyTorchTransport
+
+
+def read_answer(body: bytes, count: int) -> Embeddings:
+    """The (count, 512) embeddings in `{"embeddings": [[...], ...]}`.
+
+    Raises:
+        ContractError: It holds something else.
+    """
+    try:
+        embeddings = np.array(json.loads(body)["embeddings"], dtype=np.float32)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ContractError(f"expected a JSON object with embeddings, came {body[:200]!r}") from error
+    if embeddings.shape != (count, EMBEDDING_SIZE) or not (np.abs((embeddings**2).sum(axis=1) - 1) < 2e-2).all():
+        raise ContractError(
+            f"expected ({count}, {EMBEDDING_SIZE}) numbers in rows of L2 norm 1, came {embeddings.shape}; "
+            f"{ContractError.advice}"
+        )
+    return embeddings

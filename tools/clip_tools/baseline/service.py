@@ -1,0 +1,92 @@
+"""POST /embed/base64 with `{"images": ["<base64>", ...]}` -> `{"embeddings": [[...], ...]}`.
+
+It is written as such services are, and as well as they can be in one process: open_clip's own transform and model in
+FP32, `torch.inference_mode`, PyTorch's threads on every core, FastAPI's thread pool so that one request is decoded
+while another computes, and one request computing at a time, for two would share the same cores. A request is one
+batch; nothing batches across requests.
+"""
+
+import base64
+import binascii
+import io
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from clip_tools.errors import missing_extra
+from clip_tools.oracle import Weights, load_oracle
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+MAX_IMAGES = 64  # as models/clip_ensemble takes
+
+
+@dataclass(frozen=True)
+class BaselineOptions:
+    """Which weights to serve, and where."""
+
+    weights: Weights
+    host: str = "127.0.0.1"
+    port: int = 8010
+
+
+def create_app(weights: Weights) -> "FastAPI":
+    """The service with its model loaded and one image embedded. Raises ToolError for what is missing."""
+    try:
+        import torch
+        from fastapi import Body, FastAPI, HTTPException
+        from PIL import Image
+    except ImportError as error:
+        raise missing_extra("baseline", error) from error
+    oracle = load_oracle(weights)
+    computing = threading.Lock()
+    app = FastAPI(title="open_clip in PyTorch", docs_url=None, redoc_url=None, openapi_url=None)
+
+    def embed(images: list[bytes]) -> list[list[float]]:
+        refused, tensors = [], []
+        for index, image in enumerate(images):
+            try:
+                tensors.append(oracle.transform(Image.open(io.BytesIO(image))))
+            except Exception as error:
+                refused.append(f"[{index}] not_an_image: {' '.join(str(error).split())[:200]}")
+        if refused:
+            reason = f"image_bytes: {len(refused)} of {len(images)} images refused. {'; '.join(refused)}"
+            raise HTTPException(400, reason)
+        batch = torch.stack(tensors)
+        with computing, torch.inference_mode():
+            embeddings: list[list[float]] = oracle.model.encode_image(batch, normalize=True).tolist()
+        return embeddings
+
+    def embed_base64(images: Annotated[list[str], Body(embed=True)]) -> dict[str, list[list[float]]]:
+        if not 1 <= len(images) <= MAX_IMAGES:
+            raise HTTPException(400, f"expected 1 to {MAX_IMAGES} images, came {len(images)}")
+        try:
+            contents = [base64.b64decode(image, validate=True) for image in images]
+        except binascii.Error as error:
+            raise HTTPException(400, f"images: expected base64: {error}") from error
+        return {"embeddings": embed(contents)}
+
+    def health() -> dict[str, str]:
+        return {"status": "ready"}
+
+    async def errors_as_triton_writes_them(_request: Any, error: Any) -> Any:
+        from fastapi.responses import JSONResponse
+
+        return JSONResponse({"error": str(error.detail)}, error.status_code)
+
+    app.add_api_route("/embed/base64", embed_base64, methods=["POST"])
+    app.add_api_route("/health", health, methods=["GET"])
+    app.add_exception_handler(HTTPException, errors_as_triton_writes_them)
+    with computing, torch.inference_mode():
+        oracle.model.encode_image(torch.zeros(1, 3, 224, 224))
+    return app
+
+
+def serve(options: BaselineOptions) -> None:
+    """Serve in the foreground until a signal comes."""
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise missing_extra("baseline", error) from error
+    uvicorn.run(create_app(options.weights), host=options.host, port=options.port, log_level="warning", workers=1)

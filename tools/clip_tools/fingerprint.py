@@ -1,0 +1,108 @@
+"""What a measurement depends on: the machine, the software and the moment."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from clip_tools.paths import ROOT
+
+PACKAGES = (
+    "nvidia-pytriton",
+    "tritonclient",
+    "onnxruntime-openvino",
+    "onnxruntime-gpu",
+    "torch",
+    "open_clip_torch",
+    "numpy",
+    "pillow",
+    "fastapi",
+    "uvicorn",
+    "triton-model-analyzer",
+)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Two results may be compared in absolute numbers only when the first four lines agree.
+
+    `cores` are those that this process may use. `git_commit` ends in "+" when the tree held changes, and is None
+    outside a checkout. `gpu` is None without one.
+    """
+
+    cpu: str
+    cores: int
+    memory_gib: float
+    gpu: str | None
+    system: str
+    python: str
+    packages: dict[str, str]
+    git_commit: str | None
+    date: str
+    command: str
+    load_before: float
+
+
+def fingerprint() -> Fingerprint:
+    """This machine, now."""
+    return Fingerprint(
+        cpu=_cpu(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        gpu=gpu_name(),
+        system=f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
+        python=platform.python_version(),
+        packages=dict(filter(None, map(_version, PACKAGES))),
+        git_commit=_commit(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=_command(sys.argv),
+        load_before=round(os.getloadavg()[0], 2),
+    )
+
+
+def gpu_name() -> str | None:
+    """The GPUs' names and memory as nvidia-smi tells them; None where there is no GPU."""
+    return ask_nvidia_smi("name,memory.total") or None
+
+
+def ask_nvidia_smi(query: str) -> str:
+    """nvidia-smi's answer to a query, a GPU a line; "" where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _version(package: str) -> tuple[str, str] | None:
+    try:
+        return package, importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return None
+    status = [*git, "status", "--porcelain", "--untracked-files=no"]
+    changed = subprocess.run(status, capture_output=True, text=True, check=False).stdout.strip()
+    return head.stdout.strip() + ("+" if changed else "")
+
+
+def _command(argv: list[str]) -> str:
+    """The command as another person would type it: no path of this machine in it."""
+    return " ".join([Path(argv[0]).name, *argv[1:]]).replace(f"{ROOT}/", "").replace(str(Path.home()), "~")

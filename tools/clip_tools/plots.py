@@ -1,0 +1,95 @@
+"""The pictures of results, as SVG text that is the same for the same numbers, so that `make lint` can compare it."""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from clip_tools.errors import missing_extra
+
+COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#7768ae", "#8d8d8d")
+
+
+def _figure(width: float = 7.2, height: float = 3.6) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("server", error) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Any) -> str:
+    """The figure as SVG without date, version or random ids."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "clip-tools", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.MULTILINE)
+
+
+def latency_against_throughput(result: dict[str, Any]) -> str:
+    """perf_analyzer's levels: throughput to the right, p50 and p99 upwards, the level at each point."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    for colour, mode in zip(COLOURS, ("concurrency", "request-rate"), strict=False):
+        levels = [level for level in result["levels"] if level["mode"] == mode]
+        if not levels:
+            continue
+        x = [level["throughput"] for level in levels]
+        for name, line in (("p50", "o-"), ("p99", "o:")):
+            y = [level["latency_ms"][name] for level in levels]
+            axes.plot(x, y, line, color=colour, label=f"{mode}, {name}", markersize=4)
+        for level in levels:
+            where = (level["throughput"], level["latency_ms"]["p50"])
+            axes.annotate(f"{level['level']:g}", where, xytext=(4, 4), textcoords="offset points", size=8)
+    axes.set_xlabel("images a second")
+    axes.set_ylabel("latency, ms")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    axes.set_title(f"{result['model']} by perf_analyzer, {result['images']['name']} JPEGs", loc="left", size=10)
+    return _svg(figure)
+
+
+def lines(
+    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    ranges: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    horizontal: tuple[str, float] | None = None,
+) -> str:
+    """One line a series: name -> (x, y); `ranges` are the lowest and highest of the rounds, drawn as bands."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    for index, (name, (x, y)) in enumerate(series.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(x, y, "o-", color=colour, label=name, markersize=4)
+        if ranges and name in ranges:
+            axes.fill_between(x, *ranges[name], color=colour, alpha=0.15, linewidth=0)
+    if horizontal:
+        axes.axhline(horizontal[1], color="black", linestyle="--", linewidth=1, label=horizontal[0])
+    ticks = sorted({value for x, _ in series.values() for value in x})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    axes.set_title(title, loc="left", size=10)
+    return _svg(figure)
+
+
+def bars(values: dict[str, float], *, title: str, label: str) -> str:
+    """One horizontal bar a name, the largest on top, each with its number."""
+    figure = _figure(height=0.6 + 0.32 * len(values) + 0.6)
+    axes = figure.add_subplot()
+    names = sorted(values, key=lambda name: values[name])
+    drawn = axes.barh(names, [values[name] for name in names], color=COLOURS[0])
+    axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
+    axes.set_xlabel(label)
+    axes.margins(x=0.12)
+    axes.set_title(title, loc="left", size=10)
+    return _svg(figure)
