@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -112,6 +113,16 @@ def test_one_bad_image_among_many_in_the_same_dynamic_batch_fails_alone(server, 
         else:
             assert error is None
             assert np.array_equal(result.as_numpy("pixels")[0], oracle.pixels(content))
+
+
+def batch_sizes(client, model):
+    """The sizes of the batches that ran. Triton counts a batch shortly after it has answered."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        statistics = client.get_inference_statistics(model, as_json=True)["model_stats"][0]
+        if "batch_stats" in statistics:
+            return [batch["batch_size"] for batch in statistics["batch_stats"]]
+    raise AssertionError(f"{model} never counted a batch")
 
 
 def ask_at_once(client, model, contents):
