@@ -19,7 +19,7 @@ from clip_tools.repository import read_config
 from clip_tools.serve import EmbeddedServer, ServeOptions
 
 # What the server's own Python finds beside a model.
-sys.path += [str(MODELS / "preprocess" / "1"), str(BACKENDS / "onnxruntime")]
+sys.path += [str(MODELS / "preprocess" / "1"), str(BACKENDS / "onnxruntime"), str(BACKENDS / "tensorrt")]
 import clip_preprocess
 
 

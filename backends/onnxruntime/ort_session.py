@@ -113,7 +113,10 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
                 f"{', '.join(available)}: install {_INSTALL.get(name, name)}"
             )
     if not model_path.is_file():
-        raise ConfigError(f"{model_path} is missing: make it with `clip-tools export-onnx`")
+        raise ConfigError(f"{model_path} is missing: make it with `clip-tools export-onnx{_precision(model_path)}`")
+    for name, provider_options in plan.providers:
+        if name == "TensorrtExecutionProvider" and (cache := provider_options.get("trt_engine_cache_path")):
+            Path(cache).mkdir(parents=True, exist_ok=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = plan.intra_op_threads
     options.inter_op_num_threads = plan.inter_op_threads
@@ -130,6 +133,12 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
             f"{wanted} is asked for, but ONNX Runtime fell back to {got}: is its driver or library there?"
         )
     return session
+
+
+def _precision(model_path: Path) -> str:
+    """The option that exports a file of this name: "model.fp16.onnx" -> " --precision fp16"."""
+    suffix = Path(model_path.stem).suffix
+    return f" --precision {suffix[1:]}" if suffix else ""
 
 
 def check_contract(config: dict, session: onnxruntime.InferenceSession) -> None:

@@ -33,7 +33,7 @@ def test_the_default_on_a_cpu_is_openvino_in_fp32():
 
 def test_the_default_on_a_gpu_is_cuda_on_the_instances_device():
     plan = session_plan(as_triton_gives_it(), "GPU", 1)
-    assert plan.providers[0] == ("CUDAExecutionProvider", {"device_id": "1"})
+    assert plan.providers[0] == ("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0"})
 
 
 def test_bf16_is_a_named_configuration():

@@ -67,6 +67,8 @@ def check_files(models: list[Model]) -> None:
     for model in models:
         if model.file and not model.file.is_file():
             how = _BUILT_BY.get(model.config.backend)
+            if how and model.config.backend == "onnxruntime" and (precision := Path(model.file.stem).suffix):
+                how += f" --precision {precision[1:]}"  # model.fp16.onnx
             raise ToolError(
                 f"{model.name} needs {model.file}, which is not there"
                 + (f": make it with `{how}`" if how else ": check the repository out again")

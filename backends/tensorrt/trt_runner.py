@@ -1,0 +1,167 @@
+"""A plan on a GPU: one engine, execution context, stream, and pinned and device buffers for the largest batch."""
+
+import ctypes
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from trt_contract import PlanError, check_contract, plan_tensors
+
+_NUMPY_TYPES = {
+    "TYPE_BOOL": np.bool_,
+    "TYPE_UINT8": np.uint8,
+    "TYPE_INT8": np.int8,
+    "TYPE_INT32": np.int32,
+    "TYPE_INT64": np.int64,
+    "TYPE_FP16": np.float16,
+    "TYPE_FP32": np.float32,
+}
+
+
+class CudaError(RuntimeError):
+    """A CUDA call failed. The buffers' content is lost; a driver that is gone fails the next call too."""
+
+
+class Cuda:
+    """The few calls of the CUDA runtime that a plan needs, on one device, with errors raised."""
+
+    def __init__(self, device_id: int) -> None:
+        try:
+            from cuda.bindings import runtime
+        except ImportError:
+            raise PlanError("cuda-python is not installed here: pip install cuda-python") from None
+        self._runtime, self._device_id = runtime, device_id
+        try:
+            self.use_device()
+        except (CudaError, RuntimeError) as error:
+            raise PlanError(
+                f"GPU {device_id} cannot be used: {error}: is the NVIDIA driver installed and new enough?"
+            ) from None
+
+    def _call(self, name: str, *arguments):
+        error, *values = getattr(self._runtime, name)(*arguments)
+        if int(error) != 0:
+            raise CudaError(f"{name}: {error.name}")
+        return values[0] if values else None
+
+    def use_device(self) -> None:
+        """Make the device current for this thread, which each thread has to do."""
+        self._call("cudaSetDevice", self._device_id)
+
+    def new_stream(self) -> int:
+        """A stream that does not wait for the default one."""
+        return int(self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
+
+    def allocate(self, size_bytes: int) -> int:
+        """The address of memory on the device."""
+        return int(self._call("cudaMalloc", size_bytes))
+
+    def allocate_pinned(self, size_bytes: int) -> int:
+        """The address of page-locked memory of the host: the only kind that is copied without waiting."""
+        return int(self._call("cudaMallocHost", size_bytes))
+
+    def copy_in(self, device: int, host: int, size_bytes: int, stream: int) -> None:
+        """Host to device, in the stream's order."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", device, host, size_bytes, kind, stream)
+
+    def copy_out(self, host: int, device: int, size_bytes: int, stream: int) -> None:
+        """Device to host, in the stream's order."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", host, device, size_bytes, kind, stream)
+
+    def wait_for(self, stream: int) -> None:
+        """Return when everything in the stream is done."""
+        self._call("cudaStreamSynchronize", stream)
+
+    def free(self, stream: int, device: list[int], pinned: list[int]) -> None:
+        """Give everything back."""
+        self._call("cudaStreamDestroy", stream)
+        for address in device:
+            self._call("cudaFree", address)
+        for address in pinned:
+            self._call("cudaFreeHost", address)
+
+
+class Buffer:
+    """A tensor's memory for the largest batch: pinned on the host, where `array` is it, and on the device."""
+
+    def __init__(self, cuda: Cuda, entry: dict, max_batch: int) -> None:
+        shape = (max_batch, *(int(size) for size in entry["dims"]))
+        dtype = np.dtype(_NUMPY_TYPES[entry["data_type"]])
+        size_bytes = int(np.prod(shape)) * dtype.itemsize
+        self.name = entry["name"]
+        self.host, self.device = cuda.allocate_pinned(size_bytes), cuda.allocate(size_bytes)
+        memory = (ctypes.c_ubyte * size_bytes).from_address(self.host)
+        self.array = np.frombuffer(memory, dtype).reshape(shape)
+        self.row_bytes = size_bytes // max_batch
+
+
+class PlanRunner:
+    """Runs batches of at most `max_batch_size`. One at a time: each instance has its own."""
+
+    def __init__(self, plan: Path, config: dict, *, trt: ModuleType, cuda: Cuda) -> None:
+        """Raises PlanError when the plan is missing, not for this TensorRT and GPU, or not what the config asks for."""
+        if not plan.is_file():
+            raise PlanError(f"{plan} is missing: make it with `clip-tools build-engine`")
+        self._cuda, self._max_batch = cuda, config["max_batch_size"]
+        runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+        if engine is None:
+            raise PlanError(
+                f"{plan.name} does not load in {trt.__name__} {trt.__version__} on this GPU, and a plan loads only in "
+                "the version and on the GPU that it was built for: build it again with `clip-tools build-engine`"
+            )
+        check_contract(config, plan_tensors(engine, trt))
+        self._runtime, self._engine = runtime, engine  # they must outlive the context
+        self._context = engine.create_execution_context()
+        if self._context is None:
+            raise PlanError(f"no execution context for {plan.name}: is the GPU's memory full?")
+        self._stream = cuda.new_stream()
+        self._inputs = [Buffer(cuda, entry, self._max_batch) for entry in config["input"]]
+        self._outputs = [Buffer(cuda, entry, self._max_batch) for entry in config["output"]]
+        for buffer in (*self._inputs, *self._outputs):
+            self._context.set_tensor_address(buffer.name, buffer.device)
+
+    def run(self, columns: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+        """Each output for the requests' arrays of each input, joined: (sum of their rows, *dims).
+
+        The arrays returned lie in pinned memory, and the next call writes over them. Raises ValueError for arrays that
+        do not fit, CudaError when the device fails.
+        """
+        counts = {name: sum(len(array) for array in arrays) for name, arrays in columns.items()}
+        rows = counts[self._inputs[0].name]
+        if not 1 <= rows <= self._max_batch or len(set(counts.values())) != 1:
+            raise ValueError(f"expected batches of one size, 1 to {self._max_batch}; got {counts}")
+        self._cuda.use_device()
+        for buffer in self._inputs:
+            _gather(columns[buffer.name], buffer)
+            self._cuda.copy_in(buffer.device, buffer.host, rows * buffer.row_bytes, self._stream)
+            if not self._context.set_input_shape(buffer.name, (rows, *buffer.array.shape[1:])):
+                raise CudaError(f"the plan's profile refuses a batch of {rows}")
+        if not self._context.execute_async_v3(self._stream):
+            raise CudaError("the plan's execution could not be started; the server's log has TensorRT's reason")
+        for buffer in self._outputs:
+            self._cuda.copy_out(buffer.host, buffer.device, rows * buffer.row_bytes, self._stream)
+        self._cuda.wait_for(self._stream)
+        return {buffer.name: buffer.array[:rows] for buffer in self._outputs}
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        buffers = (*self._inputs, *self._outputs)
+        self._context = None
+        self._cuda.free(self._stream, [buffer.device for buffer in buffers], [buffer.host for buffer in buffers])
+
+
+def _gather(arrays: list[np.ndarray], buffer: Buffer) -> None:
+    """The arrays' rows, one after another, into the pinned buffer."""
+    start = 0
+    for array in arrays:
+        if array.shape[1:] != buffer.array.shape[1:] or array.dtype != buffer.array.dtype:
+            raise ValueError(
+                f"'{buffer.name}': expected {buffer.array.dtype} {buffer.array.shape[1:]} a row, "
+                f"got {array.dtype} {array.shape[1:]}"
+            )
+        buffer.array[start : start + len(array)] = array
+        start += len(array)

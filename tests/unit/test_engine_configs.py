@@ -1,0 +1,93 @@
+"""The configurations that choose an engine: what each asks for, and what the README says of it."""
+
+import re
+import shutil
+
+import pytest
+from google.protobuf import json_format
+
+from clip_tools.errors import ToolError
+from clip_tools.paths import MODELS, ROOT
+from clip_tools.repository import check_files, config_names, deployment, read_config
+from ort_session import session_plan
+
+
+def engine(config_name: str | None):
+    """The model that makes embeddings in a deployment of this name."""
+    return deployment(MODELS, config_name)[-2]
+
+
+def plan_of(config_name: str, kind: str):
+    config = json_format.MessageToDict(engine(config_name).config, preserving_proto_field_name=True)
+    return session_plan(config, kind, 0)
+
+
+def buckets(config) -> list[int]:
+    return [warmup.batch_size for warmup in config.model_warmup]
+
+
+def test_the_readmes_table_names_every_configuration_and_no_other():
+    section = (ROOT / "README.md").read_text().split("## Choosing and swapping the engine")[1].split("\n## ")[0]
+    named = re.findall(r"^\| `([a-z0-9-]+)` \|", section, re.MULTILINE)
+    assert sorted(named) == config_names(MODELS)
+
+
+def test_onnx_is_the_default_under_a_name():
+    assert read_config(MODELS, "clip_ensemble", "onnx") == read_config(MODELS, "clip_ensemble")
+    assert [model.config for model in deployment(MODELS, "onnx")] == [model.config for model in deployment(MODELS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "file"),
+    [
+        ("onnx", "clip_onnx", "model.onnx"),
+        ("trt", "clip_trt", "model.plan"),
+        ("ort-fp16", "clip_onnx", "model.fp16.onnx"),
+        ("ort-trt", "clip_onnx", "model.fp16.onnx"),
+        ("cpu-fp32", "clip_onnx", "model.onnx"),
+        ("cpu-bf16", "clip_onnx", "model.onnx"),
+    ],
+)
+def test_each_name_runs_its_own_model_and_file(name, model, file):
+    assert engine(name).name == model
+    assert engine(name).file.name == file
+
+
+def test_ort_trt_gives_the_profile_the_caches_and_the_precision_to_onnx_runtime():
+    (provider, options), (fallback, _), _ = plan_of("ort-trt", "GPU").providers
+    assert (provider, fallback) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+    sizes = {key: options[f"trt_profile_{key}_shapes"] for key in ("min", "opt", "max")}
+    assert sizes == {"min": "pixels:1x224x224x3", "opt": "pixels:16x224x224x3", "max": "pixels:64x224x224x3"}
+    assert options["trt_fp16_enable"] == "1"
+    assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == ".cache/ort-trt"
+
+
+@pytest.mark.parametrize("name", ["trt", "ort-trt"])
+def test_each_engine_that_is_built_is_warmed_up_at_both_ends_of_its_batches(name):
+    config = engine(name).config
+    assert (buckets(config)[0], buckets(config)[-1]) == (1, config.max_batch_size)
+    for warmup in config.model_warmup:
+        assert {key: list(entry.dims) for key, entry in warmup.inputs.items()} == {"pixels": [224, 224, 3]}
+
+
+def test_the_cuda_graphs_cover_every_batch_once_and_each_is_warmed_up():
+    config = engine("trt").config
+    covered = []
+    for spec in config.optimization.cuda.graph_spec:
+        low = spec.graph_lower_bound.batch_size or spec.batch_size
+        covered += range(low, spec.batch_size + 1)
+        assert list(spec.input["pixels"].dim) == [224, 224, 3]
+    assert covered == list(range(1, config.max_batch_size + 1))
+    assert [spec.batch_size for spec in config.optimization.cuda.graph_spec] == buckets(config)
+    assert list(config.dynamic_batching.preferred_batch_size) == buckets(config)[1:]
+
+
+def test_fp32_on_a_gpu_is_not_tf32():
+    assert plan_of("onnx", "GPU").providers[0][1]["use_tf32"] == "0"
+
+
+def test_a_missing_fp16_graph_names_the_command_that_makes_it(tmp_path):
+    models = tmp_path / "models"
+    shutil.copytree(MODELS, models, ignore=shutil.ignore_patterns("*.onnx"))
+    with pytest.raises(ToolError, match=r"model.fp16.onnx.*`clip-tools export-onnx --precision fp16`"):
+        check_files(deployment(models, "ort-fp16"))
