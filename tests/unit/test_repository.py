@@ -46,6 +46,13 @@ def test_trt_routes_through_clip_trt_and_the_default_through_clip_onnx():
     assert [model.name for model in deployment(MODELS, "trt")] == ["preprocess", "clip_trt", "clip_ensemble"]
 
 
+def test_fast_is_preprocess_but_for_its_mode():
+    exact, fast = (read_config(MODELS, "preprocess", name) for name in (None, "fast"))
+    assert (exact.parameters["mode"].string_value, fast.parameters["mode"].string_value) == ("exact", "fast")
+    fast.parameters["mode"].string_value = "exact"
+    assert fast == exact
+
+
 def test_an_unknown_configuration_name_lists_the_known():
     with pytest.raises(ToolError, match=r"'fp12'.*cpu-bf16.*trt"):
         deployment(MODELS, "fp12")

@@ -23,6 +23,9 @@ class TritonPythonModel:
             max_image_pixels=int(value["max_image_pixels"]),
             formats=tuple(value["formats"].split()),
         )
+        if value["mode"] not in ("exact", "fast"):
+            raise pb_utils.TritonModelException(f"preprocess: parameter mode is {value['mode']}, not exact or fast")
+        self._fast = value["mode"] == "fast"
         Image.init()
         if unknown := set(self._limits.formats) - set(Image.OPEN):
             raise pb_utils.TritonModelException(
@@ -40,7 +43,7 @@ class TritonPythonModel:
             refused = []
             for index, image_bytes in enumerate(images):
                 try:
-                    pixels[index] = pixels_of(image_bytes, self._limits)
+                    pixels[index] = pixels_of(image_bytes, self._limits, fast=self._fast)
                 except RefusedImage as error:
                     refused.append((index, error))
             if refused:
