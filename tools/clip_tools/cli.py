@@ -118,6 +118,27 @@ def demo(
     )
 
 
+@app.command()
+def swap(
+    name: Annotated[str, typer.Argument(help="A named configuration of the whole deployment: onnx, trt, cpu-bf16 ...")],
+    url: Annotated[str, typer.Option(help="The running server's gRPC URL.")] = "grpc://localhost:8001",
+    models: Models = MODELS,
+    settle_s: Annotated[
+        float, typer.Option(min=0.1, help="How long the model that is left must have been idle before it is unloaded.")
+    ] = 2.0,
+    allow_other_weights: Annotated[
+        bool, typer.Option("--allow-other-weights", help="Let the vectors change: the target is another model.")
+    ] = False,
+) -> None:
+    """Move a running server to another engine without losing a request; undo everything when a step fails."""
+    from clip_tools import swap as verb
+    from clip_tools.model_control import GrpcModelControl
+
+    options = verb.SwapOptions(name, models=models, settle_s=settle_s, allow_other_weights=allow_other_weights)
+    with GrpcModelControl(url) as control:
+        verb.swap(control, options, say=lambda line: typer.echo(line, err=True))
+
+
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and an exit code."""
     try:

@@ -1,0 +1,172 @@
+"""A real server changes its engine under load, and keeps it when the new one does not load."""
+
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.conftest import free_ports, options_for
+
+from clip_embed import EmbeddingClient
+from clip_tools.errors import ToolError
+from clip_tools.model_control import GrpcModelControl
+from clip_tools.serve import EmbeddedServer
+from clip_tools.swap import SwapOptions, swap
+
+CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
+
+CLIENTS = 4
+# The same FP32 arithmetic in another process: README, "Precision".
+MIN_COSINE_FP32 = 0.99999
+# BF16 among FP32 while it changes in place; how exact it is, `clip-tools verify` says (test_lifecycle.py).
+MIN_COSINE_BF16 = 0.9
+
+
+@pytest.fixture(scope="module")
+def models(repository, tmp_path_factory) -> Path:
+    """The repository with a second ONNX model, `clip_copy`, to which the configuration `copy` leads."""
+    folder = tmp_path_factory.mktemp("swap") / "models"
+    shutil.copytree(repository, folder, symlinks=True)
+    shutil.copytree(folder / "clip_onnx", folder / "clip_copy", symlinks=True)
+    shutil.rmtree(folder / "clip_copy" / "configs")
+    route = (folder / "clip_ensemble" / "config.pbtxt").read_text()
+    (folder / "clip_ensemble" / "configs" / "copy.pbtxt").write_text(route.replace('"clip_onnx"', '"clip_copy"'))
+    (folder / "clip_trt" / "1" / "model.plan").write_bytes(b"a plan that nobody here can run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swapping(models, tmp_path_factory):
+    """A server of its own, since its models change."""
+    with EmbeddedServer(options_for(models, tmp_path_factory.mktemp("swap") / "log")) as running:
+        yield running
+
+
+@pytest.fixture
+def control(swapping):
+    with GrpcModelControl(swapping.options.grpc_url) as one:
+        yield one
+
+
+class Load:
+    """Clients that embed one photograph after another until they are told to stop, and keep every answer and error."""
+
+    def __init__(self, url: str, images: list[bytes]) -> None:
+        self._url, self._images, self._stop = url, images, threading.Event()
+        self.answers: list[tuple[int, np.ndarray]] = []
+        self.errors: list[Exception] = []
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, number: int) -> None:
+        with EmbeddingClient(self._url) as client:
+            turn = number
+            while not self._stop.is_set():
+                which = turn % len(self._images)
+                try:
+                    self.answers.append((which, client.embed([self._images[which]])[0]))
+                except Exception as error:
+                    self.errors.append(error)
+                turn += 1
+
+    def worst_cosine(self, expected: np.ndarray) -> float:
+        return min(float(answer @ expected[which]) for which, answer in self.answers)
+
+
+def embeddings(server, images) -> np.ndarray:
+    with EmbeddingClient(server.options.grpc_url) as client:
+        return client.embed(images)
+
+
+def test_under_load_the_engine_changes_there_and_back_and_no_request_is_lost(swapping, control, models, demo_photos):
+    images = [path.read_bytes() for path in demo_photos]
+    before = embeddings(swapping, images)
+    said = []
+    with Load(swapping.options.grpc_url, images) as load:
+        swap(control, SwapOptions("copy", models=models), said.append)
+        between = embeddings(swapping, images)
+        assert sorted(control.ready_models()) == ["clip_copy", "clip_ensemble", "preprocess"]
+        swap(control, SwapOptions("onnx", models=models), said.append)
+    assert load.errors == []
+    assert len(load.answers) > 50
+    assert load.worst_cosine(before) >= MIN_COSINE_FP32
+    assert (between * before).sum(axis=1).min() >= MIN_COSINE_FP32
+    assert said[-1].startswith("5/5 clip_copy unloaded")
+    assert sorted(control.ready_models()) == ["clip_ensemble", "clip_onnx", "preprocess"]
+    assert np.array_equal(embeddings(swapping, images), before)
+
+
+def test_under_load_a_precision_changes_in_place_and_no_request_is_lost(swapping, control, models, demo_photos):
+    images = [path.read_bytes() for path in demo_photos]
+    before = embeddings(swapping, images)
+    with Load(swapping.options.grpc_url, images) as load:
+        swap(control, SwapOptions("cpu-bf16", models=models), lambda _: None)
+        bf16 = embeddings(swapping, images)
+        swap(control, SwapOptions("cpu-fp32", models=models), lambda _: None)
+    assert load.errors == []
+    assert load.worst_cosine(before) >= MIN_COSINE_BF16
+    assert (before * bf16).sum(axis=1).min() < 1 - 1e-6
+    assert np.array_equal(embeddings(swapping, images), before)
+
+
+def test_an_engine_that_does_not_load_leaves_everything_as_before(swapping, control, models, demo_photos):
+    """clip_trt on a machine without a GPU."""
+    images = [path.read_bytes() for path in demo_photos]
+    before, routes = embeddings(swapping, images), control.configuration("clip_ensemble")
+    with Load(swapping.options.grpc_url, images) as load:
+        done = subprocess.run(
+            [str(CLIP_TOOLS), "swap", "trt", f"--models={models}", f"--url={swapping.options.grpc_url}"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    if done.returncode == 0:
+        pytest.skip("this machine has a GPU and runs the plan")
+    assert done.returncode == 1
+    assert "failed at step 1 of 5 (clip_trt loaded): clip_trt: a plan needs an NVIDIA GPU" in done.stderr
+    assert done.stderr.rstrip().endswith("everything is as before")
+    assert load.errors == []
+    assert sorted(control.ready_models()) == ["clip_ensemble", "clip_onnx", "preprocess"]
+    assert control.configuration("clip_ensemble") == routes
+    assert np.array_equal(embeddings(swapping, images), before)
+
+
+def test_serving_trt_without_a_gpu_says_what_to_do(models, tmp_path):
+    with pytest.raises(ToolError, match=r"clip_trt: a plan needs an NVIDIA GPU.*without --model-config-name=trt"):
+        EmbeddedServer(options_for(models, tmp_path / "log", config_name="trt")).__enter__()
+
+
+def test_a_server_that_lets_nobody_load_models_says_which_flag_it_needs(swapping, models):
+    """The embedded server's mode is explicit; what Triton answers otherwise was met on 24.10."""
+    message = "explicit model load / unload is not allowed if polling is enabled"
+    with GrpcModelControl(swapping.options.grpc_url) as one, pytest.raises(ToolError, match="--model-control-mode"):
+        from tritonclient.utils import InferenceServerException
+
+        with one._our_errors():
+            raise InferenceServerException(message, status="StatusCode.UNAVAILABLE")
+
+
+def test_no_server_at_the_url_is_exit_code_3(models):
+    (port,) = free_ports(1)
+    done = subprocess.run(
+        [str(CLIP_TOOLS), "swap", "trt", f"--models={models}", f"--url=grpc://localhost:{port}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert done.stderr == f"clip-tools: nothing listens at grpc://localhost:{port}: start the server\n"

@@ -1,0 +1,242 @@
+"""The steps of a swap, and how each failure is undone: on a server that is pretended, with the committed repository."""
+
+import numpy as np
+import pytest
+
+from clip_tools.errors import ToolError
+from clip_tools.model_control import GrpcModelControl, reason_in
+from clip_tools.paths import MODELS
+from clip_tools.repository import deployment, read_config
+from clip_tools.swap import SwapOptions, becomes_idle, plan_swap, same_configuration, swap
+
+
+class FakeServer:
+    """Triton as it was seen to behave: an ensemble whose new configuration does not load is unloaded; a model that does
+    not load again in place goes on as it was. `fails` names what goes wrong."""
+
+    def __init__(self, name: str = "onnx", *fails: str) -> None:
+        self.models = {model.name: model.config for model in deployment(MODELS, name)}
+        self.fails, self.log, self.weights = set(fails), [], {}
+        self.counts: list[int] = []
+
+    def configuration(self, model):
+        if model not in self.models:
+            raise ToolError(f"Request for unknown model: '{model}'")
+        return self.models[model]
+
+    def ready_models(self):
+        return list(self.models)
+
+    def load(self, model, config):
+        self.log.append(f"load {model}")
+        if f"load {model}" in self.fails:
+            self.fails.discard(f"load {model}")  # the undo may load it
+            if model == "clip_ensemble":
+                self.models.pop(model, None)
+            raise ToolError(f"{model}: no GPU")
+        self.models[model] = config
+
+    def unload(self, model):
+        self.log.append(f"unload {model}")
+        self.models.pop(model, None)
+        if f"unload {model}" in self.fails:
+            raise ToolError("the connection was lost")
+
+    def embed_pixels(self, model, pixels):
+        if f"embed {model}" in self.fails:
+            return np.zeros((len(pixels), 512), np.float32)
+        vector = np.zeros((len(pixels), 512), np.float32)
+        vector[:, self.weights.get(model, 0)] = 1
+        return vector
+
+    def embed_image(self, image):
+        self.log.append("ask clip_ensemble")
+        if "embed clip_ensemble" in self.fails:
+            self.fails.discard("embed clip_ensemble")
+            return np.zeros((1, 512), np.float32)
+        for step in self.configuration("clip_ensemble").ensemble_scheduling.step:
+            self.configuration(step.model_name)
+        return np.eye(1, 512, dtype=np.float32)
+
+    def answered(self, model):
+        return self.counts.pop(0) if self.counts else 7
+
+
+def swapped(server, name: str, **options) -> list[str]:
+    said = []
+    swap(server, SwapOptions(name, settle_s=0.01, **options), said.append)
+    return said
+
+
+def test_the_target_is_loaded_and_asked_before_the_ensemble_changes_and_the_old_one_goes_last():
+    server = FakeServer()
+    said = swapped(server, "trt")
+    assert server.log == ["load clip_trt", "load clip_ensemble", "ask clip_ensemble", "unload clip_onnx"]
+    assert [line.split(" (")[0] for line in said] == [
+        "1/5 clip_trt loaded",
+        "2/5 clip_trt embeds",
+        "3/5 clip_ensemble goes through clip_trt",
+        "4/5 clip_ensemble embeds",
+        "5/5 clip_onnx unloaded",
+    ]
+    assert sorted(server.models) == ["clip_ensemble", "clip_trt", "preprocess"]
+
+
+def test_there_and_back_is_where_it_was():
+    server = FakeServer()
+    before = dict(server.models)
+    swapped(server, "trt")
+    swapped(server, "onnx")
+    assert server.models == before
+
+
+def test_a_model_of_the_same_name_is_loaded_again_in_place_and_the_ensemble_stays():
+    server = FakeServer()
+    swapped(server, "cpu-bf16")
+    assert server.log == ["load clip_onnx", "ask clip_ensemble"]
+    assert server.models["clip_onnx"] == read_config(MODELS, "clip_onnx", "cpu-bf16")
+
+
+def test_what_runs_already_is_left_alone():
+    server = FakeServer("cpu-bf16")
+    assert swapped(server, "cpu-bf16") == ["the server runs cpu-bf16 already"]
+    assert server.log == []
+
+
+@pytest.mark.parametrize(
+    ("fails", "step"),
+    [
+        ("load clip_trt", "1 of 5 (clip_trt loaded)"),
+        ("embed clip_trt", "2 of 5 (clip_trt embeds)"),
+        ("load clip_ensemble", "3 of 5 (clip_ensemble goes through clip_trt)"),
+        ("embed clip_ensemble", "4 of 5 (clip_ensemble embeds)"),
+        ("unload clip_onnx", "5 of 5 (clip_onnx unloaded)"),
+    ],
+)
+def test_whichever_step_fails_everything_is_as_before_and_the_step_is_named(fails, step):
+    server = FakeServer("onnx", fails)
+    before = dict(server.models)
+    with pytest.raises(ToolError) as caught:
+        swapped(server, "trt")
+    assert f"swap to trt failed at step {step}" in str(caught.value)
+    assert str(caught.value).endswith("everything is as before")
+    assert server.models == before
+
+
+def test_an_in_place_change_that_does_not_embed_is_taken_back():
+    server = FakeServer("onnx", "embed clip_ensemble")
+    before = dict(server.models)
+    with pytest.raises(ToolError, match="everything is as before"):
+        swapped(server, "cpu-bf16")
+    assert server.models == before
+
+
+def test_an_undo_that_fails_says_so_and_does_not_say_as_before():
+    server = FakeServer("onnx", "embed clip_ensemble")
+    load = server.load
+
+    def load_once(model, config):
+        if "ask clip_ensemble" in server.log:
+            raise ToolError("the server has gone")
+        load(model, config)
+
+    server.load = load_once
+    with pytest.raises(ToolError, match=r"could not be undone \(.*the server has gone.*\): restart the server"):
+        swapped(server, "trt")
+    assert "clip_trt" in server.models  # the ensemble goes through it
+
+
+def test_ctrl_c_in_the_middle_undoes_too():
+    server = FakeServer()
+    before = dict(server.models)
+
+    def interrupted(_image):
+        server.embed_image = lambda _: np.eye(1, 512, dtype=np.float32)
+        raise KeyboardInterrupt
+
+    server.embed_image = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        swapped(server, "trt")
+    assert server.models == before
+
+
+def test_other_weights_are_refused_unless_they_are_meant():
+    server = FakeServer()
+    server.weights["clip_trt"] = 3
+    with pytest.raises(ToolError, match=r"clip_trt was built from other weights.*cosine 0\.00.*as before"):
+        swapped(server, "trt")
+    swapped(server, "trt", allow_other_weights=True)
+    assert "clip_trt" in server.models
+
+
+def test_a_model_that_another_ensemble_goes_through_stays():
+    server = FakeServer()
+    server.models["thumbnails"] = read_config(MODELS, "clip_ensemble")
+    swapped(server, "trt")
+    assert "clip_onnx" in server.models
+
+
+def test_a_model_that_still_gets_requests_stays(monkeypatch):
+    server = FakeServer()
+    monkeypatch.setattr("clip_tools.swap.becomes_idle", lambda *_: False)
+    assert "still gets requests" in swapped(server, "trt")[-1]
+    assert "clip_onnx" in server.models
+
+
+def test_idle_is_no_answer_for_a_while_and_not_one_quiet_look():
+    server = FakeServer()
+    server.counts = [1, 2, 2, 3]
+    assert becomes_idle(server, "clip_onnx", 0.02)
+    assert server.counts == []
+    server.counts = list(range(1000))
+    assert not becomes_idle(server, "clip_onnx", 0.02, limit_s=0.05)
+
+
+def test_an_unknown_name_changes_nothing():
+    server = FakeServer()
+    with pytest.raises(ToolError, match=r"'fp12'.*cpu-bf16"):
+        plan_swap(server, SwapOptions("fp12"))
+    assert server.log == []
+
+
+def test_what_triton_adds_to_a_configuration_is_no_difference():
+    """As a server without a GPU completed models/clip_onnx/config.pbtxt (24.10)."""
+    wanted = read_config(MODELS, "clip_onnx")
+    present = type(wanted)()
+    present.CopyFrom(wanted)
+    present.name, present.platform, present.runtime = "clip_onnx", "onnxruntime_onnx", "model.py"
+    present.version_policy.latest.num_versions = 1
+    present.instance_group[0].name, present.instance_group[0].kind = "clip_onnx_0", 2
+    present.default_model_filename = "model.onnx"
+    present.dynamic_batching.preferred_batch_size.append(64)
+    present.optimization.input_pinned_memory.enable = True
+    present.optimization.output_pinned_memory.enable = True
+    assert same_configuration(present, wanted)
+    assert not same_configuration(present, read_config(MODELS, "clip_onnx", "cpu-bf16"))
+    assert not same_configuration(present, read_config(MODELS, "clip_onnx", "ort-fp16"))
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (
+            "load failed for model 'clip_trt': version 1 is at UNAVAILABLE state: Internal: TritonModelException: "
+            "clip_trt: a plan needs a GPU\n\nAt:\n  model.py(33): initialize\n;\n",
+            "clip_trt: a plan needs a GPU",
+        ),
+        (
+            "load failed for model 'clip_trt': version 1 is at UNAVAILABLE state: Invalid argument: unable to find "
+            "backend library for backend 'tensorrt';\n",
+            "unable to find backend library for backend 'tensorrt'",
+        ),
+        ("Request for unknown model: 'x' is not found", "Request for unknown model: 'x' is not found"),
+    ],
+)
+def test_the_reason_is_found_in_tritons_message(message, reason):
+    assert reason_in(message) == reason
+
+
+def test_a_url_of_another_protocol_is_a_usage_error():
+    with pytest.raises(ToolError, match="expected grpc://HOST:PORT") as caught:
+        GrpcModelControl("http://localhost:8000")
+    assert caught.value.exit_code == 2
