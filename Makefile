@@ -41,6 +41,7 @@ lint: setup ## format, lint, types, generated files
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m clip_tools.docs --check
+	@$(BIN)/hadolint Dockerfile
 
 format: setup ## put the format right
 	@$(BIN)/ruff format .

@@ -12,6 +12,9 @@ echo uv | "${compile[@]}" --python-version 3.11 - -o requirements/uv.txt
   --extra rtx --extra baseline -o requirements/all.txt
 # The client alone.
 "${compile[@]}" --python-version 3.11 pyproject.toml --constraint requirements/all.txt -o requirements/client.txt
-# What the container's Python models import beside Triton's own packages (Ubuntu 24.04: Python 3.12).
-printf 'numpy<2\npillow\n' | "${compile[@]}" --python-version 3.12 --constraint requirements/all.txt - \
-  -o requirements/container.txt
+# What the container's Python models and its entry point import beside Triton's own packages (Ubuntu 24.04: Python 3.12).
+printf 'numpy<2\npillow\ntritonclient[grpc]\ntyper\nrich\nonnx\n' |
+  "${compile[@]}" --python-version 3.12 --constraint requirements/all.txt - -o requirements/container.txt
+# What an image that exports by itself has besides.
+printf 'numpy<2\ntorch\ntorchvision\nopen_clip_torch\nonnx\nonnxscript\nonnxruntime\nsafetensors\n' |
+  "${compile[@]}" --python-version 3.12 --constraint requirements/all.txt - -o requirements/container-export.txt

@@ -1,0 +1,92 @@
+"""The container's entry point, run as it runs there, with the real tritonserver of the wheel."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from tests.conftest import free_ports
+
+from clip_embed import EmbeddingClient
+
+
+@pytest.fixture
+def start(onnx_model, tmp_path):
+    """start(**variables) -> (process, gRPC URL, HTTP URL, log); what was started is ended."""
+    processes = []
+
+    def run(**variables: str) -> tuple[subprocess.Popen, str, str, Path]:
+        http, grpc, metrics = free_ports(3)
+        log = tmp_path / "log"
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        own = {
+            "PATH": path,
+            "TMPDIR": str(tmp_path),
+            "CLIP_ONNX_DIR": str(onnx_model.parent),
+            "CLIP_CACHE_DIR": str(tmp_path / "cache"),
+        }
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRT_", "CLIP_", "SKIP_"))}
+        flags = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
+        with log.open("w") as sink:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "clip_tools.entrypoint", *flags, "--http-address=127.0.0.1"],
+                env={**kept, **own, **variables},
+                stdout=sink,
+                stderr=sink,
+            )
+        processes.append(process)
+        return process, f"grpc://localhost:{grpc}", f"http://localhost:{http}", log
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def embed_when_ready(process: subprocess.Popen, url: str, images: list[bytes], log: Path) -> np.ndarray:
+    deadline = time.monotonic() + 120
+    with EmbeddingClient(url) as client:
+        while not client.is_ready():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        return client.embed(images)
+
+
+def test_onnx_only_serves_what_is_mounted_and_ends_on_sigterm(start, server, demo_photos):
+    images = [path.read_bytes() for path in demo_photos[:3]]
+    process, grpc, http, log = start(SKIP_TRT_BUILD="1")
+    got = embed_when_ready(process, grpc, images, log)
+    with EmbeddingClient(server.options.grpc_url) as client:
+        assert (client.embed(images) * got).sum(axis=1).min() >= 0.99999  # FP32 in another process
+    assert httpx.get(f"{http}/v2/models/clip_ensemble/ready").status_code == 200  # the image's health check
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+
+
+def test_without_a_gpu_it_stops_with_the_reason(start, onnx_model):
+    process, _, _, log = start(TRT_PRECISION="fp32")
+    code = process.wait(timeout=60)
+    if "no GPU was found" not in log.read_text():
+        pytest.skip("this machine has a GPU")
+    assert code == 1
+    last = log.read_text().splitlines()[-1]
+    assert "no GPU was found" in last
+    assert "SKIP_TRT_BUILD=1" in last
+
+
+def test_with_the_fallback_it_says_so_and_serves_onnx(start, demo_photos):
+    process, grpc, _, log = start(TRT_PRECISION="fp32", TRT_FALLBACK="1", CUDA_VISIBLE_DEVICES="")
+    assert embed_when_ready(process, grpc, [demo_photos[0].read_bytes()], log).shape == (1, 512)
+    assert "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead" in log.read_text()
+
+
+def test_a_variable_that_cannot_be_is_one_line_and_exit_code_2(start):
+    process, _, _, log = start(TRT_PRECISION="fp12")
+    assert process.wait(timeout=60) == 2
+    assert log.read_text() == "clip-embed: TRT_PRECISION=fp12: expected one of fp32, fp16, bf16, int8, fp8\n"

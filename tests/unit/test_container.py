@@ -1,0 +1,408 @@
+"""What the container decides before it serves, and the files it is built from. Docker itself runs nowhere here."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from clip_tools import container_build, entrypoint
+from clip_tools.container_build import export, plan_path, served_tensorrt_version
+from clip_tools.container_settings import Settings
+from clip_tools.container_start import Found, Start, look, plan_start
+from clip_tools.errors import ToolError
+from clip_tools.paths import MODELS, ROOT
+from clip_tools.repository import config_names, deployment, read_config
+from clip_tools.served_repository import fit_batches, write_served_repository
+
+GRAPHS = {"model.onnx": Path("/onnx/model.onnx"), "model.fp16.onnx": Path("/onnx/model.fp16.onnx")}
+FOUND = Found(onnx=GRAPHS, can_export=False, gpu="NVIDIA L4, 8.9", onnx_engine_file="model.onnx")
+
+
+class Recorder(Mapping):
+    """An environment that remembers which variables were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name):
+        self.asked.add(name)
+        raise KeyError(name)
+
+    def __iter__(self):
+        return iter(())
+
+    def __len__(self):
+        return 0
+
+
+def variables() -> set[str]:
+    recorder = Recorder()
+    Settings.from_environment(recorder)
+    return recorder.asked
+
+
+def test_without_variables_it_is_an_fp16_plan_of_the_graph_that_is_mounted():
+    assert plan_start(Settings.from_environment({}), FOUND) == Start(
+        exports=(), graph="model.fp16.onnx", config_name="trt"
+    )
+
+
+def test_each_variable_reaches_its_setting():
+    settings = Settings.from_environment(
+        {
+            "TRT_PRECISION": "int8",
+            "TRT_OPT_BATCH": "8",
+            "TRT_MAX_BATCH": "32",
+            "TRT_FALLBACK": "1",
+            "SKIP_TRT_BUILD": "0",
+        }
+    )
+    assert (settings.precision, settings.opt_batch, settings.max_batch) == ("int8", 8, 32)
+    assert (settings.fallback, settings.skip_build) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"TRT_PRECISION": "fp12"}, "TRT_PRECISION=fp12: expected one of fp32, fp16"),
+        ({"TRT_MAX_BATCH": "many"}, "TRT_MAX_BATCH=many: expected a whole number from 1"),
+        ({"TRT_MAX_BATCH": "0"}, "TRT_MAX_BATCH=0"),
+        ({"TRT_MAX_BATCH": "8", "TRT_OPT_BATCH": "16"}, "TRT_OPT_BATCH=16: expected at most TRT_MAX_BATCH, 8"),
+        ({"SKIP_TRT_BUILD": "yes"}, "SKIP_TRT_BUILD=yes: expected 1"),
+        ({"TRT_RUNTIME": "openvino"}, "TRT_RUNTIME=openvino: expected one of tensorrt, tensorrt-rtx"),
+        ({"CLIP_CONFIG_NAME": "ort-trt"}, "CLIP_CONFIG_NAME=ort-trt.*needs SKIP_TRT_BUILD=1"),
+    ],
+)
+def test_a_variable_that_cannot_be_is_named_with_what_was_expected(environment, message):
+    with pytest.raises(ToolError, match=message) as caught:
+        Settings.from_environment(environment)
+    assert caught.value.exit_code == 2
+
+
+def test_onnx_only_builds_nothing_and_needs_no_gpu():
+    start = plan_start(Settings(skip_build=True), replace(FOUND, gpu=None))
+    assert start == Start(exports=(), graph=None, config_name=None)
+
+
+def test_a_named_onnx_engine_needs_its_own_graph():
+    settings = Settings(skip_build=True, config_name="ort-trt")
+    found = replace(FOUND, onnx={"model.onnx": GRAPHS["model.onnx"]}, onnx_engine_file="model.fp16.onnx")
+    with pytest.raises(ToolError, match=r"model.fp16.onnx was not found.*--precision fp16"):
+        plan_start(settings, found)
+    assert plan_start(settings, FOUND).config_name == "ort-trt"
+
+
+def test_a_missing_graph_says_how_to_make_and_where_to_mount_it():
+    with pytest.raises(ToolError, match=r"model.int8.onnx.*export-onnx --precision int8.*mount.*WITH_EXPORT=1"):
+        plan_start(Settings(precision="int8"), FOUND)
+
+
+def test_a_missing_graph_is_exported_where_torch_is_installed():
+    assert plan_start(Settings(), replace(FOUND, onnx={}, can_export=True)).exports == ("fp16",)
+
+
+def test_no_gpu_is_said_before_anything_is_built():
+    with pytest.raises(ToolError, match=r"no GPU was found.*--gpus all.*SKIP_TRT_BUILD=1"):
+        plan_start(Settings(), replace(FOUND, gpu=None))
+
+
+def test_the_mounted_graph_goes_before_the_exported_one(tmp_path):
+    settings = Settings(onnx_dir=tmp_path / "onnx", cache_dir=tmp_path / "cache")
+    for folder in (settings.onnx_dir, container_build.exported_dir(settings)):
+        folder.mkdir(parents=True)
+        (folder / "model.onnx").touch()
+    assert look(settings).onnx == {"model.onnx": settings.onnx_dir / "model.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("fp12", "expected one of .*ort-trt"), ("trt", "leave SKIP_TRT_BUILD out")]
+)
+def test_an_engine_that_is_no_onnx_engine_is_refused(name, message, tmp_path):
+    with pytest.raises(ToolError, match=message):
+        look(Settings(skip_build=True, config_name=name, onnx_dir=tmp_path, cache_dir=tmp_path))
+
+
+def test_the_volume_has_one_plan_for_each_graph_gpu_version_and_option(tmp_path):
+    graphs = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
+    for graph in graphs:
+        graph.write_text(graph.name)
+    plain = Settings(cache_dir=tmp_path)
+    paths = {
+        plan_path(plain, graphs[0], "L4", "10.1"),
+        plan_path(plain, graphs[1], "L4", "10.1"),
+        plan_path(plain, graphs[0], "A10", "10.1"),
+        plan_path(plain, graphs[0], "L4", "10.2"),
+        plan_path(replace(plain, max_batch=32), graphs[0], "L4", "10.1"),
+        plan_path(replace(plain, opt_batch=32), graphs[0], "L4", "10.1"),
+        plan_path(replace(plain, runtime="tensorrt-rtx"), graphs[0], "L4", "10.1"),
+    }
+    assert len(paths) == 7
+    assert plan_path(plain, graphs[0], "L4", "10.1") in paths
+
+
+def engines(build=None, stale=lambda _plan, **_: None) -> SimpleNamespace:
+    """clip_tools.build_engine, pretended."""
+    built = []
+
+    def build_engine(graph, plan, options):
+        built.append(options)
+        if build:
+            build()
+        plan.write_bytes(b"plan")
+        plan.with_name("manifest.json").write_text("{}")
+
+    return SimpleNamespace(
+        build_engine=build_engine, stale_reason=stale, EngineOptions=lambda **options: options, built=built
+    )
+
+
+@pytest.fixture
+def container(tmp_path, monkeypatch):
+    """A start on a pretended GPU: (settings, prepare(), what was said, install(engines))."""
+    onnx = tmp_path / "onnx"
+    onnx.mkdir()
+    for name in GRAPHS:
+        (onnx / name).write_text(name)
+    settings = Settings(onnx_dir=onnx, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr("clip_tools.container_start.gpu_name", lambda: "NVIDIA L4, 8.9")
+    monkeypatch.setattr(container_build, "_runtime_version", lambda _: "10.13.3.9")
+    said: list[str] = []
+    starts = iter(range(9))
+
+    def install(module) -> None:
+        monkeypatch.setitem(sys.modules, "clip_tools.build_engine", module)
+
+    def start(**changes) -> tuple[list[str], Path]:
+        folder = tmp_path / f"served{next(starts)}"
+        return entrypoint.prepare(replace(settings, **changes), folder, said.append), folder
+
+    return SimpleNamespace(start=start, said=said, install=install)
+
+
+def test_the_first_start_builds_and_the_second_takes_the_plan_out_of_the_volume(container):
+    module = engines()
+    container.install(module)
+    for _ in range(2):
+        command, folder = container.start()
+        assert command[-1] == "--model-config-name=trt"
+        assert (folder / "clip_trt" / "1" / "model.plan").read_bytes() == b"plan"
+        assert (folder / "clip_trt" / "1" / "manifest.json").is_file()
+        assert (folder / "clip_onnx" / "1" / "model.onnx").is_file()
+    assert len(module.built) == 1
+    assert module.built[0] == {
+        "runtime": "tensorrt",
+        "precision": "fp16",
+        "min_batch": 1,
+        "opt_batch": 16,
+        "max_batch": 64,
+    }
+    assert "taken from" in container.said[-1]
+
+
+def test_a_stale_plan_is_built_anew_and_the_reason_is_said(container):
+    module = engines(stale=lambda _plan, **_: "it was built for driver 1")
+    container.install(module)
+    container.start()
+    container.start()
+    assert len(module.built) == 2
+    assert any("it was built for driver 1" in line for line in container.said)
+
+
+def fail() -> None:
+    raise ToolError("layer 7 has no implementation")
+
+
+def crash() -> None:
+    raise RuntimeError("CUDA error 700")
+
+
+@pytest.mark.parametrize(("failure", "reason"), [(fail, "layer 7 has no implementation"), (crash, "CUDA error 700")])
+def test_a_failed_build_stops_the_container_with_the_reason(container, failure, reason):
+    container.install(engines(failure))
+    with pytest.raises(ToolError, match=reason):
+        container.start()
+
+
+@pytest.mark.parametrize("failure", [fail, crash])
+def test_a_failed_build_falls_back_only_when_told_to_and_says_so(container, failure):
+    container.install(engines(failure))
+    command, folder = container.start(fallback=True)
+    assert not any(flag.startswith("--model-config-name") for flag in command)
+    assert not (folder / "clip_trt" / "1" / "model.plan").exists()
+    assert container.said[-1] == "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead"
+
+
+def test_a_volume_that_cannot_be_written_names_the_user(container, monkeypatch):
+    container.install(engines())
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError("read-only")))
+    with pytest.raises(ToolError, match=r"cannot be written .*read-only.*give the volume to user"):
+        container.start()
+
+
+def test_tensorrts_version_is_compared_with_the_servers_down_to_the_fourth_number(monkeypatch):
+    monkeypatch.setattr(container_build.importlib.metadata, "version", lambda _: "10.13.3.9")
+    for served, refused in (
+        (None, False),
+        ("10.13.3.9", False),
+        ("10.13.3.4", True),
+        ("10.13.2", True),
+        ("10.13.3", False),
+    ):
+        monkeypatch.setattr(container_build, "served_tensorrt_version", lambda served=served: served)
+        if refused:
+            with pytest.raises(ToolError, match=f"--build-arg TENSORRT_VERSION={served}"):
+                container_build._runtime_version("tensorrt")
+        else:
+            assert container_build._runtime_version("tensorrt") == "10.13.3.9"
+
+
+def test_the_library_tells_its_version(monkeypatch):
+    library = SimpleNamespace(getInferLibVersion=lambda: 101303, getInferLibBuildVersion=lambda: 9)
+    monkeypatch.setattr(container_build.ctypes.util, "find_library", lambda _: "libnvinfer.so.10")
+    monkeypatch.setattr(container_build.ctypes, "CDLL", lambda _: library)
+    assert served_tensorrt_version() == "10.13.3.9"
+
+
+def test_a_runtime_that_is_not_installed_is_named(monkeypatch):
+    def missing(_):
+        raise container_build.importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(container_build.importlib.metadata, "version", missing)
+    with pytest.raises(ToolError, match="package tensorrt is not in this image"):
+        container_build._runtime_version("tensorrt")
+
+
+def test_an_export_that_fails_points_to_its_own_words(tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(container_build.subprocess, "run", run)
+    settings = Settings(cache_dir=tmp_path, model="ViT-B-32-quickgelu", checkpoint="/weights/x.safetensors")
+    with pytest.raises(ToolError, match=r"exporting model.fp16.onnx failed"):
+        export(settings, "fp16", lambda _: None)
+    assert {"--precision=fp16", "--model=ViT-B-32-quickgelu", "--pretrained=/weights/x.safetensors"} <= set(asked[0])
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 20, 32, 64, 100])
+def test_another_largest_batch_reaches_every_configuration_and_keeps_the_graphs_gapless(tmp_path, max_batch):
+    write_served_repository(MODELS, tmp_path / "models", files={}, max_batch=max_batch)
+    for name in (None, *config_names(MODELS)):
+        for model in deployment(tmp_path / "models", name):
+            expected = max_batch if model.name == "clip_trt" else min(64, max_batch)
+            assert model.config.max_batch_size == expected
+    plan = read_config(tmp_path / "models", "clip_trt")
+    covered = []
+    for spec in plan.optimization.cuda.graph_spec:
+        covered += range(spec.graph_lower_bound.batch_size or spec.batch_size, spec.batch_size + 1)
+    assert covered == list(range(1, max_batch + 1))
+    assert [warmup.batch_size for warmup in plan.model_warmup] == [
+        spec.batch_size for spec in plan.optimization.cuda.graph_spec
+    ]
+    assert plan.model_warmup[-1].name == f"batch {max_batch}"
+    assert plan.dynamic_batching.preferred_batch_size[-1] == max_batch
+
+
+def test_the_committed_batches_are_served_as_they_are_written(tmp_path):
+    write_served_repository(MODELS, tmp_path / "models", files={}, max_batch=64)
+    for path in MODELS.glob("*/config.pbtxt"):
+        assert (tmp_path / "models" / path.relative_to(MODELS)).read_text() == path.read_text()
+    assert not fit_batches(read_config(MODELS, "preprocess"), 100)
+
+
+# The files that the image is built from.
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]["triton"]
+
+
+def test_every_path_that_the_dockerfile_copies_exists_and_is_not_ignored():
+    copied = [path for line in re.findall(r"^COPY (.*)$", DOCKERFILE, re.MULTILINE) for path in line.split()[:-1]]
+    let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied
+    assert set(copied) == let_through
+    for path in copied:
+        assert (ROOT / path).exists(), path
+
+
+def test_hadolint_finds_nothing_and_would(tmp_path):
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.is_file():
+        pytest.skip("hadolint is not installed: make setup")
+    assert subprocess.run([hadolint, ROOT / "Dockerfile"], check=False).returncode == 0
+    (tmp_path / "Dockerfile").write_text("FROM debian\nRUN cd /tmp && pip install numpy\n")
+    assert subprocess.run([hadolint, tmp_path / "Dockerfile"], check=False, capture_output=True).returncode == 1
+
+
+def test_the_image_is_not_roots_has_the_ports_and_time_for_the_first_build():
+    assert re.search(r"^USER 1000", DOCKERFILE, re.MULTILINE)
+    assert "EXPOSE 8000 8001 8002" in DOCKERFILE
+    assert "--start-period=600s" in DOCKERFILE
+    assert "/v2/models/clip_ensemble/ready" in DOCKERFILE
+    tag = re.search(r"^ARG TRITON_TAG=(\d+)\.(\d+)-py3$", DOCKERFILE, re.MULTILINE)
+    assert (int(tag[1]), int(tag[2])) >= (26, 8)
+
+
+def test_compose_sets_only_variables_that_are_read_and_arguments_that_are_declared():
+    assert set(COMPOSE["environment"]) <= variables()
+    assert set(COMPOSE["build"]["args"]) <= set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
+    defaults = {name: re.search(r":-(.*)}", value)[1] for name, value in COMPOSE["environment"].items()}
+    assert Settings.from_environment(defaults) == Settings.from_environment({})
+
+
+def test_compose_asks_for_a_gpu_shared_memory_and_a_volume():
+    (device,) = COMPOSE["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    assert COMPOSE["shm_size"] == "1gb"
+    assert any(volume.endswith(":/var/cache/clip-embed") for volume in COMPOSE["volumes"])
+    assert (ROOT / "deploy" / COMPOSE["build"]["context"]).resolve() == ROOT
+
+
+def test_the_document_names_every_variable():
+    text = (ROOT / "docs" / "container.md").read_text()
+    assert set(re.findall(r"`((?:TRT|CLIP|SKIP)_[A-Z_]+)`", text.split("## What it needs")[0])) == variables()
+
+
+IN_THE_IMAGE = """
+import sys
+allowed = set(sys.argv[1].split(","))
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        if top not in allowed and top not in sys.stdlib_module_names:
+            raise ModuleNotFoundError(f"{name} is not in the image", name=name)
+
+sys.meta_path.insert(0, Refuse())
+from pathlib import Path
+from clip_tools import cli, entrypoint, model_control, swap
+from clip_tools.container_settings import Settings
+folder = Path(sys.argv[2])
+settings = Settings(skip_build=True, onnx_dir=folder, cache_dir=folder)
+print(entrypoint.prepare(settings, folder / "served", print)[0])
+model_control.GrpcModelControl("grpc://localhost:1")
+"""
+
+
+def test_the_entry_point_and_swap_need_only_what_the_image_has(tmp_path):
+    """container.txt's packages by import name, our two, and nothing else that this environment has."""
+    (tmp_path / "model.onnx").touch()
+    pinned = re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements" / "container.txt").read_text(), re.MULTILINE)
+    import_names = {"pillow": "PIL", "grpcio": "grpc", "protobuf": "google", "python-rapidjson": "rapidjson"}
+    allowed = {import_names.get(name, name.replace("-", "_")) for name in pinned} | {"clip_tools", "clip_embed"}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_THE_IMAGE, ",".join(sorted(allowed)), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "tritonserver\n"

@@ -1,0 +1,66 @@
+"""The model repository that one container serves: the committed configurations, with this start's files and batches."""
+
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+from clip_tools.repository import read_config
+
+_BUILT = ("*.onnx", "*.onnx.data", "*.plan", "manifest.json", "__pycache__")
+
+
+def write_served_repository(models: Path, folder: Path, *, files: dict[str, Path], max_batch: int) -> None:
+    """Copy the repository `models` to `folder`, without its built files.
+
+    `files` are linked into it: where each goes, as in "clip_trt/1/model.plan", and where it is. When `max_batch` is not
+    what the configurations say, all of them take it: see `fit_batches`.
+    """
+    from google.protobuf import text_format
+
+    shutil.copytree(models, folder, ignore=shutil.ignore_patterns(*_BUILT))
+    for target, source in files.items():
+        (folder / target).symlink_to(source.resolve())
+    for path in sorted([*folder.glob("*/config.pbtxt"), *folder.glob("*/configs/*.pbtxt")]):
+        model = path.relative_to(folder).parts[0]
+        config = read_config(folder, model, path.stem if path.parent.name == "configs" else None)
+        if fit_batches(config, max_batch):
+            path.write_text(text_format.MessageToString(config))
+
+
+def fit_batches(config: Any, max_batch: int) -> bool:
+    """Put another largest batch into a `ModelConfig`; whether that changed it.
+
+    A request, and so the ensemble and every other step, is never allowed more than before; `clip_trt` alone may batch
+    several requests beyond it. Preferred batches, warm-up and CUDA graphs above `max_batch` go; it becomes the last.
+    """
+    is_plan = config.backend == "tensorrt"
+    largest = max_batch if is_plan else min(max_batch, config.max_batch_size)
+    if largest == config.max_batch_size:
+        return False
+    config.max_batch_size = largest
+    if config.model_warmup:
+        _cut(config.model_warmup, largest)
+        config.model_warmup[-1].name = f"batch {largest}"
+    if config.optimization.cuda.graph_spec:
+        _cut(config.optimization.cuda.graph_spec, largest)
+        specs = config.optimization.cuda.graph_spec
+        for before, spec in itertools.pairwise(specs):
+            spec.graph_lower_bound.batch_size = before.batch_size + 1
+    preferred = [size for size in config.dynamic_batching.preferred_batch_size if size < largest]
+    if config.dynamic_batching.preferred_batch_size:
+        del config.dynamic_batching.preferred_batch_size[:]
+        config.dynamic_batching.preferred_batch_size.extend([*preferred, largest])
+    return True
+
+
+def _cut(entries: Any, largest: int) -> None:
+    """Keep the entries under `largest`, and one of it at the end, made from the last one there is."""
+    last = type(entries[-1])()
+    last.CopyFrom(entries[-1])
+    last.batch_size = largest
+    kept = [entry for entry in entries if entry.batch_size < largest]
+    del entries[len(kept) :]
+    entries.append(last)
+    if largest == 1 and hasattr(last, "graph_lower_bound"):
+        entries[-1].ClearField("graph_lower_bound")
