@@ -2,9 +2,12 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,19 @@ def _import_from(folder: Path, name: str) -> Any:
     return importlib.import_module(name)
 
 
-def preprocess_limits(models: Path = MODELS, config_name: str | None = None) -> Any:
-    """The limits that the configuration sets."""
-    parameters = read_config(models, "preprocess", config_name).parameters
-    return import_preprocess(models).Limits(
-        max_image_bytes=int(parameters["max_image_bytes"].string_value),
-        max_image_pixels=int(parameters["max_image_pixels"].string_value),
-        formats=tuple(parameters["formats"].string_value.split()),
+def open_preprocess(models: Path = MODELS, config_name: str | None = None) -> Callable[[bytes], Any]:
+    """What `preprocess` does with one image under this configuration: bytes -> (224, 224, 3) uint8 RGB."""
+    parameters = {
+        key: one.string_value for key, one in read_config(models, "preprocess", config_name).parameters.items()
+    }
+    preprocess = import_preprocess(models)
+    limits = preprocess.Limits(
+        max_image_bytes=int(parameters["max_image_bytes"]),
+        max_image_pixels=int(parameters["max_image_pixels"]),
+        formats=tuple(parameters["formats"].split()),
     )
+    fast = parameters.get("mode", "exact") == "fast"
+    return lambda image: preprocess.pixels_of(image, limits, fast=fast)
 
 
 def open_engine(models: Path = MODELS, config_name: str | None = None) -> Any:
@@ -74,42 +82,27 @@ def throughput_bound(preprocess_s: float, engine_s: float, cores: int) -> float:
     return cores / (preprocess_s + engine_s * cores)
 
 
-def measure(
-    images: Sequence[bytes],
-    seconds: float,
-    *,
-    batches: Sequence[int] = (1, 4, 8, 16),
-    models: Path = MODELS,
-    config_name: str | None = None,
-) -> Bare:
-    """Run each part for about `seconds`, after a warm-up."""
-    return Worker(models, config_name, batches).measure(images, seconds)
-
-
 class Worker:
     """Holds the session open between rounds, so that a round measures no start."""
 
     def __init__(self, models: Path, config_name: str | None, batches: Sequence[int]) -> None:
         import numpy as np
 
-        self._pixels_of = import_preprocess(models).pixels_of
-        self._limits = preprocess_limits(models, config_name)
+        self._preprocess = open_preprocess(models, config_name)
         self._session = open_engine(models, config_name)
         self._batches = tuple(batches)
         self._np = np
 
     def measure(self, images: Sequence[bytes], seconds: float) -> Bare:
         """One round over the images; the first pass of each part is outside the timer."""
-        import os
-
         np = self._np
-        pixels = [self._pixels_of(image, self._limits) for image in images]
+        pixels = [self._preprocess(image) for image in images]
 
         def preprocess(turn: int) -> None:
-            self._pixels_of(images[turn % len(images)], self._limits)
+            self._preprocess(images[turn % len(images)])
 
         def single(turn: int) -> None:
-            one = self._pixels_of(images[turn % len(images)], self._limits)
+            one = self._preprocess(images[turn % len(images)])
             self._session.run(["embedding"], {"pixels": one[None]})
 
         engine_s = {}
@@ -135,6 +128,49 @@ def _times(call: Any, seconds: float, *, at_least: int = 3) -> list[float]:
         call(len(times))
         times.append(time.perf_counter() - begin)
     return times
+
+
+class BareWorker:
+    """`clip_tools.bare` in a process of its own, asked once a round."""
+
+    def __init__(self, models: Path, config_name: str | None, images: Sequence[bytes]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="clip-bare-")
+        self._paths = []
+        for index, image in enumerate(images):
+            path = Path(self._folder.name) / f"{index:05}.jpg"
+            path.write_bytes(image)
+            self._paths.append(str(path))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "clip_tools.bare"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        first = {"models": str(models), "config_name": config_name, "batches": [1, 4, 8, 16]}
+        self._say(first)
+        self._hear()
+
+    def measure(self, seconds: float) -> dict[str, Any]:
+        """One round: a `bare.Bare` as a dictionary."""
+        self._say({"images": self._paths, "seconds": seconds})
+        answer: dict[str, Any] = json.loads(self._hear())
+        return answer
+
+    def _say(self, order: dict[str, Any]) -> None:
+        assert self._process.stdin is not None  # noqa: S101
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+
+    def _hear(self) -> str:
+        assert self._process.stdout is not None  # noqa: S101
+        line = self._process.stdout.readline()
+        if not line:
+            raise ToolError("the bare engine ended: see the lines above")
+        return line
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.stdin:
+            self._process.stdin.close()
+        self._process.wait(timeout=30)
+        self._folder.cleanup()
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """The verbs of `clip-tools` that measure; `clip_tools.cli` takes them in."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +33,78 @@ def show(table: Any) -> None:
     from rich.console import Console
 
     Console(stderr=True).print(table)
+
+
+@app.command()
+def bench(
+    arms: Annotated[
+        str, typer.Option(help="With commas: KIND[@CONFIG][:INSTANCES]; see clip_tools/arms.py for the kinds.")
+    ] = "ensemble-grpc,ensemble-http,tensor-grpc,json-http,pytorch",
+    images: Images = "640x480",
+    image_count: Annotated[int, typer.Option(min=1, help="How many different photographs, at most.")] = 32,
+    batches: Annotated[str, typer.Option(help="Images a request, one request at a time.")] = "1,4,8,16,32",
+    concurrency: Annotated[str, typer.Option(help="Requests of one image at once.")] = "1,4,16",
+    rounds: Annotated[int, typer.Option(min=1, help="Every arm meets every cell once a round.")] = 5,
+    seconds: Annotated[float, typer.Option(help="The window of one measurement.")] = 4.0,
+    cold_starts: Annotated[int, typer.Option(min=0, help="Process start to first embedding, so many times.")] = 3,
+    targets: Annotated[bool, typer.Option(help="Also measure what the targets need beyond the arms.")] = True,
+    soak: Annotated[int, typer.Option(min=0, help="Watch the memory over so many requests; the target: 20000.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="The shortest run through everything; no figure counts.")] = (
+        False
+    ),
+    check: Annotated[
+        bool, typer.Option("--check", help="Print each target with its figure; exit 1 when one is missed.")
+    ] = False,
+    result: Annotated[Path | None, typer.Option(help="With --check: judge this result, and measure nothing.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "bench.json",
+    models: Models = MODELS,
+) -> None:
+    """Embed the same photographs through every arm, in rounds, and compare."""
+    from clip_tools import bench as verb
+    from clip_tools import bench_section, results
+    from clip_tools.targets import check as judge
+    from clip_tools.workload import ensure_model
+
+    if result is not None:
+        measured = results.read(result)
+    else:
+        options = verb.BenchOptions(
+            arms=tuple(arm.strip() for arm in arms.split(",") if arm.strip()),
+            images=images,
+            image_count=image_count,
+            batches=numbers(batches),
+            concurrency=numbers(concurrency),
+            rounds=rounds,
+            seconds=seconds,
+            cold_starts=cold_starts,
+            for_targets=targets,
+            soak_requests=soak,
+            models=models,
+        )
+        with progress() as tell:
+            options = verb.quick(options) if quick else options
+            measured = verb.bench(
+                options, ensure_model(models), tell=tell, save=lambda partial: results.write(partial, output)
+            )
+        results.write(measured, output)
+        typer.echo(bench_section.bench_text(measured))
+    if check:
+        verdicts = judge(measured)
+        typer.echo(bench_section.verdicts_text(verdicts))
+        if not all(verdict.is_met for verdict in verdicts):
+            raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr: what goes on, how much is done, how much there is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 @app.command()
@@ -84,3 +158,79 @@ def perf(
     show(verb.table(result))
     verb.explain(result)
     typer.echo(json.dumps(result["levels"]))
+
+
+@app.command()
+def serialisation(
+    images: Images = "640x480",
+    batches: Annotated[str, typer.Option(help="Images a message.")] = "1,2,4,8,16,32",
+    runs: Annotated[int, typer.Option(min=1, help="The median of so many.")] = 7,
+    output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "serialisation.json",
+) -> None:
+    """Bytes and time of JSON, binary FP32, binary uint8 and JPEG, without a server."""
+    from rich.console import Console
+
+    from clip_tools import results, sections
+    from clip_tools import serialisation as verb
+
+    with Console(stderr=True).status("encoding and decoding"):
+        result = verb.serialisation(images, batches=numbers(batches), runs=runs)
+    results.write(result, output)
+    typer.echo(sections.serialisation_section(output.stem, result).text)
+
+
+@app.command("onnx-profile")
+def onnx_profile(
+    config_name: Annotated[
+        str | None, typer.Option("--model-config-name", help="The configuration whose session is profiled.")
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes of the scaling.")] = "1,2,4,8,16,32,64",
+    operator_batch: Annotated[int, typer.Option(min=1, help="The batch that the operators are timed at.")] = 8,
+    seconds: Annotated[float, typer.Option(help="For each batch size.")] = 2.0,
+    output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "onnx-profile.json",
+    models: Models = MODELS,
+) -> None:
+    """Where the engine's time goes: session creation, operators, providers of the nodes, scaling by batch."""
+    from rich.console import Console
+
+    from clip_tools import onnx_profile as verb
+    from clip_tools import results, sections
+
+    with Console(stderr=True).status("onnxruntime") as status:
+        result = verb.onnx_profile(
+            models=models,
+            config_name=config_name,
+            batches=numbers(batches),
+            operator_batch=operator_batch,
+            seconds=seconds,
+            tell=lambda line: status.update(f"onnxruntime: {line}"),
+        )
+    results.write(result, output)
+    verb.explain(result)
+    section = sections.onnx_section(output.stem, result)
+    for name, picture in section.pictures.items():
+        (output.parent / name).write_text(picture)
+    typer.echo(section.text)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where the results are; the report goes there too.")] = RESULTS,
+) -> None:
+    """Write benchmarks.md and its pictures from the results of a folder."""
+    from clip_tools import report as verb
+
+    for path in verb.report(folder):
+        typer.echo(path)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A result of clip-tools bench.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Say what changed between two results of bench, and whether it is more than noise."""
+    from clip_tools import compare as verb
+    from clip_tools import results
+
+    typer.echo(verb.text(verb.compare(results.read(before), results.read(after))))

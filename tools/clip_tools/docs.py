@@ -25,7 +25,9 @@ def cli_reference() -> str:
 
 def generated() -> dict[Path, str]:
     """Each generated document and what it should hold."""
-    return {CLI_REFERENCE: cli_reference()}
+    from clip_tools.report import committed_documents
+
+    return {CLI_REFERENCE: cli_reference(), **committed_documents()}
 
 
 def main(arguments: list[str]) -> int:
@@ -35,6 +37,7 @@ def main(arguments: list[str]) -> int:
         if "--check" in arguments:
             sys.stderr.write(f"{path.relative_to(ROOT)} is stale: run `make docs`\n")
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(generated()[path])
     return 1 if stale and "--check" in arguments else 0
 

@@ -19,6 +19,7 @@ from clip_tools.fingerprint import fingerprint
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.perf_analyzer import find_perf_analyzer
 from clip_tools.repository import ENSEMBLE, read_config
+from clip_tools.results import write
 from clip_tools.workload import VGA, load_images
 
 Mode = Literal["concurrency", "request-rate"]
@@ -78,10 +79,9 @@ def perf_input(images: Sequence[bytes], model: str, models: Path = MODELS) -> st
 
 
 def _pixels(image: bytes, models: Path) -> bytes:
-    from clip_tools.bare import import_preprocess, preprocess_limits
+    from clip_tools.bare import open_preprocess
 
-    preprocess = import_preprocess(models)
-    pixels: bytes = preprocess.pixels_of(image, preprocess_limits(models)).tobytes()
+    pixels: bytes = open_preprocess(models)(image).tobytes()
     return pixels
 
 
@@ -174,8 +174,7 @@ def perf(options: PerfOptions, output: Path, *, tell: Callable[[str], None] = la
         "images": {"name": options.images, "count": count},
         "levels": [asdict(level) for level in levels],
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, output)
     from clip_tools.plots import latency_against_throughput
 
     output.with_suffix(".svg").write_text(latency_against_throughput(result))

@@ -24,16 +24,20 @@ if TYPE_CHECKING:
 
 VGA = "640x480"
 PHONE = "phone"
-VGA_JPEG_QUALITY = 90  # about 60 KB a photograph, as cameras and phones write previews; not measured
+VGA_JPEG_QUALITY = 90  # about 100 KB a photograph; not measured
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Different photographs under one name, and their reference embeddings: (N, 512) float32, or None for no check."""
+    """N different photographs under one name, and what open_clip gives for them.
+
+    `embeddings` (N, 512) float32, L2 norm 1; `pixels` (N, 224, 224, 3) uint8 RGB.
+    """
 
     name: str
     images: tuple[bytes, ...]
-    reference: "npt.NDArray[np.float32] | None" = None
+    embeddings: "npt.NDArray[np.float32]"
+    pixels: "npt.NDArray[np.uint8]"
 
     @property
     def mean_size_bytes(self) -> int:
@@ -103,17 +107,32 @@ def weights_of(model_path: Path) -> Weights:
     return given
 
 
-def reference_embeddings(images: Sequence[bytes], weights: Weights) -> "npt.NDArray[np.float32]":
-    """(N, 512) float32, L2 norm 1: open_clip's answer for each image, computed once and kept.
+def ensure_model(models: Path) -> Weights:
+    """The weights of the repository's `model.onnx`, which is exported first where it is not there.
+
+    As `clip-tools demo` does it: speed does not depend on the training, so untrained weights will do where no hub
+    answers, and the result says so.
+    """
+    from clip_tools import demo
+
+    model_path = models / "clip_onnx" / "1" / "model.onnx"
+    if not model_path.is_file():
+        demo.ensure_model([path.read_bytes() for path in photos.demo_photos()], output=model_path)
+    return weights_of(model_path)
+
+
+def load_workload(name: str, weights: Weights, *, count: int = 32) -> Workload:
+    """The photographs with open_clip's answers, which are computed once and kept.
 
     In a process of its own, so that PyTorch's threads and memory do not stay in the one that measures.
     """
     import numpy as np
 
+    images = load_images(name, count=count)
     digest = hashlib.sha256(repr((weights, weights.checkpoint_sha256)).encode())
     for image in images:
         digest.update(hashlib.sha256(image).digest())
-    path = CACHE / "bench" / f"reference-{digest.hexdigest()[:16]}.npy"
+    path = CACHE / "bench" / f"reference-{digest.hexdigest()[:16]}.npz"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -123,9 +142,9 @@ def reference_embeddings(images: Sequence[bytes], weights: Weights) -> "npt.NDAr
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise ToolError(f"open_clip's own embeddings failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-            (Path(folder) / "reference.npy").replace(path)
-    result: npt.NDArray[np.float32] = np.load(io.BytesIO(path.read_bytes()))
-    return result
+            (Path(folder) / "reference.npz").replace(path)
+    with np.load(io.BytesIO(path.read_bytes())) as reference:
+        return Workload(name, images, reference["embeddings"], reference["pixels"])
 
 
 def _write_reference(folder: Path, weights: Weights) -> None:
@@ -134,7 +153,9 @@ def _write_reference(folder: Path, weights: Weights) -> None:
     from clip_tools.oracle import load_oracle
 
     images = [path.read_bytes() for path in sorted(folder.glob("*.bin"))]
-    np.save(folder / "reference.npy", load_oracle(weights).embed(images))
+    oracle = load_oracle(weights)
+    pixels = np.stack([oracle.pixels(image) for image in images])
+    np.savez(folder / "reference.npz", embeddings=oracle.embed(images), pixels=pixels)
 
 
 if __name__ == "__main__":

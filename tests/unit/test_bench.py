@@ -1,0 +1,149 @@
+"""What a measurement means: windows, rounds, the bound, the targets."""
+
+import pytest
+
+from clip_tools.arms import Arm
+from clip_tools.bare import throughput_bound
+from clip_tools.bench import BenchOptions, in_rounds, plan, quick
+from clip_tools.errors import ToolError
+from clip_tools.load import run_closed_loop, summarise
+from clip_tools.targets import TARGETS, Cell, check
+
+
+def result_with(*cells: tuple[str, int, list[float]], **more) -> dict:
+    """A bench result with throughputs: (arm, concurrency, one figure a round)."""
+    rows = [
+        {"arm": arm, "images": "640x480", "batch": 1, "concurrency": concurrency, "round": number, "throughput": value}
+        for arm, concurrency, figures in cells
+        for number, value in enumerate(figures)
+    ]
+    return {"cells": rows, "bare": [], **more}
+
+
+def verdict_of(key: str, result: dict):
+    return next(verdict for verdict in check(result) if verdict.target.key == key)
+
+
+def test_the_bound_is_the_cores_over_the_core_seconds():
+    """5 ms of one core and 20 ms of both are 45 core-ms an image: two cores give 44.4 images a second."""
+    assert throughput_bound(0.005, 0.020, 2) == pytest.approx(2 / 0.045)
+    assert throughput_bound(0.0, 0.020, 2) == pytest.approx(50)  # the engine alone
+    assert throughput_bound(0.010, 0.0, 4) == pytest.approx(400)  # four threads that decode
+
+
+def test_requests_count_by_the_part_that_lies_in_the_window():
+    """Requests of four images, 2 s each, one after the other from 0 s: 2 images/s, wherever the window lies."""
+    requests = [(2.0 * i, 2.0 * i + 2, 4) for i in range(10)]
+    for opened, closed in ((4, 8), (5, 9), (4.7, 12.1)):
+        assert summarise(requests, opened, closed, 1).throughput == pytest.approx(2)
+    assert summarise(requests, 5, 9, 1).requests == 2  # those that ended in it give the latencies
+    assert summarise(requests, 5, 9, 1).p50_ms == pytest.approx(2000)
+
+
+def test_every_answer_is_checked_and_a_wrong_one_stops_the_run():
+    import numpy as np
+
+    def check_rows(indices, answer):
+        if answer[0, 0] != indices[0]:
+            raise ToolError("wrong")
+        return 1.0
+
+    def right(indices):
+        return np.array([[float(i)] for i in indices])
+
+    options = {"batch": 2, "concurrency": 3, "seconds": 0.02, "warmup_s": 0.0}
+    assert run_closed_loop(right, check_rows, 5, **options).agreement == 1
+    with pytest.raises(ToolError, match="wrong"):
+        run_closed_loop(lambda indices: right(indices) + (indices[0] == 4), check_rows, 5, **options)
+
+
+def test_a_request_that_fails_stops_the_run():
+    def refuse(indices):
+        raise ConnectionError("gone")
+
+    with pytest.raises(ToolError, match="ConnectionError: gone"):
+        run_closed_loop(refuse, lambda *_: 1.0, 3, batch=1, concurrency=2, seconds=5, warmup_s=0)
+
+
+@pytest.mark.parametrize("name", ["ensemble-grpc", "ensemble-grpc@cpu-bf16", "preprocess:2", "preprocess@fast:3"])
+def test_an_arms_name_says_all_of_it(name):
+    assert Arm.parse(name).name == name
+
+
+@pytest.mark.parametrize("name", ["ensemble", "pytorch@cpu-bf16", "preprocess:", "", "ensemble-grpc@"])
+def test_what_is_no_arm_is_refused(name):
+    with pytest.raises(ToolError, match="is no arm"):
+        Arm.parse(name)
+
+
+def test_arms_of_one_shape_stand_side_by_side_and_take_turns():
+    options = BenchOptions(arms=("ensemble-grpc", "pytorch"), batches=(1, 8), concurrency=(1, 4), for_targets=False)
+    cells = plan(options, [])
+    assert len(cells) == len(set(cells)) == 6
+    order = [cell for _, cell in in_rounds(cells, 2)]
+    first, second = order[:6], order[6:]
+    assert set(first) == set(second) == set(cells)
+    assert [cell.arm for cell in first] == ["ensemble-grpc", "pytorch"] * 3
+    assert [cell.arm for cell in second] == ["pytorch", "ensemble-grpc"] * 3
+
+
+def test_the_targets_bring_their_own_cells_unless_their_configuration_is_missing():
+    planned = {cell.arm for cell in plan(BenchOptions(), ["cpu-bf16"])}
+    assert {"ensemble-grpc@cpu-bf16", "perf-analyzer", "preprocess"} <= planned
+    assert "preprocess@fast" not in planned
+    assert "perf-analyzer" not in {cell.arm for cell in plan(quick(BenchOptions()), ["cpu-bf16"])}
+
+
+def test_every_target_measures_what_it_reads():
+    """A result with all the cells of the targets, the bare steps and the memory leaves none unmeasured."""
+    cells = {cell for target in TARGETS for cell in target.cells}
+    rows = [{**vars(cell), "round": 0, "throughput": 10.0, "p50_ms": 30.0} for cell in sorted(cells, key=str)]
+    if not any(cell.arm.endswith(":2") for cell in cells):  # a single core
+        rows += [{**row, "arm": row["arm"].replace(":1", ":2")} for row in rows if ":1" in row["arm"]]
+    bare = [{"round": 0, "cores": 2, "preprocess_s": 0.005, "engine_s": {"1": 0.03, "16": 0.02}, "single_ms": [30.0]}]
+    soak = [{"requests": 1000, "memory_mib": 900.0}, {"requests": 20000, "memory_mib": 910.0}]
+    verdicts = check({"cells": rows, "bare": bare, "soak": soak})
+    assert all(verdict.ratio for verdict in verdicts), [verdict.reason for verdict in verdicts]
+
+
+def test_a_target_is_met_by_the_median_of_its_rounds():
+    met = result_with(("ensemble-grpc", 16, [40, 35, 30]), ("pytorch", 16, [10, 10, 10]))
+    missed = result_with(("ensemble-grpc", 16, [40, 32, 30]), ("pytorch", 16, [10, 10, 10]))
+    assert verdict_of("pytorch", met).is_met
+    assert not verdict_of("pytorch", missed).is_met
+    assert verdict_of("pytorch", missed).ratio.median == pytest.approx(3.2)
+
+
+def test_what_may_not_get_worse_fails_only_beyond_noise():
+    noise = result_with(("preprocess:1", 16, [100, 100, 100]), ("preprocess:2", 16, [99, 98, 101]))
+    worse = result_with(("preprocess:1", 16, [100, 100, 100]), ("preprocess:2", 16, [90, 91, 89]))
+    assert verdict_of("instances", noise).is_met
+    assert not verdict_of("instances", worse).is_met
+
+
+def test_the_worst_step_of_several_counts():
+    result = result_with(
+        ("preprocess:1", 16, [100]),
+        ("preprocess:2", 16, [190]),
+        ("preprocess:3", 16, [120]),
+        ("preprocess:10", 16, [300]),
+    )
+    assert verdict_of("instances", result).ratio.median == pytest.approx(120 / 190)
+
+
+def test_what_was_not_measured_is_not_met_and_says_what_is_missing():
+    verdict = verdict_of("pytorch", result_with(("pytorch", 16, [10])))
+    assert not verdict.is_met
+    assert "ensemble-grpc with 640x480 at batch 1, concurrency 16" in verdict.reason
+    assert not verdict_of("memory", result_with()).is_met
+
+
+def test_memory_may_grow_by_a_twentieth():
+    grown = [{"requests": 1000, "memory_mib": 1000.0}, {"requests": 20000, "memory_mib": 1049.0}]
+    assert verdict_of("memory", result_with(soak=grown)).is_met
+    grown[1]["memory_mib"] = 1051.0
+    assert not verdict_of("memory", result_with(soak=grown)).is_met
+
+
+def test_cells_are_found_whatever_their_order():
+    assert Cell("pytorch", "640x480", 1, 16) == Cell("pytorch", concurrency=16)

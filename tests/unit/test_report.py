@@ -1,0 +1,134 @@
+"""The documents are those of the results: the same JSON, the same text; and what two runs differ by."""
+
+import copy
+import json
+
+import pytest
+
+from clip_tools.compare import compare, text
+from clip_tools.docs import generated
+from clip_tools.errors import ToolError
+from clip_tools.report import COMMITTED, DOCUMENT, committed_documents, document
+from clip_tools.results import read, write
+
+ENVIRONMENT = {
+    "cpu": "Some CPU",
+    "cores": 2,
+    "memory_gib": 8.0,
+    "gpu": None,
+    "packages": {"torch": "2.15.0"},
+    "git_commit": "0123456789ab",
+    "python": "3.11.7",
+    "date": "2026-11-20T06:00:00+00:00",
+    "command": "clip-tools bench",
+}
+
+
+def bench_result(*, speed: float = 1.0, rounds: int = 4) -> dict:
+    rows = [
+        {
+            "arm": arm,
+            "images": "640x480",
+            "batch": batch,
+            "concurrency": concurrency,
+            "round": number,
+            "throughput": base * factor * (1 + number / 100),
+            "p50_ms": 1000 / base,
+            "p95_ms": 1100 / base,
+            "p99_ms": 1200 / base,
+        }
+        for arm, base, factor in (("ensemble-grpc", 30.0, speed), ("pytorch", 8.0, 1.0))
+        for batch, concurrency in ((1, 1), (8, 1), (1, 16))
+        for number in range(rounds)
+    ]
+    bare = [
+        {"round": n, "cores": 2, "preprocess_s": 0.005, "engine_s": {"8": 0.021}, "single_ms": [30.0]}
+        for n in range(rounds)
+    ]
+    return {
+        "kind": "bench",
+        "environment": ENVIRONMENT,
+        "weights": {"model": "ViT-B-32", "trained": True},
+        "options": {"images": "640x480", "rounds": rounds, "seconds": 4.0},
+        "images": {"640x480": {"count": 32, "mean_size_bytes": 60000}},
+        "cold_start": [{"arm": "pytorch", "round": 0, "start_s": 9.5}],
+        "cells": rows,
+        "bare": bare,
+    }
+
+
+def test_the_same_results_give_the_same_documents_to_the_letter():
+    """Pictures too: no date, no version, no random id in them."""
+    first = document({"one": bench_result()}, pictures_at="benchmarks")
+    assert first == document({"one": copy.deepcopy(bench_result())}, pictures_at="benchmarks")
+    words, pictures = first
+    assert "Some CPU, 2 cores, 8 GiB, no GPU; 2026-11-20, commit 0123456789ab" in words
+    assert "    clip-tools bench\n" in words
+    assert set(pictures) == {"one-batch.svg", "one-concurrency.svg"}
+    assert all(f"benchmarks/{name}" in words for name in pictures)
+
+
+def test_the_ratio_in_the_table_is_that_of_the_rounds():
+    words, _ = document({"one": bench_result(speed=1.2)}, pictures_at=".")
+    assert "| ensemble-grpc | 640x480 | 16 at once | 36.5 |" in words
+    assert "4.50 (4.50 to 4.50, 4 rounds)" in words
+    assert "2 cores / (5.00 + 2 x 21.00) ms = 42.6 images/s" in words
+
+
+def test_the_committed_documents_are_those_of_the_committed_results():
+    """What `make lint` checks too; without results there is nothing to generate."""
+    made = committed_documents()
+    assert bool(made) == any(COMMITTED.glob("*.json"))
+    assert made.items() <= generated().items()
+    assert all(path.read_text() == content for path, content in made.items())
+
+
+def test_a_new_result_makes_the_document_stale(tmp_path):
+    results, target = tmp_path / "results", tmp_path / "benchmarks.md"
+    results.mkdir()
+    assert committed_documents(results, target) == {}
+    write(bench_result(), results / "laptop.json")
+    made = committed_documents(results, target)
+    assert set(made) == {target, *(tmp_path / "benchmarks" / f"laptop-{k}.svg" for k in ("batch", "concurrency"))}
+    write(bench_result(speed=2), results / "laptop.json")
+    assert committed_documents(results, target)[target] != made[target]
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path):
+    result = json.loads(json.dumps(bench_result()))
+    write(result, tmp_path / "bench.json")
+    assert read(tmp_path / "bench.json") == result
+    assert len((tmp_path / "bench.json").read_text().splitlines()) > len(result["cells"])  # a row a line
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"kind": "bench"}'])
+def test_what_is_no_result_is_refused(tmp_path, content):
+    (tmp_path / "bench.json").write_text(content)
+    with pytest.raises(ToolError, match="expected a result"):
+        read(tmp_path / "bench.json")
+
+
+def test_a_kind_that_nobody_renders_is_refused():
+    with pytest.raises(ToolError, match="expected a result of kind"):
+        document({"one": {"kind": "poem"}}, pictures_at=".")
+
+
+def test_compare_tells_a_change_from_noise():
+    comparison = compare(bench_result(), bench_result(speed=1.3))
+    changed = comparison.changes["ensemble-grpc, 640x480, batch 1, 16 at once, images/s"]
+    assert (changed.verdict, round(changed.ratio, 2)) == ("faster", 1.3)
+    assert comparison.changes["pytorch, 640x480, batch 1, 16 at once, images/s"].verdict == "the same within noise"
+    assert comparison.same_machine and comparison.differences == []
+
+
+def test_compare_says_what_else_is_unlike():
+    other = bench_result()
+    other["environment"] = {**ENVIRONMENT, "cpu": "Another CPU", "packages": {"torch": "2.16.0"}}
+    comparison = compare(bench_result(), other)
+    assert not comparison.same_machine
+    assert "package torch: 2.15.0 -> 2.16.0" in text(comparison)
+    assert "only the ratios within each result can be compared" in text(comparison)
+
+
+def test_the_document_is_where_the_readme_links_it():
+    assert DOCUMENT.name == "benchmarks.md" and DOCUMENT.parent.name == "docs"

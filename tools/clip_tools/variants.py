@@ -1,0 +1,138 @@
+"""Model repositories that differ from the committed one in what a measurement varies, in a folder of their own."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_tools.errors import ToolError, missing_extra
+from clip_tools.paths import MODELS
+from clip_tools.repository import read_config
+
+TENSOR_MODEL = "clip_tensors"
+TENSOR_INPUT = "tensors"
+_BUILT = (".onnx", ".plan", ".data")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is unlike the committed repository; None leaves the committed value.
+
+    Args:
+        config_name: the named configuration that is served.
+        preprocess_instances: processes that decode.
+        engine_threads: ONNX Runtime's threads; 0 is its own choice.
+        max_batch: images that the engine takes at once, at most, and so what one request may hold.
+        queue_delay_us: how long the engine's batcher waits for a fuller batch.
+        with_tensor_model: also a model that takes FP32 tensors, for clients that preprocess.
+    """
+
+    config_name: str | None = None
+    preprocess_instances: int | None = None
+    engine_threads: int | None = None
+    max_batch: int | None = None
+    queue_delay_us: int | None = None
+    with_tensor_model: bool = False
+
+
+def write_repository(variant: Variant, folder: Path, models: Path = MODELS) -> Path:
+    """The repository of a variant at `folder`; built files are links to the original's."""
+    shutil.copytree(
+        models,
+        folder,
+        ignore=lambda _, names: [n for n in names if n.endswith(_BUILT) or n in ("manifest.json", "__pycache__")],
+    )
+    for path in models.glob("*/*/*"):
+        if path.is_file() and (path.name.endswith(_BUILT) or path.name == "manifest.json"):
+            (folder / path.relative_to(models)).symlink_to(path.resolve())
+    for name in (path.parent.name for path in models.glob("*/config.pbtxt")):
+        config = read_config(models, name, variant.config_name)
+        if change(config, variant):
+            write_config(folder, name, config, variant.config_name)
+    if variant.with_tensor_model:
+        write_tensor_model(folder)
+    return folder
+
+
+def change(config: Any, variant: Variant) -> bool:
+    """Put the variant's values into a `ModelConfig`; whether any was for this model."""
+    before = config.SerializeToString(deterministic=True)
+    if config.name == "preprocess" or config.backend == "python":
+        if variant.preprocess_instances is not None:
+            config.instance_group[0].count = variant.preprocess_instances
+    elif config.backend:
+        if variant.engine_threads is not None:
+            config.parameters["intra_op_thread_count"].string_value = str(variant.engine_threads)
+        if variant.queue_delay_us is not None:
+            config.dynamic_batching.max_queue_delay_microseconds = variant.queue_delay_us
+    if variant.max_batch is not None:  # an ensemble may not take more than its steps
+        config.max_batch_size = variant.max_batch
+    return bool(config.SerializeToString(deterministic=True) != before)
+
+
+def write_config(models: Path, name: str, config: Any, config_name: str | None, *, comment: str = "") -> Path:
+    """Write a model's configuration, named or plain; its path. A comment goes first, a `#` before each line."""
+    from google.protobuf import text_format
+
+    folder = models / name
+    path = folder / "configs" / f"{config_name}.pbtxt" if config_name else folder / "config.pbtxt"
+    path.parent.mkdir(exist_ok=True)
+    head = "".join(f"# {line}\n" for line in comment.splitlines())
+    path.write_text(head + text_format.MessageToString(config))
+    return path
+
+
+def write_tensor_model(models: Path) -> None:
+    """Add `clip_tensors`: the engine of `clip_onnx` behind an FP32 input of (N, 3, 224, 224), normalised by the client.
+
+    It is the exported graph less its first nodes, so that both run the same arithmetic from the first convolution on.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise missing_extra("export", error) from error
+    source = models / "clip_onnx" / "1" / "model.onnx"
+    if not source.is_file():
+        raise ToolError(f"{source} is not there: make it with `clip-tools export-onnx`")
+    target = models / TENSOR_MODEL / "1" / "model.onnx"
+    target.parent.mkdir(parents=True)
+    graph = onnx.load(str(source))
+    take_tensors(graph)
+    onnx.save(graph, str(target))
+    config = read_config(models, "clip_onnx")
+    config.name = TENSOR_MODEL
+    config.input[0].name = TENSOR_INPUT
+    config.input[0].data_type = 11  # TYPE_FP32
+    config.input[0].dims[:] = [3, 224, 224]
+    write_config(models, TENSOR_MODEL, config, None)
+
+
+def take_tensors(model: Any) -> None:
+    """Cut an exported graph before its first convolution, in place: its input is now what that convolution read.
+
+    Raises ToolError when the graph has none.
+    """
+    from onnx import TensorProto, helper
+
+    graph = model.graph
+    convolution = next((node for node in graph.node if node.op_type == "Conv"), None)
+    if convolution is None:
+        raise ToolError("the exported graph has no convolution to begin at: is it a ViT's image tower?")
+    old_input, normalised = graph.input[0].name, convolution.input[0]
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            # The batch size is read off the input's shape, whose first number stays the same.
+            if name == normalised or (name == old_input and node.op_type == "Shape"):
+                node.input[index] = TENSOR_INPUT
+    needed, kept = {graph.output[0].name}, []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            kept.append(node)
+    if old_input in needed:
+        raise ToolError(f"the exported graph uses {old_input} beyond its normalisation: it cannot take tensors")
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param or "batch"
+    del graph.input[:]
+    graph.input.append(helper.make_tensor_value_info(TENSOR_INPUT, TensorProto.FLOAT, [batch, 3, 224, 224]))
