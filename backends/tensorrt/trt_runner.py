@@ -30,7 +30,7 @@ class Cuda:
         try:
             from cuda.bindings import runtime
         except ImportError:
-            raise PlanError("cuda-python is not installed here: pip install cuda-python") from None
+            raise PlanError("cuda-bindings is not installed here: pip install cuda-bindings") from None
         self._runtime, self._device_id = runtime, device_id
         try:
             self.use_device()

@@ -97,6 +97,14 @@ def test_a_model_of_the_same_name_is_loaded_again_in_place_and_the_ensemble_stay
     assert server.models["clip_onnx"] == read_config(MODELS, "clip_onnx", "cpu-bf16")
 
 
+def test_a_name_that_changes_preprocess_alone_leaves_the_engine_alone():
+    server = FakeServer()
+    swapped(server, "fast")
+    assert server.log == ["load preprocess", "ask clip_ensemble"]
+    swapped(server, "onnx")
+    assert server.models["preprocess"] == read_config(MODELS, "preprocess")
+
+
 def test_what_runs_already_is_left_alone():
     server = FakeServer("cpu-bf16")
     assert swapped(server, "cpu-bf16") == ["the server runs cpu-bf16 already"]

@@ -261,7 +261,7 @@ class _Code(int):
 
 
 def test_a_cuda_call_that_fails_says_which_and_why(monkeypatch):
-    bindings = pytest.importorskip("cuda.bindings", reason="pip install cuda-python")
+    bindings = pytest.importorskip("cuda.bindings", reason="pip install cuda-bindings")
     monkeypatch.setattr(bindings, "runtime", FakeRuntime(0), raising=False)
     cuda = Cuda(0)
     cuda._runtime = FakeRuntime(100)
@@ -270,7 +270,7 @@ def test_a_cuda_call_that_fails_says_which_and_why(monkeypatch):
 
 
 def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch):
-    bindings = pytest.importorskip("cuda.bindings", reason="pip install cuda-python")
+    bindings = pytest.importorskip("cuda.bindings", reason="pip install cuda-bindings")
     monkeypatch.setattr(bindings, "runtime", FakeRuntime(100), raising=False)
     with pytest.raises(PlanError, match=r"GPU 3 cannot be used: .*is the NVIDIA driver installed"):
         Cuda(3)

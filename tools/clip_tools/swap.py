@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# Not a gate of precision, which is what `clip-tools verify` has: only other weights are as far apart as this.
+# Not a gate of precision, which is what `clip-tools verify` has: on the probe BF16 read 0.9998 to FP32 (ViT-B-32 shape,
+# OpenAI's weights), and other weights -0.07.
 MIN_COSINE_OF_SAME_WEIGHTS = 0.8
 
 _DRAIN_LIMIT_S = 60.0
