@@ -22,6 +22,7 @@ from clip_embed.errors import (
     ServerOverloadedError,
     ServerUnavailableError,
 )
+from clip_embed.retry import Retry
 
 __all__ = [
     "AsyncEmbeddingClient",
@@ -34,6 +35,7 @@ __all__ = [
     "InvalidImageError",
     "ModelNotReadyError",
     "RequestTooLargeError",
+    "Retry",
     "ServerError",
     "ServerOverloadedError",
     "ServerUnavailableError",

@@ -1,14 +1,16 @@
 """The asyncio client."""
 
 import asyncio
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Self
 
-from clip_embed.batches import ImageSource, Request
+from clip_embed.batches import ImageSource
 from clip_embed.client import stack
+from clip_embed.dispatch import Attempt, Dispatch, Probe
 from clip_embed.errors import EmbeddingError
 from clip_embed.options import ClientOptions
-from clip_embed.transport import AsyncTransport, Target, open_async_transport
+from clip_embed.target import Target
+from clip_embed.transport import AsyncTransport, open_async_transport
 from clip_embed.wire import Embeddings
 
 
@@ -21,43 +23,35 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
         Raises:
             InvalidImageError: Bad images, named by index and path: those of the request that failed first.
             EmbeddingError: What else kept the embeddings away; see `clip_embed.errors`. The call's other requests are
-                cancelled, as they all are when this call is.
+                cancelled, as they all are when this call is. A `retryable` one is the last attempt's.
             TypeError: One image in place of a sequence, or something that is neither bytes nor a path.
         """
-        batches, time_left_s = self._batches(images, keep_going=False), self._countdown()
-        in_flight: dict[asyncio.Task[Embeddings], Request] = {}
-        rows: list[Embeddings | EmbeddingError] = []
-        try:
-            while not batches.finished:
-                while len(in_flight) < self._max_in_flight and (
-                    request := await asyncio.to_thread(batches.next_request)
-                ):
-                    sending = self._transport.send([item.image for item in request], time_left_s())
-                    in_flight[asyncio.create_task(sending)] = request
-                done = (await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED))[0] if in_flight else ()
-                for answer in done:
-                    batches.settle(in_flight.pop(answer), answer.result)
-                rows.extend(batches.ready())
-        finally:
-            for answer in in_flight:
-                answer.cancel()
-            await asyncio.gather(*in_flight, return_exceptions=True)
-        return stack(rows)
+        dispatch = self._dispatch(images, keep_going=False)
+        return stack([row async for row in self._results(dispatch)])
+
+    def embed_many(self, images: Iterable[ImageSource]) -> AsyncIterator[Embeddings | EmbeddingError]:
+        """`EmbeddingClient.embed_many` for `async for`. The images are taken from their iterable in a thread."""
+        return self._results(self._dispatch(images, keep_going=True))
 
     async def is_ready(self, *, timeout_s: float = 5.0) -> bool:
-        """Whether the server answers and its model is loaded; False also when nothing listens or time runs out."""
+        """Whether a server answers and its model is loaded; False also when nothing listens or time runs out."""
         if self._is_closed:
             return False
+        answers = [asyncio.create_task(_is_yes(transport, timeout_s)) for transport in self._servers.transports]
         try:
-            return await self._transport.is_ready(timeout_s)
-        except EmbeddingError:
+            for answer in asyncio.as_completed(answers):
+                if await answer:
+                    return True
             return False
+        finally:
+            await _cancel(answers)
 
     async def close(self) -> None:
-        """Drops the connection. Calls that are under way fail."""
+        """Drops the connections. Calls that are under way fail."""
         if not self._is_closed:
             self._is_closed = True
-            await self._transport.close()
+            for transport in self._servers.transports:
+                await transport.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -68,3 +62,49 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
     @staticmethod
     def _open(target: Target, model: str) -> AsyncTransport:
         return open_async_transport(target, model)
+
+    async def _results(self, dispatch: Dispatch[AsyncTransport]) -> AsyncIterator[Embeddings | EmbeddingError]:
+        started: dict[asyncio.Task[Any], Attempt[AsyncTransport] | Probe[AsyncTransport]] = {}
+        try:
+            while not dispatch.finished:
+                while True:
+                    if dispatch.has_room:
+                        await asyncio.to_thread(dispatch.read)
+                    if (job := dispatch.next()) is None:
+                        break
+                    started[asyncio.create_task(_start(job))] = job
+                pause_s = dispatch.pause_s()
+                if started:
+                    done, _ = await asyncio.wait(started, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+                    self._raise_if_closed()  # which ends the requests with errors that are not the server's
+                    for answer in done:
+                        dispatch.settle(started.pop(answer), answer.result)
+                elif pause_s:
+                    await asyncio.sleep(pause_s)
+                    self._raise_if_closed()
+                for result in dispatch.ready():
+                    yield result
+        finally:
+            for job in started.values():
+                dispatch.abandon(job)
+            await _cancel(started)
+
+
+async def _start(job: Attempt[AsyncTransport] | Probe[AsyncTransport]) -> Embeddings | bool:
+    if isinstance(job, Probe):
+        return await job.server.transport.is_ready(job.timeout_s)
+    return await job.server.transport.send(job.images, job.timeout_s)
+
+
+async def _is_yes(transport: AsyncTransport, timeout_s: float) -> bool:
+    try:
+        return await transport.is_ready(timeout_s)
+    except EmbeddingError:
+        return False
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -4,15 +4,13 @@ The blocking and the async client share it. It starts no thread and sends nothin
 as paths, one request's worth at a time.
 """
 
-import asyncio
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent import futures
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clip_embed.errors import EmbeddingError, ImageFailure, InvalidImageError, ServerUnavailableError
+from clip_embed.errors import EmbeddingError, ImageFailure, InvalidImageError
 from clip_embed.wire import Embeddings, ImageBytes
 
 ImageSource = bytes | bytearray | memoryview | str | os.PathLike[str]
@@ -93,26 +91,18 @@ class Batches:
             items.append(item)
         return tuple(items) if items else None
 
-    def settle(self, request: Request, answer: Callable[[], Embeddings]) -> None:
-        """Takes in what came of a request of n images: `answer` gives (n, 512) embeddings or raises."""
-        try:
-            embeddings = answer()
-        except EmbeddingError as error:
-            self._fail(request, error)
-        except (futures.CancelledError, asyncio.CancelledError):  # by close(): a call that ends early asks no answer
-            self._fail(request, ServerUnavailableError("the client was closed before the answer came"))
-        else:
-            self._results.update(zip((item.index for item in request), embeddings, strict=True))
+    def give(self, request: Request, embeddings: Embeddings) -> None:
+        """Takes in the (n, 512) embeddings of a request of n images."""
+        self._results.update(zip((item.index for item in request), embeddings, strict=True))
 
-    def ready(self) -> Iterator[Embeddings | EmbeddingError]:
-        """The results that are next in order, each given once."""
-        while self._given in self._results:
-            result = self._results.pop(self._given)
-            self._given += 1
-            yield result
+    def fail(self, request: Request, error: EmbeddingError) -> None:
+        """Takes in the error that is a request's end: it is the result of every image, or only of the bad ones.
 
-    def _fail(self, request: Request, error: EmbeddingError) -> None:
-        """Bad images fall out and the rest goes again; or the error is the result of every image, or it is raised."""
+        The rest of a request with bad images is a request to come.
+
+        Raises:
+            EmbeddingError: The error, of the caller's images; keep_going is False.
+        """
         failures: dict[int, ImageFailure] = {}
         if isinstance(error, InvalidImageError):
             named = {failure.index: failure for failure in error.failures}
@@ -132,6 +122,13 @@ class Batches:
             self._again.append(rest)
         elif rest:
             self._results.update((item.index, error) for item in rest)
+
+    def ready(self) -> Iterator[Embeddings | EmbeddingError]:
+        """The results that are next in order, each given once."""
+        while self._given in self._results:
+            result = self._results.pop(self._given)
+            self._given += 1
+            yield result
 
     def _may_take(self) -> bool:
         return not self._exhausted and self._taken - self._given < self._read_ahead

@@ -19,7 +19,7 @@ from clip_embed.errors import (
     ServerUnavailableError,
 )
 from clip_embed.output import open_writer
-from clip_embed.transport import DEFAULT_URL, URL_VARIABLE
+from clip_embed.target import DEFAULT_URL, URL_VARIABLE
 
 try:
     import typer
@@ -111,7 +111,7 @@ def _run(client: EmbeddingClient, images: list[str], *, npy: bool, output: Path 
         if not client.is_ready():
             _exit(NO_SERVER, f"no {client.model} at {client.url}: start the server (make serve), or give --url")
         with open_writer(output, npy=npy) as writer:
-            for path, result in zip(to_name, client.embed_each(to_embed), strict=True):
+            for path, result in zip(to_name, client.embed_many(to_embed), strict=True):
                 if isinstance(result, HOPELESS):
                     raise result
                 if isinstance(result, EmbeddingError):

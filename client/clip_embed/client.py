@@ -1,15 +1,18 @@
 """The blocking client."""
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Self, cast
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, as_completed, wait
+from typing import Any, Self, cast
 
 import numpy as np
 
-from clip_embed.batches import Batches, ImageSource, Request
+from clip_embed.batches import ImageSource
+from clip_embed.dispatch import Attempt, Dispatch, Probe
 from clip_embed.errors import EmbeddingError
 from clip_embed.options import ClientOptions
-from clip_embed.transport import Target, Transport, open_transport
+from clip_embed.target import Target
+from clip_embed.transport import Transport, open_transport
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
 
@@ -21,41 +24,43 @@ class EmbeddingClient(ClientOptions[Transport]):
 
         Raises:
             InvalidImageError: Bad images, named by index and path: those of the request that failed first.
-                `embed_each` finds every one.
+                `embed_many` finds every one.
             EmbeddingError: What else kept the embeddings away; see `clip_embed.errors`. The call's other requests are
-                cancelled.
+                cancelled. A `retryable` one is the last attempt's: there was no time for another.
             TypeError: One image in place of a sequence, or something that is neither bytes nor a path.
         """
-        batches = self._batches(images, keep_going=False)
-        return stack(list(self._results(batches, self._countdown())))
+        return stack(list(self._results(self._dispatch(images, keep_going=False))))
 
-    def embed_each(self, images: Iterable[ImageSource]) -> Iterator[Embeddings | EmbeddingError]:
+    def embed_many(self, images: Iterable[ImageSource]) -> Iterator[Embeddings | EmbeddingError]:
         """For each image in order its embedding, (512,) float32 of L2 norm 1, or the error that kept it away.
 
         For any number of images: they are read as they are needed, a bounded number ahead of the results. A bad image
         costs its request one more round trip and the other images nothing; its error is an InvalidImageError with one
         failure. An error of another kind is given for each image of the request that met it, and the rest goes on; stop
-        at the first if the server is gone. `timeout_s` is each request's deadline.
+        at the first if the server is gone. `timeout_s` is each request's deadline, its attempts and waits included.
 
         Raises:
             TypeError: One image in place of a sequence, or something that is neither bytes nor a path.
         """
-        return self._results(self._batches(images, keep_going=True), lambda: self._timeout_s)
+        return self._results(self._dispatch(images, keep_going=True))
 
     def is_ready(self, *, timeout_s: float = 5.0) -> bool:
-        """Whether the server answers and its model is loaded; False also when nothing listens or time runs out."""
+        """Whether a server answers and its model is loaded; False also when nothing listens or time runs out."""
         if self._is_closed:
             return False
+        answers = [transport.is_ready(timeout_s) for transport in self._servers.transports]
         try:
-            return self._transport.is_ready(timeout_s)
-        except EmbeddingError:
-            return False
+            return any(_is_yes(answer) for answer in as_completed(answers))
+        finally:
+            for answer in answers:
+                answer.cancel()
 
     def close(self) -> None:
-        """Drops the connection. Calls that are under way fail."""
+        """Drops the connections. Calls that are under way fail."""
         if not self._is_closed:
             self._is_closed = True
-            self._transport.close()
+            for transport in self._servers.transports:
+                transport.close()
 
     def __enter__(self) -> Self:
         return self
@@ -67,21 +72,49 @@ class EmbeddingClient(ClientOptions[Transport]):
     def _open(target: Target, model: str) -> Transport:
         return open_transport(target, model)
 
-    def _results(
-        self, batches: Batches, time_left_s: Callable[[], float | None]
-    ) -> Iterator[Embeddings | EmbeddingError]:
-        in_flight: dict[Future[Embeddings], Request] = {}
+    def _results(self, dispatch: Dispatch[Transport]) -> Iterator[Embeddings | EmbeddingError]:
+        started: dict[Future[Any], Attempt[Transport] | Probe[Transport]] = {}
         try:
-            while not batches.finished:
-                while len(in_flight) < self._max_in_flight and (request := batches.next_request()):
-                    answer = self._transport.send([item.image for item in request], time_left_s())
-                    in_flight[answer] = request
-                for answer in wait(in_flight, return_when=FIRST_COMPLETED).done if in_flight else ():
-                    batches.settle(in_flight.pop(answer), answer.result)
-                yield from batches.ready()
+            while not dispatch.finished:
+                while True:
+                    dispatch.read()
+                    if (job := dispatch.next()) is None:
+                        break
+                    started[self._start(dispatch, job)] = job
+                pause_s = dispatch.pause_s()
+                if started:
+                    done = wait(started, pause_s, FIRST_COMPLETED).done
+                    self._raise_if_closed()  # which ends the requests with errors that are not the server's
+                    for answer in done:
+                        dispatch.settle(started.pop(answer), answer.result)
+                elif pause_s:
+                    self._sleep(pause_s)
+                    self._raise_if_closed()
+                yield from dispatch.ready()
         finally:
-            for answer in in_flight:
+            for answer, job in started.items():
                 answer.cancel()
+                dispatch.abandon(job)
+
+    def _start(self, dispatch: Dispatch[Transport], job: Attempt[Transport] | Probe[Transport]) -> Future[Any]:
+        try:
+            if isinstance(job, Probe):
+                return job.server.transport.is_ready(job.timeout_s)
+            return job.server.transport.send(job.images, job.timeout_s)
+        except BaseException:
+            dispatch.abandon(job)
+            self._raise_if_closed()  # a transport that was closed meanwhile raises what it likes
+            raise
+
+    def _sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def _is_yes(answer: Future[bool]) -> bool:
+    try:
+        return answer.result()
+    except (EmbeddingError, CancelledError):
+        return False
 
 
 def stack(rows: list[Embeddings | EmbeddingError]) -> Embeddings:

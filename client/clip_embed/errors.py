@@ -42,10 +42,17 @@ class ImageFailure:
 
 
 class EmbeddingError(Exception):
-    """An embedding that could not be had. `retryable`: the same call may succeed later."""
+    """An embedding that could not be had. `retryable`: the same call may succeed later.
+
+    `attempts` is how often its request was sent; a retryable error of a client that retries is the last one's.
+    """
 
     retryable: ClassVar[bool] = False
     advice: ClassVar[str] = ""
+    attempts: int = 1
+
+    def __str__(self) -> str:
+        return super().__str__() + (f" (after {self.attempts} attempts)" if self.attempts > 1 else "")
 
 
 class InvalidImageError(EmbeddingError):

@@ -1,18 +1,20 @@
 """gRPC: one channel, Triton's own messages, serialised by `wire`."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc  # type: ignore[import-untyped]
 import grpc.aio  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from clip_embed.errors import EmbeddingError, error_from_grpc
-from clip_embed.transport import Target
+from clip_embed.target import Target
 from clip_embed.wire import Embeddings, ImageBytes, grpc_request, read_grpc_answer
+
+T = TypeVar("T")
 
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
@@ -60,13 +62,20 @@ class GrpcTransport:
 
     def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Future[Embeddings]:
         call = self._infer.future(grpc_request(self._model, images), timeout=timeout_s)
-        answer = _Answer(call)
+        return self._answer(call, lambda answer: read_grpc_answer(answer, len(images)))
+
+    def is_ready(self, timeout_s: float | None) -> Future[bool]:
+        call = self._stub.ModelReady.future(service_pb2.ModelReadyRequest(name=self._model), timeout=timeout_s)
+        return self._answer(call, lambda answer: bool(answer.ready))
+
+    def _answer(self, call: Any, read: Callable[[Any], T]) -> Future[T]:
+        answer = _Answer[T](call)
 
         def settle(_: Any) -> None:
             if not answer.set_running_or_notify_cancel():
                 return
             try:
-                answer.set_result(read_grpc_answer(call.result(), len(images)))
+                answer.set_result(read(call.result()))
             except grpc.RpcError as error:
                 ours = _our_error(error, self._target)
                 ours.__cause__ = error
@@ -77,12 +86,6 @@ class GrpcTransport:
         call.add_done_callback(settle)
         return answer
 
-    def is_ready(self, timeout_s: float | None) -> bool:
-        try:
-            return bool(self._stub.ModelReady(service_pb2.ModelReadyRequest(name=self._model), timeout=timeout_s).ready)
-        except grpc.RpcError as error:
-            raise _our_error(error, self._target) from error
-
     def close(self) -> None:
         # A Ctrl-C inside grpc's start of a call can leave it a call that never ends, and channel.close() waits for all
         # of them without a limit (grpcio 1.85: 3 of 8 interrupted runs hung here). So it gets a second.
@@ -91,7 +94,7 @@ class GrpcTransport:
         closing.join(timeout=1.0)
 
 
-class _Answer(Future[Embeddings]):
+class _Answer(Future[T]):
     """A future that also cancels the call behind it."""
 
     def __init__(self, call: Any) -> None:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import httpx
 
 from clip_embed.errors import error_from_grpc, error_from_http
-from clip_embed.transport import AsyncTransport, Target
+from clip_embed.target import Target
 from clip_embed.wire import HEADER_LENGTH, Embeddings, ImageBytes, http_request, read_http_answer
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class HttpTransport:
     httpx call could give neither.
     """
 
-    carries: Callable[[Target, str], AsyncTransport] = AsyncHttpTransport
+    carries: Callable[[Target, str], AsyncHttpTransport] = AsyncHttpTransport
 
     def __init__(self, target: Target, model: str) -> None:
         self._transport = type(self).carries(target, model)
@@ -77,8 +77,8 @@ class HttpTransport:
     def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Future[Embeddings]:
         return self._start(self._transport.send, images, timeout_s)
 
-    def is_ready(self, timeout_s: float | None) -> bool:
-        return self._start(self._transport.is_ready, timeout_s).result()
+    def is_ready(self, timeout_s: float | None) -> Future[bool]:
+        return self._start(self._transport.is_ready, timeout_s)
 
     def close(self) -> None:
         with self._lock:

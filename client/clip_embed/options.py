@@ -2,24 +2,16 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, Generic, Self, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, Self
 
 from clip_embed.batches import MAX_REQUEST_BYTES, Batches, ImageSource, require_many
-from clip_embed.errors import DeadlineExceededError
-from clip_embed.transport import (
-    BACKEND_VARIABLE,
-    DEFAULT_URL,
-    URL_VARIABLE,
-    AsyncTransport,
-    Backend,
-    Target,
-    Transport,
-    parse_url,
-)
+from clip_embed.dispatch import Dispatch, Limits
+from clip_embed.errors import ServerUnavailableError
+from clip_embed.retry import Retry
+from clip_embed.servers import Server, Servers, TransportT
+from clip_embed.target import BACKEND_VARIABLE, DEFAULT_URL, URL_VARIABLE, Backend, Target, parse_urls
 from clip_embed.wire import DEFAULT_MODEL
-
-TransportT = TypeVar("TransportT", Transport, AsyncTransport)
 
 
 class ClientOptions(Generic[TransportT]):
@@ -29,7 +21,10 @@ class ClientOptions(Generic[TransportT]):
         self,
         url: str = DEFAULT_URL,
         *,
+        urls: Sequence[str] | None = None,
         timeout_s: float | None = 30.0,
+        attempt_timeout_s: float | None = None,
+        retry: Retry | None = Retry(),  # noqa: B008  it is frozen
         model: str = DEFAULT_MODEL,
         backend: Backend = "triton",
         batch_size: int = 8,
@@ -40,12 +35,19 @@ class ClientOptions(Generic[TransportT]):
         """A client that connects at its first request.
 
         Args:
-            url: `grpc://`, `grpcs://`, `http://` or `https://`; a bare host:port means gRPC.
-            timeout_s: the deadline of a whole `embed`, and of each request of `embed_each`; None for none.
+            url: `grpc://`, `grpcs://`, `http://` or `https://`; a bare host:port means gRPC. Several with commas
+                between them are as `urls`.
+            urls: servers of the same model, in place of `url`. Each request goes to the one with the fewest on their
+                way; one that fails is left out until it is ready again, and its requests go to another.
+            timeout_s: the deadline of a whole `embed`, and of each request of `embed_many`, with all attempts and the
+                waits between them. None for none, and then a server that never comes back is waited for for ever.
+            attempt_timeout_s: the deadline of each attempt, so that a server which hangs does not cost the whole time;
+                None for none but timeout_s.
+            retry: how long to wait before a request is sent again whose error is `retryable`; None to send it once.
             model: the Triton model that is asked.
             backend: "pytorch" for the service that `clip-tools bench` compares with, at an HTTP URL; it has one model.
             batch_size: images a request, at most; the server takes 64.
-            max_in_flight: requests on their way at once, in each call.
+            max_in_flight: requests on their way at once, in each call; those that wait to be sent again are among them.
             max_batch_bytes: bytes a request, at most; a larger image goes alone.
             transport: what carries the requests, in place of the one that the URL names.
 
@@ -53,26 +55,34 @@ class ClientOptions(Generic[TransportT]):
             ValueError: The URL or a number makes no sense.
             ModuleNotFoundError: An HTTP URL, without the extra `http`.
         """
-        if timeout_s is not None and not timeout_s > 0:
-            raise ValueError(f"timeout_s: expected more than 0 s, or None, came {timeout_s}")
+        for name, value in (("timeout_s", timeout_s), ("attempt_timeout_s", attempt_timeout_s)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected more than 0 s, or None, came {value}")
         if batch_size < 1 or max_in_flight < 1 or not 1 <= max_batch_bytes <= MAX_REQUEST_BYTES:
             raise ValueError(
                 "expected batch_size >= 1, max_in_flight >= 1 and max_batch_bytes from 1 byte to 1 GiB, "
                 f"came {batch_size}, {max_in_flight} and {max_batch_bytes}"
             )
-        target = parse_url(url, backend=backend)
-        self.url = target.url
+        targets = parse_urls(url if urls is None else urls, backend=backend)
+        if transport is not None and len(targets) > 1:
+            raise ValueError(f"expected one URL beside a transport, came {len(targets)}")
+        self.url = ",".join(target.url for target in targets)
         self.model = model
         self._timeout_s = timeout_s
+        self._attempt_timeout_s = attempt_timeout_s
+        self._retry = retry
         self._batch_size = batch_size
         self._max_in_flight = max_in_flight
         self._max_batch_bytes = max_batch_bytes
-        self._transport: TransportT = transport or self._open(target, model)
+        servers: list[Server[TransportT]] = [
+            Server(target.url, transport or self._open(target, model)) for target in targets
+        ]
+        self._servers: Servers[TransportT] = Servers(servers, retry)
         self._is_closed = False
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:
-        """A client of the server that INFERENCE_SERVICE_URL names, with the constructor's other options.
+        """A client of the server, or servers, that INFERENCE_SERVICE_URL names, with the constructor's other options.
 
         INFERENCE_BACKEND=pytorch says that it is the PyTorch service; without it, or with `triton`, it is Triton.
 
@@ -84,7 +94,7 @@ class ClientOptions(Generic[TransportT]):
             raise ValueError(f"{URL_VARIABLE} is not set; for example {URL_VARIABLE}={DEFAULT_URL}")
         options.setdefault("backend", os.environ.get(BACKEND_VARIABLE) or "triton")
         try:
-            parse_url(url, backend=options["backend"])
+            parse_urls(url, backend=options["backend"])
         except ValueError as error:
             raise ValueError(f"{URL_VARIABLE}, {BACKEND_VARIABLE}: {error}") from error
         return cls(url, **options)
@@ -93,27 +103,29 @@ class ClientOptions(Generic[TransportT]):
     def _open(target: Target, model: str) -> TransportT:
         raise NotImplementedError
 
-    def _batches(self, images: Iterable[ImageSource], *, keep_going: bool) -> Batches:
+    def _dispatch(self, images: Iterable[ImageSource], *, keep_going: bool) -> Dispatch[TransportT]:
         require_many(images)
         if self._is_closed:
             raise RuntimeError("this client is closed")
-        return Batches(
+        batches = Batches(
             images,
             batch_size=self._batch_size,
             max_batch_bytes=self._max_batch_bytes,
             read_ahead=4 * self._max_in_flight * self._batch_size,  # so that one slow request does not idle the others
             keep_going=keep_going,
         )
+        limits = Limits(
+            self._max_in_flight,
+            self._timeout_s,
+            is_per_request=keep_going,  # whose images may be without end
+            attempt_timeout_s=self._attempt_timeout_s,
+        )
+        return Dispatch(batches, self._servers, limits, self._retry, now_s=self._now_s)
 
-    def _countdown(self) -> Callable[[], float | None]:
-        """A function that gives the seconds left of timeout_s from now on, and raises when none are."""
-        if (timeout_s := self._timeout_s) is None:
-            return lambda: None
-        ends_s = time.monotonic() + timeout_s
+    def _now_s(self) -> float:
+        return time.monotonic()
 
-        def time_left_s() -> float:
-            if (left_s := ends_s - time.monotonic()) > 0:
-                return left_s
-            raise DeadlineExceededError(f"not all answers came within {timeout_s} s; {DeadlineExceededError.advice}")
-
-        return time_left_s
+    def _raise_if_closed(self) -> None:
+        """During a call."""
+        if self._is_closed:
+            raise ServerUnavailableError("the client was closed before the answer came")

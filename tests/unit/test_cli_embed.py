@@ -207,7 +207,7 @@ def test_a_server_that_goes_ends_the_run(url, brain, tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"a")
     (tmp_path / "gone.jpg").write_bytes(b"fail:UNAVAILABLE:Socket closed")
     done = subprocess.run(
-        [*COMMAND, "a.jpg", *["gone.jpg"] * 9, "--batch-size", "1", "--url", url],
+        [*COMMAND, "a.jpg", *["gone.jpg"] * 9, "--batch-size", "1", "--url", url, "--timeout-s", "0.5"],
         check=False,
         capture_output=True,
         cwd=tmp_path,

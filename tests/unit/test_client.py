@@ -104,13 +104,13 @@ def test_bytes_in_any_dress_and_paths_are_the_same_image(client, tmp_path):
 
 def test_embeddings_can_be_written_to(client):
     client.embed([b"a"])[:] *= 2
-    next(client.embed_each([b"a"]))[:] *= 2
+    next(client.embed_many([b"a"]))[:] *= 2
 
 
 @pytest.mark.parametrize("one", ["photo.jpg", b"bytes", bytearray(b"bytes"), memoryview(b"bytes")])
 def test_one_image_in_place_of_many_is_refused(client, one, brain):
     """A str is a sequence of str, and bytes one of ints: without the check each letter would be a path."""
-    for call in (client.embed, client.embed_each):
+    for call in (client.embed, client.embed_many):
         with pytest.raises(TypeError, match=r"give \[image\]"):
             call(one)
     assert brain.requests == []
@@ -150,14 +150,14 @@ def test_sixty_four_bad_images_are_all_named(url):
 
 
 def test_a_bad_image_never_loses_its_neighbours(url, brain, tmp_path):
-    """embed_each gives each bad image its own error, and every other image its vector, in order."""
+    """embed_many gives each bad image its own error, and every other image its vector, in order."""
     images = images_of(30)
     bad = {3: "empty", 4: "corrupt", 17: "corrupt", 29: "truncated"}
     for index, code in bad.items():
         images[index] = f"bad:{code}:a; [reason] {index}".encode()
     images[10] = tmp_path / "missing.jpg"
     with EmbeddingClient(url, batch_size=8) as client:
-        results = list(client.embed_each(iter(images)))
+        results = list(client.embed_many(iter(images)))
     assert len(results) == 30
     for index, (image, result) in enumerate(zip(images, results, strict=True)):
         if index in bad or index == 10:
@@ -168,15 +168,15 @@ def test_a_bad_image_never_loses_its_neighbours(url, brain, tmp_path):
 
 
 def test_a_whole_request_of_bad_images_is_not_sent_again(client, brain):
-    results = list(client.embed_each([b"bad:empty:0 bytes"] * 8))
+    results = list(client.embed_many([b"bad:empty:0 bytes"] * 8))
     assert [result.failures[0].index for result in results] == list(range(8))
     assert brain.requests == [8]
 
 
-def test_a_failed_request_of_embed_each_spares_the_others(url):
+def test_a_failed_request_of_embed_many_spares_the_others(url):
     """The error of a request is the result of each of its images, and only of those."""
     with EmbeddingClient(url, batch_size=2) as client:
-        results = list(client.embed_each([b"a", b"b", b"fail:INTERNAL:boom", b"c", b"d"]))
+        results = list(client.embed_many([b"a", b"b", b"fail:INTERNAL:boom", b"c", b"d"]))
     assert [isinstance(result, ServerError) for result in results] == [False, False, True, True, False]
     assert np.array_equal(results[4], vector_of(b"d"))
 
@@ -191,7 +191,7 @@ def test_images_are_read_as_they_are_needed(url):
             yield b"image %d" % taken
 
     with EmbeddingClient(url, batch_size=2, max_in_flight=2) as client:
-        results = list(itertools.islice(client.embed_each(endless()), 10))
+        results = list(itertools.islice(client.embed_many(endless()), 10))
     assert np.array_equal(results[9], vector_of(b"image 10"))
     assert taken <= 10 + 4 * 2 * 2 + 2
 
@@ -253,8 +253,8 @@ def test_threads_share_a_client(client):
         ("INTERNAL", "boom", ServerError),
     ],
 )
-def test_errors_come_with_their_cause_and_the_servers_words(client, status, message, expected):
-    with pytest.raises(expected) as caught:
+def test_errors_come_with_their_cause_and_the_servers_words(url, status, message, expected):
+    with EmbeddingClient(url, retry=None) as client, pytest.raises(expected) as caught:
         client.embed([f"fail:{status}:{message}".encode()])
     assert message in str(caught.value)
 
@@ -290,7 +290,7 @@ def test_nothing_listens(scheme):
     """A port that was free a moment ago: not ready, without an exception; a call says where and what to do."""
     with serve(scheme, Brain()) as url:
         pass
-    with EmbeddingClient(url) as client:
+    with EmbeddingClient(url, retry=None) as client:
         assert not client.is_ready()
         with pytest.raises(ServerUnavailableError, match=f"{url}.*start the server") as caught:
             client.embed([b"a"])
@@ -323,7 +323,9 @@ def test_the_transport_can_be_replaced():
             return answer
 
         def is_ready(self, timeout_s):
-            return True
+            answer = Future()
+            answer.set_result(True)
+            return answer
 
         def close(self):
             pass

@@ -111,7 +111,7 @@ def test_nothing_listens(scheme):
         pass
 
     async def run():
-        async with AsyncEmbeddingClient(url) as client:
+        async with AsyncEmbeddingClient(url, retry=None) as client:
             assert not await client.is_ready()
             with pytest.raises(ServerUnavailableError, match="start the server"):
                 await client.embed([b"a"])

@@ -34,14 +34,10 @@ def test_any_order_of_answers_gives_the_order_of_images(data, sizes, batch_size)
             in_flight.append(request)
         if in_flight:
             request = in_flight.pop(data.draw(st.integers(0, len(in_flight) - 1)))
-
-            def answer(request=request):
-                failures = [ImageFailure(i, "corrupt") for i, item in enumerate(request) if item.index in bad]
-                if failures:
-                    raise InvalidImageError(failures)
-                return vectors_of([item.image for item in request])
-
-            batches.settle(request, answer)
+            if failures := [ImageFailure(i, "corrupt") for i, item in enumerate(request) if item.index in bad]:
+                batches.fail(request, InvalidImageError(failures))
+            else:
+                batches.give(request, vectors_of([item.image for item in request]))
         results.extend(batches.ready())
     assert len(results) == len(images)
     for index, result in enumerate(results):
@@ -55,11 +51,7 @@ def test_a_failure_that_names_no_image_of_the_request_ends():
     """A server that names images which were not sent must not make the client ask for ever."""
     batches = Batches([b"0", b"1"], batch_size=2, max_batch_bytes=9, read_ahead=9, keep_going=True)
     error = InvalidImageError([ImageFailure(7, "corrupt")])
-
-    def answer():
-        raise error
-
-    batches.settle(batches.next_request(), answer)
+    batches.fail(batches.next_request(), error)
     assert list(batches.ready()) == [error, error]
     assert batches.next_request() is None
     assert batches.finished

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +43,8 @@ class Brain:
         self.waiting = threading.Semaphore(0)
         self.cancelled = threading.Semaphore(0)
         self.requests: list[int] = []
+        self.embedded: list[bytes] = []
+        self.refusals: list[tuple[str, str]] = []  # of the next requests: status and message
         self.alter = lambda embeddings: embeddings
         self.ready = True
 
@@ -53,6 +57,8 @@ class Brain:
         assert len(images) == count
         self.requests.append(count)
         self.arrived.release()
+        if self.refusals:
+            raise Refused(*self.refusals.pop(0))
         for image in images:
             if image.startswith(b"fail:"):
                 raise Refused(*image.decode().split(":", 2)[1:])
@@ -67,6 +73,7 @@ class Brain:
         if bad:
             message = f"image_bytes: {len(bad)} of {count} images refused. {'; '.join(bad)}"
             raise Refused("INVALID_ARGUMENT", f"in ensemble 'clip_ensemble', {message}")
+        self.embedded += images
         return self.alter(np.stack([vector_of(image) for image in images]))
 
 
@@ -153,19 +160,19 @@ class HttpServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve(scheme: str, brain: Brain) -> Iterator[str]:
-    """The URL of a server that runs meanwhile."""
+def serve(scheme: str, brain: Brain, port: int = 0) -> Iterator[str]:
+    """The URL of a server that runs meanwhile; port 0 is any free one."""
     if scheme == "grpc":
         with ThreadPoolExecutor(32) as pool:
             server = grpc.server(pool, options=[("grpc.max_metadata_size", 1 << 20)])
             service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(GrpcServer(brain), server)
-            port = server.add_insecure_port("127.0.0.1:0")
+            port = server.add_insecure_port(f"127.0.0.1:{port}")
             server.start()
             yield f"grpc://127.0.0.1:{port}"
             brain.gate.set()
             server.stop(None).wait()
     else:
-        with HttpServer(("127.0.0.1", 0), http_handler(brain)) as server:
+        with HttpServer(("127.0.0.1", port), http_handler(brain)) as server:
             thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
             thread.start()
             yield f"http://127.0.0.1:{server.server_port}"
@@ -174,8 +181,25 @@ def serve(scheme: str, brain: Brain) -> Iterator[str]:
             thread.join()
 
 
+@contextmanager
+def serve_in_a_process(scheme: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The URL of a server that can be killed, and its process. It ends when its stdin does."""
+    command = [sys.executable, __file__, scheme, str(port)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process.stdout.readline().strip(), process
+        finally:
+            process.kill()
+
+
 def test_vectors_tell_images_apart():
     """Two images have different vectors of norm 1, so that a swap or a loss in the client shows."""
     one, other = vector_of(b"one"), vector_of(b"other")
     assert abs(np.linalg.norm(one) - 1) < 1e-6  # float32 rounding
     assert one @ other < 0.5
+
+
+if __name__ == "__main__":
+    with serve(sys.argv[1], Brain(), int(sys.argv[2])) as url:
+        print(url, flush=True)
+        sys.stdin.read()

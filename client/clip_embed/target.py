@@ -1,0 +1,65 @@
+"""What a URL names: a server, and how it is spoken to."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+from urllib.parse import urlsplit
+
+DEFAULT_URL = "grpc://localhost:8001"
+URL_VARIABLE = "INFERENCE_SERVICE_URL"
+BACKEND_VARIABLE = "INFERENCE_BACKEND"
+
+Backend = Literal["triton", "pytorch"]
+"""Who answers: the Triton server, or the PyTorch service that `clip-tools bench` compares it with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server: `address` is host:port for gRPC and the base URL for HTTP; `url` is how messages name it."""
+
+    url: str
+    is_http: bool
+    is_secure: bool
+    address: str
+    backend: Backend = "triton"
+
+
+def parse_url(url: str, *, backend: Backend = "triton") -> Target:
+    """The server that a URL names; a bare host:port means gRPC.
+
+    Raises:
+        ValueError: Another scheme, no host, no port for gRPC, parts that mean nothing here, an unknown backend, or a
+            gRPC URL for the one that speaks HTTP alone.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
+    full = url if "://" in url else f"grpc://{url}"
+    try:
+        parts = urlsplit(full)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"{url!r} is not a server's URL: {error}") from error
+    is_http = parts.scheme in ("http", "https")
+    is_grpc = parts.scheme in ("grpc", "grpcs")
+    if not (is_http or is_grpc) or not host or parts.query or parts.fragment or "@" in parts.netloc:
+        raise ValueError(f"{url!r}: expected grpc://HOST:PORT, grpcs://, http:// or https://, or a bare HOST:PORT")
+    if is_grpc and (port is None or parts.path.strip("/")):
+        raise ValueError(f"{url!r}: a gRPC server is HOST:PORT, such as {DEFAULT_URL}")
+    if backend == "pytorch" and not is_http:
+        raise ValueError(f"{url!r}: the pytorch backend speaks HTTP alone; expected http://HOST:PORT")
+    return Target(full, is_http, parts.scheme in ("https", "grpcs"), full if is_http else parts.netloc, backend)
+
+
+def parse_urls(urls: str | Iterable[str], *, backend: Backend = "triton") -> tuple[Target, ...]:
+    """The servers of a list of URLs, or of one text with commas between them; one or more, none twice.
+
+    Raises:
+        ValueError: No URL, the same one twice, or one that names no server.
+    """
+    given = urls.split(",") if isinstance(urls, str) else list(urls)
+    targets = tuple(parse_url(url.strip(), backend=backend) for url in given)
+    if not targets or len({target.url for target in targets}) < len(targets):
+        raise ValueError(
+            f"expected the URL of a server, or of several and none twice, came {', '.join(given) or 'none'}"
+        )
+    return targets
