@@ -7,6 +7,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -44,7 +45,7 @@ def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS
         files |= {f"clip_onnx/1/{path.name}": path for path in graph.parent.glob("*.json")}
     if plan is not None:
         files |= {f"clip_trt/1/{path.name}": path for path in (plan, *plan.parent.glob("*.json"))}
-    write_served_repository(models, folder, files=files, max_batch=64 if settings.skip_build else settings.max_batch)
+    write_served_repository(models, folder, files=files, max_batch=None if settings.skip_build else settings.max_batch)
     return server_command(folder, start.config_name)
 
 
@@ -52,6 +53,11 @@ def _make_graphs(settings: Settings, found: Found, say: Say) -> tuple[Start, dic
     start = plan_start(settings, found)
     exported = {graph_name(precision): export(settings, precision, say) for precision in start.exports}
     return start, {**found.onnx, **exported}
+
+
+def served_folder() -> Path:
+    """Where the repository that is served is written: the image's CLIP_MODELS, so that `clip-tools swap` reads it."""
+    return Path(tempfile.gettempdir()) / "clip-embed-served"
 
 
 def server_command(repository: Path, config_name: str | None) -> list[str]:
@@ -77,7 +83,8 @@ def main(arguments: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         settings = Settings.from_environment(os.environ)
-        folder = Path(tempfile.mkdtemp(prefix="clip-embed-")) / "models"
+        folder = served_folder()
+        shutil.rmtree(folder, ignore_errors=True)
         command = [*prepare(settings, folder, _say), *arguments]
         if settings.cache_dir.is_dir():  # ort-trt keeps its engines in .cache, relative to where the server starts
             with contextlib.suppress(OSError):

@@ -10,11 +10,11 @@ from clip_tools.repository import read_config
 _BUILT = ("*.onnx", "*.onnx.data", "*.plan", "manifest.json", "__pycache__")
 
 
-def write_served_repository(models: Path, folder: Path, *, files: dict[str, Path], max_batch: int) -> None:
+def write_served_repository(models: Path, folder: Path, *, files: dict[str, Path], max_batch: int | None) -> None:
     """Copy the repository `models` to `folder`, without its built files.
 
-    `files` are linked into it: where each goes, as in "clip_trt/1/model.plan", and where it is. When `max_batch` is not
-    what the configurations say, all of them take it: see `fit_batches`.
+    `files` are linked into it: where each goes, as in "clip_trt/1/model.plan", and where it is. Every configuration
+    takes `max_batch`, see `fit_batches`; None leaves what they say.
     """
     from google.protobuf import text_format
 
@@ -24,7 +24,7 @@ def write_served_repository(models: Path, folder: Path, *, files: dict[str, Path
     for path in sorted([*folder.glob("*/config.pbtxt"), *folder.glob("*/configs/*.pbtxt")]):
         model = path.relative_to(folder).parts[0]
         config = read_config(folder, model, path.stem if path.parent.name == "configs" else None)
-        if fit_batches(config, max_batch):
+        if max_batch is not None and fit_batches(config, max_batch):
             path.write_text(text_format.MessageToString(config))
 
 
