@@ -9,7 +9,7 @@ compile=("$uv" pip compile -q --python-platform x86_64-manylinux_2_36 --generate
 echo uv | "${compile[@]}" --python-version 3.11 - -o requirements/uv.txt
 # The whole environment of a machine without a GPU: what `make` installs.
 "${compile[@]}" --python-version 3.11 pyproject.toml --group dev --extra cpu --extra server --extra export --extra profile --extra http \
-  --extra rtx --extra baseline -o requirements/all.txt
+  --extra rtx --extra baseline --extra parquet -o requirements/all.txt
 # The client alone.
 "${compile[@]}" --python-version 3.11 pyproject.toml --constraint requirements/all.txt -o requirements/client.txt
 # What the container's Python models and its entry point import beside Triton's own packages (Ubuntu 24.04: Python 3.12).
