@@ -12,7 +12,7 @@ try:
 except ImportError:
     sys.exit("clip-tools: typer is not installed: pip install 'clip-embed[cli]'")
 
-from clip_tools import cli_measure
+from clip_tools import cli_engine, cli_measure
 
 app = typer.Typer(
     name="clip-tools",
@@ -23,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(cli_engine.app)
 app.add_typer(cli_measure.app)
 
 Port = Annotated[int, typer.Option(min=1, max=65535)]
@@ -31,35 +32,6 @@ ConfigName = Annotated[
     str | None,
     typer.Option("--model-config-name", help="A named configuration of the whole deployment, such as cpu-bf16."),
 ]
-
-
-@app.command("export-onnx")
-def export_onnx(
-    model: Annotated[str, typer.Option(help="An open_clip architecture.")] = "ViT-B-32",
-    pretrained: Annotated[
-        str, typer.Option(help="A pretrained tag, a checkpoint's path, or random:SEED for untrained weights.")
-    ] = "laion2b_s34b_b79k",
-    output: Annotated[Path, typer.Option(help="Where the model goes; its manifest goes beside it.")] = (
-        MODELS / "clip_onnx" / "1" / "model.onnx"
-    ),
-    photographs: Annotated[
-        Path | None, typer.Option(help="A folder of images to compare on, in place of the demo's photographs.")
-    ] = None,
-) -> None:
-    """Export an open_clip image tower to ONNX, compare it with PyTorch, and write its manifest."""
-    from rich.console import Console
-
-    from clip_tools import export_onnx as verb
-    from clip_tools import photos
-    from clip_tools.oracle import Weights
-
-    weights = Weights(model, pretrained)
-    with Console(stderr=True).status(f"exporting {model}, {pretrained}"):
-        paths = photos.images_in(photographs) if photographs else photos.demo_photos()
-        manifest = verb.export_onnx(weights, [path.read_bytes() for path in paths], output)
-    if not manifest.trained:
-        sys.stderr.write("untrained weights: good for trying things out, worth nothing as embeddings\n")
-    typer.echo(manifest.to_json())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -74,6 +46,9 @@ def serve(
     grpc_port: Port = 8001,
     metrics_port: Port = 8002,
     ready_timeout_s: Annotated[float, typer.Option(help="How long loading may take.")] = 180.0,
+    rebuild_stale: Annotated[
+        bool, typer.Option("--rebuild-stale", help="Build a TensorRT plan again that does not fit what is here.")
+    ] = False,
 ) -> None:
     """Serve clip_ensemble by the embedded tritonserver until Ctrl-C. Further flags go to tritonserver."""
     from clip_tools import serve as verb
@@ -88,6 +63,7 @@ def serve(
             metrics_port=metrics_port,
             ready_timeout_s=ready_timeout_s,
             arguments=tuple(context.args),
+            rebuild_stale=rebuild_stale,
         )
     )
 

@@ -8,8 +8,9 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.oracle import IMAGE_SIZE_PX, Oracle, Weights, load_oracle
@@ -18,6 +19,7 @@ from clip_tools.paths import MODELS
 MODEL_PATH = MODELS / "clip_onnx" / "1" / "model.onnx"
 MAX_BATCH = 64
 OPSET = 20
+GRAPH = 2  # the form of the graph: 1 had the pixels' layout changed before their type, which TensorRT cannot
 
 # The exported graph is the same arithmetic in FP32, in another order: the worst of 200 images read 0.9999997 in
 # cosine and 2e-6 in an element. Ten times that is still far from any real mistake.
@@ -28,7 +30,12 @@ _BATCHES = (1, 2, 5, 16)
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a `model.onnx` is, kept beside it as `manifest.json`."""
+    """What an exported ONNX file is, kept beside it.
+
+    `graph` is the version of the graph's form. Of the lower precisions alone: `matrices` counts the products by
+    precision, `gate` has the agreement with open_clip and why it counts for nothing, if it does, and `calibration` what
+    an eight-bit graph was calibrated on.
+    """
 
     sha256: str
     model: str
@@ -42,6 +49,10 @@ class Manifest:
     max_abs_difference: float
     versions: dict[str, str]
     date: str
+    graph: int = 1
+    matrices: dict[str, int] = field(default_factory=dict)
+    gate: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, model_path: Path) -> "Manifest | None":
@@ -57,8 +68,9 @@ class Manifest:
 
 
 def manifest_path(model_path: Path) -> Path:
-    """Where the manifest of a model file is: `manifest.json` in its folder."""
-    return model_path.with_name("manifest.json")
+    """Where a model's manifest is: `manifest.json` of `model.onnx`, `manifest.fp16.json` of `model.fp16.onnx`."""
+    variant = model_path.name.split(".")[1:-1]
+    return model_path.with_name(".".join(["manifest", *variant, "json"]))
 
 
 def is_exported(model_path: Path, weights: Weights) -> bool:
@@ -66,6 +78,7 @@ def is_exported(model_path: Path, weights: Weights) -> bool:
     manifest = Manifest.read(model_path)
     return (
         manifest is not None
+        and manifest.graph == GRAPH
         and model_path.is_file()
         and (manifest.model, manifest.checkpoint_sha256) == (weights.model, weights.checkpoint_sha256)
         and (manifest.checkpoint_sha256 is not None or manifest.pretrained == weights.pretrained)
@@ -86,34 +99,49 @@ def export_onnx(weights: Weights, photographs: Sequence[bytes], output: Path = M
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         draft = Path(folder) / output.name
-        _write_graph(oracle, draft)
+        write_graph(oracle, draft)
         worst_cosine, max_abs_difference = compare(oracle, draft, photographs)
-        manifest = Manifest(
-            sha256=sha256_of(draft),
-            model=weights.model,
-            pretrained=Path(weights.pretrained).name if weights.checkpoint_sha256 else weights.pretrained,
-            checkpoint_sha256=weights.checkpoint_sha256,
-            trained=weights.seed is None,
-            precision="fp32",
-            opset=OPSET,
-            max_batch=MAX_BATCH,
-            worst_cosine=round(worst_cosine, 8),
-            max_abs_difference=float(f"{max_abs_difference:.2e}"),
-            versions={
-                name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "onnx", "onnxscript")
-            },
-            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        )
-        # The old manifest goes first: a crash between the two leaves a model without one, never with a wrong one.
-        manifest_path(output).unlink(missing_ok=True)
-        draft.replace(output)
-        text = Path(folder) / "manifest.json"
-        text.write_text(manifest.to_json() + "\n")
-        text.replace(manifest_path(output))
+        manifest = describe(draft, weights, "fp32", worst_cosine, max_abs_difference)
+        put_in_place(draft, manifest, output)
     return manifest
 
 
-def _write_graph(oracle: Oracle, path: Path) -> None:
+def describe(
+    draft: Path, weights: Weights, precision: str, worst_cosine: float, max_abs_difference: float, **further: Any
+) -> Manifest:
+    """The manifest of a file that was just exported from these weights."""
+    return Manifest(
+        sha256=sha256_of(draft),
+        model=weights.model,
+        pretrained=Path(weights.pretrained).name if weights.checkpoint_sha256 else weights.pretrained,
+        checkpoint_sha256=weights.checkpoint_sha256,
+        trained=weights.seed is None,
+        precision=precision,
+        opset=OPSET,
+        max_batch=MAX_BATCH,
+        worst_cosine=round(worst_cosine, 8),
+        max_abs_difference=float(f"{max_abs_difference:.2e}"),
+        versions={
+            name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "onnx", "onnxscript")
+        },
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        graph=GRAPH,
+        **further,
+    )
+
+
+def put_in_place(draft: Path, manifest: Manifest, output: Path) -> None:
+    """Move a file that has passed to `output`, and its manifest beside it; the draft's folder is on the same disk."""
+    # The old manifest goes first: a crash between the two leaves a model without one, never with a wrong one.
+    manifest_path(output).unlink(missing_ok=True)
+    draft.replace(output)
+    text = draft.with_name("manifest.json")
+    text.write_text(manifest.to_json() + "\n")
+    text.replace(manifest_path(output))
+
+
+def write_graph(oracle: Oracle, path: Path) -> None:
+    """Write the FP32 graph of the oracle's model; nothing is compared yet."""
     import torch
 
     class PixelsToEmbedding(torch.nn.Module):  # type: ignore[misc, unused-ignore]
@@ -129,7 +157,8 @@ def _write_graph(oracle: Oracle, path: Path) -> None:
             self.register_buffer("std", torch.tensor(oracle.std).view(1, 3, 1, 1))
 
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            scaled = pixels.permute(0, 3, 1, 2).to(torch.float32) / 255
+            # The cast comes first: TensorRT can do nothing else with uint8.
+            scaled = pixels.to(torch.float32).permute(0, 3, 1, 2) / 255
             image_features = self.visual((scaled - self.mean) / self.std)
             return torch.nn.functional.normalize(image_features, dim=-1)
 

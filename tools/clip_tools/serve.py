@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import IO
 
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import MODELS
-from clip_tools.repository import ENSEMBLE, check_files, deployment
+from clip_tools.repository import ENSEMBLE, Model, check_files, deployment
 from clip_tools.tritonserver import command, find_installation
 
 _EXIT_TIMEOUT_S = 30  # Triton's own default: how long it waits for requests in flight
@@ -43,7 +43,10 @@ _REASONS = tuple(
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What to serve and where. `arguments` go to tritonserver as they are; `log` None means stderr."""
+    """What to serve and where. `arguments` go to tritonserver as they are; `log` None means stderr.
+
+    `rebuild_stale` builds a TensorRT plan again that does not fit what is here; else such a plan is refused.
+    """
 
     models: Path = MODELS
     config_name: str | None = None
@@ -54,6 +57,7 @@ class ServeOptions:
     ready_timeout_s: float = 180.0
     arguments: tuple[str, ...] = ()
     log: Path | None = None
+    rebuild_stale: bool = False
 
     @property
     def grpc_url(self) -> str:
@@ -91,7 +95,9 @@ class EmbeddedServer:
     def start(self) -> None:
         """Start the process. Raises ToolError for what would make it fail: files, ports, environment."""
         options = self.options
-        check_files(deployment(options.models, options.config_name))
+        models = deployment(options.models, options.config_name)
+        check_files(models)
+        check_plans(models, rebuild=options.rebuild_stale)
         installation = find_installation()
         for title, flag, port in (
             ("HTTP", "--http-port", options.http_port),
@@ -230,6 +236,24 @@ class EmbeddedServer:
                 if found := reason.search(line):
                     return found[1].strip().strip('"')
         return lines[-1].strip() if lines else "nothing was logged"
+
+
+def check_plans(models: Sequence[Model], *, rebuild: bool = False) -> None:
+    """Raises ToolError for a plan that was built for something else than is here, or builds it again."""
+    from clip_tools.build_engine import build_engine, stale_reason
+    from clip_tools.engine_manifest import EngineManifest, EngineOptions
+
+    for model in models:
+        plan = model.file
+        if plan is None or model.config.backend != "tensorrt" or (reason := stale_reason(plan)) is None:
+            continue
+        if not rebuild:
+            raise ToolError(f"{model.name}: {reason}, or let `clip-tools serve --rebuild-stale` do it")
+        sys.stderr.write(f"{model.name}: {reason}; building it now\n")
+        manifest = EngineManifest.read(plan)
+        options = manifest.options if manifest else EngineOptions()
+        onnx = manifest.onnx if manifest else "model.fp16.onnx"
+        build_engine(plan.parents[2] / "clip_onnx" / "1" / onnx, plan, options)
 
 
 def probe_image() -> bytes:

@@ -1,0 +1,161 @@
+"""The verbs of `clip-tools` that make an engine and prove it; `clip_tools.cli` takes them in."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clip_tools.build_engine import PLAN_PATH, default_onnx
+from clip_tools.errors import ToolError
+from clip_tools.gates import PRECISIONS
+from clip_tools.precision import Precision
+from clip_tools.tensorrt_library import RUNTIMES, Runtime
+
+app = typer.Typer()
+
+Architecture = Annotated[str, typer.Option(help="An open_clip architecture.")]
+PrecisionName = Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")]
+
+
+@app.command("export-onnx")
+def export_onnx(
+    model: Architecture = "ViT-B-32",
+    pretrained: Annotated[
+        str, typer.Option(help="A pretrained tag, a checkpoint's path, or random:SEED for untrained weights.")
+    ] = "laion2b_s34b_b79k",
+    precision: PrecisionName = "fp32",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the model goes, its manifest beside it; by default model.onnx or model.PRECISION.onnx of "
+            "clip_onnx."
+        ),
+    ] = None,
+    photographs: Annotated[
+        Path | None,
+        typer.Option(help="A folder of images to compare on, in place of our own photographs (fp32: 10, else 121)."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="int8 and fp8: a folder of images like those that will be embedded, 500 or more."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Calibrate on fewer than 100 images.")] = False,
+) -> None:
+    """Export an open_clip image tower to ONNX, compare it with PyTorch, and write its manifest."""
+    from clip_tools import export_onnx as verb
+    from clip_tools import photos
+    from clip_tools.calibration import check_count
+    from clip_tools.export_variant import export_variant
+    from clip_tools.oracle import Weights
+
+    weights, wanted = Weights(model, pretrained), checked_precision(precision)
+    target = output or default_onnx(wanted)
+    if (wanted in ("int8", "fp8")) != (calibration is not None):
+        expected = "needs --calibration with a folder of images" if calibration is None else "takes no --calibration"
+        raise ToolError(f"--precision {wanted} {expected}", exit_code=2)
+    images: list[Path] = []
+    if calibration is not None:
+        images = photos.images_in(calibration)
+        if note := check_count(len(images), force=force):
+            sys.stderr.write(f"{note}\n")
+    with progress(f"exporting {model}, {pretrained}") as advance:
+        if photographs:
+            paths = photos.images_in(photographs)
+        else:
+            paths = photos.demo_photos() if wanted == "fp32" else photos.gate_photos()
+        if wanted == "fp32":
+            manifest = verb.export_onnx(weights, [path.read_bytes() for path in paths], target)
+        else:
+            manifest = export_variant(weights, wanted, paths, target, calibration=images, advance=advance)
+    if reason := manifest.gate.get("counts_for_nothing"):
+        sys.stderr.write(f"its gate counts for nothing: {reason}\n")
+    if not manifest.trained:
+        sys.stderr.write("untrained weights: good for trying things out, worth nothing as embeddings\n")
+    typer.echo(manifest.to_json())
+
+
+@app.command("build-engine")
+def build_engine(
+    runtime: Annotated[str, typer.Option(help=f"{' or '.join(RUNTIMES)}; the latter builds without a GPU.")] = (
+        "tensorrt"
+    ),
+    precision: Annotated[str, typer.Option(help="What the matrices must run in; another is refused.")] = "fp16",
+    onnx: Annotated[
+        Path | None, typer.Option(help="The graph; by default what export-onnx --precision PRECISION wrote.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where the plan goes; its manifest goes beside it.")] = PLAN_PATH,
+    min_batch: Annotated[int, typer.Option(min=1, help="The smallest batch of the profile.")] = 1,
+    opt_batch: Annotated[int, typer.Option(min=1, help="The batch that it is tuned for.")] = 16,
+    max_batch: Annotated[int, typer.Option(min=1, help="The largest batch.")] = 64,
+    workspace_mib: Annotated[
+        int | None, typer.Option(min=1, help="Scratch memory that a layer may take; by default the whole GPU.")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Also for later versions of the same major version.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="tensorrt: also for other GPUs from Ampere on.")
+    ] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="tensorrt-rtx: a compute capability such as 8.9; may be given again. By default all."),
+    ] = None,
+) -> None:
+    """Build a TensorRT plan of the exported graph, and fail when its matrices run in another precision than asked."""
+    from rich.console import Console
+
+    from clip_tools import build_engine as verb
+
+    wanted = checked_precision(precision)
+    options = verb.EngineOptions(
+        runtime=checked_runtime(runtime),
+        precision=wanted,
+        min_batch=min_batch,
+        opt_batch=opt_batch,
+        max_batch=max_batch,
+        workspace_mib=workspace_mib,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        targets=tuple(target or ()),
+    )
+    manifest = verb.build_engine(onnx or default_onnx(wanted), output, options)
+    Console(stderr=True).print(verb.census_table(manifest))
+    typer.echo(manifest.to_json())
+
+
+def checked_precision(name: str) -> Precision:
+    """The precision of this name. Raises ToolError for another."""
+    for precision in PRECISIONS:
+        if precision == name:
+            return precision
+    raise ToolError(f"--precision {name}: expected one of {', '.join(PRECISIONS)}", exit_code=2)
+
+
+def checked_runtime(name: str) -> Runtime:
+    """The runtime of this name. Raises ToolError for another."""
+    for runtime in RUNTIMES:
+        if runtime == name:
+            return runtime
+    raise ToolError(f"--runtime {name}: expected one of {', '.join(RUNTIMES)}", exit_code=2)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show on stderr, where it is a terminal, what is being done: `title` at first, then what `advance` is told."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as shown:
+        tasks: dict[str, Any] = {}
+        first = shown.add_task(title, total=None)
+
+        def advance(what: str, done: int, total: int) -> None:
+            shown.update(first, visible=False)
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total)
+            shown.update(tasks[what], completed=done)
+
+        yield advance

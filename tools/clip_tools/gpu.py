@@ -1,0 +1,42 @@
+"""The GPU of this machine, as its driver names it. Needs the driver alone: no CUDA toolkit, torch or TensorRT."""
+
+import ctypes
+from dataclasses import dataclass
+
+_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first visible GPU: "NVIDIA L4", its compute capability "8.9", and the newest CUDA of its driver, "13.0"."""
+
+    name: str
+    compute_capability: str
+    cuda: str
+
+
+def find_gpu() -> Gpu | None:
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves; None without one, or without a working driver."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    count, device, version = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    asked = (
+        cuda.cuInit(0)
+        or cuda.cuDeviceGetCount(ctypes.byref(count))
+        or cuda.cuDeviceGet(ctypes.byref(device), 0)
+        or cuda.cuDeviceGetName(name, len(name), device)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(major), _COMPUTE_CAPABILITY_MAJOR, device)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
+        or cuda.cuDriverGetVersion(ctypes.byref(version))
+    )
+    if asked != 0:  # the first call that failed, CUDA_ERROR_NO_DEVICE among others
+        return None
+    return Gpu(
+        name.value.decode(errors="replace"),
+        f"{major.value}.{minor.value}",
+        f"{version.value // 1000}.{version.value % 1000 // 10}",
+    )

@@ -1,0 +1,389 @@
+"""The exported FP32 graph rewritten in a lower precision, and the FP32 twin that shows on a CPU what it computes.
+
+Strongly typed: the type of every tensor is in the graph, so TensorRT has nothing to choose. Matrix multiplications and
+the convolution run in the low type; LayerNorm, softmax, the residual stream and the final norm stay in FP32, with a
+cast at each border (NVIDIA/TensorRT#2709: in FP16 throughout, this ViT loses its accuracy). Inputs and outputs do not
+change.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from clip_tools.errors import ToolError, missing_extra
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import onnx
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+Half = Literal["fp16", "bf16"]
+
+_BF16_OPSET = 22
+MATRIX_OPS = ("MatMul", "Conv")
+# They move numbers and compute none, so they take the type that comes; the first input is the data.
+_MOVERS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Gather", "Slice")
+_ARITHMETIC = (
+    *MATRIX_OPS,
+    "Add",
+    "Mul",
+    "Sub",
+    "Div",
+    "Sigmoid",
+    "Erf",
+    "LayerNormalization",
+    "Softmax",
+    "ReduceL2",
+    "Clip",
+)
+
+
+@dataclass
+class Graph:
+    """An ONNX graph being rewritten: its nodes in order, its constants by name, and fresh names."""
+
+    model: "onnx.ModelProto"
+
+    def __post_init__(self) -> None:
+        self.constants: dict[str, Any] = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.nodes: list[onnx.NodeProto] = list(self.model.graph.node)
+
+    def array(self, name: str) -> "npt.NDArray[np.float32]":
+        """The constant of this name, as numpy has it."""
+        from onnx import numpy_helper
+
+        value: npt.NDArray[np.float32] = numpy_helper.to_array(self.constants[name])
+        return value
+
+    def add_constant(self, name: str, value: "npt.NDArray[Any]") -> str:
+        """Add a constant, or replace the one of this name."""
+        from onnx import numpy_helper
+
+        self.constants[name] = numpy_helper.from_array(value, name)
+        return name
+
+    def finish(self) -> "onnx.ModelProto":
+        """The model with these nodes and the constants that they use."""
+        import onnx
+
+        used = {name for node in self.nodes for name in node.input}
+        graph = self.model.graph
+        model = onnx.ModelProto()
+        model.CopyFrom(onnx.ModelProto(ir_version=self.model.ir_version, opset_import=self.model.opset_import))
+        model.graph.name = graph.name
+        model.graph.input.extend(graph.input)
+        model.graph.output.extend(graph.output)
+        model.graph.node.extend(self.nodes)
+        model.graph.initializer.extend(tensor for name, tensor in self.constants.items() if name in used)
+        return model
+
+
+def split_gemm(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The same graph with every Gemm as MatMul and Add, so that a linear layer has one form.
+
+    Gemm takes two dimensions, so the exporter puts a Reshape on both of its sides; those stay.
+    """
+    from onnx import helper
+
+    graph = Graph(model)
+    nodes = []
+    for node in graph.nodes:
+        if node.op_type != "Gemm":
+            nodes.append(node)
+            continue
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if attributes.get("transA") or (attributes.get("alpha", 1.0), attributes.get("beta", 1.0)) != (1.0, 1.0):
+            raise ToolError(f"{node.name}: a Gemm with {attributes} was not expected: this exporter is newer")
+        data, weight = node.input[:2]
+        if attributes.get("transB"):
+            weight = graph.add_constant(f"{weight}.T", graph.array(weight).T.copy())
+        if len(node.input) == 2:  # the exporter leaves out a bias of zeros
+            nodes.append(helper.make_node("MatMul", [data, weight], list(node.output), name=node.name))
+            continue
+        product = f"{node.output[0]}_product"
+        nodes.append(helper.make_node("MatMul", [data, weight], [product], name=f"{node.name}_matmul"))
+        nodes.append(helper.make_node("Add", [product, node.input[2]], list(node.output), name=node.name))
+    graph.nodes = nodes
+    return graph.finish()
+
+
+def fold_normalisation(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The graph with `(x / 255 - mean) / std` moved into the first convolution, which now reads `(x - 128) / 128`.
+
+    FP16 and BF16 hold these inputs exactly, so a lower precision rounds no pixel: with the reshaped B-32 the worst FP16
+    cosine rose from 0.9957 to 0.9997 (with the bias in FP32, as here). What the centre adds is a bias in FP32 behind
+    the convolution. A graph that does not begin like the exported ViT comes back as it is.
+    """
+    import numpy as np
+    from onnx import helper
+
+    graph = Graph(model)
+    maker = {node.output[0]: node for node in graph.nodes}
+    conv = next((node for node in graph.nodes if node.op_type == "Conv"), None)
+    steps: list[Any] = []
+    name = conv.input[0] if conv else ""
+    while name in maker and maker[name].op_type != "Cast" and len(steps) < 4:
+        steps.append(maker[name])
+        name = maker[name].input[0]
+    pads = [value for a in (conv.attribute if conv else ()) if a.name == "pads" for value in a.ints]
+    if conv is None or [s.op_type for s in steps] != ["Div", "Sub", "Div", "Transpose"] or any(pads):
+        return model  # padding would be black before the normalisation and gray after it
+    std, mean, scale = (np.float64(graph.array(step.input[1])) for step in steps[:3])
+    weight = np.float64(graph.array(conv.input[1]))
+    bias = (weight * ((128 / scale - mean) / std)).sum(axis=(1, 2, 3))
+    if len(conv.input) > 2:
+        bias += graph.array(conv.input[2])
+    graph.add_constant("folded_weight", np.asarray(weight * (128 / scale) / std, np.float32))
+    graph.add_constant("folded_bias", np.asarray(bias, np.float32).reshape(-1, 1, 1))
+    graph.add_constant("pixel_centre", np.asarray(128, np.float32))
+    graph.add_constant("pixel_scale", np.asarray(1 / 128, np.float32))
+    folded = _copy(conv)
+    del folded.input[:]
+    folded.input.extend(["pixels_scaled", "folded_weight"])
+    folded.output[0] = "patches"
+    replaced = {
+        steps[0].name: None,
+        steps[1].name: helper.make_node("Mul", ["pixels_centred", "pixel_scale"], ["pixels_scaled"], name="scale"),
+        steps[2].name: helper.make_node("Sub", [steps[2].input[0], "pixel_centre"], ["pixels_centred"], name="centre"),
+        conv.name: folded,
+    }
+    nodes = []
+    for node in graph.nodes:
+        made = replaced.get(node.name, node)
+        nodes += [made] if made is not None else []
+        if node.name == conv.name:
+            nodes.append(helper.make_node("Add", ["patches", "folded_bias"], [conv.output[0]], name="patch_bias"))
+    graph.nodes = nodes
+    return graph.finish()
+
+
+def lower(model: "onnx.ModelProto", half: Half, *, keep: Iterable[str] = ()) -> "onnx.ModelProto":
+    """The graph with its matrix arithmetic in `half`, strongly typed. `keep` names matrix nodes that stay in FP32."""
+    try:
+        from onnx import TensorProto, helper
+    except ImportError as error:
+        raise missing_extra("export", error) from error
+
+    low = TensorProto.FLOAT16 if half == "fp16" else TensorProto.BFLOAT16
+    graph = Graph(split_gemm(fold_normalisation(model)))
+    full = TensorProto.FLOAT
+    types = _float_tensors(graph)  # name -> FLOAT, for every computed float tensor
+    kept = set(keep)
+    casts: dict[tuple[str, int], str] = {}
+    nodes: list[onnx.NodeProto] = []
+
+    def in_type(name: str, wanted: int) -> str:
+        if name in graph.constants:
+            if wanted == full or graph.constants[name].data_type != full:
+                return name
+            return _rounded_constant(graph, name, half)
+        if name not in types or types[name] == wanted:
+            return name
+        if (name, wanted) not in casts:
+            casts[name, wanted] = f"{name}_{'fp32' if wanted == full else half}"
+            nodes.append(
+                helper.make_node("Cast", [name], [casts[name, wanted]], name=f"cast_{casts[name, wanted]}", to=wanted)
+            )
+        return casts[name, wanted]
+
+    for node in graph.nodes:
+        if node.op_type == "DequantizeLinear" and node.name not in kept:
+            # What a scale is, the product is: an FP32 one would make it an FP32 product of eight-bit factors.
+            changed = _copy(node)
+            changed.input[1] = _rounded_constant(graph, node.input[1], half)
+            types[node.output[0]] = low
+            nodes.append(changed)
+            continue
+        computed = [name for name in node.input if name in types]
+        if node.output[0] not in types or not computed:
+            nodes.append(node)  # shapes, and constants that are made to measure
+            continue
+        wanted: int = full
+        if node.op_type in MATRIX_OPS and node.name not in kept:
+            wanted = low
+        elif node.op_type in _MOVERS:
+            wanted = types[computed[0]]
+        changed = _copy(node)
+        data = list(node.input[:1]) if node.op_type in _MOVERS else list(node.input)
+        for index, name in enumerate(data):
+            changed.input[index] = in_type(name, wanted)
+        types[node.output[0]] = wanted
+        nodes.append(changed)
+    graph.nodes = nodes
+    lowered = graph.finish()
+    if half == "bf16":  # the first opset whose Conv takes it; none of these operators changed otherwise
+        lowered.opset_import[0].version = max(lowered.opset_import[0].version, _BF16_OPSET)
+    return lowered
+
+
+def naive_half(model: "onnx.ModelProto", half: Half = "fp16") -> "onnx.ModelProto":
+    """Everything after the pixels in `half`, LayerNorm and norms too: the conversion that loses accuracy.
+
+    It is here to be measured and refused.
+    """
+    from onnx import TensorProto, helper
+
+    low = TensorProto.FLOAT16 if half == "fp16" else TensorProto.BFLOAT16
+    graph = Graph(split_gemm(model))
+    for name, tensor in list(graph.constants.items()):
+        if tensor.data_type == TensorProto.FLOAT:
+            graph.constants[name] = _round_tensor(graph.array(name), name, half)
+    nodes = []
+    for node in graph.nodes:
+        changed = _copy(node)
+        if node.op_type == "Cast":
+            changed = helper.make_node("Cast", list(node.input), list(node.output), name=node.name, to=low)
+        if node.op_type == "LayerNormalization":
+            del changed.attribute[:]
+            changed.attribute.extend(a for a in node.attribute if a.name != "stash_type")
+            changed.attribute.append(helper.make_attribute("stash_type", low if half == "bf16" else 1))
+        if node.output[0] == "embedding":
+            changed.output[0] = "embedding_low"
+        nodes.append(changed)
+    nodes.append(helper.make_node("Cast", ["embedding_low"], ["embedding"], name="cast_out", to=TensorProto.FLOAT))
+    graph.nodes = nodes
+    return graph.finish()
+
+
+def is_low(model: "onnx.ModelProto") -> bool:
+    """Whether anything in the graph is FP16 or BF16: a constant or a cast says so."""
+    from onnx import TensorProto
+
+    lows = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    return any(tensor.data_type in lows for tensor in model.graph.initializer) or any(
+        attribute.i in lows
+        for node in model.graph.node
+        if node.op_type == "Cast"
+        for attribute in node.attribute
+        if attribute.name == "to"
+    )
+
+
+def twin(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The same graph in FP32 arithmetic with every value rounded where the graph is FP16 or BF16.
+
+    ONNX Runtime's CPU provider has no BF16 matrix multiplication, and runs FP16 ones in FP32 without rounding between
+    them, so neither would show what a GPU computes. A low-precision product that accumulates in FP32 is exactly this:
+    rounded factors, an FP32 sum, a rounded result. A graph without low types comes back as it is.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    lows = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    types = {value.name: value.type.tensor_type.elem_type for value in _infer(model).graph.value_info}
+    graph = Graph(model)
+    if not any(kind in lows for kind in types.values()):
+        return model
+    for name, tensor in list(graph.constants.items()):
+        if tensor.data_type in lows:
+            types[name] = tensor.data_type
+            graph.add_constant(name, numpy_helper.to_array(tensor).astype("float32"))
+    nodes = []
+    for node in graph.nodes:
+        output = node.output[0]
+        low = types.get(output)
+        changed = _copy(node)
+        if low not in lows:
+            nodes.append(changed)
+            continue
+        if node.op_type in _ARITHMETIC:
+            changed.output[0] = f"{output}_exact"
+            nodes.append(changed)
+            source = changed.output[0]
+        elif node.op_type == "Cast":
+            source = node.input[0]
+        else:  # moves numbers, or a DequantizeLinear's
+            nodes.append(changed)
+            continue
+        nodes.append(helper.make_node("Cast", [source], [f"{output}_rounded"], name=f"{output}_round", to=low))
+        nodes.append(
+            helper.make_node("Cast", [f"{output}_rounded"], [output], name=f"{output}_widen", to=TensorProto.FLOAT)
+        )
+    graph.nodes = nodes
+    return graph.finish()
+
+
+def _infer(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    import onnx
+
+    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=False)
+
+
+def _float_tensors(graph: Graph) -> dict[str, int]:
+    """Every float tensor that is computed from the pixels or from constants, by name."""
+    from onnx import TensorProto
+
+    inferred = _infer(graph.model).graph
+    return {
+        value.name: TensorProto.FLOAT
+        for value in [*inferred.value_info, *inferred.output]
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT
+    }
+
+
+def _rounded_constant(graph: Graph, name: str, half: Half) -> str:
+    rounded = f"{name}.{half}"
+    if rounded not in graph.constants:
+        graph.constants[rounded] = _round_tensor(graph.array(name), rounded, half)
+    return rounded
+
+
+def _round_tensor(value: "npt.NDArray[Any]", name: str, half: Half) -> Any:
+    """The constant as a tensor of the low type. Raises ToolError when FP16 cannot hold it."""
+    import ml_dtypes
+    import numpy as np
+    from onnx import numpy_helper
+
+    with np.errstate(over="ignore"):
+        rounded = value.astype(np.float16 if half == "fp16" else ml_dtypes.bfloat16)
+    if not np.isfinite(rounded.astype(np.float32)).all():
+        raise ToolError(f"{name}: a weight of {np.abs(value).max():.3g} does not fit {half}; take bf16")
+    return numpy_helper.from_array(rounded, name)
+
+
+def _copy(node: Any) -> Any:
+    import onnx
+
+    changed = onnx.NodeProto()
+    changed.CopyFrom(node)
+    return changed
+
+
+def count_matrices(model: "onnx.ModelProto") -> dict[str, int]:
+    """How many matrix multiplications and convolutions the graph has in each precision, the commonest first.
+
+    A product counts as INT8 or FP8 when both factors were dequantised from it, as TensorRT fuses them, or when it is
+    ONNX Runtime's dynamic MatMulInteger.
+    """
+    from onnx import TensorProto
+
+    names = {
+        TensorProto.FLOAT: "fp32",
+        TensorProto.FLOAT16: "fp16",
+        TensorProto.BFLOAT16: "bf16",
+        TensorProto.INT8: "int8",
+        TensorProto.UINT8: "int8",
+        TensorProto.FLOAT8E4M3FN: "fp8",
+    }
+    graph = _infer(model).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in [*graph.value_info, *graph.input, *graph.output]}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    quantised = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    counts: Counter[str] = Counter()
+    for node in graph.node:
+        if node.op_type in ("MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"):
+            counts["int8"] += 1
+        elif node.op_type in (*MATRIX_OPS, "Gemm"):
+            factors = [quantised.get(name, node.input[0]) for name in node.input[:2]]
+            both = all(name in quantised for name in node.input[:2])
+            kind = types.get(factors[0] if both else node.input[0], 0)
+            counts[names.get(kind, f"type {kind}")] += 1
+    return dict(counts.most_common())
+
+
+def precision_of(model: "onnx.ModelProto") -> Precision:
+    """What the graph is called by its matrices: INT8 or FP8 where any is, else the lowest that is there."""
+    found = count_matrices(model)
+    order: tuple[Precision, ...] = ("fp8", "int8", "bf16", "fp16")
+    return next((name for name in order if name in found), "fp32")

@@ -1,0 +1,87 @@
+"""The embeddings that engines are held against: open_clip in FP32 over a set of images, computed once and kept."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clip_tools.errors import ToolError
+from clip_tools.oracle import Oracle, Weights, load_oracle
+from clip_tools.paths import CACHE
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+REFERENCES = CACHE / "references"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What open_clip makes of the images, in their order.
+
+    `pixels` is (N, 224, 224, 3) uint8 RGB, `embeddings` (N, 512) float32 with L2 norm 1. `images_sha256` is one digest
+    of all files in their order.
+    """
+
+    names: tuple[str, ...]
+    pixels: "npt.NDArray[np.uint8]"
+    embeddings: "npt.NDArray[np.float32]"
+    images_sha256: str
+
+
+def reference(
+    weights: Weights, paths: Sequence[Path], *, oracle: Oracle | None = None, folder: Path = REFERENCES
+) -> Reference:
+    """open_clip's pixels and embeddings of the files; from the cache when these weights have met these files.
+
+    Raises ToolError for a file that is no image: its name, and what to do.
+    """
+    import numpy as np
+
+    if not paths:
+        raise ToolError("nothing to compare on: no images were given")
+    data = [path.read_bytes() for path in paths]
+    images_sha256 = _digest(data)
+    key = json.dumps([weights.model, weights.checkpoint_sha256 or weights.pretrained, images_sha256])
+    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+    names = tuple(path.name for path in paths)
+    try:
+        with np.load(path) as kept:
+            return Reference(names, kept["pixels"], kept["embeddings"], images_sha256)
+    except (OSError, ValueError, KeyError):  # none yet, or a broken one
+        pass
+    oracle = oracle or load_oracle(weights)
+    pixels = np.stack([_pixels(oracle, file, one) for file, one in zip(paths, data, strict=True)])
+    made = Reference(names, pixels, oracle.embed(data), images_sha256)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz", delete=False) as file:
+        np.savez(file, pixels=made.pixels, embeddings=made.embeddings)
+    Path(file.name).replace(path)
+    return made
+
+
+def image_pixels(oracle: Oracle, paths: Sequence[Path]) -> "npt.NDArray[np.uint8]":
+    """(N, 224, 224, 3) uint8 RGB: what open_clip makes of the files, without an embedding."""
+    import numpy as np
+
+    return np.stack([_pixels(oracle, path, path.read_bytes()) for path in paths])
+
+
+def _pixels(oracle: Oracle, path: Path, data: bytes) -> "npt.NDArray[np.uint8]":
+    from PIL import UnidentifiedImageError
+
+    try:
+        return oracle.pixels(data)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ToolError(f"{path}: expected an image, came {error}; take it out of the folder") from error
+
+
+def _digest(images: Sequence[bytes]) -> str:
+    digest = hashlib.sha256()
+    for data in images:
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
