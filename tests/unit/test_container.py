@@ -1,8 +1,10 @@
 """What the container decides before it serves, and the files it is built from. Docker itself runs nowhere here."""
 
+import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from tests.small_graph import write_small_graph
 
 from clip_tools import container_build, entrypoint
 from clip_tools.container_build import export, plan_path, served_tensorrt_version
@@ -238,6 +241,30 @@ def test_a_failed_build_falls_back_only_when_told_to_and_says_so(container, fail
     assert container.said[-1] == "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead"
 
 
+def test_a_second_container_waits_for_the_first_ones_build(tmp_path):
+    said, order = [], []
+    held, release = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with container_build._lock(tmp_path / "plan.lock", said.append):
+            held.set()
+            release.wait(10)
+            order.append("first")
+
+    def say(line: str) -> None:
+        said.append(line)
+        release.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    held.wait(10)
+    with container_build._lock(tmp_path / "plan.lock", say):
+        order.append("second")
+    thread.join()
+    assert order == ["first", "second"]
+    assert said == ["TensorRT plan: another container is building it; waiting"]
+
+
 def test_a_volume_that_cannot_be_written_names_the_user(container, monkeypatch):
     container.install(engines())
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError("read-only")))
@@ -318,6 +345,38 @@ def test_the_committed_batches_are_served_as_they_are_written(tmp_path):
     assert not fit_batches(read_config(MODELS, "preprocess"), 100)
 
 
+@pytest.fixture
+def small_graph(tmp_path) -> Path:
+    path = tmp_path / "small" / "model.onnx"
+    path.parent.mkdir()
+    return write_small_graph(path)
+
+
+def test_a_real_plan_is_built_once_without_a_gpu_and_then_found(container, small_graph, monkeypatch):
+    """By tensorrt-rtx: NVIDIA's own parser and builder."""
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'clip-embed[rtx]'")
+    monkeypatch.undo()  # no pretended GPU, no pretended builder
+    changes = {"runtime": "tensorrt-rtx", "precision": "fp32", "max_batch": 4, "opt_batch": 2}
+    folders = [container.start(onnx_dir=small_graph.parent, **changes)[1] for _ in range(2)]
+    plans = [(folder / "clip_trt" / "1" / "model.plan").resolve() for folder in folders]
+    assert plans[0] == plans[1]
+    assert [line.split(" fp32")[0].split(" from")[0] for line in container.said] == [
+        "TensorRT plan: building",
+        "TensorRT plan: taken",
+    ]
+    manifest = json.loads((folders[1] / "clip_trt" / "1" / "manifest.json").read_text())
+    assert (manifest["runtime"], manifest["precision"], manifest["max_batch"]) == ("tensorrt-rtx", "fp32", 4)
+    assert read_config(folders[1], "clip_trt").max_batch_size == 4
+
+
+def test_a_plan_of_another_precision_than_the_graphs_stops_the_container(container, small_graph, monkeypatch):
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'clip-embed[rtx]'")
+    monkeypatch.undo()
+    small_graph.rename(small_graph.with_name("model.fp16.onnx"))  # which holds FP32
+    with pytest.raises(ToolError, match="fp16"):
+        container.start(onnx_dir=small_graph.parent, runtime="tensorrt-rtx")
+
+
 # The files that the image is built from.
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -349,6 +408,11 @@ def test_the_image_is_not_roots_has_the_ports_and_time_for_the_first_build():
     assert "/v2/models/clip_ensemble/ready" in DOCKERFILE
     tag = re.search(r"^ARG TRITON_TAG=(\d+)\.(\d+)-py3$", DOCKERFILE, re.MULTILINE)
     assert (int(tag[1]), int(tag[2])) >= (26, 8)
+
+
+def test_swap_in_the_image_reads_the_repository_that_is_served(monkeypatch):
+    monkeypatch.setattr(entrypoint.tempfile, "gettempdir", lambda: "/tmp")  # noqa: S108
+    assert f"CLIP_MODELS={entrypoint.served_folder()} " in DOCKERFILE
 
 
 def test_compose_sets_only_variables_that_are_read_and_arguments_that_are_declared():

@@ -5,7 +5,6 @@ import ctypes
 import ctypes.util
 import fcntl
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import os
@@ -13,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from clip_tools.container_settings import Settings
 from clip_tools.container_start import exported_dir, graph_name
@@ -38,13 +36,14 @@ def plan_path(settings: Settings, graph: Path, gpu: str | None, runtime_version:
 
 def ensure_plan(settings: Settings, graph: Path, gpu: str | None, say: Say) -> Path:
     """The plan of this graph out of the volume, built when it is missing or stale. Raises ToolError with the reason."""
-    engines: Any = importlib.import_module("clip_tools.build_engine")
+    from clip_tools.build_engine import EngineOptions, build_engine, stale_reason
+
     version = _runtime_version(settings.runtime)
     plan = plan_path(settings, graph, gpu, version)
     try:
         with _lock(plan.parent.with_suffix(".lock"), say):
             if plan.is_file():
-                stale = engines.stale_reason(plan, onnx_path=graph)
+                stale = stale_reason(plan, onnx_path=graph)
                 if stale is None:
                     say(f"TensorRT plan: taken from {plan}")
                     return plan
@@ -54,10 +53,10 @@ def ensure_plan(settings: Settings, graph: Path, gpu: str | None, say: Say) -> P
                 f"{gpu or 'no GPU, ahead of time'} with {settings.runtime} {version}; this takes minutes, once"
             )
             plan.parent.mkdir(parents=True, exist_ok=True)
-            engines.build_engine(
+            build_engine(
                 graph,
                 plan,
-                engines.EngineOptions(
+                EngineOptions(
                     runtime=settings.runtime,
                     precision=settings.precision,
                     min_batch=1,

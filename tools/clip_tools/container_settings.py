@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 from clip_tools.errors import ToolError
+from clip_tools.precision import Precision
+from clip_tools.tensorrt_library import RUNTIMES, Runtime
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-RUNTIMES = ("tensorrt", "tensorrt-rtx")
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 USAGE = 2  # exit code
 
 
@@ -15,12 +17,12 @@ USAGE = 2  # exit code
 class Settings:
     """What the environment asks for. docs/container.md has the variables."""
 
-    precision: str = "fp16"
+    precision: Precision = "fp16"
     opt_batch: int = 16
     max_batch: int = 64
     skip_build: bool = False
     fallback: bool = False
-    runtime: str = "tensorrt"
+    runtime: Runtime = "tensorrt"
     config_name: str | None = None
     model: str | None = None
     checkpoint: str | None = None
@@ -32,12 +34,12 @@ class Settings:
         """Raises ToolError with the variable, what was expected and what came."""
         read = _Reader(environment)
         settings = cls(
-            precision=read.one_of("TRT_PRECISION", PRECISIONS, "fp16"),
+            precision=cast(Precision, read.one_of("TRT_PRECISION", PRECISIONS, "fp16")),
             opt_batch=read.number("TRT_OPT_BATCH", 16),
             max_batch=read.number("TRT_MAX_BATCH", 64),
             skip_build=read.flag("SKIP_TRT_BUILD"),
             fallback=read.flag("TRT_FALLBACK"),
-            runtime=read.one_of("TRT_RUNTIME", RUNTIMES, "tensorrt"),
+            runtime=cast(Runtime, read.one_of("TRT_RUNTIME", RUNTIMES, "tensorrt")),
             config_name=read.text("CLIP_CONFIG_NAME"),
             model=read.text("CLIP_MODEL"),
             checkpoint=read.text("CLIP_CHECKPOINT"),

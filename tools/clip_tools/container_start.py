@@ -2,13 +2,13 @@
 
 import hashlib
 import importlib.util
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from clip_tools.container_settings import USAGE, Settings
 from clip_tools.errors import ToolError
+from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
 from clip_tools.repository import config_names, deployment
 
@@ -102,14 +102,5 @@ def exported_dir(settings: Settings) -> Path:
 
 def gpu_name() -> str | None:
     """Name and compute capability of the first GPU, as in "NVIDIA L4, 8.9". None: no driver answers."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+    gpu = find_gpu()
+    return f"{gpu.name}, {gpu.compute_capability}" if gpu else None

@@ -33,6 +33,8 @@ def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS
     try:
         start, graphs = _make_graphs(settings, found, say)
         if start.graph is not None:
+            if "model.onnx" not in graphs:
+                say("model.onnx is not mounted: this server cannot be swapped to `onnx`, nor fall back to it")
             plan = ensure_plan(settings, graphs[start.graph], found.gpu, say)
     except ToolError as error:
         if settings.skip_build or not settings.fallback:
