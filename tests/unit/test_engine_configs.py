@@ -11,6 +11,8 @@ from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import check_files, config_names, deployment, read_config
 from ort_session import session_plan
 
+SECTION = (ROOT / "README.md").read_text().split("## Choosing and swapping the engine")[1].split("\n## ")[0]
+
 
 def engine(config_name: str | None):
     """The model that makes embeddings in a deployment of this name."""
@@ -27,9 +29,22 @@ def buckets(config) -> list[int]:
 
 
 def test_the_readmes_table_names_every_configuration_and_no_other():
-    section = (ROOT / "README.md").read_text().split("## Choosing and swapping the engine")[1].split("\n## ")[0]
-    named = re.findall(r"^\| `([a-z0-9-]+)` \|", section, re.MULTILINE)
+    named = re.findall(r"^\| `([a-z0-9-]+)` \|", SECTION, re.MULTILINE)
     assert sorted(named) == config_names(MODELS)
+
+
+def test_the_readmes_commands_are_verbs_and_options_that_exist():
+    import typer
+
+    from clip_tools.cli import app
+
+    verbs = typer.main.get_command(app).commands
+    lines = re.findall(r"^    \.venv/bin/clip-tools (.*?)(?: +#.*)?$", SECTION, re.MULTILINE)
+    assert len(lines) == 4
+    for verb, *words in map(str.split, lines):
+        known = {option for parameter in verbs[verb].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known
+    assert {line.split()[1] for line in lines if line.startswith("swap")} <= set(config_names(MODELS))
 
 
 def test_onnx_is_the_default_under_a_name():
