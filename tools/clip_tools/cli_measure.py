@@ -234,3 +234,122 @@ def compare(
     from clip_tools import results
 
     typer.echo(verb.text(verb.compare(results.read(before), results.read(after))))
+
+
+@app.command()
+def profile(
+    mode: Annotated[str, typer.Option(help="local (the embedded server), docker, or remote (a running server).")] = (
+        "local"
+    ),
+    apply: Annotated[
+        str | None, typer.Option(help="Write the winner as configs/NAME.pbtxt of the models that it changes.")
+    ] = None,
+    images: Images = "640x480",
+    folder: Annotated[Path, typer.Option(help="All that Model Analyzer writes; a run goes on from here.")] = (
+        RESULTS / "model-analyzer"
+    ),
+    config: Annotated[Path, typer.Option(help="Model Analyzer's configuration.")] = (
+        ROOT / "tools" / "model_analyzer" / "ensemble.yaml"
+    ),
+    host: Annotated[str, typer.Option(help="Of the server in mode remote.")] = "localhost",
+    http_port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535)] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535)] = 8002,
+    docker_image: Annotated[str | None, typer.Option(help="The server image in mode docker.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two configurations, a few requests; no figure counts.")] = (
+        False
+    ),
+    output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "profile.json",
+    models: Models = MODELS,
+) -> None:
+    """Search the ensemble's best configuration with the real Model Analyzer."""
+    from rich.console import Console
+
+    from clip_tools import profile as verb
+    from clip_tools import results, sections
+
+    if mode not in verb.MODES:
+        raise ToolError(f"--mode {mode}: expected {', '.join(verb.MODES)}", exit_code=2)
+    options = verb.ProfileOptions(
+        folder=folder,
+        mode=mode,  # type: ignore[arg-type]
+        images=images,
+        config=config,
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        docker_image=docker_image,
+        quick=quick,
+        models=models,
+    )
+    with Console(stderr=True).status("model-analyzer") as status:
+        result = verb.profile(options, tell=lambda line: status.update(f"model-analyzer: {line}"))
+    results.write(result, output)
+    typer.echo(sections.tuning_section(output.stem, result).text)
+    if apply:
+        tell_applied(verb.apply(result, apply, folder / "repository", models), apply)
+
+
+def tell_applied(paths: list[Path], name: str) -> None:
+    """On stderr: which configurations were written, and how they are served."""
+    for path in paths:
+        typer.echo(f"written: {path}", err=True)
+    how = f"serve it: clip-tools serve --model-config-name={name}" if paths else "the committed configuration is best"
+    typer.echo(how, err=True)
+
+
+@app.command()
+def sweep(
+    axes: Annotated[str, typer.Option(help="What to vary, in this order.")] = (
+        "preprocess_instances,engine_instances,engine_threads,max_batch,queue_delay_us"
+    ),
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
+    images: Images = "640x480",
+    window_ms: Annotated[int, typer.Option(min=100, help="perf_analyzer's window.")] = 5000,
+    stability_percent: Annotated[int, typer.Option(min=1, help="How far three windows may differ.")] = 10,
+    config_name: Annotated[
+        str | None, typer.Option("--model-config-name", help="The configuration to start from, such as cpu-bf16.")
+    ] = None,
+    also: Annotated[
+        Path | None, typer.Option(help="A result of clip-tools profile, whose best is measured here too.")
+    ] = None,
+    apply: Annotated[
+        str | None, typer.Option(help="Write the winner as configs/NAME.pbtxt of the models that it changes.")
+    ] = None,
+    log: Annotated[Path, typer.Option(help="Each point, a line of JSON; a run goes on from here.")] = (
+        RESULTS / "sweep.jsonl"
+    ),
+    output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "sweep.json",
+    models: Models = MODELS,
+) -> None:
+    """Search batch limit, queue delay, instances and threads with perf_analyzer: a cross-check of Model Analyzer."""
+    from rich.console import Console
+
+    from clip_tools import results, sections
+    from clip_tools import sweep as verb
+    from clip_tools.variants import committed_variant
+
+    try:
+        chosen = verb.axes_of([axis.strip() for axis in axes.split(",") if axis.strip()])
+    except KeyError as error:
+        raise ToolError(f"--axes {error}: expected some of {', '.join(verb.AXES)}", exit_code=2) from error
+    start = committed_variant(models, config_name)
+    rival = verb.variant_of(results.read(also)["best"], start) if also else None
+    options = verb.SweepOptions(
+        axes=chosen,
+        images=images,
+        concurrency=concurrency,
+        window_ms=window_ms,
+        stability_percent=stability_percent,
+        config_name=config_name,
+        also=(rival,) if rival else (),
+        models=models,
+        log=log,
+    )
+    with Console(stderr=True).status("sweep") as status:
+        result = verb.sweep(options, tell=lambda line: status.update(f"sweep: {line}"))
+    results.write(result, output)
+    typer.echo(sections.tuning_section(output.stem, result).text)
+    if apply:
+        tell_applied(verb.apply(result, apply, models), apply)

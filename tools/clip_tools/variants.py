@@ -7,7 +7,7 @@ from typing import Any
 
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import MODELS
-from clip_tools.repository import read_config
+from clip_tools.repository import deployment, read_config
 
 TENSOR_MODEL = "clip_tensors"
 TENSOR_INPUT = "tensors"
@@ -21,6 +21,7 @@ class Variant:
     Args:
         config_name: the named configuration that is served.
         preprocess_instances: processes that decode.
+        engine_instances: sessions of the engine, each with its own threads.
         engine_threads: ONNX Runtime's threads; 0 is its own choice.
         max_batch: images that the engine takes at once, at most, and so what one request may hold.
         queue_delay_us: how long the engine's batcher waits for a fuller batch.
@@ -29,6 +30,7 @@ class Variant:
 
     config_name: str | None = None
     preprocess_instances: int | None = None
+    engine_instances: int | None = None
     engine_threads: int | None = None
     max_batch: int | None = None
     queue_delay_us: int | None = None
@@ -54,6 +56,23 @@ def write_repository(variant: Variant, folder: Path, models: Path = MODELS) -> P
     return folder
 
 
+def committed_variant(models: Path = MODELS, config_name: str | None = None) -> Variant:
+    """The deployment as it is, in every value that a variant can name."""
+    steps = deployment(models, config_name)
+    preprocess = next(one.config for one in steps if one.config.backend == "python")
+    engine = next(one.config for one in steps if one.config.backend and one.config.backend != "python")
+    return Variant(
+        config_name=config_name,
+        preprocess_instances=preprocess.instance_group[0].count,
+        engine_instances=engine.instance_group[0].count,
+        engine_threads=int(engine.parameters["intra_op_thread_count"].string_value or 0)
+        if "intra_op_thread_count" in engine.parameters
+        else 0,
+        max_batch=steps[-1].config.max_batch_size,
+        queue_delay_us=engine.dynamic_batching.max_queue_delay_microseconds,
+    )
+
+
 def change(config: Any, variant: Variant) -> bool:
     """Put the variant's values into a `ModelConfig`; whether any was for this model."""
     before = config.SerializeToString(deterministic=True)
@@ -61,9 +80,13 @@ def change(config: Any, variant: Variant) -> bool:
         if variant.preprocess_instances is not None:
             config.instance_group[0].count = variant.preprocess_instances
     elif config.backend:
-        if variant.engine_threads is not None:
+        if variant.engine_instances is not None:
+            config.instance_group[0].count = variant.engine_instances
+        if variant.engine_threads == 0:
+            config.parameters.pop("intra_op_thread_count", None)
+        elif variant.engine_threads is not None:
             config.parameters["intra_op_thread_count"].string_value = str(variant.engine_threads)
-        if variant.queue_delay_us is not None:
+        if variant.queue_delay_us not in (None, config.dynamic_batching.max_queue_delay_microseconds):
             config.dynamic_batching.max_queue_delay_microseconds = variant.queue_delay_us
     if variant.max_batch is not None:  # an ensemble may not take more than its steps
         config.max_batch_size = variant.max_batch

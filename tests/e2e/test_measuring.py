@@ -1,0 +1,111 @@
+"""A short run of every verb that measures, as a person would call it. No figure of it means anything."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.conftest import free_ports
+
+from clip_tools.results import read
+from clip_tools.variants import Variant, write_repository
+
+CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
+PERF_ANALYZER = Path(sys.executable).with_name("perf-analyzer")
+
+
+def run(*command: object, expected: int = 0) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+def test_bench_sends_the_same_photographs_through_every_arm(repository, results):
+    """Every answer of every arm is open_clip's, or the run would have failed; a target not measured is not met."""
+    output = results / "bench.json"
+    printed = run(CLIP_TOOLS, "bench", "--quick", "--check", "--models", repository, "--output", output, expected=1)
+    assert "| ensemble over gRPC against the PyTorch service, FP32 | >= 3.3 | not measured:" in printed
+    result = read(output)
+    arms = {row["arm"] for row in result["cells"]}
+    assert arms == {"ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch"}
+    assert all(row["agreement"] >= 0.99999 and row["throughput"] > 0 for row in result["cells"])
+    assert {row["images"] for row in result["cells"]} == {"640x480"}
+    row = next(row for row in result["cells"] if row["arm"] == "ensemble-grpc" and row["batch"] == 4)
+    assert {step["model"]: step["batch"] for step in row["steps"]}["clip_onnx"] == 4
+    assert any(name.startswith("nv_inference_count") for name in result["servers"]["triton"]["metrics"])
+
+
+def test_perf_runs_the_real_perf_analyzer(server, repository, results):
+    address = server.options.grpc_url.removeprefix("grpc://")
+    options = ["--url", address, "--models", repository, "--window-ms", 500, "--stability-percent", 999]
+    levels = ["--concurrency", 2, "--request-rate", 4]
+    printed = run(CLIP_TOOLS, "perf", *options, *levels, "--output", results / "perf.json")
+    assert [level["mode"] for level in json.loads(printed)] == ["concurrency", "request-rate"]
+    assert all(level["throughput"] > 0 for level in read(results / "perf.json")["levels"])
+    assert (results / "perf.svg").read_text().startswith("<?xml")
+
+
+def test_plain_perf_analyzer_takes_the_input_that_perf_wrote(server, repository, tmp_path):
+    source = tmp_path / "input.json"
+    run(CLIP_TOOLS, "perf", "--models", repository, "--write-input", source)
+    address = server.options.grpc_url.removeprefix("grpc://")
+    model = ["-m", "clip_ensemble", "-i", "grpc", "-u", address, "--shape", "image_bytes:1", "--input-data", source]
+    printed = run(PERF_ANALYZER, *model, "--request-count", 10)
+    assert "Throughput:" in printed
+
+
+def test_model_analyzer_profiles_the_ensemble(repository, tmp_path, results):
+    """Two configurations; a small batch limit, for it first tries twice as many requests at once as that holds."""
+    models = write_repository(Variant(max_batch=2), tmp_path / "models", repository)
+    http, grpc, metrics = free_ports(3)
+    ports = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
+    folder = ["--folder", tmp_path / "analyzer", "--models", models]
+    printed = run(CLIP_TOOLS, "profile", "--quick", *ports, *folder, "--output", results / "profile.json")
+    assert "Model Analyzer measured 2 settings" in printed
+    points = read(results / "profile.json")["points"]
+    assert {point["variants"][0] for point in points} == {"clip_ensemble_config_default", "clip_ensemble_config_0"}
+
+
+def test_the_sweep_measures_with_perf_analyzer_and_goes_on(repository, results):
+    log = results / "sweep.jsonl"
+    options = ["--axes", "", "--window-ms", 500, "--stability-percent", 999, "--concurrency", 2]
+    command = [CLIP_TOOLS, "sweep", *options, "--models", repository, "--log", log, "--output", results / "sweep.json"]
+    first = run(*command)
+    assert "(as committed)" in first
+    assert run(*command) == first  # nothing is measured again
+    assert len(log.read_text().splitlines()) == 1
+
+
+def test_onnx_profile_shows_operators_and_says_what_it_cannot_see(repository, results):
+    output = results / "onnx-profile.json"
+    options = ["--batches", "1,2", "--seconds", 0.1, "--operator-batch", 1]
+    run(CLIP_TOOLS, "onnx-profile", *options, "--models", repository, "--output", output)
+    served, plain = read(output)["operators"]
+    assert served["fused"] and served["nodes_by_provider"] == {"OpenVINOExecutionProvider": 1}
+    assert not plain["fused"] and plain["by_operator_ms"]["MatMul"] > 0
+
+
+def test_serialisation_counts_what_is_sent(results):
+    run(CLIP_TOOLS, "serialisation", "--batches", "1,2", "--runs", 1, "--output", results / "serialisation.json")
+    costs = {(cost["format"], cost["batch"]): cost for cost in read(results / "serialisation.json")["costs"]}
+    assert costs["binary-fp32", 2]["sent_bytes"] == 2 * 3 * 224 * 224 * 4
+    assert costs["binary-uint8", 2]["sent_bytes"] == 2 * 3 * 224 * 224
+    assert costs["json", 1]["sent_bytes"] > 3 * costs["binary-fp32", 1]["sent_bytes"]
+
+
+def test_report_takes_all_of_them(results):
+    """Runs last in this file, on what the others left."""
+    names = {"bench", "perf", "profile", "sweep", "onnx-profile", "serialisation"}
+    if {path.stem for path in results.glob("*.json")} < names:
+        pytest.skip("the other tests of this file did not run")
+    run(CLIP_TOOLS, "report", results)
+    words = (results / "benchmarks.md").read_text()
+    assert all(f": {name}\n" in words for name in names)
+    printed = run(CLIP_TOOLS, "compare", results / "bench.json", results / "bench.json")
+    assert "too few rounds to tell" in printed

@@ -1,0 +1,169 @@
+"""Model Analyzer's file and results as it takes and writes them, our own sweep, and winners as configurations."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from clip_tools import profile, sweep
+from clip_tools.errors import ToolError
+from clip_tools.paths import MODELS, ROOT
+from clip_tools.repository import deployment, read_config
+from clip_tools.variants import Variant, change, committed_variant
+
+# Of a real run of Model Analyzer 1.58.
+CSV = """\
+Model,Batch,Concurrency,Model Config Path,Instance Group,Max Batch Size,Satisfies Constraints,Throughput (infer/sec),\
+p99 Latency (ms)
+clip_ensemble,1,8,"clip_ensemble_config_2: preprocess_config_1, clip_onnx_config_2","2:CPU,1:CPU","2,2",Yes,36.0,288.7
+clip_ensemble,1,24,"clip_ensemble_config_4: preprocess_config_2, clip_onnx_config_4","3:CPU,2:CPU","4,8",Yes,37.2,841.8
+clip_ensemble,1,4,"clip_ensemble_config_default: preprocess_config_default, clip_onnx_config_default","2:CPU,1:CPU",\
+"64,64",Yes,20.6,250.3
+"""
+ENVIRONMENT = {"cpu": "Some CPU", "cores": 2, "date": "2026-11-20T06:00:00+00:00"}
+
+
+@pytest.fixture
+def models(tmp_path) -> Path:
+    """A copy of the committed repository that may be written to."""
+    folder = tmp_path / "models"
+    shutil.copytree(MODELS, folder, ignore=shutil.ignore_patterns("*.onnx", "*.plan", "__pycache__"))
+    return folder
+
+
+def test_the_committed_file_is_one_that_model_analyzer_takes(tmp_path):
+    """By its own parser, in a folder like a checkout's root, after `clip-tools perf --write-input` made its folder."""
+    (tmp_path / "results" / "model-analyzer").mkdir(parents=True)
+    (tmp_path / "models").symlink_to(MODELS)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    code = (
+        "import argparse, sys\n"
+        "from model_analyzer.cli.cli import CLI\n"
+        "from model_analyzer.config.input.config_command_profile import ConfigCommandProfile\n"
+        "config = ConfigCommandProfile()\n"
+        "parser = CLI(); parser.add_subcommand(cmd='profile', help='', config=config)\n"
+        f"parser.parse(['profile', '-f', {str(profile.CONFIG)!r}])\n"
+        "print([model.model_name() for model in config.ensemble_composing_models], config.triton_launch_mode)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['preprocess', 'clip_onnx'] local"
+
+
+def test_the_committed_file_names_no_machine():
+    text = profile.CONFIG.read_text()
+    assert str(ROOT) not in text and "/home" not in text
+    options = profile.ProfileOptions(http_port=18000, mode="remote", host="gpu-host", folder=ROOT / "results")
+    config = profile.analyzer_config(options)
+    assert (config["triton_launch_mode"], config["triton_http_endpoint"]) == ("remote", "gpu-host:18000")
+
+
+def test_the_best_comes_first_and_says_what_it_is():
+    points = profile.read_points(CSV)
+    assert [point.throughput for point in points] == [37.2, 36.0, 20.6]
+    assert points[0].setting == "preprocess 3 instances, batch limit 4; clip_onnx 2 instances, batch limit 8"
+    assert points[2].setting.startswith("as committed: preprocess 2 instances, batch limit 64; clip_onnx 1 instance,")
+
+
+def test_the_winner_becomes_a_configuration_of_the_models_it_changes(models, tmp_path):
+    repository = tmp_path / "repository"
+    for name, text in {
+        "clip_ensemble_config_4": "max_batch_size: 2",
+        "preprocess_config_2": "max_batch_size: 4 instance_group [{count: 3 kind: KIND_CPU}] dynamic_batching { }",
+        "clip_onnx_config_4": "max_batch_size: 8 instance_group [{count: 2 kind: KIND_CPU}] dynamic_batching { }",
+    }.items():
+        (repository / name).mkdir(parents=True)
+        (repository / name / "config.pbtxt").write_text(text)
+    best = profile.read_points(CSV)[0]
+    result = {
+        "searched_by": "Model Analyzer",
+        "environment": ENVIRONMENT,
+        "best": best.setting,
+        "best_variants": best.variants,
+    }
+    written = profile.apply(result, "tuned", repository, models)
+    assert sorted(path.parent.parent.name for path in written) == ["clip_ensemble", "clip_onnx", "preprocess"]
+    parts = {model.name: model.config for model in deployment(models, "tuned")}
+    assert (parts["preprocess"].instance_group[0].count, parts["clip_onnx"].instance_group[0].count) == (3, 2)
+    assert [parts[name].max_batch_size for name in ("preprocess", "clip_onnx", "clip_ensemble")] == [4, 8, 4]
+    # All else is as it was committed: the engine, the limits on images.
+    assert parts["clip_onnx"].optimization == read_config(MODELS, "clip_onnx").optimization
+    assert parts["preprocess"].parameters == read_config(MODELS, "preprocess").parameters
+    assert "Some CPU, 2 cores, 2026-11-20" in written[0].read_text()
+
+
+def test_when_the_committed_configuration_wins_nothing_is_written(models):
+    variants = ["clip_ensemble_config_default", "preprocess_config_default", "clip_onnx_config_default"]
+    assert profile.apply({"best_variants": variants, "best": ""}, "tuned", models, models) == []
+
+
+@pytest.mark.parametrize("name", ["", "../evil", "Tuned", "a b"])
+def test_a_configurations_name_stays_a_file_name(models, name):
+    with pytest.raises(ToolError, match="expected lower-case letters"):
+        profile.apply({"best_variants": [], "best": ""}, name, models, models)
+
+
+def hill(variant: Variant) -> sweep.Point:
+    """The more instances the better, up to 3; a batch limit of 16 is best; delays cost."""
+    gain = min(variant.preprocess_instances, 3) * 10 - abs(variant.max_batch - 16) / 8 - variant.queue_delay_us / 100
+    return sweep.Point(variant, 20 + gain, 100.0)
+
+
+START = Variant(preprocess_instances=2, engine_instances=1, engine_threads=0, max_batch=64, queue_delay_us=0)
+AXES = {"preprocess_instances": (1, 2, 3, 4), "max_batch": (8, 16, 64), "queue_delay_us": (0, 1000)}
+
+
+def test_the_sweep_climbs_axis_by_axis_and_measures_nothing_twice():
+    seen = []
+
+    def measure(variant):
+        seen.append(variant)
+        return hill(variant)
+
+    best, points = sweep.search(START, AXES, measure)
+    assert (best.preprocess_instances, best.max_batch, best.queue_delay_us) == (3, 16, 0)
+    assert len(seen) == len(set(seen)) == len(points) < len(list(itertools.product(*AXES.values())))
+
+
+def test_a_difference_within_noise_changes_nothing():
+    throughputs = itertools.cycle([30.0, 30.3, 29.8])
+    best, _ = sweep.search(START, AXES, lambda variant: sweep.Point(variant, next(throughputs), 1.0))
+    assert best == START
+
+
+def test_an_interrupted_sweep_goes_on_from_what_it_measured(tmp_path):
+    """Only points of the same machine and load count, and a line that was cut off is no point."""
+    log, same = tmp_path / "sweep.jsonl", {"cpu": "Some CPU", "cores": 2}
+    mine, other = hill(START), hill(replace(START, max_batch=8))
+    rows = [{**same, **asdict(mine)}, {**same, "cores": 4, **asdict(other)}]
+    log.write_text("\n".join(map(json.dumps, rows)) + '\n{"cpu": "Some C')
+    assert sweep.read_log(log, same) == {START: mine}
+    assert sweep.read_log(tmp_path / "none.jsonl", same) == {}
+
+
+def test_model_analyzers_winner_can_be_measured_by_the_sweep():
+    variant = sweep.variant_of(profile.read_points(CSV)[0].setting, START)
+    assert (variant.preprocess_instances, variant.engine_instances, variant.max_batch) == (3, 2, 4)
+    assert sweep.variant_of("something else", START) is None
+
+
+def test_the_sweeps_winner_becomes_a_configuration_too(models):
+    best = replace(START, preprocess_instances=3, queue_delay_us=500)
+    result = {"environment": ENVIRONMENT, "best": sweep.describe(best), "best_variant": asdict(best)}
+    written = sweep.apply(result, "swept", models)
+    assert [path.parent.parent.name for path in written] == ["preprocess", "clip_onnx"]
+    assert read_config(models, "preprocess", "swept").instance_group[0].count == 3
+    assert read_config(models, "clip_onnx", "swept").dynamic_batching.max_queue_delay_microseconds == 500
+
+
+def test_the_sweep_starts_from_what_is_committed(models):
+    """So that "as committed" in its table is true, whatever is committed by then."""
+    start = committed_variant(models)
+    assert not any(change(read_config(models, name), start) for name in ("preprocess", "clip_onnx", "clip_ensemble"))
+    result = {"environment": ENVIRONMENT, "best": sweep.describe(start), "best_variant": asdict(start)}
+    assert sweep.apply(result, "swept", models) == []
