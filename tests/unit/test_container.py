@@ -1,7 +1,9 @@
 """What the container decides before it serves, and the files it is built from. Docker itself runs nowhere here."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -454,6 +456,53 @@ settings = Settings(skip_build=True, onnx_dir=folder, cache_dir=folder)
 print(entrypoint.prepare(settings, folder / "served", print)[0])
 model_control.GrpcModelControl("grpc://localhost:1")
 """
+
+
+def test_what_the_dockerfile_copies_is_enough_to_start(tmp_path):
+    """The image's folders at another place, and a tritonserver that only says what it was given."""
+    image, onnx, binaries = tmp_path / "opt" / "clip", tmp_path / "onnx", tmp_path / "bin"
+    ignore = shutil.ignore_patterns("*.onnx", "*.plan", "*.json", "__pycache__")  # as .dockerignore
+    for source, target in re.findall(r"^COPY (models|tools/\S+|client/\S+) /opt/clip/(\S+)$", DOCKERFILE, re.MULTILINE):
+        shutil.copytree(ROOT / source, image / target, ignore=ignore)
+    for folder in (onnx, binaries):
+        folder.mkdir()
+    (onnx / "model.onnx").write_text("a graph")
+    server = binaries / "tritonserver"
+    server.write_text(
+        '#!/bin/sh\nfor flag; do echo "$flag"; done\nls -d "$CLIP_MODELS"/*/ "$CLIP_MODELS"/clip_onnx/1/*\n'
+    )
+    server.chmod(0o755)
+    served = tmp_path / "clip-embed-served"
+    done = subprocess.run(
+        [sys.executable, "-m", "clip_tools.entrypoint", "--log-verbose=1"],
+        env={
+            "PATH": f"{binaries}{os.pathsep}{os.defpath}",
+            "PYTHONPATH": os.pathsep.join([str(image / "tools"), str(image / "client")]),
+            "TMPDIR": str(tmp_path),
+            "CLIP_MODELS": str(served),
+            "CLIP_ONNX_DIR": str(onnx),
+            "CLIP_CACHE_DIR": str(tmp_path),
+            "SKIP_TRT_BUILD": "1",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"--model-repository={served}",
+        "--model-control-mode=explicit",
+        "--load-model=clip_ensemble",
+        "--exit-timeout-secs=30",
+        "--log-verbose=1",
+        f"{served}/clip_ensemble/",
+        f"{served}/clip_onnx/",
+        f"{served}/clip_onnx/1/model.onnx",
+        f"{served}/clip_trt/",
+        f"{served}/preprocess/",
+    ]
+    assert (tmp_path / ".cache" / "ort-trt").is_dir()
 
 
 def test_the_entry_point_and_swap_need_only_what_the_image_has(tmp_path):

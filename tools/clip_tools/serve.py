@@ -26,6 +26,7 @@ from clip_tools.tritonserver import command, find_installation
 
 _EXIT_TIMEOUT_S = 30  # Triton's own default: how long it waits for requests in flight
 _LOG_LINES_KEPT = 2000  # tritonserver's own help, printed after a bad flag, has over 500
+_PYTHON_BACKENDS = ("python", "onnxruntime", "tensorrt")
 
 # The lines of the log that say why it ended, the most telling first.
 _REASONS = tuple(
@@ -135,7 +136,7 @@ class EmbeddedServer:
         if not Path("/dev/nvidiactl").exists():
             flags.append("--allow-gpu-metrics=false")
         # A prefix of our own, so that shared memory left by a killed stub can be found and removed.
-        flags += [f"--backend-config={b},shm-region-prefix-name={self._shm_prefix}" for b in ("python", "onnxruntime")]
+        flags += [f"--backend-config={b},shm-region-prefix-name={self._shm_prefix}" for b in _PYTHON_BACKENDS]
         return flags
 
     @property
