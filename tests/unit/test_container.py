@@ -449,7 +449,7 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 from pathlib import Path
-from clip_tools import cli, entrypoint, model_control, swap
+from clip_tools import build_engine, cli, entrypoint, model_control, swap
 from clip_tools.container_settings import Settings
 folder = Path(sys.argv[2])
 settings = Settings(skip_build=True, onnx_dir=folder, cache_dir=folder)
