@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo serve test lint format docs lock clean
+.PHONY: help setup demo serve bench test lint format docs lock clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -32,6 +32,17 @@ serve: setup models/clip_onnx/1/model.onnx ## the server in the foreground: 8000
 
 models/clip_onnx/1/model.onnx: | setup
 	@$(BIN)/clip-tools export-onnx
+
+# The last line judges, when all is written: it fails when a target is missed.
+bench: setup ## how fast it is: fills results/ with JSON, tables and pictures (over an hour)
+	@$(BIN)/clip-tools bench --soak 20000 $(ARGS)
+	@$(BIN)/clip-tools serialisation >/dev/null
+	@$(BIN)/clip-tools onnx-profile >/dev/null
+	@$(BIN)/clip-tools perf --serve --concurrency 1,2,4,8,16,32 --request-rate 5,10,20,30 >/dev/null
+	@$(BIN)/clip-tools profile >/dev/null
+	@$(BIN)/clip-tools sweep --also results/profile.json >/dev/null
+	@$(BIN)/clip-tools report
+	@$(BIN)/clip-tools bench --check --result results/bench.json
 
 test: setup ## every test this machine can run
 	@$(BIN)/python -m pytest $(ARGS)

@@ -8,7 +8,7 @@ import pytest
 from clip_tools.compare import compare, text
 from clip_tools.docs import generated
 from clip_tools.errors import ToolError
-from clip_tools.report import COMMITTED, DOCUMENT, committed_documents, document
+from clip_tools.report import COMMITTED, DOCUMENT, committed_documents, document, readme
 from clip_tools.results import read, write
 
 ENVIRONMENT = {
@@ -99,6 +99,18 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     write(result, tmp_path / "bench.json")
     assert read(tmp_path / "bench.json") == result
     assert len((tmp_path / "bench.json").read_text().splitlines()) > len(result["cells"])  # a row a line
+
+
+def test_the_readmes_figure_is_the_committed_results(tmp_path):
+    text = "# Title\n<!-- figure -->\nold\n<!-- /figure -->\nthe rest\n"
+    assert readme(text, tmp_path) == text  # nothing measured, nothing changed
+    write(bench_result(), tmp_path / "laptop.json")
+    assert readme("no markers", tmp_path) == "no markers"
+    written = readme(text, tmp_path)
+    assert "| `ensemble-grpc` | 30.5 | 3.75 |" in written
+    assert "Some CPU, 2 cores, no GPU, 2026-11-20, `clip-tools bench`" in written
+    assert "old" not in written and written.endswith("<!-- /figure -->\nthe rest\n")
+    assert readme(written, tmp_path) == written
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"kind": "bench"}'])

@@ -28,6 +28,24 @@ def bench_text(result: dict[str, Any]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def headline(result: dict[str, Any]) -> str:
+    """The figure for the README: throughput at the most requests at once, with machine, date and command."""
+    environment, images = result["environment"], result["options"]["images"]
+    cells = [cell for cell in _cells(result) if cell.images == images and cell.batch == 1]
+    most = max(cell.concurrency for cell in cells)
+    rows = []
+    for cell in cells:
+        if cell.concurrency != most or ":" in cell.arm or cell.arm.startswith(("preprocess", "perf-analyzer")):
+            continue
+        found = values(result, cell)
+        ratio = paired_ratio(found, values(result, Cell(BASELINE, images, 1, most)))
+        rows.append((f"`{cell.arm}`", f"{statistics.median(found):.1f}", f"{ratio.median:.2f}"))
+    table = markdown_table((f"{images} JPEGs, {most} requests at once", "images/s", f"times `{BASELINE}`"), rows)
+    gpu = environment["gpu"] or "no GPU"
+    where = f"{environment['cpu']}, {environment['cores']} cores, {gpu}, {environment['date'][:10]}"
+    return f"{table}\n{where}, `{environment['command']}`; all of it: [docs/benchmarks.md](docs/benchmarks.md).\n"
+
+
 def _cells(result: dict[str, Any]) -> list[Cell]:
     keys = ("arm", "images", "batch", "concurrency")
     return list(dict.fromkeys(Cell(*(row[key] for key in keys)) for row in result["cells"]))

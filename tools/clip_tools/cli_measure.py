@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,6 +115,10 @@ def perf(
     ),
     images: Images = "640x480",
     url: Annotated[str, typer.Option(help="The running server, HOST:PORT.")] = "localhost:8001",
+    serve: Annotated[bool, typer.Option("--serve", help="Start the embedded server for the run.")] = False,
+    config_name: Annotated[
+        str | None, typer.Option("--model-config-name", help="With --serve: the configuration that is served.")
+    ] = None,
     protocol: Annotated[str, typer.Option(help="grpc or http.")] = "grpc",
     concurrency: Annotated[str, typer.Option(help="Requests in flight, each measured; empty for none.")] = "1,4,16",
     request_rate: Annotated[str, typer.Option(help="Requests a second, each measured; empty for none.")] = "",
@@ -135,6 +140,8 @@ def perf(
     from rich.console import Console
 
     from clip_tools import perf as verb
+    from clip_tools.services import TritonService
+    from clip_tools.variants import Variant
 
     options = verb.PerfOptions(
         model=model,
@@ -153,7 +160,13 @@ def perf(
         count = verb.write_input(options, write_input)
         typer.echo(f"{write_input}: {count} images for --input-data", err=True)
         return
-    with Console(stderr=True).status("perf_analyzer") as status:
+    with contextlib.ExitStack() as stack:
+        status = stack.enter_context(Console(stderr=True).status("perf_analyzer"))
+        if serve:
+            service = TritonService(Variant(config_name), models)
+            stack.callback(service.stop)
+            address = service.options.grpc_url if protocol == "grpc" else service.options.http_url
+            options = replace(options, url=address.split("://")[1])
         result = verb.perf(options, output, tell=lambda line: status.update(f"perf_analyzer: {line}"))
     show(verb.table(result))
     verb.explain(result)

@@ -6,6 +6,7 @@ from pathlib import Path
 from clip_tools.paths import ROOT
 
 CLI_REFERENCE = ROOT / "docs" / "cli.md"
+README = ROOT / "README.md"
 
 
 def cli_reference() -> str:
@@ -25,9 +26,9 @@ def cli_reference() -> str:
 
 def generated() -> dict[Path, str]:
     """Each generated document and what it should hold."""
-    from clip_tools.report import committed_documents
+    from clip_tools.report import committed_documents, readme
 
-    return {CLI_REFERENCE: cli_reference(), **committed_documents()}
+    return {CLI_REFERENCE: cli_reference(), README: readme(README.read_text()), **committed_documents()}
 
 
 def main(arguments: list[str]) -> int:

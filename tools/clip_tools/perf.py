@@ -164,14 +164,23 @@ def perf(options: PerfOptions, output: Path, *, tell: Callable[[str], None] = la
     levels = []
     steps: list[tuple[Mode, float]] = [("concurrency", float(c)) for c in options.concurrency]
     steps += [("request-rate", rate) for rate in options.request_rate]
+    unstable = []
     for mode, level in steps:
         tell(f"{mode} {level:g}")
-        levels.append(run_level(options, mode, level, input_file))
+        try:
+            levels.append(run_level(options, mode, level, input_file))
+        except ToolError as error:
+            if "stable measurement" not in str(error) or len(steps) == 1:
+                raise
+            unstable.append(f"{mode} {level:g}")  # a rate above what the server can do never settles
+    if not levels:
+        raise ToolError("perf_analyzer found no level stable: raise --window-ms or --stability-percent")
     result = {
         "kind": "perf",
         "environment": asdict(fingerprint()),
         "model": options.model,
         "images": {"name": options.images, "count": count},
+        "unstable": unstable,
         "levels": [asdict(level) for level in levels],
     }
     write(result, output)
@@ -197,5 +206,7 @@ def table(result: dict[str, Any]) -> Any:
 
 def explain(result: dict[str, Any]) -> None:
     """On stderr: the plain command behind each level."""
+    for name in result["unstable"]:
+        sys.stderr.write(f"  {name}: no three windows agreed; left out\n")
     for level in result["levels"]:
         sys.stderr.write(f"  {level['command']}\n")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clip_tools.bench_section import bench_section
+from clip_tools.bench_section import bench_section, headline
 from clip_tools.errors import ToolError
 from clip_tools.paths import ROOT
 from clip_tools.results import read
@@ -68,6 +68,19 @@ def committed_documents(folder: Path = COMMITTED, target: Path = DOCUMENT) -> di
         return {}
     text, pictures = document(results, pictures_at=target.stem)
     return {target: text, **{target.with_suffix("") / name: picture for name, picture in pictures.items()}}
+
+
+def readme(text: str, folder: Path = COMMITTED) -> str:
+    """The README with its figure written anew: what stands between its two markers, out of the first bench result.
+
+    Unchanged without the markers or without a result.
+    """
+    begin, end = "<!-- figure -->\n", "<!-- /figure -->"
+    result = next((one for one in map(read, sorted(folder.glob("*.json"))) if one["kind"] == "bench"), None)
+    if result is None or begin not in text or end not in text:
+        return text
+    head, rest = text.split(begin, 1)
+    return head + begin + headline(result) + end + rest.split(end, 1)[1]
 
 
 def report(folder: Path) -> list[Path]:

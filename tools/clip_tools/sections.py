@@ -29,6 +29,8 @@ def perf_section(name: str, result: dict[str, Any]) -> Section:
         rows.append((level["mode"], f"{level['level']:g}", str(level["batch"]), f"{level['throughput']:.1f}", *times))
     head = ("perf_analyzer", "level", "batch", "images/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms")
     text = f"`{result['model']}`, {result['images']['count']} photographs ({result['images']['name']}).\n\n"
+    if result.get("unstable"):
+        text += f"No three windows agreed at {', '.join(result['unstable'])}.\n\n"
     commands = "".join(f"    {level['command']}\n" for level in result["levels"])
     picture = plots.latency_against_throughput(result)
     return Section(text + markdown_table(head, rows) + "\n" + commands, {f"{name}.svg": picture})
