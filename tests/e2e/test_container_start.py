@@ -11,8 +11,10 @@ import httpx
 import numpy as np
 import pytest
 from tests.conftest import free_ports
+from tests.small_graph import write_small_graph
 
 from clip_embed import EmbeddingClient
+from clip_tools.gpu import find_gpu
 
 
 @pytest.fixture
@@ -78,6 +80,19 @@ def test_without_a_gpu_it_stops_with_the_reason(start, onnx_model):
     last = log.read_text().splitlines()[-1]
     assert "no GPU was found" in last
     assert "SKIP_TRT_BUILD=1" in last
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
+def test_a_plan_is_built_and_handed_to_the_server_which_needs_a_gpu(start, tmp_path):
+    """The whole way by tensorrt-rtx, of a small graph."""
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'clip-embed[rtx]'")
+    onnx = tmp_path / "onnx"
+    onnx.mkdir()
+    write_small_graph(onnx / "model.onnx")
+    process, _, _, log = start(TRT_RUNTIME="tensorrt-rtx", TRT_PRECISION="fp32", CLIP_ONNX_DIR=str(onnx))
+    assert process.wait(timeout=120) == 1
+    assert "TensorRT plan: building fp32" in log.read_text()
+    assert "clip_trt: a plan needs an NVIDIA GPU, and this server sees none" in log.read_text()
 
 
 def test_with_the_fallback_it_says_so_and_serves_onnx(start, demo_photos):
