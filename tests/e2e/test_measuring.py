@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from tests.conftest import free_ports
 
+from clip_embed import EmbeddingClient, InvalidImageError
 from clip_tools.results import read
+from clip_tools.services import PyTorchService
 from clip_tools.variants import Variant, write_repository
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
@@ -39,6 +41,23 @@ def test_bench_sends_the_same_photographs_through_every_arm(repository, results)
     row = next(row for row in result["cells"] if row["arm"] == "ensemble-grpc" and row["batch"] == 4)
     assert {step["model"]: step["batch"] for step in row["steps"]}["clip_onnx"] == 4
     assert any(name.startswith("nv_inference_count") for name in result["servers"]["triton"]["metrics"])
+
+
+def test_one_variable_moves_a_client_to_the_pytorch_service_and_back(server, oracle, weights, demo_photos, monkeypatch):
+    """The same call and the same vectors from both, and a bad image is named by both."""
+    images = [path.read_bytes() for path in demo_photos[:3]]
+    service = PyTorchService(weights)
+    try:
+        for url, backend in ((server.options.grpc_url, "triton"), (service.url, "pytorch")):
+            monkeypatch.setenv("INFERENCE_SERVICE_URL", url)
+            monkeypatch.setenv("INFERENCE_BACKEND", backend)
+            with EmbeddingClient.from_env() as client:
+                assert (client.embed(images) * oracle.embed(images)).sum(axis=1).min() >= 0.99999
+                with pytest.raises(InvalidImageError) as caught:
+                    client.embed([images[0], b"no image"])
+            assert [(failure.index, failure.code) for failure in caught.value.failures] == [(1, "not_an_image")]
+    finally:
+        service.stop()
 
 
 def test_perf_runs_the_real_perf_analyzer(server, repository, results):

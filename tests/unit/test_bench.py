@@ -6,6 +6,7 @@ from clip_tools.arms import Arm
 from clip_tools.bare import throughput_bound
 from clip_tools.bench import BenchOptions, in_rounds, plan, quick
 from clip_tools.errors import ToolError
+from clip_tools.gpu_samples import GpuSamples, read_sample
 from clip_tools.load import run_closed_loop, summarise
 from clip_tools.targets import TARGETS, Cell, check
 
@@ -143,6 +144,13 @@ def test_memory_may_grow_by_a_twentieth():
     assert verdict_of("memory", result_with(soak=grown)).is_met
     grown[1]["memory_mib"] = 1051.0
     assert not verdict_of("memory", result_with(soak=grown)).is_met
+
+
+def test_nvidia_smis_line_is_read_and_its_absence_is_none():
+    assert read_sample("37 %, 2048 MiB\n90 %, 1 MiB") == (37.0, 2048.0)
+    assert read_sample("") is None
+    gpu = GpuSamples([(0.0, 10.0), (40.0, 50.0), (60.0, 30.0)])  # the first is from before the load
+    assert (gpu.mean(0), gpu.most(1)) == (50.0, 50.0)
 
 
 def test_cells_are_found_whatever_their_order():

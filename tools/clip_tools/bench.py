@@ -12,7 +12,8 @@ from clip_tools import steps
 from clip_tools.arms import Arm
 from clip_tools.bare import BareWorker
 from clip_tools.errors import ToolError
-from clip_tools.fingerprint import ask_nvidia_smi, fingerprint
+from clip_tools.fingerprint import fingerprint
+from clip_tools.gpu_samples import GpuSamples
 from clip_tools.load import run_closed_loop
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
@@ -159,22 +160,23 @@ def _measure(deployment: Deployment, cell: Cell, workload: Workload, options: Be
     triton = getattr(service, "options", None)
     before = steps.statistics(triton.grpc_url) if triton else {}
     cpu_before, begin = cpu_seconds(service.pid), time.perf_counter()
-    measured = run_closed_loop(
-        caller.ask,
-        caller.check,
-        len(workload.images),
-        batch=cell.batch,
-        concurrency=cell.concurrency,
-        seconds=options.seconds,
-        warmup_s=options.warmup_s,
-        at_least=options.at_least,
-    )
+    with GpuSamples() as gpu:
+        measured = run_closed_loop(
+            caller.ask,
+            caller.check,
+            len(workload.images),
+            batch=cell.batch,
+            concurrency=cell.concurrency,
+            seconds=options.seconds,
+            warmup_s=options.warmup_s,
+            at_least=options.at_least,
+        )
     row: dict[str, Any] = {key: _rounded(value) for key, value in asdict(measured).items()}
     row["server_cores_busy"] = _rounded((cpu_seconds(service.pid) - cpu_before) / (time.perf_counter() - begin))
     if triton:
         row["steps"] = [asdict(step) for step in steps.between(before, steps.statistics(triton.grpc_url))]
-    if gpu := ask_nvidia_smi("utilization.gpu,memory.used"):
-        row["gpu"] = gpu
+    if gpu.samples:
+        row["gpu"] = {"utilisation_percent": gpu.mean(0), "memory_mib": gpu.most(1)}
     return row
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from clip_tools import photos
 from clip_tools.demo import weights_from_environment
 from clip_tools.errors import ToolError, missing_extra
-from clip_tools.export_onnx import Manifest, is_exported
+from clip_tools.export_onnx import Manifest
 from clip_tools.oracle import Weights
 from clip_tools.paths import CACHE
 
@@ -99,7 +99,7 @@ def weights_of(model_path: Path) -> Weights:
     if manifest.checkpoint_sha256 is None:
         return Weights(manifest.model, manifest.pretrained)
     given = weights_from_environment()
-    if "CLIP_CHECKPOINT" not in os.environ or not is_exported(model_path, given):
+    if "CLIP_CHECKPOINT" not in os.environ or given.checkpoint_sha256 != manifest.checkpoint_sha256:
         raise ToolError(
             f"{model_path} was exported from {manifest.pretrained} (sha256 {manifest.checkpoint_sha256[:12]}...), "
             f"which the answers are checked against: set CLIP_CHECKPOINT to it and CLIP_MODEL={manifest.model}"
@@ -108,7 +108,7 @@ def weights_of(model_path: Path) -> Weights:
 
 
 def ensure_model(models: Path) -> Weights:
-    """The weights of the repository's `model.onnx`, which is exported first where it is not there.
+    """The weights of the repository's `model.onnx`, exported first where it is missing or not CLIP_CHECKPOINT's.
 
     As `clip-tools demo` does it: speed does not depend on the training, so untrained weights will do where no hub
     answers, and the result says so.
@@ -116,7 +116,7 @@ def ensure_model(models: Path) -> Weights:
     from clip_tools import demo
 
     model_path = models / "clip_onnx" / "1" / "model.onnx"
-    if not model_path.is_file():
+    if not model_path.is_file() or "CLIP_CHECKPOINT" in os.environ:
         demo.ensure_model([path.read_bytes() for path in photos.demo_photos()], output=model_path)
     return weights_of(model_path)
 
