@@ -1,15 +1,18 @@
 """The command `clip-embed`: images and folders of them in, embeddings on stdout, talk on stderr."""
 
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from enum import StrEnum
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import chain, tee
 from pathlib import Path
 from typing import Annotated, NoReturn, Self
 
+from clip_embed import jsonl, parquet
 from clip_embed.client import EmbeddingClient
 from clip_embed.errors import (
     ContractError,
@@ -18,7 +21,8 @@ from clip_embed.errors import (
     ModelNotReadyError,
     ServerUnavailableError,
 )
-from clip_embed.output import open_writer
+from clip_embed.output import Format, Output, open_output
+from clip_embed.table import UnusableOutput, has_parts, parts_of
 from clip_embed.target import DEFAULT_URL, URL_VARIABLE
 
 try:
@@ -33,12 +37,9 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".b
 SOME_FAILED, USAGE, NO_SERVER, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
 HOPELESS = (ServerUnavailableError, ModelNotReadyError, ContractError)  # the next image would fare no better
 
+_log = logging.getLogger("clip_embed")
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-class Format(StrEnum):
-    jsonl = "jsonl"
-    npy = "npy"
 
 
 @app.command()
@@ -48,36 +49,63 @@ def embed(
         typer.Argument(metavar="IMAGE", help="Files, folders to search for images, or - for paths on stdin."),
     ],
     *,
-    url: Annotated[str, typer.Option(envvar=URL_VARIABLE, help="The server: grpc(s):// or http(s)://.")] = DEFAULT_URL,
+    url: Annotated[
+        str,
+        typer.Option(
+            envvar=URL_VARIABLE, help="The server: grpc(s):// or http(s)://; several with commas between them."
+        ),
+    ] = DEFAULT_URL,
     output_format: Annotated[
-        Format,
+        Format | None,
         typer.Option(
             "--format",
-            help='jsonl: a line {"path": ..., "embedding": [...]} for each image, none for one that failed. '
-            "npy: one (N, 512) float32 array; row i is image i, NaN if it failed.",
+            help='jsonl: a line {"path": ..., "size_bytes": ..., "mtime_ns": ..., "embedding": [...]} for each image, '
+            "none for one that failed. parquet: rows of the same four. npy: one (N, 512) float32 array; row i is image "
+            "i, NaN if it failed. Default: what the output's name ends with, else jsonl.",
         ),
-    ] = Format.jsonl,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A file, written whole or not at all; default: stdout.")
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "--out", "-o", help="A file, written whole or not at all; default: stdout."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep what is finished, also when the run is killed, and embed only the images that the output does "
+            "not have, that failed or that have changed. For jsonl and parquet.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a request, at most; the server takes 64.")] = 8,
     max_in_flight: Annotated[int, typer.Option(min=1, help="Requests on their way at once.")] = 8,
-    timeout_s: Annotated[float, typer.Option(min=0.001, help="Deadline of each request, in seconds.")] = 30.0,
+    timeout_s: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            help="Deadline of each request, in seconds, with all attempts: how long to wait for a "
+            "server that has gone.",
+        ),
+    ] = 300.0,
+    attempt_timeout_s: Annotated[float, typer.Option(min=0.001, help="Deadline of each attempt, in seconds.")] = 30.0,
 ) -> None:
     """Embed images: data on stdout in the order of the images, one line on stderr for each that failed.
 
     Exit codes: 0 all good, 1 some images failed, 2 usage, 3 the server cannot be reached or used.
     """
-    npy = output_format is Format.npy
-    if npy and output is None and sys.stdout.isatty():
-        _exit(USAGE, "npy is binary and stdout is a terminal: give --output FILE")
+    target = _target(output, output_format, resume=resume)
     try:
-        client = EmbeddingClient(url, timeout_s=timeout_s, batch_size=batch_size, max_in_flight=max_in_flight)
+        client = EmbeddingClient(
+            url,
+            timeout_s=timeout_s,
+            attempt_timeout_s=attempt_timeout_s,
+            batch_size=batch_size,
+            max_in_flight=max_in_flight,
+        )
     except (ValueError, ModuleNotFoundError) as error:
         _exit(USAGE, str(error))
     # The work has its own thread, so that Ctrl-C meets this one, which only waits: in the midst of grpc's code it could
     # be lost, or leave a client that does not close.
-    work = ThreadPoolExecutor(1).submit(_run, client, images, npy=npy, output=output)
+    work = ThreadPoolExecutor(1).submit(_run, client, images, target)
     try:
         some_failed = work.result()
     except KeyboardInterrupt:
@@ -85,12 +113,14 @@ def embed(
         wait([work], timeout=2.0)
         os._exit(INTERRUPTED)
     except HOPELESS as error:
-        _exit(NO_SERVER, str(error))
+        _exit(NO_SERVER, f"{error}{target.kept}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit meets the pipe again
         raise typer.Exit(BROKEN_PIPE) from None
     except OSError as error:
-        _exit(USAGE, f"cannot write {output or 'stdout'}: {error.strerror}")
+        _exit(USAGE, f"cannot write {output or 'stdout'}: {error.strerror or error}{target.kept}")
+    except UnusableOutput as error:
+        _exit(USAGE, str(error))
     if some_failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -100,25 +130,73 @@ def main() -> None:
     app()
 
 
-def _run(client: EmbeddingClient, images: list[str], *, npy: bool, output: Path | None) -> bool:
+@dataclass(frozen=True)
+class _Target:
+    """Where the embeddings go."""
+
+    path: Path | None
+    format: Format
+    resume: bool
+
+    def open(self) -> AbstractContextManager[Output]:
+        if not self.resume or self.path is None:
+            return open_output(self.path, self.format)
+        from clip_embed.resume import open_resumed  # which needs a system with flock
+
+        return open_resumed(self.path, parquet if self.format is Format.parquet else jsonl)
+
+    @property
+    def kept(self) -> str:
+        """What to say after a run that ended too early."""
+        if self.resume and self.path is not None and has_parts(self.path):
+            return f"; what was finished is kept in {parts_of(self.path)}: run it again with --resume"
+        return ""
+
+
+def _target(path: Path | None, file_format: Format | None, *, resume: bool) -> _Target:
+    """Refuses what cannot be written."""
+    if file_format is None:
+        suffix = path.suffix.removeprefix(".") if path else ""
+        file_format = Format(suffix) if suffix in list(Format) else Format.jsonl
+    if path is None and resume:
+        _exit(USAGE, "--resume needs --output FILE")
+    if path is None and file_format is not Format.jsonl and sys.stdout.isatty():
+        _exit(USAGE, f"{file_format} is binary and stdout is a terminal: give --output FILE")
+    if resume and file_format is Format.npy:
+        _exit(USAGE, "npy does not name its images: --resume needs jsonl or parquet")
+    if path is not None and not resume and has_parts(path):
+        _exit(USAGE, f"{parts_of(path)} holds what an earlier run finished: add --resume to go on, or remove it")
+    if file_format is Format.parquet:
+        try:
+            parquet.require_pyarrow()
+        except ModuleNotFoundError as error:
+            _exit(USAGE, str(error))
+    return _Target(path, file_format, resume)
+
+
+def _run(client: EmbeddingClient, arguments: list[str], target: _Target) -> bool:
     """Embeds and writes; whether some images failed."""
-    paths = find_images(images, sys.stdin.buffer)
+    paths = find_images(arguments, sys.stdin.buffer)
     if (first := next(paths, None)) is None:
-        _exit(USAGE, f"no images found in {' '.join(images)}")
-    to_embed, to_name = tee(chain([first], paths))  # holds no more paths than are read ahead
+        _exit(USAGE, f"no images found in {' '.join(arguments)}")
     some_failed = False
-    with client, _Talk(shows_bar=not (output is None and sys.stdout.isatty())) as talk:
+    with client, _Talk(shows_bar=not (target.path is None and sys.stdout.isatty())) as talk:
         if not client.is_ready():
             _exit(NO_SERVER, f"no {client.model} at {client.url}: start the server (make serve), or give --url")
-        with open_writer(output, npy=npy) as writer:
-            for path, result in zip(to_name, client.embed_many(to_embed), strict=True):
+        with target.open() as output:
+            # tee holds no more images than are read ahead.
+            to_embed, to_name = tee(output.unfinished(chain([first], paths)))
+            results = client.embed_many(image.path for image in to_embed)
+            for image, result in zip(to_name, results, strict=True):
                 if isinstance(result, HOPELESS):
                     raise result
                 if isinstance(result, EmbeddingError):
                     some_failed = True
-                    talk.say(f"{path}: {_describe(result)}")
-                writer.add(path, None if isinstance(result, EmbeddingError) else result)
+                    talk.say(f"{image.path}: {_describe(result)}")
+                output.add(image, None if isinstance(result, EmbeddingError) else result)
                 talk.advance()
+            if output.already_there:
+                talk.say(f"{output.already_there} of the images were there already")
     return some_failed
 
 
@@ -158,11 +236,15 @@ class _Talk:
         )
         self._task = self._bar.add_task("", total=None)  # a folder's size is not known before its end
         self._begun_s = time.monotonic()
+        self._handler = _Handler(self)  # of what the client logs: a server that goes, and that comes back
 
     def __enter__(self) -> Self:
+        _log.addHandler(self._handler)
+        _log.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *_: object) -> None:
+        _log.removeHandler(self._handler)
         self._bar.stop()
 
     def advance(self) -> None:
@@ -172,6 +254,15 @@ class _Talk:
 
     def say(self, line: str) -> None:
         self._console.print(" ".join(line.split()), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, talk: _Talk) -> None:
+        super().__init__()
+        self._talk = talk
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._talk.say(record.getMessage())
 
 
 def _describe(error: EmbeddingError) -> str:

@@ -382,7 +382,7 @@ def test_the_import_needs_no_extra():
     """An application that speaks gRPC has numpy and tritonclient, and nothing of ours but this package."""
     code = "import clip_embed, sys; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert not {"httpx", "typer", "rich", "gevent", "PIL", "torch", "clip_tools"} & set(modules)
+    assert not {"httpx", "typer", "rich", "pyarrow", "gevent", "PIL", "torch", "clip_tools"} & set(modules)
 
 
 def test_every_error_is_an_embedding_error_and_says_whether_to_retry():

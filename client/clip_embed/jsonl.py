@@ -1,0 +1,60 @@
+"""JSON lines: one for each embedding, `{"path": ..., "size_bytes": ..., "mtime_ns": ..., "embedding": [...]}`."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+from clip_embed.table import ImageFile, UnusableOutput
+from clip_embed.wire import Embeddings
+
+_EMBEDDING = b', "embedding": ['  # inside a JSON string its quotes would have backslashes
+
+
+class _Rows:
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def add(self, image: ImageFile, embedding: Embeddings | None) -> None:
+        """Each number is the shortest that reads back as the same float32. A failed image has no line."""
+        if embedding is not None:
+            head = json.dumps(image._asdict())[:-1].encode()
+            self._file.write(head + _EMBEDDING + ", ".join(map(str, embedding)).encode() + b"]}\n")
+            self._file.flush()
+
+    def finish(self) -> None:
+        pass
+
+
+def open_rows(file: IO[bytes]) -> _Rows:
+    """Implements `table.Table`; each line is written at once and whole."""
+    return _Rows(file)
+
+
+def read_images(path: Path) -> Iterator[ImageFile]:
+    """Implements `table.Table`. A last line without its end was torn by the end of its process, and is no line."""
+    return (image for image, _ in _lines(path))
+
+
+def merge(paths: Iterable[Path], file: IO[bytes], wants: Callable[[ImageFile], bool]) -> None:
+    """Implements `table.Table`."""
+    for path in paths:
+        file.writelines(line for image, line in _lines(path) if wants(image))
+
+
+def _lines(path: Path) -> Iterator[tuple[ImageFile, bytes]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            head, found, numbers = line.partition(_EMBEDDING)
+            try:
+                row = json.loads(head + b"}")
+                image = ImageFile(row["path"], row.get("size_bytes"), row.get("mtime_ns"))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                found = b""
+            if not found or not numbers.endswith(b"]}\n"):
+                raise UnusableOutput(
+                    f'{path}, line {number}: expected {{"path": ..., "embedding": [...]}} of clip-embed'
+                )
+            yield image, line

@@ -1,0 +1,114 @@
+"""Parquet: the columns path, size_bytes, mtime_ns and embedding, which is a fixed-size list of 512 float32."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from clip_embed.table import ImageFile, UnusableOutput, printable
+from clip_embed.wire import EMBEDDING_SIZE, Embeddings
+
+ROW_GROUP = 8192  # rows, 16 MiB of embeddings: what a writer holds in memory; not measured
+
+
+def require_pyarrow() -> Any:
+    """pyarrow, or ModuleNotFoundError with what to install."""
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("parquet needs pyarrow: pip install 'clip-embed[parquet]'") from error
+    return pyarrow
+
+
+class _Rows:
+    def __init__(self, file: IO[bytes]) -> None:
+        self._arrow = require_pyarrow()
+        self._schema = _schema(self._arrow)
+        # The numbers of an embedding are all different: a dictionary of them would only cost time.
+        self._writer = self._arrow.parquet.ParquetWriter(file, self._schema, use_dictionary=False)
+        self._images: list[ImageFile] = []
+        self._embeddings: list[Embeddings] = []
+
+    def add(self, image: ImageFile, embedding: Embeddings | None) -> None:
+        """A failed image has no row."""
+        if embedding is not None:
+            self._images.append(image)
+            self._embeddings.append(embedding)
+            if len(self._images) == ROW_GROUP:
+                self._write()
+
+    def finish(self) -> None:
+        self._write()
+        self._writer.close()
+
+    def _write(self) -> None:
+        if not self._images:
+            return
+        images, self._images = self._images, []
+        numbers = self._arrow.array(np.concatenate(self._embeddings))
+        self._embeddings = []
+        paths = [printable(image.path) for image in images]
+        columns = [
+            self._arrow.array(paths, "string"),
+            self._arrow.array([image.size_bytes for image in images], "int64"),
+            self._arrow.array([image.mtime_ns for image in images], "int64"),
+            self._arrow.FixedSizeListArray.from_arrays(numbers, EMBEDDING_SIZE),
+        ]
+        self._writer.write_table(self._arrow.table(columns, schema=self._schema), ROW_GROUP)
+
+
+def open_rows(file: IO[bytes]) -> _Rows:
+    """Implements `table.Table`."""
+    return _Rows(file)
+
+
+def read_images(path: Path) -> Iterator[ImageFile]:
+    """Implements `table.Table`."""
+    with _open(path) as file:
+        for batch in file.iter_batches(columns=["path", "size_bytes", "mtime_ns"]):
+            yield from _images(batch)
+
+
+def merge(paths: Iterable[Path], file: IO[bytes], wants: Callable[[ImageFile], bool]) -> None:
+    """Implements `table.Table`."""
+    arrow = require_pyarrow()
+    held: list[Any] = []
+    with arrow.parquet.ParquetWriter(file, _schema(arrow), use_dictionary=False) as writer:
+
+        def write(at_least: int) -> None:
+            if held and sum(batch.num_rows for batch in held) >= at_least:
+                writer.write_table(arrow.Table.from_batches(held).combine_chunks(), ROW_GROUP)
+                held.clear()
+
+        for path in paths:
+            with _open(path) as source:
+                for batch in source.iter_batches(batch_size=ROW_GROUP):
+                    held.append(batch.filter(arrow.array([wants(image) for image in _images(batch)], "bool")))
+                    write(ROW_GROUP)
+        write(1)
+
+
+def _schema(arrow: Any) -> Any:
+    embedding = arrow.list_(arrow.float32(), EMBEDDING_SIZE)
+    return arrow.schema(
+        [("path", arrow.string()), ("size_bytes", arrow.int64()), ("mtime_ns", arrow.int64()), ("embedding", embedding)]
+    )
+
+
+def _open(path: Path) -> Any:
+    arrow = require_pyarrow()
+    try:
+        file = arrow.parquet.ParquetFile(path)
+    except arrow.ArrowInvalid as error:
+        raise UnusableOutput(f"{path} is not a Parquet file: {error}") from error
+    if not file.schema_arrow.equals(_schema(arrow)):
+        columns = ", ".join(f"{field.name} {field.type}" for field in file.schema_arrow)
+        file.close()
+        raise UnusableOutput(f"{path}: expected the columns of clip-embed, came {columns}")
+    return file
+
+
+def _images(batch: Any) -> Iterator[ImageFile]:
+    columns = (batch.column(name).to_pylist() for name in ImageFile._fields)
+    return map(ImageFile, *columns)

@@ -1,0 +1,70 @@
+"""The rows that the command writes, and what each file format of them has to offer."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, NamedTuple, Protocol
+
+from clip_embed.wire import Embeddings
+
+
+class UnusableOutput(Exception):
+    """What is at the output's path was not written by this command, or another process is writing it."""
+
+
+class ImageFile(NamedTuple):
+    """A path, and the size and time by which a changed file is told; None for both when it cannot be looked at."""
+
+    path: str
+    size_bytes: int | None
+    mtime_ns: int | None
+
+
+class Rows(Protocol):
+    """Takes each image's (512,) float32 embedding in order, or None for one that failed."""
+
+    def add(self, image: ImageFile, embedding: Embeddings | None) -> None: ...
+
+    def finish(self) -> None:
+        """Writes what is left. Without it the file is not whole."""
+
+
+class Table(Protocol):
+    """A format whose rows have names, so that a run can go on where another ended. `jsonl` and `parquet` are two."""
+
+    def open_rows(self, file: IO[bytes], /) -> Rows:
+        """Writes a table to an open file, which it leaves open."""
+
+    def read_images(self, path: Path, /) -> Iterator[ImageFile]:
+        """The images whose embeddings a file holds.
+
+        Raises:
+            UnusableOutput: It is not a file that this module wrote.
+        """
+
+    def merge(self, paths: Iterable[Path], file: IO[bytes], wants: Callable[[ImageFile], bool], /) -> None:
+        """Writes the rows of several files as one table, in order: those that `wants`, called once for each, is for."""
+
+
+def look_at(path: str) -> ImageFile:
+    """The file as it is now. It is read later, so a file that changes in between is seen as changed the next time."""
+    try:
+        status = os.stat(path)  # noqa: PTH116  Path would normalise the name
+    except (OSError, ValueError):  # ValueError: a NUL in it
+        return ImageFile(path, None, None)
+    return ImageFile(path, status.st_size, status.st_mtime_ns)
+
+
+def printable(path: str) -> str:
+    """The path as text that has a UTF-8 form: a byte that is not UTF-8 becomes `\\udc80` to `\\udcff`, written out."""
+    return path.encode(errors="backslashreplace").decode()
+
+
+def parts_of(path: Path) -> Path:
+    """The folder of what `resume` keeps until it is in the file itself."""
+    return path.with_name(path.name + ".parts")
+
+
+def has_parts(path: Path) -> bool:
+    """Whether there is something in it."""
+    return any(parts_of(path).glob("*.part"))
