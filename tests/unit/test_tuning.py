@@ -167,3 +167,13 @@ def test_the_sweep_starts_from_what_is_committed(models):
     assert not any(change(read_config(models, name), start) for name in ("preprocess", "clip_onnx", "clip_ensemble"))
     result = {"environment": ENVIRONMENT, "best": sweep.describe(start), "best_variant": asdict(start)}
     assert sweep.apply(result, "swept", models) == []
+
+
+def test_checkpoints_of_another_commit_are_not_gone_on_from(tmp_path):
+    """The same run again keeps them, which is what an interruption needs."""
+    checkpoint = tmp_path / "checkpoints" / "0.ckpt"
+    for commit, kept in (("a", False), ("a", True), ("b", False)):
+        checkpoint.parent.mkdir(exist_ok=True)
+        checkpoint.write_text("{}")
+        profile.begin_anew_unless_same(tmp_path, {"git_commit": commit})
+        assert checkpoint.is_file() == kept

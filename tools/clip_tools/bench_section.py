@@ -2,10 +2,11 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from clip_tools import plots
-from clip_tools.noise import paired_ratio
+from clip_tools.noise import Ratio, paired_ratio
 from clip_tools.sections import Section, markdown_table
 from clip_tools.targets import Cell, NotMeasured, Verdict, check, values
 
@@ -38,12 +39,25 @@ def headline(result: dict[str, Any]) -> str:
         if cell.concurrency != most or ":" in cell.arm or cell.arm.startswith(("preprocess", "perf-analyzer")):
             continue
         found = values(result, cell)
-        ratio = paired_ratio(found, values(result, Cell(BASELINE, images, 1, most)))
-        rows.append((f"`{cell.arm}`", f"{statistics.median(found):.1f}", f"{ratio.median:.2f}"))
+        ratio = _against_baseline(result, cell)
+        times = f"{ratio.median:.2f}" if ratio else ""
+        rows.append((f"`{cell.arm}`", f"{statistics.median(found):.1f}", times))
     table = markdown_table((f"{images} JPEGs, {most} requests at once", "images/s", f"times `{BASELINE}`"), rows)
     gpu = environment["gpu"] or "no GPU"
     where = f"{environment['cpu']}, {environment['cores']} cores, {gpu}, {environment['date'][:10]}"
     return f"{table}\n{where}, `{environment['command']}`; all of it: [docs/benchmarks.md](docs/benchmarks.md).\n"
+
+
+def _against_baseline(result: dict[str, Any], cell: Cell) -> Ratio | None:
+    """How many times the baseline's throughput in the same rounds; None for the baseline itself, where it was not
+    measured, and for a step alone, which is not equal work.
+    """
+    if cell.arm == BASELINE or cell.arm.startswith("preprocess"):
+        return None
+    try:
+        return paired_ratio(values(result, cell), values(result, replace(cell, arm=BASELINE)))
+    except (NotMeasured, ValueError):
+        return None
 
 
 def _cells(result: dict[str, Any]) -> list[Cell]:
@@ -62,13 +76,10 @@ def _throughput_table(result: dict[str, Any]) -> str:
     rows = []
     for cell in cells:
         found = values(result, cell)
-        try:
-            ratio = str(paired_ratio(found, values(result, Cell(BASELINE, cell.images, cell.batch, cell.concurrency))))
-        except (NotMeasured, ValueError):
-            ratio = ""
+        ratio = _against_baseline(result, cell)
         figures = (statistics.median(found), min(found), max(found))
-        ratio = "" if cell.arm == BASELINE or cell.arm.startswith("preprocess") else ratio  # a step is not equal work
-        rows.append((cell.arm, cell.images, _shape_text(cell), *(f"{figure:.1f}" for figure in figures), ratio))
+        texts = (f"{figure:.1f}" for figure in figures)
+        rows.append((cell.arm, cell.images, _shape_text(cell), *texts, str(ratio or "")))
     return markdown_table(head, rows)
 
 

@@ -2,7 +2,9 @@
 
 import csv
 import importlib
+import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,6 +102,7 @@ def analyzer_config(options: ProfileOptions) -> dict[str, Any]:
 def profile(options: ProfileOptions, *, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Run Model Analyzer, or go on with an interrupted run, and give its measurements, the best first.
 
+    Its checkpoints do not say what they measured, so those of another machine, commit or workload are removed.
     Raises ToolError with its own reason when it fails.
     """
     program = Path(sys.executable).with_name("model-analyzer")
@@ -109,6 +112,12 @@ def profile(options: ProfileOptions, *, tell: Callable[[str], None] = lambda lin
     folder = options.folder.resolve()
     options = ProfileOptions(**{**vars(options), "folder": folder})
     folder.mkdir(parents=True, exist_ok=True)
+    environment = asdict(fingerprint())
+    begin_anew_unless_same(
+        folder,
+        {key: environment[key] for key in ("cpu", "cores", "gpu", "git_commit")}
+        | {"images": options.images, "quick": options.quick, "mode": options.mode, "models": str(options.models)},
+    )
     write_input(PerfOptions(images=options.images, models=options.models), folder / "input.json")
     derived = folder / "config.yaml"
     derived.write_text(_yaml().safe_dump(analyzer_config(options), sort_keys=False))
@@ -119,7 +128,7 @@ def profile(options: ProfileOptions, *, tell: Callable[[str], None] = lambda lin
     best = max(points, key=lambda point: point.throughput)
     return {
         "kind": "profile",
-        "environment": asdict(fingerprint()),
+        "environment": environment,
         "searched_by": "Model Analyzer",
         "model": ENSEMBLE,
         "images": options.images,
@@ -127,6 +136,15 @@ def profile(options: ProfileOptions, *, tell: Callable[[str], None] = lambda lin
         "best": best.setting,
         "best_variants": best.variants,
     }
+
+
+def begin_anew_unless_same(folder: Path, run: dict[str, Any]) -> None:
+    """Remove the checkpoints of a run that was of something else, and note what this one is of in `run.json`."""
+    note, text = folder / "run.json", json.dumps(run, indent=1)
+    if not note.is_file() or note.read_text() != text:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / "results", ignore_errors=True)
+    note.write_text(text)
 
 
 def _run(command: list[str], log: Path, tell: Callable[[str], None]) -> None:
