@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CALIBRATIONS = CACHE / "calibrations"
 ADVISED_IMAGES, MIN_IMAGES = 500, 100
-_VERSION = 1  # of what is computed below: an older result is not taken from the cache
+_VERSION = 2  # of what is computed below: an older result is not taken from the cache
 _BATCH = 8
 _ROWS = 768  # of each layer, in all
 _SENSITIVITY_IMAGES = 24

@@ -11,12 +11,13 @@ import typer
 from clip_tools.build_engine import PLAN_PATH, default_onnx
 from clip_tools.errors import ToolError
 from clip_tools.gates import PRECISIONS
+from clip_tools.paths import MODELS
 from clip_tools.precision import Precision
 from clip_tools.tensorrt_library import RUNTIMES, Runtime
 
 app = typer.Typer()
 
-Architecture = Annotated[str, typer.Option(help="An open_clip architecture.")]
+Architecture = Annotated[str, typer.Option(help="An open_clip architecture.", envvar="CLIP_MODEL")]
 PrecisionName = Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")]
 
 
@@ -24,7 +25,11 @@ PrecisionName = Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)
 def export_onnx(
     model: Architecture = "ViT-B-32",
     pretrained: Annotated[
-        str, typer.Option(help="A pretrained tag, a checkpoint's path, or random:SEED for untrained weights.")
+        str,
+        typer.Option(
+            help="A pretrained tag, a checkpoint's path, or random:SEED for untrained weights.",
+            envvar="CLIP_CHECKPOINT",
+        ),
     ] = "laion2b_s34b_b79k",
     precision: PrecisionName = "fp32",
     output: Annotated[
@@ -124,6 +129,60 @@ def build_engine(
     manifest = verb.build_engine(onnx or default_onnx(wanted), output, options)
     Console(stderr=True).print(verb.census_table(manifest))
     typer.echo(manifest.to_json())
+
+
+@app.command()
+def verify(
+    engine: Annotated[
+        str | None,
+        typer.Option(help="A .onnx or .plan file, or a named configuration to serve for it ('default', 'cpu-bf16')."),
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="A running server in place of --engine: grpc://host:8001.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="A folder of 100 or more images; by default 121 photographs of ours.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The architecture; by default the engine's manifest's.")] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="A tag, a checkpoint's path or random:SEED; by default the manifest's.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Whose gate it is held to; by default the engine's own precision.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the JSON goes, in place of stdout.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Where a histogram goes, as PNG.")] = None,
+    models: Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")] = MODELS,
+) -> None:
+    """Hold an engine against open_clip in FP32; exit 1 when it is under the gate of its precision."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from clip_tools import photos
+    from clip_tools import verify as verb
+    from clip_tools.fingerprint import fingerprint
+    from clip_tools.oracle import Weights
+
+    found = verb.find_engine(engine, url, models)
+    given = Weights()
+    weights = Weights(model or given.model, pretrained or given.pretrained) if model or pretrained else None
+    held_to = checked_precision(precision) if precision else None
+    with progress("reading the images") as advance:
+        paths = photos.images_in(images) if images else photos.gate_photos()
+        verdict = verb.verify(found, weights, paths, precision=held_to, advance=advance)
+    Console(stderr=True).print(verb.verdict_table(verdict))
+    text = json.dumps({"measured": asdict(fingerprint()), **verdict.to_dict()}, indent=2)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
+    else:
+        typer.echo(text)
+    if picture:
+        verb.draw_histogram(verdict, picture)
+    if verdict.counts_for_nothing:
+        sys.stderr.write(f"this counts for nothing: {verdict.counts_for_nothing}\n")
+    if not verdict.passed:
+        raise ToolError(f"{verdict.engine} is under the gate of {verdict.precision}: {'; '.join(verdict.failures)}")
 
 
 def checked_precision(name: str) -> Precision:

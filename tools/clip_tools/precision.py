@@ -142,7 +142,7 @@ def fold_normalisation(model: "onnx.ModelProto") -> "onnx.ModelProto":
     folded = _copy(conv)
     del folded.input[:]
     folded.input.extend(["pixels_scaled", "folded_weight"])
-    folded.output[0] = "patches"
+    folded.output[0] = "folded_patches"
     replaced = {
         steps[0].name: None,
         steps[1].name: helper.make_node("Mul", ["pixels_centred", "pixel_scale"], ["pixels_scaled"], name="scale"),
@@ -154,7 +154,9 @@ def fold_normalisation(model: "onnx.ModelProto") -> "onnx.ModelProto":
         made = replaced.get(node.name, node)
         nodes += [made] if made is not None else []
         if node.name == conv.name:
-            nodes.append(helper.make_node("Add", ["patches", "folded_bias"], [conv.output[0]], name="patch_bias"))
+            nodes.append(
+                helper.make_node("Add", ["folded_patches", "folded_bias"], [conv.output[0]], name="patch_bias")
+            )
     graph.nodes = nodes
     return graph.finish()
 
@@ -197,7 +199,7 @@ def lower(model: "onnx.ModelProto", half: Half, *, keep: Iterable[str] = ()) -> 
             nodes.append(changed)
             continue
         computed = [name for name in node.input if name in types]
-        if node.output[0] not in types or not computed:
+        if not computed or node.op_type == "Shape":
             nodes.append(node)  # shapes, and constants that are made to measure
             continue
         wanted: int = full
@@ -209,7 +211,8 @@ def lower(model: "onnx.ModelProto", half: Half, *, keep: Iterable[str] = ()) -> 
         data = list(node.input[:1]) if node.op_type in _MOVERS else list(node.input)
         for index, name in enumerate(data):
             changed.input[index] = in_type(name, wanted)
-        types[node.output[0]] = wanted
+        if node.output[0] in types:  # not the integers of a QuantizeLinear
+            types[node.output[0]] = wanted
         nodes.append(changed)
     graph.nodes = nodes
     lowered = graph.finish()
@@ -338,7 +341,8 @@ def _round_tensor(value: "npt.NDArray[Any]", name: str, half: Half) -> Any:
     with np.errstate(over="ignore"):
         rounded = value.astype(np.float16 if half == "fp16" else ml_dtypes.bfloat16)
     if not np.isfinite(rounded.astype(np.float32)).all():
-        raise ToolError(f"{name}: a weight of {np.abs(value).max():.3g} does not fit {half}; take bf16")
+        plain = name.removesuffix(f".{half}")
+        raise ToolError(f"{plain}: a weight of {np.abs(value).max():.3g} does not fit {half}; take bf16")
     return numpy_helper.from_array(rounded, name)
 
 

@@ -1,0 +1,222 @@
+"""`clip-tools verify` passes what agrees with open_clip and fails what does not: files, a served model, the command."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from clip_tools import export_variant as exporting
+from clip_tools.build_engine import EngineOptions
+from clip_tools.cli import app
+from clip_tools.engine_manifest import stale_reason
+from clip_tools.errors import ToolError
+from clip_tools.export_onnx import Manifest, manifest_path
+from clip_tools.export_variant import export_variant
+from clip_tools.oracle import Weights
+from clip_tools.precision import lower
+from clip_tools.serve import EmbeddedServer
+from clip_tools.verify import Engine, find_engine, verify
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
+
+
+@pytest.fixture(scope="module")
+def fp16_model(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The session's graph in FP16."""
+    path = tmp_path_factory.mktemp("fp16") / "model.fp16.onnx"
+    onnx.save(lower(onnx.load(str(onnx_model)), "fp16"), str(path))
+    return path
+
+
+def changed(onnx_model: Path, folder: Path, name: str, change) -> Path:
+    """The session's graph with one constant changed."""
+    graph = onnx.load(str(onnx_model))
+    tensor = next(tensor for tensor in graph.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(change(onnx.numpy_helper.to_array(tensor)), name))
+    path = folder / "broken.onnx"
+    onnx.save(graph, str(path))
+    return path
+
+
+def test_the_exported_graph_passes_as_fp32(onnx_model: Path, weights: Weights, demo_photos: list[Path]) -> None:
+    """And ten photographs are too few for it to count."""
+    verdict = verify(Engine(file=onnx_model), weights, demo_photos)
+    assert verdict.precision == "fp32"
+    assert verdict.passed, verdict.failures
+    assert verdict.agreement.top1_agreement == verdict.agreement.top5_agreement == 1
+    expected = "untrained" if weights.seed is not None else "10 images are too few"
+    assert expected in (verdict.counts_for_nothing or "")
+
+
+def test_the_fp16_graph_passes_its_gate(fp16_model: Path, weights: Weights, demo_photos: list[Path]) -> None:
+    """By its FP32 twin, with every product rounded to FP16; and it is no FP32 engine."""
+    verdict = verify(Engine(file=fp16_model), weights, demo_photos)
+    assert verdict.precision == "fp16"
+    assert "rounded to FP16" in verdict.how
+    assert verdict.passed, verdict.failures
+    assert verdict.agreement.max_abs > 1e-6
+    if weights.seed is None:
+        assert not verify(Engine(file=fp16_model), weights, demo_photos, precision="fp32").passed
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("visual.positional_embedding", lambda value: np.roll(value, 1, axis=0)),
+        ("visual.proj", lambda value: np.full_like(value, np.nan)),
+    ],
+)
+def test_a_broken_graph_fails(
+    onnx_model: Path, weights: Weights, demo_photos: list[Path], tmp_path: Path, name: str, change
+) -> None:
+    """Positions in another order, NaN: none is passed off as low precision."""
+    broken = changed(onnx_model, tmp_path, name, change)
+    verdict = verify(Engine(file=broken), weights, demo_photos)
+    assert not verdict.passed
+    assert "worst cosine" in verdict.failures[0]
+
+
+def test_dynamic_int8_is_refused(trained: Weights, onnx_model: Path, demo_photos: list[Path], tmp_path: Path) -> None:
+    """ONNX Runtime's dynamic quantisation of the whole graph, which untrained weights would pass."""
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    path = tmp_path / "dynamic.onnx"
+    quantization.quantize_dynamic(str(onnx_model), str(path), per_channel=True)
+    verdict = verify(Engine(file=path), trained, demo_photos)
+    assert verdict.precision == "int8"
+    assert not verdict.passed
+
+
+def test_the_command_writes_table_json_and_picture_and_exits_1_under_the_gate(
+    onnx_model: Path, fp16_model: Path, weights: Weights, demo_photos: list[Path], tmp_path: Path
+) -> None:
+    """The same file under two gates: its own passes, and FP32's with a broken graph fails."""
+    folder = demo_photos[0].parent
+    given = ["--images", str(folder), "--model", weights.model, "--pretrained", weights.pretrained]
+    picture = tmp_path / "histogram.png"
+    result = CliRunner().invoke(app, ["verify", "--engine", str(fp16_model), *given, "--picture", str(picture)])
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["passed"]
+    assert data["measured"]["cores"] >= 1
+    assert data["agreement"]["images"] == 10
+    assert "worst cosine" in result.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    broken = changed(onnx_model, tmp_path, "visual.positional_embedding", lambda value: value[::-1].copy())
+    output = tmp_path / "result.json"
+    result = CliRunner().invoke(app, ["verify", "--engine", str(broken), *given, "--output", str(output)])
+    assert isinstance(result.exception, ToolError)
+    assert result.exception.exit_code == 1
+    assert "under the gate of fp32: worst cosine" in str(result.exception)
+    assert json.loads(output.read_text())["failures"]
+
+
+def test_the_weights_are_the_manifests_and_others_are_refused(
+    onnx_model: Path, weights: Weights, demo_photos: list[Path]
+) -> None:
+    """A comparison with other weights says nothing about the engine."""
+    if weights.seed is not None:
+        assert verify(Engine(file=onnx_model), None, demo_photos).model == weights.model
+    with pytest.raises(ToolError, match=r"was made of .* and is to be compared with"):
+        verify(Engine(file=onnx_model), dataclasses.replace(weights, pretrained="random:12345"), demo_photos)
+
+
+def test_a_served_model_is_verified_through_the_client(
+    server: EmbeddedServer, weights: Weights, demo_photos: list[Path]
+) -> None:
+    """The whole way, preprocess included, over gRPC."""
+    verdict = verify(Engine(url=server.options.grpc_url), weights, demo_photos)
+    assert verdict.passed, verdict.failures
+    assert "served" in verdict.how
+
+
+def test_an_engine_that_is_none_is_refused(tmp_path: Path) -> None:
+    """A file that is not there, a name that no configuration has, both or none of the options."""
+    with pytest.raises(ToolError, match="no such file"):
+        find_engine(str(tmp_path / "model.onnx"), None)
+    with pytest.raises(ToolError, match=r"expected a .onnx or .plan file, or a configuration to serve: default, "):
+        find_engine("tensorflow", None)
+    with pytest.raises(ToolError, match="either --engine or --url"):
+        find_engine("default", "grpc://localhost:8001")
+    path = tmp_path / "text.onnx"
+    path.write_text("not a graph")
+    with pytest.raises(ToolError, match=r"text.onnx is no ONNX file"):
+        verify(Engine(file=path), Weights(pretrained="random:0"), [])
+
+
+def test_a_plan_without_a_gpu_is_one_sentence(tmp_path: Path, weights: Weights, demo_photos: list[Path]) -> None:
+    """It says where to run the same command."""
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    plan = tmp_path / "model.plan"
+    plan.write_bytes(b"plan")
+    with pytest.raises(ToolError, match="a plan runs on an NVIDIA GPU, and this machine has none"):
+        verify(Engine(file=plan), weights, demo_photos, precision="fp16")
+    with pytest.raises(ToolError, match="no manifest that says its precision"):
+        verify(Engine(file=plan), weights, demo_photos)
+    assert EngineOptions().command() in (stale_reason(plan) or "")
+
+
+@pytest.fixture
+def beside(onnx_model: Path, tmp_path: Path) -> Path:
+    """A folder that holds the session's FP32 graph, for the variants to be made of."""
+    for path in (onnx_model, manifest_path(onnx_model)):
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def test_a_variant_is_written_with_its_manifest(beside: Path, weights: Weights, demo_photos: list[Path]) -> None:
+    """`model.fp16.onnx` and `manifest.fp16.json`, and the FP32 graph beside them stays."""
+    manifest = export_variant(weights, "fp16", demo_photos, beside / "model.fp16.onnx")
+    assert Manifest.read(beside / "model.fp16.onnx").sha256 == manifest.sha256
+    assert (beside / "manifest.fp16.json").is_file()
+    assert manifest.precision == "fp16"
+    assert manifest.matrices == {"fp16": 74}
+    assert manifest.trained == (weights.seed is None)
+    assert manifest.gate["counts_for_nothing"]
+    assert Manifest.read(beside / "model.onnx").precision == "fp32"
+
+
+def test_a_variant_under_its_gate_is_not_written(
+    beside: Path, weights: Weights, demo_photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversion that goes wrong leaves nothing behind, and the one before it stays."""
+
+    def lower_wrongly(model, half):
+        graph = lower(model, half)
+        tensor = next(t for t in graph.graph.initializer if t.name.startswith("visual.positional_embedding"))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor)[::-1].copy(), tensor.name))
+        return graph
+
+    monkeypatch.setattr(exporting, "lower", lower_wrongly)
+    before = sorted(beside.iterdir())
+    with pytest.raises(ToolError, match=r"the fp16 graph of .* fails its gate on 10 photographs: worst cosine"):
+        export_variant(weights, "fp16", demo_photos, beside / "model.fp16.onnx")
+    assert sorted(beside.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--precision", "int8"], "needs --calibration"),
+        (["--precision", "fp16", "--calibration", "."], "takes no --calibration"),
+        (["--precision", "int4"], "expected one of fp32, fp16, bf16, int8, fp8"),
+    ],
+)
+def test_an_export_that_cannot_be_is_refused_at_once(arguments: list[str], reason: str) -> None:
+    """Usage: exit code 2."""
+    result = CliRunner().invoke(app, ["export-onnx", "--pretrained", "random:0", *arguments])
+    assert isinstance(result.exception, ToolError)
+    assert reason in str(result.exception)
+    assert result.exception.exit_code == 2
+
+
+def test_a_small_calibration_folder_is_refused(demo_photos: list[Path]) -> None:
+    """Ten images are no calibration."""
+    folder = str(demo_photos[0].parent)
+    arguments = ["export-onnx", "--pretrained", "random:0", "--precision", "int8", "--calibration", folder]
+    result = CliRunner().invoke(app, arguments)
+    assert "expected at least 100 images, better 500" in str(result.exception)
