@@ -40,7 +40,7 @@ def test_the_readmes_commands_are_verbs_and_options_that_exist():
 
     verbs = typer.main.get_command(app).commands
     lines = re.findall(r"^    \.venv/bin/clip-tools (.*?)(?: +#.*)?$", SECTION, re.MULTILINE)
-    assert len(lines) == 4
+    assert len(lines) == 5
     for verb, *words in map(str.split, lines):
         known = {option for parameter in verbs[verb].params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known
