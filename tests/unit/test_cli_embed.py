@@ -151,6 +151,16 @@ def test_no_server_is_one_line_that_says_what_to_do(run):
     assert "make serve" in line
 
 
+def test_one_of_several_servers_is_enough(run, url):
+    """The other one's absence is told."""
+    with serve("grpc", Brain()) as gone:
+        pass
+    done = run("a.jpg", "b.jpg", "--batch-size", "1", "--url", f"{gone},{url}")
+    assert done.returncode == 0
+    assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == ["a.jpg", "b.jpg"]
+    assert f"{gone} gets no requests until it is ready again" in done.stderr.decode()
+
+
 def test_a_missing_extra_is_one_line_that_says_what_to_install():
     hidden = "import sys; sys.modules['typer'] = None; " + COMMAND[-1]
     done = subprocess.run([sys.executable, "-c", hidden], check=False, capture_output=True)

@@ -1,11 +1,14 @@
 """The blocking client against real sockets."""
 
 import array
+import ast
+import graphlib
 import itertools
 import subprocess
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -383,6 +386,23 @@ def test_the_import_needs_no_extra():
     code = "import clip_embed, sys; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not {"httpx", "typer", "rich", "pyarrow", "gevent", "PIL", "torch", "clip_tools"} & set(modules)
+
+
+def test_the_modules_import_in_one_direction():
+    """None imports one that imports it, not even inside a function."""
+    folder = Path(clip_embed.__file__).parent
+    imports = {
+        f"clip_embed.{path.stem}": {
+            node.module
+            if node.module != "clip_embed" or not (folder / f"{name.name}.py").exists()
+            else f"clip_embed.{name.name}"
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "clip_embed"
+            for name in node.names
+        }
+        for path in folder.glob("*.py")
+    }
+    assert len(list(graphlib.TopologicalSorter(imports).static_order())) >= len(imports) > 10
 
 
 def test_every_error_is_an_embedding_error_and_says_whether_to_retry():

@@ -171,6 +171,19 @@ def test_a_server_that_dies_in_the_middle_costs_nothing(scheme, kind, caplog):
     assert f"{one} gets no requests" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+def test_a_server_that_hangs_costs_an_attempt(scheme, kind):
+    """Half open: it takes requests and never answers. The other one answers all of them."""
+    hung, well = Brain(), Brain()
+    well.gate.set()
+    images = [b"wait"] * 12
+    with serve(scheme, hung) as one, serve(scheme, well) as other:
+        results = embed_many(kind, f"{one},{other}", images, batch_size=2, attempt_timeout_s=0.3, retry=SOON)
+    assert_right(results, images)
+    assert hung.requests
+    assert len(well.embedded) >= len(images)
+
+
 def test_a_server_that_comes_back_is_used_again(scheme, caplog):
     """On the same port; the log tells both."""
     caplog.set_level(logging.INFO, logger="clip_embed")
