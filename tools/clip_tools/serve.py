@@ -158,7 +158,7 @@ class EmbeddedServer:
             raise missing_extra("server", error) from error
         image = probe_image()
         deadline = time.monotonic() + self.options.ready_timeout_s
-        with EmbeddingClient(self.options.grpc_url, timeout_s=60) as client:
+        with EmbeddingClient(self.options.grpc_url, timeout_s=60, retry=None) as client:
             while time.monotonic() < deadline:
                 self._raise_if_ended()
                 if client.is_ready():
