@@ -4,7 +4,7 @@ import pytest
 
 from clip_tools.arms import Arm
 from clip_tools.bare import throughput_bound
-from clip_tools.bench import BenchOptions, in_rounds, plan, quick
+from clip_tools.bench import BenchOptions, bare_part, in_rounds, plan, quick
 from clip_tools.errors import ToolError
 from clip_tools.gpu_samples import GpuSamples, read_sample
 from clip_tools.load import run_closed_loop, summarise
@@ -155,3 +155,16 @@ def test_nvidia_smis_line_is_read_and_its_absence_is_none():
 
 def test_cells_are_found_whatever_their_order():
     assert Cell("pytorch", "640x480", 1, 16) == Cell("pytorch", concurrency=16)
+
+
+def test_what_runs_bare_is_measured_beside_what_it_is_compared_with():
+    """Once a round: one image right before the single images, the steps right before the many at once."""
+    options = BenchOptions(arms=("ensemble-grpc", "pytorch"), batches=(1, 8), concurrency=(1, 4, 16))
+    bare, order = [], []
+    for number, cell in in_rounds(plan(options, []), 2):
+        part = bare_part(cell, number, bare, options)
+        if part:
+            bare[-1] |= {"single_ms": []} if part == "single" else {"engine_s": {}}
+            order.append((number, part, cell.batch, cell.concurrency))
+    expected = [("single", 1, 1), ("steps", 1, 16)]
+    assert order == [(number, *parts) for number in (0, 1) for parts in expected]

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,30 +54,12 @@ def open_engine(models: Path = MODELS, config_name: str | None = None) -> Any:
     return ort_session.open_session(model.file, ort_session.session_plan(config, "CPU", 0))
 
 
-@dataclass(frozen=True)
-class Bare:
-    """Each step alone: `preprocess_s` is one thread's time an image, `engine_s` the engine's by batch size.
-
-    `single_ms` are the times of one image through both steps, one after the other.
-    """
-
-    cores: int
-    preprocess_s: float
-    engine_s: dict[int, float]
-    single_ms: list[float]
-
-    @property
-    def bound(self) -> float:
-        """The images a second that no server of these two steps can pass on these cores.
-
-        cores / (preprocess core-seconds + engine core-seconds) an image. The engine is taken at its best batch size
-        and as if it filled every core, which is what it does while it runs.
-        """
-        return throughput_bound(self.preprocess_s, min(self.engine_s.values()), self.cores)
-
-
 def throughput_bound(preprocess_s: float, engine_s: float, cores: int) -> float:
-    """Images a second: `preprocess_s` on one core and `engine_s` on all of them for each image, nothing else."""
+    """The images a second that no server of these two steps can pass on these cores.
+
+    An image costs `preprocess_s` of one core and `engine_s` of all of them, for the engine fills every core while it
+    runs: cores / (preprocess core-seconds + engine core-seconds).
+    """
     return cores / (preprocess_s + engine_s * cores)
 
 
@@ -93,30 +74,27 @@ class Worker:
         self._batches = tuple(batches)
         self._np = np
 
-    def measure(self, images: Sequence[bytes], seconds: float) -> Bare:
-        """One round over the images; the first pass of each part is outside the timer."""
+    def steps(self, images: Sequence[bytes], seconds: float) -> dict[str, Any]:
+        """Each step alone: `preprocess_s` of one thread for an image, and the engine's `engine_s` by batch size."""
         np = self._np
         pixels = [self._preprocess(image) for image in images]
-
-        def preprocess(turn: int) -> None:
-            self._preprocess(images[turn % len(images)])
-
-        def single(turn: int) -> None:
-            one = self._preprocess(images[turn % len(images)])
-            self._session.run(["embedding"], {"pixels": one[None]})
-
         engine_s = {}
         for batch in self._batches:
             feed = {"pixels": np.stack([pixels[i % len(pixels)] for i in range(batch)])}
             times = _times(lambda _, feed=feed: self._session.run(["embedding"], feed), seconds / len(self._batches))
             engine_s[batch] = sum(times) / len(times) / batch
-        preprocess_times = _times(preprocess, seconds, at_least=len(images))
-        return Bare(
-            cores=len(os.sched_getaffinity(0)),
-            preprocess_s=sum(preprocess_times) / len(preprocess_times),
-            engine_s=engine_s,
-            single_ms=[1000 * time_s for time_s in _times(single, seconds, at_least=len(images))],
-        )
+        times = _times(lambda turn: self._preprocess(images[turn % len(images)]), seconds, at_least=len(images))
+        cores = len(os.sched_getaffinity(0))
+        return {"cores": cores, "preprocess_s": sum(times) / len(times), "engine_s": engine_s}
+
+    def single(self, images: Sequence[bytes], seconds: float) -> dict[str, Any]:
+        """`single_ms`: the time of each image through both steps, one after the other."""
+
+        def both(turn: int) -> None:
+            pixels = self._preprocess(images[turn % len(images)])
+            self._session.run(["embedding"], {"pixels": pixels[None]})
+
+        return {"single_ms": [round(1000 * time_s, 3) for time_s in _times(both, seconds, at_least=len(images))]}
 
 
 def _times(call: Any, seconds: float, *, at_least: int = 3) -> list[float]:
@@ -147,9 +125,9 @@ class BareWorker:
         self._say(first)
         self._hear()
 
-    def measure(self, seconds: float) -> dict[str, Any]:
-        """One round: a `bare.Bare` as a dictionary."""
-        self._say({"images": self._paths, "seconds": seconds})
+    def measure(self, part: str, seconds: float) -> dict[str, Any]:
+        """What `Worker.steps` or `Worker.single` gives, as `part` says."""
+        self._say({"part": part, "images": self._paths, "seconds": seconds})
         answer: dict[str, Any] = json.loads(self._hear())
         return answer
 
@@ -182,7 +160,8 @@ def main() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         images = [Path(path).read_bytes() for path in order["images"]]
-        sys.stdout.write(json.dumps(asdict(worker.measure(images, order["seconds"]))) + "\n")
+        measure = worker.single if order["part"] == "single" else worker.steps
+        sys.stdout.write(json.dumps(measure(images, order["seconds"])) + "\n")
         sys.stdout.flush()
 
 

@@ -20,7 +20,7 @@ from clip_tools.paths import MODELS
 from clip_tools.perf import PerfOptions, perf_input, run_level
 from clip_tools.repository import config_names
 from clip_tools.services import Deployment, cpu_seconds, resident_mib
-from clip_tools.targets import TARGETS, Cell
+from clip_tools.targets import BUSY, TARGETS, Cell
 from clip_tools.workload import VGA, Workload, load_workload
 
 Tell = Callable[[str, int, int], None]
@@ -137,9 +137,9 @@ def bench(
             stack.callback(bare.close)
         result["cells"], result["bare"] = [], []
         for done, (number, cell) in enumerate(in_rounds(cells, options.rounds)):
-            if bare and len(result["bare"]) == number:
-                tell(f"round {number + 1}: engine and preprocess alone", done, total)
-                result["bare"].append({"round": number, **bare.measure(options.seconds)})
+            if bare and (part := bare_part(cell, number, result["bare"], options)):
+                tell(f"round {number + 1}: preprocess and engine alone", done, total)
+                result["bare"][-1] |= bare.measure(part, options.seconds)
             tell(f"round {number + 1}: {cell.arm}, batch {cell.batch}, concurrency {cell.concurrency}", done, total)
             row = _measure(deployment, cell, workloads[cell.images], options)
             result["cells"].append({**asdict(cell), "round": number, **row})
@@ -149,6 +149,17 @@ def bench(
     if options.soak_requests:
         result["soak"] = list(_soak(options, weights, workloads[options.images], tell, total))
     return result
+
+
+def bare_part(cell: Cell, number: int, bare: list[dict[str, Any]], options: BenchOptions) -> str | None:
+    """What of the bare steps to measure before this cell: each part next to what it is compared with, once a round."""
+    if not bare or bare[-1]["round"] != number:
+        bare.append({"round": number})
+    if (cell.images, cell.batch) != (options.images, 1):
+        return None
+    if cell.concurrency == 1:
+        return None if "single_ms" in bare[-1] else "single"
+    return None if "engine_s" in bare[-1] or cell.concurrency < BUSY else "steps"
 
 
 def _measure(deployment: Deployment, cell: Cell, workload: Workload, options: BenchOptions) -> dict[str, Any]:
@@ -189,7 +200,7 @@ def _by_perf_analyzer(service: Any, cell: Cell, workload: Workload, options: Ben
             url=service.options.grpc_url.removeprefix("grpc://"),
             batch=cell.batch,
             window_ms=max(1000, int(1000 * options.seconds / 3)),  # shorter ones can see no request end
-            max_trials=3,
+            max_trials=10,  # three that hold any request at all are enough; on a busy machine a window can be empty
             stability_percent=999,
             models=options.models,
         )

@@ -13,6 +13,7 @@ from clip_tools.workload import PHONE, VGA
 
 BF16_CONFIG = "cpu-bf16"
 FAST_CONFIG = "fast"
+BUSY = 16  # requests at once, where the targets say nothing else
 SOAK_FIRST, SOAK_LAST = 1_000, 20_000
 
 
@@ -112,11 +113,11 @@ def _against_bare_single(result: dict[str, Any]) -> Ratio:
 def _instances(kind: str) -> tuple[tuple[Cell, ...], Callable[[dict[str, Any]], Ratio]]:
     """The worst step from n to n + 1 instances. Four at most: beyond, a run would take hours and gain nothing."""
     counts = range(1, min(len(os.sched_getaffinity(0)), 4) + 1)
-    cells = tuple(Cell(f"{kind}:{count}", concurrency=16) for count in counts)
+    cells = tuple(Cell(f"{kind}:{count}", concurrency=BUSY) for count in counts)
 
     def ratio(result: dict[str, Any]) -> Ratio:
         arms = {row["arm"] for row in result["cells"] if row["arm"].startswith(f"{kind}:")}
-        measured = [Cell(arm, concurrency=16) for arm in sorted(arms, key=lambda arm: int(arm.split(":")[1]))]
+        measured = [Cell(arm, concurrency=BUSY) for arm in sorted(arms, key=lambda arm: int(arm.split(":")[1]))]
         steps = [
             paired_ratio(values(result, more), values(result, fewer)) for fewer, more in itertools.pairwise(measured)
         ]
@@ -134,9 +135,9 @@ def _memory(result: dict[str, Any]) -> Ratio:
     return paired_ratio([series[SOAK_LAST]], [series[SOAK_FIRST]])
 
 
-_BUSY, _SINGLE = Cell("ensemble-grpc", concurrency=16), Cell("ensemble-grpc")
-_BF16 = Cell(f"ensemble-grpc@{BF16_CONFIG}", concurrency=16)
-_PYTORCH = Cell("pytorch", concurrency=16)
+_BUSY, _SINGLE = Cell("ensemble-grpc", concurrency=BUSY), Cell("ensemble-grpc")
+_BF16 = Cell(f"ensemble-grpc@{BF16_CONFIG}", concurrency=BUSY)
+_PYTORCH = Cell("pytorch", concurrency=BUSY)
 _PHONE_EXACT, _PHONE_FAST = (Cell(f"preprocess{at}", PHONE, concurrency=4) for at in ("", f"@{FAST_CONFIG}"))
 
 # The one home of the table of targets. At concurrency 16 unless it says otherwise.
@@ -161,7 +162,7 @@ TARGETS = (
         "client",
         "the Python client against perf_analyzer, same server",
         0.95,
-        *_throughput_ratio(_BUSY, Cell("perf-analyzer", concurrency=16)),
+        *_throughput_ratio(_BUSY, Cell("perf-analyzer", concurrency=BUSY)),
     ),
     Target(
         "instances", "one preprocess instance more, the step alone", 1.0, *_instances("preprocess"), beyond_noise=True
