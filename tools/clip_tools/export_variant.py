@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import onnx
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
+_CHOSEN_ON = 256  # calibration images on which a mix of eight-bit and FP16 layers is chosen, at most
 _COMPARED_IN_FP32 = 8  # photographs on which a graph that is only a step on the way meets PyTorch
 
 
@@ -105,7 +106,11 @@ def _fp32_graph(
 def _in_precision(
     full: "onnx.ModelProto", precision: Precision, oracle: Oracle, images: Sequence[Path], advance: Advance
 ) -> "tuple[onnx.ModelProto, dict[str, Any]]":
-    """(The graph in that precision, what it was calibrated on)."""
+    """(The graph in that precision, what it was calibrated on).
+
+    An eight-bit graph has as many eight-bit layers as pass the gate on the calibration images, and never fewer than
+    half; the rest is FP16. Whether that is enough is for the gate to say.
+    """
     if precision in ("fp16", "bf16"):
         return lower(full, precision), {}
     if precision not in ("int8", "fp8"):
@@ -114,7 +119,15 @@ def _in_precision(
     from clip_tools.quantize import prepare, quantize
 
     prepared = prepare(full)
-    calibration = calibrate(prepared, image_pixels(oracle, images), precision, advance=advance)
-    mix = calibration.mix()
-    graph = lower(quantize(prepared, mix, precision), "fp16")
+    pixels = image_pixels(oracle, images)
+    calibration = calibrate(prepared, pixels, precision, advance=advance)
+    some = pixels[:_CHOSEN_ON]
+    exact = run_onnx(prepared, some).embeddings
+    mixes = list(calibration.mixes())
+    for tried, mix in enumerate(mixes):
+        graph = lower(quantize(prepared, mix, precision), "fp16")
+        found = agreement(run_onnx(graph, some).embeddings, exact)
+        advance("choosing the layers", tried + 1, len(mixes))
+        if not failures(found, precision, trained=True):
+            break
     return graph, {"images": len(images), "layers": len(mix), "of_layers": len(calibration.layers)}

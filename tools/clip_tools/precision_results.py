@@ -1,0 +1,30 @@
+"""The README's table of measured precisions, out of the committed results of `clip-tools verify`."""
+
+import json
+from pathlib import Path
+
+from clip_tools.paths import ROOT
+
+RESULTS = ROOT / "docs" / "results"
+
+
+def results_table(folder: Path = RESULTS) -> str:
+    """One line for each `precision-*.json`: what ran, on which weights, and whether it passed."""
+    lines = [
+        "| weights | engine | gate | worst cosine | mean cosine | nearest neighbour unchanged | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(folder.glob("precision-*.json")):
+        found = json.loads(path.read_text())
+        agreement = found["agreement"]
+        cells = (
+            found["model"],
+            found["engine"].removeprefix("clip_ensemble, configuration "),
+            found["precision"],
+            f"{agreement['worst_cosine']:.5f}",
+            f"{agreement['mean_cosine']:.5f}",
+            f"{agreement['top1_agreement']:.1%}",
+            f"[{'passed' if found['passed'] else 'failed'}](docs/results/{path.name})",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
