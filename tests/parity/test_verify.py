@@ -100,7 +100,7 @@ def test_the_command_writes_table_json_and_picture_and_exits_1_under_the_gate(
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["passed"]
-    assert data["measured"]["cores"] >= 1
+    assert data["environment"]["cores"] >= 1
     assert data["agreement"]["images"] == 10
     assert "worst cosine" in result.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")

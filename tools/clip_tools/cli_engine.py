@@ -171,7 +171,7 @@ def verify(
         paths = photos.images_in(images) if images else photos.gate_photos()
         verdict = verb.verify(found, weights, paths, precision=held_to, advance=advance)
     Console(stderr=True).print(verb.verdict_table(verdict))
-    text = json.dumps({"measured": asdict(fingerprint()), **verdict.to_dict()}, indent=2)
+    text = json.dumps({"kind": "verify", "environment": asdict(fingerprint()), **verdict.to_dict()}, indent=2)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text + "\n")

@@ -5,16 +5,16 @@ from pathlib import Path
 
 from clip_tools.paths import ROOT
 
-RESULTS = ROOT / "docs" / "results"
+RESULTS = ROOT / "docs" / "results" / "precision"
 
 
 def results_table(folder: Path = RESULTS) -> str:
-    """One line for each `precision-*.json`: what ran, on which weights, and whether it passed."""
+    """One line for each file: what ran, on which weights, and whether it passed."""
     lines = [
         "| weights | engine | gate | worst cosine | mean cosine | nearest neighbour unchanged | |",
         "|---|---|---|---|---|---|---|",
     ]
-    for path in sorted(folder.glob("precision-*.json")):
+    for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
         agreement = found["agreement"]
         cells = (
@@ -24,7 +24,7 @@ def results_table(folder: Path = RESULTS) -> str:
             f"{agreement['worst_cosine']:.5f}",
             f"{agreement['mean_cosine']:.5f}",
             f"{agreement['top1_agreement']:.1%}",
-            f"[{'passed' if found['passed'] else 'failed'}](docs/results/{path.name})",
+            f"[{'passed' if found['passed'] else 'failed'}](docs/results/precision/{path.name})",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
