@@ -53,4 +53,4 @@ HEALTHCHECK --start-period=600s --interval=15s --timeout=5s --retries=3 \
   CMD ["curl", "--fail", "--silent", "--show-error", "--output", "/dev/null", "http://localhost:8000/v2/models/clip_ensemble/ready"]
 
 # NVIDIA's own entry point first: it checks the driver and sets up CUDA's forward compatibility.
-ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "python3", "-m", "clip_tools.entrypoint"]
+ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "python3", "-m", "clip_tools.container.entrypoint"]

@@ -12,11 +12,11 @@ import pytest
 
 from clip_tools import photos
 from clip_tools.demo import weights_from_environment
-from clip_tools.export_onnx import export_onnx, is_exported, manifest_path
+from clip_tools.engines.export_onnx import export_onnx, is_exported, manifest_path
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import BACKENDS, CACHE, MODELS
 from clip_tools.repository import read_config
-from clip_tools.serve import EmbeddedServer, ServeOptions
+from clip_tools.serving.serve import EmbeddedServer, ServeOptions
 
 # What the server's own Python finds beside a model.
 sys.path += [str(MODELS / "preprocess" / "1"), str(BACKENDS / "onnxruntime"), str(BACKENDS / "tensorrt")]

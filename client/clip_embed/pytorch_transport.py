@@ -1,4 +1,4 @@
-"""HTTP to the PyTorch service of `clip_tools.baseline`: JSON with base64, as such services commonly speak.
+"""HTTP to the PyTorch service of `clip_tools.measuring.baseline`: JSON with base64, as such services commonly speak.
 
 `clip-tools bench` compares Triton with it; INFERENCE_BACKEND=pytorch moves an application from one to the other.
 """

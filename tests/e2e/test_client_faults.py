@@ -13,7 +13,7 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
 from clip_embed.table import parts_of
-from clip_tools.serve import EmbeddedServer
+from clip_tools.serving.serve import EmbeddedServer
 
 # One image alone and within a batch run through other kernels, so the last bits of FP32 differ.
 SAME_IMAGE_MAX_ABS = 1e-5

@@ -36,7 +36,7 @@ def start(onnx_model, tmp_path):
         flags = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
         with log.open("w") as sink:
             process = subprocess.Popen(
-                [sys.executable, "-m", "clip_tools.entrypoint", *flags, "--http-address=127.0.0.1"],
+                [sys.executable, "-m", "clip_tools.container.entrypoint", *flags, "--http-address=127.0.0.1"],
                 env={**kept, **own, **variables},
                 stdout=sink,
                 stderr=sink,

@@ -17,7 +17,7 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
 from clip_tools.errors import ToolError
-from clip_tools.serve import EmbeddedServer
+from clip_tools.serving.serve import EmbeddedServer
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
 TRITONSERVER = Path(sys.executable).with_name("tritonserver")
@@ -132,7 +132,7 @@ def test_an_unknown_configuration_name_is_refused_with_the_known_ones(repository
 
 
 def test_numpy_2_is_refused_before_a_stub_dies_of_it(monkeypatch):
-    from clip_tools import tritonserver
+    from clip_tools.serving import tritonserver
 
     monkeypatch.setattr(tritonserver.importlib.metadata, "version", lambda _: "2.4.6")
     with pytest.raises(ToolError, match=r"numpy 2.4.6 .* pip install 'numpy<2'"):

@@ -9,9 +9,9 @@ import pytest
 from tests.conftest import free_ports
 
 from clip_embed import EmbeddingClient, InvalidImageError
-from clip_tools.results import read
-from clip_tools.services import PyTorchService
-from clip_tools.variants import Variant, write_repository
+from clip_tools.measuring.results import read
+from clip_tools.measuring.services import PyTorchService
+from clip_tools.measuring.variants import Variant, write_repository
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
 PERF_ANALYZER = Path(sys.executable).with_name("perf-analyzer")

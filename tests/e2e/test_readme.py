@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from clip_tools.paths import ROOT
-from clip_tools.serve import EmbeddedServer, ServeOptions
+from clip_tools.serving.serve import EmbeddedServer, ServeOptions
 
 README = (ROOT / "README.md").read_text()
 PORTS = (8000, 8001, 8002)

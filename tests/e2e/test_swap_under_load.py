@@ -12,11 +12,11 @@ from tests.conftest import free_ports, options_for
 from tests.small_graph import write_small_graph
 
 from clip_embed import EmbeddingClient
-from clip_tools.build_engine import EngineOptions, build_engine
+from clip_tools.engines.build_engine import EngineOptions, build_engine
 from clip_tools.errors import ToolError
-from clip_tools.model_control import GrpcModelControl
-from clip_tools.serve import EmbeddedServer
-from clip_tools.swap import SwapOptions, swap
+from clip_tools.serving.model_control import GrpcModelControl
+from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.swap import SwapOptions, swap
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
 

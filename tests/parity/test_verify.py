@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from clip_tools import export_variant as exporting
-from clip_tools.build_engine import EngineOptions
 from clip_tools.cli import app
-from clip_tools.engine_manifest import stale_reason
+from clip_tools.engines import export_variant as exporting
+from clip_tools.engines.build_engine import EngineOptions
+from clip_tools.engines.engine_manifest import stale_reason
+from clip_tools.engines.export_onnx import Manifest, manifest_path
+from clip_tools.engines.export_variant import export_variant
+from clip_tools.engines.precision import lower
+from clip_tools.engines.verify import Engine, find_engine, verify
 from clip_tools.errors import ToolError
-from clip_tools.export_onnx import Manifest, manifest_path
-from clip_tools.export_variant import export_variant
 from clip_tools.oracle import Weights
-from clip_tools.precision import lower
-from clip_tools.serve import EmbeddedServer
-from clip_tools.verify import Engine, find_engine, verify
+from clip_tools.serving.serve import EmbeddedServer
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 

@@ -2,13 +2,13 @@
 
 import pytest
 
-from clip_tools.arms import Arm
-from clip_tools.bare import throughput_bound
-from clip_tools.bench import BenchOptions, bare_part, in_rounds, plan, quick
 from clip_tools.errors import ToolError
-from clip_tools.gpu_samples import GpuSamples, read_sample
-from clip_tools.load import run_closed_loop, summarise
-from clip_tools.targets import TARGETS, Cell, check
+from clip_tools.measuring.arms import Arm
+from clip_tools.measuring.bare import throughput_bound
+from clip_tools.measuring.bench import BenchOptions, bare_part, in_rounds, plan, quick
+from clip_tools.measuring.gpu_samples import GpuSamples, read_sample
+from clip_tools.measuring.load import run_closed_loop, summarise
+from clip_tools.measuring.targets import TARGETS, Cell, check
 
 
 def result_with(*cells: tuple[str, int, list[float]], **more) -> dict:

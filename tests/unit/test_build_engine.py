@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from clip_tools import engine_manifest
-from clip_tools.build_engine import EngineManifest, EngineOptions, build_engine, stale_reason
-from clip_tools.census import Census, count_engine
 from clip_tools.cli import app
+from clip_tools.engines import engine_manifest
+from clip_tools.engines.build_engine import EngineManifest, EngineOptions, build_engine, stale_reason
+from clip_tools.engines.census import Census, count_engine
+from clip_tools.engines.precision import lower
 from clip_tools.errors import ToolError
 from clip_tools.gpu import Gpu
-from clip_tools.precision import lower
 from clip_tools.repository import deployment
-from clip_tools.serve import check_plans
+from clip_tools.serving.serve import check_plans
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 

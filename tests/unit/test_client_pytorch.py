@@ -16,7 +16,7 @@ pytest.importorskip("httpx", reason="pip install 'clip-embed[http]'")
 
 
 class Service(BaseHTTPRequestHandler):
-    """What `clip_tools.baseline` answers; an image `bad` is refused, and `odd` gets an answer of another kind."""
+    """What the baseline service answers; an image `bad` is refused, and `odd` gets an answer of another kind."""
 
     protocol_version = "HTTP/1.1"
 

@@ -16,14 +16,15 @@ import pytest
 import yaml
 from tests.small_graph import write_small_graph
 
-from clip_tools import container_build, entrypoint
-from clip_tools.container_build import export, plan_path, served_tensorrt_version
-from clip_tools.container_settings import Settings
-from clip_tools.container_start import Found, Start, look, plan_start
+from clip_tools.container import build as container_build
+from clip_tools.container import entrypoint
+from clip_tools.container.build import export, plan_path, served_tensorrt_version
+from clip_tools.container.served_repository import fit_batches, write_served_repository
+from clip_tools.container.settings import Settings
+from clip_tools.container.start import Found, Start, look, plan_start
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import config_names, deployment, read_config
-from clip_tools.served_repository import fit_batches, write_served_repository
 
 GRAPHS = {"model.onnx": Path("/onnx/model.onnx"), "model.fp16.onnx": Path("/onnx/model.fp16.onnx")}
 FOUND = Found(onnx=GRAPHS, can_export=False, gpu="NVIDIA L4, 8.9", onnx_engine_file="model.onnx")
@@ -152,7 +153,7 @@ def test_the_volume_has_one_plan_for_each_graph_gpu_version_and_option(tmp_path)
 
 
 def engines(build=None, stale=lambda _plan, **_: None) -> SimpleNamespace:
-    """clip_tools.build_engine, pretended."""
+    """clip_tools.engines.build_engine, pretended."""
     built = []
 
     def build_engine(graph, plan, options):
@@ -175,13 +176,13 @@ def container(tmp_path, monkeypatch):
     for name in GRAPHS:
         (onnx / name).write_text(name)
     settings = Settings(onnx_dir=onnx, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr("clip_tools.container_start.gpu_name", lambda: "NVIDIA L4, 8.9")
+    monkeypatch.setattr("clip_tools.container.start.gpu_name", lambda: "NVIDIA L4, 8.9")
     monkeypatch.setattr(container_build, "_runtime_version", lambda _: "10.13.3.9")
     said: list[str] = []
     starts = iter(range(9))
 
     def install(module) -> None:
-        monkeypatch.setitem(sys.modules, "clip_tools.build_engine", module)
+        monkeypatch.setitem(sys.modules, "clip_tools.engines.build_engine", module)
 
     def start(**changes) -> tuple[list[str], Path]:
         folder = tmp_path / f"served{next(starts)}"
@@ -449,8 +450,12 @@ class Refuse:
 
 sys.meta_path.insert(0, Refuse())
 from pathlib import Path
-from clip_tools import build_engine, cli, entrypoint, model_control, swap
-from clip_tools.container_settings import Settings
+from clip_tools import cli
+from clip_tools.engines import build_engine
+from clip_tools.container import entrypoint
+from clip_tools.serving import model_control
+from clip_tools.serving import swap
+from clip_tools.container.settings import Settings
 folder = Path(sys.argv[2])
 settings = Settings(skip_build=True, onnx_dir=folder, cache_dir=folder)
 print(entrypoint.prepare(settings, folder / "served", print)[0])
@@ -474,7 +479,7 @@ def test_what_the_dockerfile_copies_is_enough_to_start(tmp_path):
     server.chmod(0o755)
     served = tmp_path / "clip-embed-served"
     done = subprocess.run(
-        [sys.executable, "-m", "clip_tools.entrypoint", "--log-verbose=1"],
+        [sys.executable, "-m", "clip_tools.container.entrypoint", "--log-verbose=1"],
         env={
             "PATH": f"{binaries}{os.pathsep}{os.defpath}",
             "PYTHONPATH": os.pathsep.join([str(image / "tools"), str(image / "client")]),

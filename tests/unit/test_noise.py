@@ -2,7 +2,7 @@
 
 import pytest
 
-from clip_tools.noise import change, paired_ratio, percentile, rank_sum_p
+from clip_tools.measuring.noise import change, paired_ratio, percentile, rank_sum_p
 
 
 def test_drift_that_hits_both_arms_does_not_show_in_the_ratio():

@@ -7,10 +7,10 @@ import struct
 import pytest
 
 from clip_tools.errors import ToolError
+from clip_tools.measuring.perf import PerfOptions, arguments, level_of, perf_input, plain_command, read_csv
+from clip_tools.measuring.perf_analyzer import find_perf_analyzer
 from clip_tools.paths import MODELS
-from clip_tools.perf import PerfOptions, arguments, level_of, perf_input, plain_command, read_csv
-from clip_tools.perf_analyzer import find_perf_analyzer
-from clip_tools.serve import probe_image
+from clip_tools.serving.serve import probe_image
 
 # Two lines of a real run of 2.51.0, --verbose-csv, most columns left out.
 CSV = """Concurrency,Inferences/Second,Client Send,Server Queue,Server Compute Infer,p50 latency,p99 latency,Avg latency

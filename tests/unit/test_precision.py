@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_tools.calibration import Calibration, calibrate, check_count
+from clip_tools.engines.calibration import Calibration, calibrate, check_count
+from clip_tools.engines.gates import GATES, agreement, counts_for_nothing, failures, gates_table
+from clip_tools.engines.onnx_runner import NATIVE, TWIN, run_onnx
+from clip_tools.engines.precision import count_matrices, fold_normalisation, lower, precision_of, split_gemm, twin
+from clip_tools.engines.quantize import LayerStatistics, fit, linear_layers, prepare, quantize
 from clip_tools.errors import ToolError
-from clip_tools.gates import GATES, agreement, counts_for_nothing, failures, gates_table
-from clip_tools.onnx_runner import NATIVE, TWIN, run_onnx
 from clip_tools.paths import ROOT
-from clip_tools.precision import count_matrices, fold_normalisation, lower, precision_of, split_gemm, twin
 from clip_tools.precision_results import results_table
-from clip_tools.quantize import LayerStatistics, fit, linear_layers, prepare, quantize
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from clip_tools.compare import compare, text
 from clip_tools.docs import generated
 from clip_tools.errors import ToolError
-from clip_tools.report import COMMITTED, DOCUMENT, committed_documents, document, readme
-from clip_tools.results import read, write
+from clip_tools.measuring.compare import compare, text
+from clip_tools.measuring.report import COMMITTED, DOCUMENT, committed_documents, document, readme
+from clip_tools.measuring.results import read, write
 
 ENVIRONMENT = {
     "cpu": "Some CPU",

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from clip_tools.errors import ToolError
-from clip_tools.model_control import GrpcModelControl, reason_in
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, read_config
-from clip_tools.swap import SwapOptions, becomes_idle, plan_swap, same_configuration, swap
+from clip_tools.serving.model_control import GrpcModelControl, reason_in
+from clip_tools.serving.swap import SwapOptions, becomes_idle, plan_swap, same_configuration, swap
 
 
 class FakeServer:
@@ -186,7 +186,7 @@ def test_a_model_that_another_ensemble_goes_through_stays():
 
 def test_a_model_that_still_gets_requests_stays(monkeypatch):
     server = FakeServer()
-    monkeypatch.setattr("clip_tools.swap.becomes_idle", lambda *_: False)
+    monkeypatch.setattr("clip_tools.serving.swap.becomes_idle", lambda *_: False)
     assert "still gets requests" in swapped(server, "trt")[-1]
     assert "clip_onnx" in server.models
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from clip_tools import profile, sweep
 from clip_tools.errors import ToolError
+from clip_tools.measuring import profile, sweep
+from clip_tools.measuring.variants import Variant, change, committed_variant
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import deployment, read_config
-from clip_tools.variants import Variant, change, committed_variant
 
 # Of a real run of Model Analyzer 1.58.
 CSV = """\

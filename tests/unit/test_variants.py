@@ -5,9 +5,9 @@ import pytest
 from onnx import TensorProto, checker, helper
 
 from clip_tools.errors import ToolError
+from clip_tools.measuring.variants import TENSOR_INPUT, Variant, change, take_tensors, write_repository
 from clip_tools.paths import MODELS
 from clip_tools.repository import read_config
-from clip_tools.variants import TENSOR_INPUT, Variant, change, take_tensors, write_repository
 
 
 def small_graph():

@@ -51,7 +51,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve clip_ensemble by the embedded tritonserver until Ctrl-C. Further flags go to tritonserver."""
-    from clip_tools import serve as verb
+    from clip_tools.serving import serve as verb
 
     verb.serve(
         verb.ServeOptions(
@@ -79,7 +79,7 @@ def demo(
 ) -> None:
     """Serve, embed the demo photographs over gRPC, show how alike they are, and stop."""
     from clip_tools import demo as verb
-    from clip_tools.serve import ServeOptions
+    from clip_tools.serving.serve import ServeOptions
 
     verb.demo(
         ServeOptions(
@@ -107,8 +107,8 @@ def swap(
     ] = False,
 ) -> None:
     """Move a running server to another engine without losing a request; undo everything when a step fails."""
-    from clip_tools import swap as verb
-    from clip_tools.model_control import GrpcModelControl
+    from clip_tools.serving import swap as verb
+    from clip_tools.serving.model_control import GrpcModelControl
 
     options = verb.SwapOptions(name, models=models, settle_s=settle_s, allow_other_weights=allow_other_weights)
     with GrpcModelControl(url) as control:

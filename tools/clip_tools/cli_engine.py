@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from clip_tools.build_engine import PLAN_PATH, default_onnx
+from clip_tools.engines.build_engine import PLAN_PATH, default_onnx
+from clip_tools.engines.gates import PRECISIONS
+from clip_tools.engines.precision import Precision
+from clip_tools.engines.tensorrt_library import RUNTIMES, Runtime
 from clip_tools.errors import ToolError
-from clip_tools.gates import PRECISIONS
 from clip_tools.paths import MODELS
-from clip_tools.precision import Precision
-from clip_tools.tensorrt_library import RUNTIMES, Runtime
 
 app = typer.Typer()
 
@@ -50,10 +50,10 @@ def export_onnx(
     force: Annotated[bool, typer.Option("--force", help="Calibrate on fewer than 100 images.")] = False,
 ) -> None:
     """Export an open_clip image tower to ONNX, compare it with PyTorch, and write its manifest."""
-    from clip_tools import export_onnx as verb
     from clip_tools import photos
-    from clip_tools.calibration import check_count
-    from clip_tools.export_variant import export_variant
+    from clip_tools.engines import export_onnx as verb
+    from clip_tools.engines.calibration import check_count
+    from clip_tools.engines.export_variant import export_variant
     from clip_tools.oracle import Weights
 
     weights, wanted = Weights(model, pretrained), checked_precision(precision)
@@ -112,7 +112,7 @@ def build_engine(
     """Build a TensorRT plan of the exported graph, and fail when its matrices run in another precision than asked."""
     from rich.console import Console
 
-    from clip_tools import build_engine as verb
+    from clip_tools.engines import build_engine as verb
 
     wanted = checked_precision(precision)
     options = verb.EngineOptions(
@@ -159,8 +159,8 @@ def verify(
     from rich.console import Console
 
     from clip_tools import photos
-    from clip_tools import verify as verb
-    from clip_tools.fingerprint import fingerprint
+    from clip_tools.engines import verify as verb
+    from clip_tools.measuring.fingerprint import fingerprint
     from clip_tools.oracle import Weights
 
     found = verb.find_engine(engine, url, models)

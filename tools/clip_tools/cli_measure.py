@@ -39,7 +39,8 @@ def show(table: Any) -> None:
 @app.command()
 def bench(
     arms: Annotated[
-        str, typer.Option(help="With commas: KIND[@CONFIG][:INSTANCES]; see clip_tools/arms.py for the kinds.")
+        str,
+        typer.Option(help="With commas: KIND[@CONFIG][:INSTANCES]; see measuring/arms.py for the kinds."),
     ] = "ensemble-grpc,ensemble-http,tensor-grpc,json-http,pytorch",
     images: Images = "640x480",
     image_count: Annotated[int, typer.Option(min=1, help="How many different photographs, at most.")] = 32,
@@ -61,10 +62,10 @@ def bench(
     models: Models = MODELS,
 ) -> None:
     """Embed the same photographs through every arm, in rounds, and compare."""
-    from clip_tools import bench as verb
-    from clip_tools import bench_section, results
-    from clip_tools.targets import check as judge
-    from clip_tools.workload import ensure_model
+    from clip_tools.measuring import bench as verb
+    from clip_tools.measuring import bench_section, results
+    from clip_tools.measuring.targets import check as judge
+    from clip_tools.measuring.workload import ensure_model
 
     if result is not None:
         measured = results.read(result)
@@ -139,9 +140,9 @@ def perf(
 
     from rich.console import Console
 
-    from clip_tools import perf as verb
-    from clip_tools.services import TritonService
-    from clip_tools.variants import Variant
+    from clip_tools.measuring import perf as verb
+    from clip_tools.measuring.services import TritonService
+    from clip_tools.measuring.variants import Variant
 
     options = verb.PerfOptions(
         model=model,
@@ -183,8 +184,8 @@ def serialisation(
     """Bytes and time of JSON, binary FP32, binary uint8 and JPEG, without a server."""
     from rich.console import Console
 
-    from clip_tools import results, sections
-    from clip_tools import serialisation as verb
+    from clip_tools.measuring import results, sections
+    from clip_tools.measuring import serialisation as verb
 
     with Console(stderr=True).status("encoding and decoding"):
         result = verb.serialisation(images, batches=numbers(batches), runs=runs)
@@ -206,8 +207,8 @@ def onnx_profile(
     """Where the engine's time goes: session creation, operators, providers of the nodes, scaling by batch."""
     from rich.console import Console
 
-    from clip_tools import onnx_profile as verb
-    from clip_tools import results, sections
+    from clip_tools.measuring import onnx_profile as verb
+    from clip_tools.measuring import results, sections
 
     with Console(stderr=True).status("onnxruntime") as status:
         result = verb.onnx_profile(
@@ -231,7 +232,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Where the results are; the report goes there too.")] = RESULTS,
 ) -> None:
     """Write benchmarks.md and its pictures from the results of a folder."""
-    from clip_tools import report as verb
+    from clip_tools.measuring import report as verb
 
     for path in verb.report(folder):
         typer.echo(path)
@@ -243,8 +244,8 @@ def compare(
     after: Annotated[Path, typer.Argument(help="Another one.")],
 ) -> None:
     """Say what changed between two results of bench, and whether it is more than noise."""
-    from clip_tools import compare as verb
-    from clip_tools import results
+    from clip_tools.measuring import compare as verb
+    from clip_tools.measuring import results
 
     typer.echo(verb.text(verb.compare(results.read(before), results.read(after))))
 
@@ -278,8 +279,8 @@ def profile(
     """Search the ensemble's best configuration with the real Model Analyzer."""
     from rich.console import Console
 
-    from clip_tools import profile as verb
-    from clip_tools import results, sections
+    from clip_tools.measuring import profile as verb
+    from clip_tools.measuring import results, sections
 
     if mode not in verb.MODES:
         raise ToolError(f"--mode {mode}: expected {', '.join(verb.MODES)}", exit_code=2)
@@ -339,9 +340,9 @@ def sweep(
     """Search batch limit, queue delay, instances and threads with perf_analyzer: a cross-check of Model Analyzer."""
     from rich.console import Console
 
-    from clip_tools import results, sections
-    from clip_tools import sweep as verb
-    from clip_tools.variants import committed_variant
+    from clip_tools.measuring import results, sections
+    from clip_tools.measuring import sweep as verb
+    from clip_tools.measuring.variants import committed_variant
 
     try:
         chosen = verb.axes_of([axis.strip() for axis in axes.split(",") if axis.strip()])

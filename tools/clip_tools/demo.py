@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools import photos
+from clip_tools.engines.export_onnx import Manifest, export_onnx, is_exported
 from clip_tools.errors import missing_extra
-from clip_tools.export_onnx import Manifest, export_onnx, is_exported
 from clip_tools.oracle import DEFAULT_MODEL, Weights, WeightsUnavailable
 from clip_tools.paths import CACHE, ROOT
-from clip_tools.serve import EmbeddedServer, ServeOptions
+from clip_tools.serving.serve import EmbeddedServer, ServeOptions
 
 if TYPE_CHECKING:
     import numpy as np

@@ -26,7 +26,7 @@ def cli_reference() -> str:
 
 def generated() -> dict[Path, str]:
     """Each generated document and what it should hold."""
-    from clip_tools.report import committed_documents, readme
+    from clip_tools.measuring.report import committed_documents, readme
 
     return {CLI_REFERENCE: cli_reference(), README: readme(README.read_text()), **committed_documents()}
 

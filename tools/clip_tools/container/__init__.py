@@ -1,0 +1,1 @@
+"""What the container does at its first start, before it becomes tritonserver."""

@@ -1,0 +1,132 @@
+"""What the container makes at its first start and finds in its volume at the next: exported graphs and plans."""
+
+import contextlib
+import ctypes
+import ctypes.util
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from clip_tools.container.settings import Settings
+from clip_tools.container.start import exported_dir, graph_name
+from clip_tools.engines.export_onnx import sha256_of
+from clip_tools.errors import ToolError
+
+Say = Callable[[str], None]
+
+
+def plan_path(settings: Settings, graph: Path, gpu: str | None, runtime_version: str) -> Path:
+    """Where the volume keeps the plan of this graph, for this GPU, runtime and these options."""
+    parts = {
+        "graph": sha256_of(graph),
+        "gpu": gpu,
+        "runtime": f"{settings.runtime} {runtime_version}",
+        "precision": settings.precision,
+        "batches": (1, settings.opt_batch, settings.max_batch),
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return settings.cache_dir / "plans" / key / "model.plan"
+
+
+def ensure_plan(settings: Settings, graph: Path, gpu: str | None, say: Say) -> Path:
+    """The plan of this graph out of the volume, built when it is missing or stale. Raises ToolError with the reason."""
+    from clip_tools.engines.build_engine import EngineOptions, build_engine, stale_reason
+
+    version = _runtime_version(settings.runtime)
+    plan = plan_path(settings, graph, gpu, version)
+    try:
+        with _lock(plan.parent.with_suffix(".lock"), say):
+            if plan.is_file():
+                stale = stale_reason(plan, onnx_path=graph)
+                if stale is None:
+                    say(f"TensorRT plan: taken from {plan}")
+                    return plan
+                say(f"TensorRT plan: built anew, because {stale}")
+            say(
+                f"TensorRT plan: building {settings.precision} for batches of 1 to {settings.max_batch} on "
+                f"{gpu or 'no GPU, ahead of time'} with {settings.runtime} {version}; this takes minutes, once"
+            )
+            plan.parent.mkdir(parents=True, exist_ok=True)
+            build_engine(
+                graph,
+                plan,
+                EngineOptions(
+                    runtime=settings.runtime,
+                    precision=settings.precision,
+                    min_batch=1,
+                    opt_batch=settings.opt_batch,
+                    max_batch=settings.max_batch,
+                ),
+            )
+    except ToolError:
+        raise
+    except OSError as error:
+        raise ToolError(
+            f"{settings.cache_dir} cannot be written ({error}): give the volume to user {os.getuid()}"
+        ) from error
+    except Exception as error:
+        raise ToolError(f"{settings.runtime} {version} failed: {type(error).__name__}: {error}") from error
+    return plan
+
+
+def _runtime_version(runtime: str) -> str:
+    """The version of the Python package that builds. Raises ToolError when it is missing, or not the server's own."""
+    try:
+        version = importlib.metadata.version(runtime)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ToolError(f"the Python package {runtime} is not in this image, and it builds the plan") from error
+    served = served_tensorrt_version() if runtime == "tensorrt" else None
+    if served is not None and version.split(".")[: len(served.split("."))] != served.split("."):
+        raise ToolError(
+            f"the server's TensorRT is {served} and the Python package {version}, and a plan of one does not load in "
+            f"the other: build the image with --build-arg TENSORRT_VERSION={served}"
+        )
+    return version
+
+
+def served_tensorrt_version() -> str | None:
+    """The version of the libnvinfer that the server loads, as in "10.13.3.9". None: there is none on the library path.
+
+    All four numbers count: 8.6.1.6 refused a plan of 8.6.1.2 (triton-inference-server/server#5975).
+    """
+    name = ctypes.util.find_library("nvinfer")
+    if name is None:
+        return None
+    library = ctypes.CDLL(name)
+    number = int(library.getInferLibVersion())  # from 10 on: two digits each for minor and patch
+    version = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+    build = getattr(library, "getInferLibBuildVersion", None)
+    return version if build is None else f"{version}.{int(build())}"
+
+
+@contextlib.contextmanager
+def _lock(path: Path, say: Say) -> Iterator[None]:
+    """One container builds; another with the same volume waits and finds the plan."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("TensorRT plan: another container is building it; waiting")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def export(settings: Settings, precision: str, say: Say) -> Path:
+    """Export the weights that CLIP_MODEL and CLIP_CHECKPOINT name. Raises ToolError; the reason is in the log above."""
+    output = exported_dir(settings) / graph_name(precision)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    say(f"ONNX: exporting {settings.model or 'the default model'} in {precision}; this takes a minute, once")
+    command = [sys.executable, "-m", "clip_tools", "export-onnx", f"--precision={precision}", f"--output={output}"]
+    command += [f"--model={settings.model}"] if settings.model else []
+    command += [f"--pretrained={settings.checkpoint}"] if settings.checkpoint else []
+    # A process of its own: PyTorch's memory is free again when the plan is built.
+    if subprocess.run(command, check=False, stdout=sys.stderr).returncode != 0:
+        raise ToolError(f"exporting {output.name} failed: the reason is in the lines above")
+    return output

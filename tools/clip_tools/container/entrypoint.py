@@ -1,0 +1,103 @@
+"""The container's first process: it makes what the server needs, then becomes tritonserver.
+
+`settings` reads the environment, `start` decides what there is to do, `build` makes it,
+`served_repository` writes what is served. Flags of the command line go to tritonserver.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from clip_tools.container.build import Say, ensure_plan, export
+from clip_tools.container.served_repository import write_served_repository
+from clip_tools.container.settings import Settings
+from clip_tools.container.start import Found, Start, graph_name, look, plan_start
+from clip_tools.errors import ToolError
+from clip_tools.paths import MODELS
+from clip_tools.repository import ENSEMBLE
+
+
+def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS) -> list[str]:
+    """Make everything and write the repository into `folder`; the command line of the server, without the user's flags.
+
+    A plan that cannot be had is the error, unless TRT_FALLBACK=1: then it is said, and clip_onnx serves.
+    """
+    found = look(settings, models)
+    plan: Path | None = None
+    try:
+        start, graphs = _make_graphs(settings, found, say)
+        if start.graph is not None:
+            if "model.onnx" not in graphs:
+                say("model.onnx is not mounted: this server cannot be swapped to `onnx`, nor fall back to it")
+            plan = ensure_plan(settings, graphs[start.graph], found.gpu, say)
+    except ToolError as error:
+        if settings.skip_build or not settings.fallback:
+            raise
+        say(f"TensorRT plan: {error}")
+        say("TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead")
+        start, graphs = _make_graphs(dataclasses.replace(settings, skip_build=True), found, say)
+    files = {f"clip_onnx/1/{name}": path for name, path in graphs.items()}
+    for graph in graphs.values():
+        files |= {f"clip_onnx/1/{path.name}": path for path in graph.parent.glob("*.json")}
+    if plan is not None:
+        files |= {f"clip_trt/1/{path.name}": path for path in (plan, *plan.parent.glob("*.json"))}
+    write_served_repository(models, folder, files=files, max_batch=None if settings.skip_build else settings.max_batch)
+    return server_command(folder, start.config_name)
+
+
+def _make_graphs(settings: Settings, found: Found, say: Say) -> tuple[Start, dict[str, Path]]:
+    start = plan_start(settings, found)
+    exported = {graph_name(precision): export(settings, precision, say) for precision in start.exports}
+    return start, {**found.onnx, **exported}
+
+
+def served_folder() -> Path:
+    """Where the repository that is served is written: the image's CLIP_MODELS, so that `clip-tools swap` reads it."""
+    return Path(tempfile.gettempdir()) / "clip-embed-served"
+
+
+def server_command(repository: Path, config_name: str | None) -> list[str]:
+    """tritonserver's flags: explicit control, so that only the ensemble's models load and `clip-tools swap` works."""
+    command = [
+        "tritonserver",
+        f"--model-repository={repository}",
+        "--model-control-mode=explicit",
+        f"--load-model={ENSEMBLE}",
+        "--exit-timeout-secs=30",
+    ]
+    return [*command, f"--model-config-name={config_name}"] if config_name else command
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"clip-embed: {line}\n")
+    sys.stderr.flush()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prepare, then become tritonserver. What cannot be had ends the container with one line and an exit code."""
+    # As process 1 nothing ends a build but a handler: the kernel ignores a signal's default action there.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        settings = Settings.from_environment(os.environ)
+        folder = served_folder()
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [*prepare(settings, folder, _say), *arguments]
+        if settings.cache_dir.is_dir():  # ort-trt keeps its engines in .cache, relative to where the server starts
+            with contextlib.suppress(OSError):
+                os.chdir(settings.cache_dir)
+                Path(".cache/ort-trt").mkdir(parents=True, exist_ok=True)
+    except ToolError as error:
+        _say(str(error))
+        sys.exit(error.exit_code)
+    _say(f"starting {' '.join(command)}")
+    os.execvp(command[0], command)  # noqa: S606
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,86 @@
+"""What the container's environment asks for: one variable, one field, and a sentence for each that cannot be."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast, get_args
+
+from clip_tools.engines.precision import Precision
+from clip_tools.engines.tensorrt_library import RUNTIMES, Runtime
+from clip_tools.errors import ToolError
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+USAGE = 2  # exit code
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for. docs/container.md has the variables."""
+
+    precision: Precision = "fp16"
+    opt_batch: int = 16
+    max_batch: int = 64
+    skip_build: bool = False
+    fallback: bool = False
+    runtime: Runtime = "tensorrt"
+    config_name: str | None = None
+    model: str | None = None
+    checkpoint: str | None = None
+    onnx_dir: Path = Path("/onnx")
+    cache_dir: Path = Path("/var/cache/clip-embed")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
+        """Raises ToolError with the variable, what was expected and what came."""
+        read = _Reader(environment)
+        settings = cls(
+            precision=cast(Precision, read.one_of("TRT_PRECISION", PRECISIONS, "fp16")),
+            opt_batch=read.number("TRT_OPT_BATCH", 16),
+            max_batch=read.number("TRT_MAX_BATCH", 64),
+            skip_build=read.flag("SKIP_TRT_BUILD"),
+            fallback=read.flag("TRT_FALLBACK"),
+            runtime=cast(Runtime, read.one_of("TRT_RUNTIME", RUNTIMES, "tensorrt")),
+            config_name=read.text("CLIP_CONFIG_NAME"),
+            model=read.text("CLIP_MODEL"),
+            checkpoint=read.text("CLIP_CHECKPOINT"),
+            onnx_dir=Path(read.text("CLIP_ONNX_DIR") or "/onnx"),
+            cache_dir=Path(read.text("CLIP_CACHE_DIR") or "/var/cache/clip-embed"),
+        )
+        if settings.opt_batch > settings.max_batch:
+            raise ToolError(
+                f"TRT_OPT_BATCH={settings.opt_batch}: expected at most TRT_MAX_BATCH, {settings.max_batch}",
+                exit_code=USAGE,
+            )
+        if settings.config_name and not settings.skip_build:
+            raise ToolError(
+                f"CLIP_CONFIG_NAME={settings.config_name}: it chooses among the ONNX engines, so it needs "
+                "SKIP_TRT_BUILD=1; without that the container serves 'trt'",
+                exit_code=USAGE,
+            )
+        return settings
+
+
+@dataclass(frozen=True)
+class _Reader:
+    environment: Mapping[str, str]
+
+    def text(self, name: str) -> str | None:
+        return self.environment.get(name, "").strip() or None
+
+    def one_of(self, name: str, known: tuple[str, ...], default: str) -> str:
+        value = self.text(name) or default
+        if value not in known:
+            raise ToolError(f"{name}={value}: expected one of {', '.join(known)}", exit_code=USAGE)
+        return value
+
+    def number(self, name: str, default: int) -> int:
+        value = self.text(name) or str(default)
+        if not value.isascii() or not value.isdigit() or int(value) < 1:
+            raise ToolError(f"{name}={value}: expected a whole number from 1", exit_code=USAGE)
+        return int(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.text(name) or "0"
+        if value not in ("0", "1"):
+            raise ToolError(f"{name}={value}: expected 1, or 0 or nothing", exit_code=USAGE)
+        return value == "1"

@@ -1,0 +1,1 @@
+"""From an open_clip model to an engine that is what it says: export, lower, build, verify."""

@@ -1,0 +1,133 @@
+"""`clip-tools export-onnx --precision`: the exported graph in a lower precision, held to its gate before it is kept."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clip_tools.engines.export_onnx import (
+    Manifest,
+    compare,
+    describe,
+    is_exported,
+    put_in_place,
+    write_graph,
+)
+from clip_tools.engines.gates import agreement, counts_for_nothing, failures
+from clip_tools.engines.onnx_runner import OnnxRun, run_onnx
+from clip_tools.engines.precision import Precision, count_matrices, lower
+from clip_tools.engines.reference import image_pixels, reference
+from clip_tools.errors import ToolError
+from clip_tools.oracle import Oracle, Weights, load_oracle
+
+if TYPE_CHECKING:
+    import onnx
+
+Advance = Callable[[str, int, int], None]  # (what, done, of how many)
+_CHOSEN_ON = 256  # calibration images on which a mix of eight-bit and FP16 layers is chosen, at most
+_COMPARED_IN_FP32 = 8  # photographs on which a graph that is only a step on the way meets PyTorch
+
+
+def export_variant(
+    weights: Weights,
+    precision: Precision,
+    photographs: Sequence[Path],
+    output: Path,
+    *,
+    calibration: Sequence[Path] = (),
+    advance: Advance = lambda what, done, total: None,
+) -> Manifest:
+    """Write the graph of a lower precision to `output`, with its manifest. Raises ToolError under its gate.
+
+    `photographs` are what it is held against open_clip on, at least `gates.MIN_IMAGES` for the gate to count;
+    `calibration` is for INT8 and FP8. Takes the FP32 graph beside `output` when it is of these weights.
+    """
+    import onnx
+
+    oracle = load_oracle(weights)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
+        draft = Path(folder) / output.name
+        full = _fp32_graph(oracle, weights, photographs, output, Path(folder))
+        graph, calibrated = _in_precision(full, precision, oracle, calibration, advance)
+        onnx.checker.check_model(graph, full_check=True)
+        onnx.save(graph, str(draft))
+        expected = reference(weights, photographs, oracle=oracle)
+        done = 0
+
+        def tell(images: int) -> None:
+            nonlocal done
+            done += images
+            advance("comparing with open_clip", done, len(photographs))
+
+        run: OnnxRun = run_onnx(graph, expected.pixels, advance=tell)
+        found = agreement(run.embeddings, expected.embeddings, expected.names)
+        trained = weights.seed is None
+        if under := failures(found, precision, trained=trained):
+            raise ToolError(
+                f"the {precision} graph of {weights.model} fails its gate on {found.images} photographs: "
+                f"{'; '.join(under)}; nothing was written"
+            )
+        manifest = describe(
+            draft,
+            weights,
+            precision,
+            found.worst_cosine,
+            found.max_abs,
+            matrices=count_matrices(graph),
+            gate={
+                **asdict(found),
+                "how": run.how,
+                "images_sha256": expected.images_sha256,
+                "counts_for_nothing": counts_for_nothing(found.images, trained=trained),
+            },
+            calibration=calibrated,
+        )
+        put_in_place(draft, manifest, output)
+    return manifest
+
+
+def _fp32_graph(
+    oracle: Oracle, weights: Weights, photographs: Sequence[Path], output: Path, folder: Path
+) -> "onnx.ModelProto":
+    """The FP32 graph beside `output` when it is of these weights; else a fresh one that agrees with PyTorch."""
+    import onnx
+
+    beside = output.with_name("model.onnx")
+    if is_exported(beside, weights):
+        return onnx.load(str(beside))
+    path = folder / "fp32.onnx"
+    write_graph(oracle, path)
+    compare(oracle, path, [photograph.read_bytes() for photograph in photographs[:_COMPARED_IN_FP32]])
+    return onnx.load(str(path))
+
+
+def _in_precision(
+    full: "onnx.ModelProto", precision: Precision, oracle: Oracle, images: Sequence[Path], advance: Advance
+) -> "tuple[onnx.ModelProto, dict[str, Any]]":
+    """(The graph in that precision, what it was calibrated on).
+
+    An eight-bit graph has as many eight-bit layers as pass the gate on the calibration images, and never fewer than
+    half; the rest is FP16. Whether that is enough is for the gate to say.
+    """
+    if precision in ("fp16", "bf16"):
+        return lower(full, precision), {}
+    if precision not in ("int8", "fp8"):
+        raise ToolError(f"--precision {precision}: the FP32 graph is no variant", exit_code=2)
+    from clip_tools.engines.calibration import calibrate
+    from clip_tools.engines.quantize import prepare, quantize
+
+    prepared = prepare(full)
+    pixels = image_pixels(oracle, images)
+    calibration = calibrate(prepared, pixels, precision, advance=advance)
+    some = pixels[:_CHOSEN_ON]
+    exact = run_onnx(prepared, some).embeddings
+    mixes = list(calibration.mixes())
+    for tried, mix in enumerate(mixes):
+        graph = lower(quantize(prepared, mix, precision), "fp16")
+        found = agreement(run_onnx(graph, some).embeddings, exact)
+        advance("choosing the layers", tried + 1, len(mixes))
+        if not failures(found, precision, trained=True):
+            break
+    return graph, {"images": len(images), "layers": len(mix), "of_layers": len(calibration.layers)}

@@ -1,0 +1,149 @@
+"""How near an engine must be to open_clip in FP32 before it is served: the one home of these numbers."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, get_args
+
+from clip_tools.engines.precision import Precision
+from clip_tools.errors import ToolError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+# Below it a percentile or a share of unchanged neighbours says little: one of 100 is one per cent.
+MIN_IMAGES = 100
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The least that passes, over at least `MIN_IMAGES` photographs and trained weights; 0 asks for nothing."""
+
+    worst_cosine: float
+    mean_cosine: float = 0.0
+    top1_agreement: float = 0.0
+
+
+GATES: dict[Precision, Gate] = {
+    "fp32": Gate(0.99999),
+    "fp16": Gate(0.999),
+    "bf16": Gate(0.99, 0.999),
+    "int8": Gate(0.97, 0.99, 0.97),
+    "fp8": Gate(0.97, 0.99, 0.97),
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far embeddings agree with open_clip's own in FP32, over the same images.
+
+    Cosines are in [-1, 1]; `max_abs` is the largest difference of one element. `top1_agreement` is the share of images
+    whose nearest neighbour in the folder is the same one, `top5_agreement` the mean share of the five nearest that are.
+    """
+
+    images: int
+    worst_cosine: float
+    mean_cosine: float
+    p1_cosine: float
+    max_abs: float
+    top1_agreement: float
+    top5_agreement: float
+    worst_images: tuple[str, ...] = ()
+
+
+def cosines(got: "npt.NDArray[np.float32]", reference: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float64]":
+    """(N,) float64: the cosine of each pair of rows, whatever their norms. NaN where a row is zero or not finite."""
+    import numpy as np
+
+    if got.shape != reference.shape:
+        raise ToolError(f"expected embeddings of shape {reference.shape}, came {got.shape}")
+    a, b = got.astype(np.float64), reference.astype(np.float64)
+    with np.errstate(all="ignore"):
+        cosine: npt.NDArray[np.float64] = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return cosine
+
+
+def agreement(
+    got: "npt.NDArray[np.float32]", reference: "npt.NDArray[np.float32]", names: tuple[str, ...] = ()
+) -> Agreement:
+    """The agreement of (N, 512) embeddings with the reference's, row by row; `names` are the images', for the worst."""
+    import numpy as np
+
+    cosine = cosines(got, reference)
+    broken = not np.isfinite(cosine).all()
+    shown = np.where(np.isfinite(cosine), cosine, -1.0)  # NaN must not hide as "not under the gate"
+    top = {count: _same_neighbours(got, reference, count) for count in (1, 5)}
+    return Agreement(
+        images=len(got),
+        worst_cosine=_rounded(shown.min()),
+        mean_cosine=_rounded(shown.mean()),
+        p1_cosine=_rounded(np.percentile(shown, 1)),
+        max_abs=float("inf") if broken else float(f"{np.abs(got - reference).max():.3g}"),
+        top1_agreement=0.0 if broken else round(top[1], 4),
+        top5_agreement=0.0 if broken else round(top[5], 4),
+        worst_images=tuple(names[index] for index in np.argsort(shown)[:3]) if names else (),
+    )
+
+
+def failures(found: Agreement, precision: Precision, *, trained: bool) -> list[str]:
+    """What is under the gate, one sentence each; empty: it passes.
+
+    The neighbours of untrained embeddings lie within rounding of each other, so there only the cosines are looked at.
+    """
+    gate = GATES[precision]
+    return [
+        f"{name} {got:.5f} is under {least}"
+        for name, got, least in (
+            ("worst cosine", found.worst_cosine, gate.worst_cosine),
+            ("mean cosine", found.mean_cosine, gate.mean_cosine),
+            ("share of unchanged nearest neighbours", found.top1_agreement, gate.top1_agreement if trained else 0.0),
+        )
+        if not got >= least
+    ]
+
+
+def counts_for_nothing(images: int, *, trained: bool) -> str | None:
+    """Why a passed gate proves nothing here; None when it counts."""
+    if not trained:
+        return "untrained weights hide what breaks low precision"
+    if images < MIN_IMAGES:
+        return f"{images} images are too few: the gate asks for {MIN_IMAGES}"
+    return None
+
+
+def gates_table() -> str:
+    """The gates as the README's table."""
+    lines = ["| precision | worst cosine | mean cosine | nearest neighbour unchanged |", "|---|---|---|---|"]
+    for precision, gate in GATES.items():
+        cells = (
+            f">= {gate.worst_cosine}",
+            f">= {gate.mean_cosine}" if gate.mean_cosine else "",
+            f">= {gate.top1_agreement:.0%}" if gate.top1_agreement else "",
+        )
+        lines.append(f"| {precision} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rounded(value: float) -> float:
+    """Seven digits, towards zero agreement: rounding never lifts a value over its gate."""
+    import math
+
+    return math.floor(float(value) * 1e7) / 1e7
+
+
+def _same_neighbours(got: "npt.NDArray[np.float32]", reference: "npt.NDArray[np.float32]", count: int) -> float:
+    import numpy as np
+
+    count = min(count, len(got) - 1)
+    if count < 1:
+        return 1.0
+
+    def nearest(rows: "npt.NDArray[np.float32]") -> "npt.NDArray[np.int64]":
+        wide = rows.astype(np.float64)
+        similar = np.nan_to_num(wide @ wide.T)
+        np.fill_diagonal(similar, -np.inf)
+        order: npt.NDArray[np.int64] = np.argsort(-similar, axis=1, kind="stable")[:, :count]
+        return order
+
+    pairs = zip(nearest(got), nearest(reference), strict=True)
+    return float(np.mean([len(set(a) & set(b)) / count for a, b in pairs]))

@@ -1,0 +1,318 @@
+"""`clip-tools verify`: an engine's embeddings against open_clip's own in FP32, and whether they pass the gate."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clip_tools.engines.engine_manifest import EngineManifest
+from clip_tools.engines.export_onnx import Manifest, sha256_of
+from clip_tools.engines.gates import GATES, Agreement, agreement, cosines, counts_for_nothing, failures
+from clip_tools.engines.onnx_runner import run_onnx
+from clip_tools.engines.precision import Precision, precision_of
+from clip_tools.engines.reference import Reference, reference
+from clip_tools.errors import ToolError, missing_extra
+from clip_tools.oracle import Weights
+from clip_tools.paths import MODELS
+from clip_tools.repository import config_names, deployment
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Advance = Callable[[str, int, int], None]  # (what, done, of how many)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is verified: a file (.onnx, .plan), a named configuration to serve here (""; the default), or a URL."""
+
+    file: Path | None = None
+    config_name: str | None = None
+    url: str | None = None
+    models: Path = MODELS
+
+    @property
+    def title(self) -> str:
+        """How it is called in the report."""
+        if self.file:
+            return self.file.name
+        return self.url or f"clip_ensemble, configuration {self.config_name or 'by default'}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The agreement, what it was held to, and whether it passed.
+
+    `how` says what computed it. `counts_for_nothing` is why a passed gate proves nothing, None when it counts.
+    `cosines` are those of the images, in their order.
+    """
+
+    engine: str
+    sha256: str | None
+    precision: Precision
+    model: str
+    trained: bool
+    how: str
+    agreement: Agreement
+    failures: tuple[str, ...]
+    counts_for_nothing: str | None
+    images_sha256: str
+    cosines: tuple[float, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is under the gate."""
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without the cosine of each image."""
+        fields = asdict(self)
+        del fields["cosines"]
+        return fields | {"gate": asdict(GATES[self.precision]), "passed": self.passed}
+
+
+def find_engine(name: str | None, url: str | None, models: Path = MODELS) -> Engine:
+    """The engine that `--engine` or `--url` names. Raises ToolError when there is none, or not exactly one is given."""
+    if (name is None) == (url is None):
+        raise ToolError("expected either --engine or --url", exit_code=2)
+    if name is None:
+        return Engine(url=url, models=models)
+    if Path(name).suffix in (".onnx", ".plan"):
+        if not Path(name).is_file():
+            raise ToolError(f"--engine {name}: no such file", exit_code=2)
+        return Engine(file=Path(name), models=models)
+    known = config_names(models)
+    if name not in ("default", *known):
+        raise ToolError(
+            f"--engine {name}: expected a .onnx or .plan file, or a configuration to serve: default, "
+            f"{', '.join(known)}",
+            exit_code=2,
+        )
+    return Engine(config_name=None if name == "default" else name, models=models)
+
+
+def verify(
+    engine: Engine,
+    weights: Weights | None,
+    images: Sequence[Path],
+    *,
+    precision: Precision | None = None,
+    advance: Advance = lambda what, done, total: None,
+) -> Verdict:
+    """Hold the engine against open_clip in FP32 on the images. `weights` None takes them from the engine's manifest.
+
+    `precision` None takes that of the engine's manifest, or of the graph itself; for a URL it is FP32. Raises ToolError
+    when the engine cannot be run, or is of other weights than given.
+    """
+    file = engine.file if engine.file or engine.url else _served_file(engine)
+    held_to = precision or _precision(engine, file)
+    weights = _weights(weights, file)
+    advance("open_clip in FP32", 0, len(images))
+    expected = reference(weights, images)
+    advance("open_clip in FP32", len(images), len(images))
+    embeddings, how = _embed(engine, images, expected, advance)
+    found = agreement(embeddings, expected.embeddings, expected.names)
+    trained = weights.seed is None
+    return Verdict(
+        engine=engine.title,
+        sha256=sha256_of(file) if file and file.is_file() else None,
+        precision=held_to,
+        model=weights.model,
+        trained=trained,
+        how=how,
+        agreement=found,
+        failures=tuple(failures(found, held_to, trained=trained)),
+        counts_for_nothing=counts_for_nothing(len(images), trained=trained),
+        images_sha256=expected.images_sha256,
+        cosines=tuple(float(value) for value in cosines(embeddings, expected.embeddings)),
+    )
+
+
+def _served_file(engine: Engine) -> Path | None:
+    """The file that the engine of this configuration runs."""
+    files = [m.file for m in deployment(engine.models, engine.config_name) if m.config.backend != "python"]
+    return next((file for file in files if file is not None), None)
+
+
+def _precision(engine: Engine, file: Path | None) -> Precision:
+    if file is None:
+        return "fp32"
+    if engine.file is None:  # as served: the same graph may run in BF16
+        for model in deployment(engine.models, engine.config_name):
+            accelerators = model.config.optimization.execution_accelerators.cpu_execution_accelerator
+            if any(accelerator.name == "openvino_bf16" for accelerator in accelerators):
+                return "bf16"
+    if file.suffix == ".plan":
+        manifest = EngineManifest.read(file)
+        if manifest is None:
+            raise ToolError(f"{file} has no manifest that says its precision: give it with --precision", exit_code=2)
+        return manifest.precision
+    import onnx
+
+    return precision_of(_load(onnx, file))
+
+
+def _load(onnx: Any, file: Path) -> Any:
+    try:
+        return onnx.load(str(file))
+    except Exception as error:  # protobuf's own
+        raise ToolError(f"{file} is no ONNX file: {' '.join(str(error).split())[:200]}") from error
+
+
+def _weights(given: Weights | None, file: Path | None) -> Weights:
+    """The weights to compare with: those given, else the manifest's; refused when the two are known to differ."""
+    manifest = _onnx_manifest(file)
+    if given is not None:
+        made_of = manifest and (manifest.checkpoint_sha256 or manifest.pretrained)
+        if manifest and made_of != (given.checkpoint_sha256 or given.pretrained):
+            raise ToolError(
+                f"{file} was made of {manifest.model}, {manifest.pretrained}, and is to be compared with "
+                f"{given.model}, {given.pretrained}: leave --pretrained out, or give the same",
+                exit_code=2,
+            )
+        return given
+    if manifest is None:
+        raise ToolError("nothing says which weights to compare with: give --model and --pretrained", exit_code=2)
+    if manifest.checkpoint_sha256 is None:
+        return Weights(manifest.model, manifest.pretrained)
+    if checkpoint := os.environ.get("CLIP_CHECKPOINT"):
+        weights = Weights(manifest.model, checkpoint)
+        if weights.checkpoint_sha256 == manifest.checkpoint_sha256:
+            return weights
+    raise ToolError(
+        f"{file} was made of the checkpoint {manifest.pretrained}: give its path with --pretrained, or in "
+        "CLIP_CHECKPOINT",
+        exit_code=2,
+    )
+
+
+def _onnx_manifest(file: Path | None) -> Manifest | None:
+    """The manifest of the graph: the file itself, or the one that a plan was built of."""
+    if file is None:
+        return None
+    if file.suffix == ".plan":
+        plan = EngineManifest.read(file)
+        if plan is None:
+            return None
+        file = file.parents[2] / "clip_onnx" / "1" / plan.onnx
+        return Manifest.read(file) if file.is_file() and sha256_of(file) == plan.onnx_sha256 else None
+    manifest = Manifest.read(file)
+    return manifest if manifest and manifest.sha256 == sha256_of(file) else None
+
+
+def _embed(
+    engine: Engine, images: Sequence[Path], expected: Reference, advance: Advance
+) -> "tuple[npt.NDArray[np.float32], str]":
+    """(The engine's embeddings of the images, what computed them)."""
+    if engine.file is None:
+        with _url(engine) as url:
+            return _embed_served(url, images, advance), f"served, through clip_embed ({engine.title})"
+    if engine.file.suffix == ".plan":
+        from clip_tools.engines.plan_runner import run_plan
+
+        manifest = EngineManifest.read(engine.file)
+        runtime = manifest.runtime if manifest else "tensorrt"
+        return run_plan(engine.file, expected.pixels, runtime=runtime), f"{runtime} on the GPU"
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        advance("the engine", done, len(images))
+
+    run = run_onnx(engine.file, expected.pixels, advance=tell)
+    return run.embeddings, run.how
+
+
+@contextmanager
+def _url(engine: Engine) -> Iterator[str]:
+    """Where the engine answers: its URL, or that of a server that is started for it."""
+    if engine.url:
+        yield engine.url
+        return
+    import socket
+    import tempfile
+
+    from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+
+    ports = []
+    for _ in range(3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        options = ServeOptions(
+            models=engine.models,
+            config_name=engine.config_name,
+            http_port=ports[0],
+            grpc_port=ports[1],
+            metrics_port=ports[2],
+            log=Path(folder) / "tritonserver.log",
+        )
+        with EmbeddedServer(options):
+            yield options.grpc_url
+
+
+def _embed_served(url: str, images: Sequence[Path], advance: Advance) -> "npt.NDArray[np.float32]":
+    try:
+        import numpy as np
+
+        from clip_embed import EmbeddingClient
+    except ImportError as error:
+        raise missing_extra("server", error) from error
+    rows = []
+    with EmbeddingClient(url, timeout_s=120) as client:
+        for start in range(0, len(images), 8):
+            batch = [path.read_bytes() for path in images[start : start + 8]]
+            rows.append(client.embed(batch))
+            advance("the engine", start + len(batch), len(images))
+    embeddings: npt.NDArray[np.float32] = np.concatenate(rows)
+    return embeddings
+
+
+def verdict_table(verdict: Verdict) -> Any:
+    """The figures beside what the gate asks for, as a rich table."""
+    from rich.table import Table
+
+    gate, found = GATES[verdict.precision], verdict.agreement
+    table = Table(title=f"{verdict.engine} against open_clip in FP32: {verdict.model}", title_justify="left")
+    table.add_column("")
+    table.add_column(f"{found.images} images", justify="right")
+    table.add_column(f"gate of {verdict.precision}", justify="right")
+    for title, value, least in (
+        ("worst cosine", f"{found.worst_cosine:.6f}", gate.worst_cosine),
+        ("mean cosine", f"{found.mean_cosine:.6f}", gate.mean_cosine),
+        ("1st percentile", f"{found.p1_cosine:.6f}", 0.0),
+        ("largest difference", f"{found.max_abs:.2g}", 0.0),
+        ("nearest neighbour unchanged", f"{found.top1_agreement:.1%}", gate.top1_agreement),
+        ("of the nearest five", f"{found.top5_agreement:.1%}", 0.0),
+    ):
+        table.add_row(title, value, f">= {least}" if least else "")
+    table.caption = f"{'passed' if verdict.passed else 'FAILED'}; by {verdict.how}"
+    return table
+
+
+def draw_histogram(verdict: Verdict, picture: Path) -> None:
+    """Draw how far each image's embedding is from open_clip's (1 - cosine, logarithmic) with the gate, as a PNG."""
+    try:
+        import numpy as np
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("server", error) from error
+    distances = np.clip(1 - np.nan_to_num(np.array(verdict.cosines), nan=-1.0), 1e-8, None)
+    allowed = 1 - GATES[verdict.precision].worst_cosine
+    low, high = min(distances.min(), allowed) / 2, max(distances.max(), allowed) * 2
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist(distances, bins=np.geomspace(low, high, 40).tolist(), color="#4c72b0")
+    axes.set_xscale("log")
+    axes.axvline(allowed, color="#c44e52", label=f"gate of {verdict.precision}: worst cosine {1 - allowed:g}")
+    axes.set_xlabel("1 - cosine to open_clip in FP32")
+    axes.set_ylabel("images")
+    axes.set_title(f"{verdict.engine}, {verdict.model}, {len(distances)} images", loc="left", size=10)
+    axes.legend(loc="upper right")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)

@@ -1,0 +1,219 @@
+"""The arms of `clip-tools bench`: ways to get from encoded images to embeddings, each behind one small interface.
+
+An arm's name is KIND[@CONFIG][:N]: CONFIG is a named configuration of the deployment, N a number of preprocess
+instances. Arms of one deployment share one running server.
+
+ensemble-grpc   image bytes over gRPC to clip_ensemble, by clip_embed
+ensemble-http   the same over HTTP
+tensor-grpc     the client preprocesses and sends FP32 tensors, as many deployments do
+json-http       the same tensors as JSON lists
+pytorch         image bytes as base64 to the PyTorch service
+preprocess      image bytes over gRPC to the first step alone: pixels come back
+perf-analyzer   clip_ensemble again, loaded by perf_analyzer in place of Python
+"""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from clip_tools.errors import ToolError, missing_extra
+from clip_tools.measuring.variants import TENSOR_INPUT, TENSOR_MODEL
+from clip_tools.measuring.workload import Workload
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+KINDS = ("ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch", "preprocess", "perf-analyzer")
+TIMEOUT_S = 120.0
+# What each precision has to keep on real photographs; DESIGN.md, "Precision". Random weights are no easier.
+MIN_COSINE_FP32 = 0.99999
+MIN_COSINE_OTHER = 0.97
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One parsed arm name."""
+
+    kind: str
+    config_name: str | None = None
+    preprocess_instances: int | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> "Arm":
+        """The arm of a name. Raises ToolError for one that is none."""
+        found = re.fullmatch(r"([a-z-]+)(?:@([\w-]+))?(?::(\d+))?", name)
+        if not found or found[1] not in KINDS or (found[1] == "pytorch" and name != "pytorch"):
+            raise ToolError(f"'{name}' is no arm: expected KIND[@CONFIG][:N], KIND of {', '.join(KINDS)}", exit_code=2)
+        return cls(found[1], found[2], int(found[3]) if found[3] else None)
+
+    @property
+    def name(self) -> str:
+        """KIND[@CONFIG][:N]."""
+        config = f"@{self.config_name}" if self.config_name else ""
+        return self.kind + config + (f":{self.preprocess_instances}" if self.preprocess_instances else "")
+
+    @property
+    def needs_tensor_model(self) -> bool:
+        """Whether the server has to take FP32 tensors."""
+        return self.kind in ("tensor-grpc", "json-http")
+
+
+class Caller(Protocol):
+    """An open client of one arm for one workload. `ask` is thread-safe; `check` is for afterwards."""
+
+    def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]": ...
+
+    def check(self, indices: list[int], answer: "npt.NDArray[np.generic]") -> float: ...
+
+    def close(self) -> None: ...
+
+
+def open_caller(arm: Arm, service: Any, workload: Workload) -> Caller:
+    """The client of an arm. Raises ToolError for an extra that is missing."""
+    try:
+        match arm.kind:
+            case "ensemble-grpc":
+                return _EmbeddingCaller(arm, workload, service.options.grpc_url, "triton")
+            case "ensemble-http":
+                return _EmbeddingCaller(arm, workload, service.options.http_url, "triton")
+            case "pytorch":
+                return _EmbeddingCaller(arm, workload, service.url, "pytorch")
+            case "tensor-grpc":
+                return _TensorGrpcCaller(arm, workload, service.options.grpc_url)
+            case "json-http":
+                return _JsonHttpCaller(arm, workload, service.options.http_url)
+            case "preprocess":
+                return _PreprocessCaller(arm, workload, service.options.grpc_url)
+    except ImportError as error:
+        raise missing_extra("http", error) from error
+    raise ToolError(f"{arm.name} is not asked request by request")
+
+
+class _Caller:
+    """What all have: the images, and the check of embeddings."""
+
+    def __init__(self, arm: Arm, workload: Workload) -> None:
+        self._arm, self._workload = arm, workload
+        self._min_cosine = MIN_COSINE_FP32 if arm.config_name is None else MIN_COSINE_OTHER
+
+    def _images(self, indices: list[int]) -> list[bytes]:
+        return [self._workload.images[index] for index in indices]
+
+    def check(self, indices: list[int], answer: "npt.NDArray[np.generic]") -> float:
+        """The worst cosine to open_clip's embeddings. Raises ToolError when it is too low, or a row is missing."""
+        expected = self._workload.embeddings[indices]
+        if answer.shape != expected.shape:
+            raise ToolError(f"{self._arm.name}: expected {expected.shape} embeddings, came {answer.shape}")
+        worst = float((answer.astype(expected.dtype) * expected).sum(axis=1).min())
+        if not worst >= self._min_cosine:
+            raise ToolError(
+                f"{self._arm.name}: an embedding has cosine {worst:.6f} to open_clip's own, at least "
+                f"{self._min_cosine} was expected: are the weights the same?"
+            )
+        return worst
+
+
+class _EmbeddingCaller(_Caller):
+    def __init__(self, arm: Arm, workload: Workload, url: str, backend: Any) -> None:
+        from clip_embed import EmbeddingClient
+
+        super().__init__(arm, workload)
+        self._client = EmbeddingClient(url, backend=backend, batch_size=64, timeout_s=TIMEOUT_S)
+
+    def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
+        return self._client.embed(self._images(indices))
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class _TensorGrpcCaller(_Caller):
+    def __init__(self, arm: Arm, workload: Workload, url: str) -> None:
+        import tritonclient.grpc as triton
+
+        super().__init__(arm, workload)
+        self._triton = triton
+        self._client = triton.InferenceServerClient(url.removeprefix("grpc://"))
+
+    def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
+        tensors = client_tensors(self._images(indices))
+        tensor = self._triton.InferInput(TENSOR_INPUT, list(tensors.shape), "FP32")
+        tensor.set_data_from_numpy(tensors)
+        answer = self._client.infer(TENSOR_MODEL, [tensor], client_timeout=TIMEOUT_S)
+        embeddings: npt.NDArray[np.generic] = answer.as_numpy("embedding")
+        return embeddings
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class _JsonHttpCaller(_Caller):
+    def __init__(self, arm: Arm, workload: Workload, url: str) -> None:
+        import httpx
+
+        super().__init__(arm, workload)
+        self._url = f"{url}/v2/models/{TENSOR_MODEL}/infer"
+        self._http = httpx.Client(timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=None))
+
+    def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
+        import numpy as np
+
+        tensors = client_tensors(self._images(indices))
+        entry = {"name": TENSOR_INPUT, "datatype": "FP32", "shape": tensors.shape, "data": tensors.ravel().tolist()}
+        answer = self._http.post(self._url, json={"inputs": [entry], "outputs": [{"name": "embedding"}]})
+        answer.raise_for_status()
+        (output,) = answer.json()["outputs"]
+        return np.array(output["data"], np.float32).reshape(output["shape"])
+
+    def close(self) -> None:
+        self._http.close()
+
+
+class _PreprocessCaller(_Caller):
+    def __init__(self, arm: Arm, workload: Workload, url: str) -> None:
+        import tritonclient.grpc as triton
+
+        super().__init__(arm, workload)
+        self._triton = triton
+        self._client = triton.InferenceServerClient(url.removeprefix("grpc://"))
+
+    def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
+        import numpy as np
+
+        tensor = self._triton.InferInput("image_bytes", [len(indices), 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([[image] for image in self._images(indices)], dtype=object))
+        answer = self._client.infer("preprocess", [tensor], client_timeout=TIMEOUT_S)
+        pixels: npt.NDArray[np.generic] = answer.as_numpy("pixels")
+        return pixels
+
+    def check(self, indices: list[int], answer: "npt.NDArray[np.generic]") -> float:
+        """1 less the mean pixel difference in 255ths. Exact mode has to give open_clip's very pixels."""
+        import numpy as np
+
+        expected = self._workload.pixels[indices]
+        if answer.shape != expected.shape:
+            raise ToolError(f"{self._arm.name}: expected {expected.shape} pixels, came {answer.shape}")
+        difference = float(np.abs(answer.astype(np.int16) - expected).mean() / 255)
+        if difference > (0 if self._arm.config_name is None else 0.05):
+            raise ToolError(f"{self._arm.name}: pixels differ from open_clip's by {255 * difference:.2f} in the mean")
+        return 1 - difference
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def client_tensors(images: list[bytes]) -> "npt.NDArray[np.float32]":
+    """(N, 3, 224, 224) float32, normalised: what a client sends that preprocesses by itself, with Pillow and numpy.
+
+    The pixels are open_clip's; its mean and standard deviation are those of every OpenAI and LAION ViT-B-32.
+    """
+    import numpy as np
+
+    from clip_tools.measuring.bare import open_preprocess
+
+    preprocess = open_preprocess()
+    mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+    std = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+    rows = [((preprocess(image).astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1) for image in images]
+    return np.ascontiguousarray(np.stack(rows), np.float32)

@@ -1,0 +1,249 @@
+"""`clip-tools bench`: the same photographs through every arm, in rounds, so that drift hits all alike."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from clip_tools.errors import ToolError
+from clip_tools.measuring import steps
+from clip_tools.measuring.arms import Arm
+from clip_tools.measuring.bare import BareWorker
+from clip_tools.measuring.fingerprint import fingerprint
+from clip_tools.measuring.gpu_samples import GpuSamples
+from clip_tools.measuring.load import run_closed_loop
+from clip_tools.measuring.perf import PerfOptions, perf_input, run_level
+from clip_tools.measuring.services import Deployment, cpu_seconds, resident_mib
+from clip_tools.measuring.targets import BUSY, TARGETS, Cell
+from clip_tools.measuring.workload import VGA, Workload, load_workload
+from clip_tools.oracle import Weights
+from clip_tools.paths import MODELS
+from clip_tools.repository import config_names
+
+Tell = Callable[[str, int, int], None]
+"""Told what goes on, how many measurements are done, and how many there are."""
+
+ARMS = ("ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch")
+SOAK_STEP = 1_000
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure. Each arm meets each batch size alone and each concurrency with single images, in every round.
+
+    Args:
+        seconds: the window of one measurement.
+        for_targets: also what the targets need beyond `arms`.
+        soak_requests: how many requests the memory is watched over, in a server of its own; 0 for none.
+        at_least: requests in a window, at least.
+    """
+
+    arms: tuple[str, ...] = ARMS
+    images: str = VGA
+    image_count: int = 32
+    batches: tuple[int, ...] = (1, 4, 8, 16, 32)
+    concurrency: tuple[int, ...] = (1, 4, 16)
+    rounds: int = 5
+    seconds: float = 4.0
+    warmup_s: float = 1.0
+    at_least: int = 5
+    cold_starts: int = 3
+    for_targets: bool = True
+    soak_requests: int = 0
+    models: Path = MODELS
+
+
+def quick(options: BenchOptions) -> BenchOptions:
+    """The shortest run that goes through everything once; its figures mean nothing."""
+    return replace(
+        options,
+        image_count=4,
+        batches=(1, 4),
+        concurrency=(1, 2),
+        rounds=1,
+        seconds=0.2,
+        warmup_s=0.0,
+        at_least=1,
+        cold_starts=0,
+        for_targets=False,
+    )
+
+
+def plan(options: BenchOptions, known_configs: list[str]) -> list[Cell]:
+    """The cells of one round, each once; those of one batch size and concurrency side by side.
+
+    Raises ToolError for an arm that is none. A target's cell is left out when its configuration does not exist.
+    """
+    shapes = [(batch, 1) for batch in options.batches] + [(1, c) for c in options.concurrency if c > 1]
+    cells = [Cell(Arm.parse(arm).name, options.images, *shape) for shape in shapes for arm in options.arms]
+    if options.for_targets:
+        for target in TARGETS:
+            cells += [cell for cell in target.cells if Arm.parse(cell.arm).config_name in (None, *known_configs)]
+    unique = dict.fromkeys(cells)
+    return sorted(unique, key=lambda cell: (cell.images, cell.concurrency, cell.batch))
+
+
+def in_rounds(cells: list[Cell], rounds: int) -> Iterator[tuple[int, Cell]]:
+    """Every cell once a round; within one shape the arms take turns at going first."""
+    for number in range(rounds):
+        shapes: dict[tuple[str, int, int], list[Cell]] = {}
+        for cell in cells:
+            shapes.setdefault((cell.images, cell.batch, cell.concurrency), []).append(cell)
+        for group in shapes.values():
+            turn = number % len(group)
+            for cell in group[turn:] + group[:turn]:
+                yield number, cell
+
+
+def bench(
+    options: BenchOptions,
+    weights: Weights,
+    *,
+    tell: Tell = lambda *_: None,
+    save: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """The whole run as one JSON-able result. Raises ToolError when a request fails or an answer is wrong.
+
+    `save` is given the result after each round, so that a run that is stopped leaves what it measured.
+    """
+    cells = plan(options, config_names(options.models))
+    if not cells:
+        raise ToolError("nothing to measure: name an arm, a batch size or a concurrency", exit_code=2)
+    result: dict[str, Any] = {
+        "kind": "bench",
+        "environment": asdict(fingerprint()),
+        "weights": {"model": weights.model, "trained": weights.seed is None},
+        "options": {key: value for key, value in asdict(options).items() if key != "models"},
+    }
+    names = dict.fromkeys([options.images, *(cell.images for cell in cells)])
+    total = len(cells) * options.rounds
+    tell("open_clip's own embeddings of the photographs", 0, total)
+    workloads = {name: load_workload(name, weights, count=options.image_count) for name in names}
+    result["images"] = {
+        name: {"count": len(workload.images), "mean_size_bytes": workload.mean_size_bytes}
+        for name, workload in workloads.items()
+    }
+    result["cold_start"] = list(_cold_starts(options, weights, tell, total))
+    arms = tuple(dict.fromkeys(Arm.parse(cell.arm) for cell in cells))
+    with ExitStack() as stack:
+        tell("starting the servers", 0, total)
+        deployment = stack.enter_context(Deployment(arms, weights, options.models))
+        bare = None
+        if options.for_targets:
+            bare = BareWorker(options.models, None, workloads[options.images].images)
+            stack.callback(bare.close)
+        result["cells"], result["bare"] = [], []
+        for done, (number, cell) in enumerate(in_rounds(cells, options.rounds)):
+            if bare and (part := bare_part(cell, number, result["bare"], options)):
+                tell(f"round {number + 1}: preprocess and engine alone", done, total)
+                result["bare"][-1] |= bare.measure(part, options.seconds)
+            tell(f"round {number + 1}: {cell.arm}, batch {cell.batch}, concurrency {cell.concurrency}", done, total)
+            row = _measure(deployment, cell, workloads[cell.images], options)
+            result["cells"].append({**asdict(cell), "round": number, **row})
+            if (done + 1) % len(cells) == 0:
+                save(result)
+        result["servers"] = {name: _state(service) for name, service in deployment.services().items()}
+    if options.soak_requests:
+        result["soak"] = list(_soak(options, weights, workloads[options.images], tell, total))
+    return result
+
+
+def bare_part(cell: Cell, number: int, bare: list[dict[str, Any]], options: BenchOptions) -> str | None:
+    """What of the bare steps to measure before this cell: each part next to what it is compared with, once a round."""
+    if not bare or bare[-1]["round"] != number:
+        bare.append({"round": number})
+    if (cell.images, cell.batch) != (options.images, 1):
+        return None
+    if cell.concurrency == 1:
+        return None if "single_ms" in bare[-1] else "single"
+    return None if "engine_s" in bare[-1] or cell.concurrency < BUSY else "steps"
+
+
+def _measure(deployment: Deployment, cell: Cell, workload: Workload, options: BenchOptions) -> dict[str, Any]:
+    arm = Arm.parse(cell.arm)
+    service = deployment.service(arm)
+    if arm.kind == "perf-analyzer":
+        return _by_perf_analyzer(service, cell, workload, options)
+    caller = deployment.caller(arm, workload)
+    triton = getattr(service, "options", None)
+    before = steps.statistics(triton.grpc_url) if triton else {}
+    cpu_before, begin = cpu_seconds(service.pid), time.perf_counter()
+    with GpuSamples() as gpu:
+        measured = run_closed_loop(
+            caller.ask,
+            caller.check,
+            len(workload.images),
+            batch=cell.batch,
+            concurrency=cell.concurrency,
+            seconds=options.seconds,
+            warmup_s=options.warmup_s,
+            at_least=options.at_least,
+        )
+    row: dict[str, Any] = {key: _rounded(value) for key, value in asdict(measured).items()}
+    row["server_cores_busy"] = _rounded((cpu_seconds(service.pid) - cpu_before) / (time.perf_counter() - begin))
+    if triton:
+        row["steps"] = [asdict(step) for step in steps.between(before, steps.statistics(triton.grpc_url))]
+    if gpu.samples:
+        row["gpu"] = {"utilisation_percent": gpu.mean(0), "memory_mib": gpu.most(1)}
+    return row
+
+
+def _by_perf_analyzer(service: Any, cell: Cell, workload: Workload, options: BenchOptions) -> dict[str, Any]:
+    """perf_analyzer over three windows that add up to `seconds`, whatever they differ by, as the other arms' are."""
+    with tempfile.TemporaryDirectory() as folder:
+        input_file = Path(folder) / "input.json"
+        input_file.write_text(perf_input(workload.images, "clip_ensemble", options.models))
+        asked = PerfOptions(
+            url=service.options.grpc_url.removeprefix("grpc://"),
+            batch=cell.batch,
+            window_ms=max(1000, int(1000 * options.seconds / 3)),  # shorter ones can see no request end
+            max_trials=10,  # three that hold any request at all are enough; on a busy machine a window can be empty
+            stability_percent=999,
+            models=options.models,
+        )
+        level = run_level(asked, "concurrency", cell.concurrency, input_file)
+    times = {f"{p}_ms": level.latency_ms[p] for p in ("p50", "p95", "p99")}
+    return {"throughput": level.throughput, "requests": None, **times, "agreement": None}
+
+
+def _cold_starts(options: BenchOptions, weights: Weights, tell: Tell, total: int) -> Iterator[dict[str, Any]]:
+    """Process start to first embedding, s, alone on the machine; the files are in the page cache."""
+    kinds = [arm for arm in (Arm("ensemble-grpc"), Arm("pytorch")) if arm.name in options.arms]
+    for number in range(options.cold_starts):
+        for arm in kinds:
+            tell(f"cold start {number + 1} of {options.cold_starts}: {arm.name}", 0, total)
+            with Deployment((arm,), weights, options.models) as deployment:
+                yield {"arm": arm.name, "round": number, "start_s": _rounded(deployment.service(arm).start_s)}
+
+
+def _state(service: Any) -> dict[str, Any]:
+    """A server's memory at the end, and its Prometheus metrics where it has any."""
+    state: dict[str, Any] = {"memory_mib": round(resident_mib(service.pid), 1)}
+    if triton := getattr(service, "options", None):
+        state["metrics"] = steps.metrics(triton.host, triton.metrics_port)
+    return state
+
+
+def _soak(
+    options: BenchOptions, weights: Weights, workload: Workload, tell: Tell, total: int
+) -> Iterator[dict[str, Any]]:
+    """The memory of a fresh server after each thousand requests."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    arm = Arm("ensemble-grpc")
+    with Deployment((arm,), weights, options.models) as deployment, ThreadPoolExecutor(16) as pool:
+        caller, service = deployment.caller(arm, workload), deployment.service(arm)
+        for done in range(0, options.soak_requests, SOAK_STEP):
+            tell(f"soak: {done} of {options.soak_requests} requests", total, total)
+            turns = range(done, min(done + SOAK_STEP, options.soak_requests))
+            indices = [[turn % len(workload.images)] for turn in turns]
+            for index, answer in zip(indices, pool.map(caller.ask, indices), strict=True):
+                caller.check(index, answer)
+            yield {"requests": turns.stop, "memory_mib": round(resident_mib(service.pid), 1)}
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.7g}") if isinstance(value, float) else value

@@ -1,0 +1,178 @@
+"""The result of `clip-tools bench` as Markdown and pictures."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from clip_tools.measuring import plots
+from clip_tools.measuring.noise import Ratio, paired_ratio
+from clip_tools.measuring.sections import Section, markdown_table
+from clip_tools.measuring.targets import Cell, NotMeasured, Verdict, check, values
+
+BASELINE = "pytorch"
+
+
+def verdicts_text(verdicts: Sequence[Verdict]) -> str:
+    """Each target with its figure."""
+    rows = []
+    for verdict in verdicts:
+        figure = str(verdict.ratio) if verdict.ratio else verdict.reason
+        state = "met" if verdict.is_met else ("missed" if verdict.ratio else "open")
+        rows.append((verdict.target.title, verdict.target.wanted_text, figure, state))
+    return markdown_table(("target", "wanted", "median of the rounds (lowest to highest)", ""), rows)
+
+
+def bench_text(result: dict[str, Any]) -> str:
+    """The tables of a `bench` result."""
+    parts = [_throughput_table(result), _latency_table(result), _steps_table(result), _starts_table(result)]
+    return "\n".join(part for part in parts if part)
+
+
+def headline(result: dict[str, Any]) -> str:
+    """The figure for the README: throughput at the most requests at once, with machine, date and command."""
+    environment, images = result["environment"], result["options"]["images"]
+    cells = [cell for cell in _cells(result) if cell.images == images and cell.batch == 1]
+    most = max(cell.concurrency for cell in cells)
+    rows = []
+    for cell in cells:
+        if cell.concurrency != most or ":" in cell.arm or cell.arm.startswith(("preprocess", "perf-analyzer")):
+            continue
+        found = values(result, cell)
+        ratio = _against_baseline(result, cell)
+        times = f"{ratio.median:.2f}" if ratio else ""
+        rows.append((f"`{cell.arm}`", f"{statistics.median(found):.1f}", times))
+    table = markdown_table((f"{images} JPEGs, {most} requests at once", "images/s", f"times `{BASELINE}`"), rows)
+    gpu = environment["gpu"] or "no GPU"
+    where = f"{environment['cpu']}, {environment['cores']} cores, {gpu}, {environment['date'][:10]}"
+    return f"{table}\n{where}, `{environment['command']}`; all of it: [docs/benchmarks.md](docs/benchmarks.md).\n"
+
+
+def _against_baseline(result: dict[str, Any], cell: Cell) -> Ratio | None:
+    """How many times the baseline's throughput in the same rounds; None for the baseline itself, where it was not
+    measured, and for a step alone, which is not equal work.
+    """
+    if cell.arm == BASELINE or cell.arm.startswith("preprocess"):
+        return None
+    try:
+        return paired_ratio(values(result, cell), values(result, replace(cell, arm=BASELINE)))
+    except (NotMeasured, ValueError):
+        return None
+
+
+def _cells(result: dict[str, Any]) -> list[Cell]:
+    keys = ("arm", "images", "batch", "concurrency")
+    return list(dict.fromkeys(Cell(*(row[key] for key in keys)) for row in result["cells"]))
+
+
+def _shape_text(cell: Cell) -> str:
+    return f"batch {cell.batch}" if cell.concurrency == 1 else f"{cell.concurrency} at once"
+
+
+def _throughput_table(result: dict[str, Any]) -> str:
+    """Images a second, and how many times the baseline in the same rounds."""
+    cells = _cells(result)
+    head = ("images/s", "images", "", "median", "lowest", "highest", f"against {BASELINE}")
+    rows = []
+    for cell in cells:
+        found = values(result, cell)
+        ratio = _against_baseline(result, cell)
+        figures = (statistics.median(found), min(found), max(found))
+        texts = (f"{figure:.1f}" for figure in figures)
+        rows.append((cell.arm, cell.images, _shape_text(cell), *texts, str(ratio or "")))
+    return markdown_table(head, rows)
+
+
+def _latency_table(result: dict[str, Any]) -> str:
+    """Milliseconds of a request of one image, one at a time."""
+    rows = []
+    for cell in _cells(result):
+        if (cell.batch, cell.concurrency) == (1, 1):
+            times = (statistics.median(values(result, cell, f"{p}_ms")) for p in ("p50", "p95", "p99"))
+            rows.append((cell.arm, cell.images, *(f"{time:.1f}" for time in times)))
+    for row in [result["bare"]] if result.get("bare") else []:
+        single = [time for one in row for time in one["single_ms"]]
+        rows.append(("preprocess and engine bare", "", f"{statistics.median(single):.1f}", "", ""))
+    return markdown_table(("one image, ms", "images", "p50", "p95", "p99"), rows) if rows else ""
+
+
+def _steps_table(result: dict[str, Any]) -> str:
+    """Where the time goes on the server, from its own statistics."""
+    rows = []
+    for cell in _cells(result):
+        if not cell.arm.startswith("ensemble-grpc") or (cell.batch, cell.concurrency) == (1, 4):
+            continue
+        found = [row for row in result["cells"] if Cell(*(row[k] for k in Cell.__dataclass_fields__)) == cell]
+        for model in dict.fromkeys(step["model"] for row in found for step in row.get("steps", [])):
+            steps = [step for row in found for step in row["steps"] if step["model"] == model]
+            keys = ("batch", "queue_ms", "compute_input_ms", "compute_infer_ms", "compute_output_ms")
+            medians = (statistics.median(step[key] for step in steps) for key in keys)
+            rows.append((cell.arm, cell.images, _shape_text(cell), model, *(f"{value:.2f}" for value in medians)))
+    head = ("on the server", "images", "", "step", "batch", "queue ms", "input ms", "infer ms", "output ms")
+    return markdown_table(head, rows) if rows else ""
+
+
+def _starts_table(result: dict[str, Any]) -> str:
+    rows = []
+    for arm in dict.fromkeys(row["arm"] for row in result["cold_start"]):
+        starts = [row["start_s"] for row in result["cold_start"] if row["arm"] == arm]
+        rows.append((arm, f"{statistics.median(starts):.1f}", f"{min(starts):.1f}", f"{max(starts):.1f}"))
+    return markdown_table(("cold start, s", "median", "lowest", "highest"), rows) if rows else ""
+
+
+def _bound_text(result: dict[str, Any]) -> str:
+    if not result.get("bare"):
+        return ""
+    preprocess_ms = 1000 * statistics.median(row["preprocess_s"] for row in result["bare"])
+    engine_ms = 1000 * statistics.median(min(row["engine_s"].values()) for row in result["bare"])
+    cores = result["bare"][0]["cores"]
+    bound = cores / (preprocess_ms + cores * engine_ms) * 1000
+    return (
+        f"The bound: preprocess alone takes {preprocess_ms:.2f} ms an image on one core, the engine alone "
+        f"{engine_ms:.2f} ms on all {cores} at its best batch; "
+        f"{cores} cores / ({preprocess_ms:.2f} + {cores} x {engine_ms:.2f}) ms = {bound:.1f} images/s.\n"
+    )
+
+
+def _throughput_picture(result: dict[str, Any], key: str, title: str) -> str | None:
+    """Throughput by `batch` or `concurrency`, a line an arm with the rounds' band; None when nothing varies."""
+    images, other = result["options"]["images"], "concurrency" if key == "batch" else "batch"
+    chosen = [c for c in _cells(result) if c.images == images and getattr(c, other) == 1 and ":" not in c.arm]
+    series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+    ranges: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+    for arm in dict.fromkeys(cell.arm for cell in chosen):
+        x = sorted(getattr(cell, key) for cell in chosen if cell.arm == arm)
+        if len(x) > 1 and not arm.startswith("preprocess"):
+            found = [values(result, Cell(arm, images, **{key: level})) for level in x]
+            series[arm] = (x, [statistics.median(each) for each in found])
+            ranges[arm] = ([min(each) for each in found], [max(each) for each in found])
+    if not series:
+        return None
+    label = "images a request" if key == "batch" else "requests at once"
+    return plots.lines(
+        series, title=f"{title}, {images} JPEGs", x_label=label, y_label="images a second", ranges=ranges
+    )
+
+
+def bench_section(name: str, result: dict[str, Any]) -> Section:
+    """Targets, tables and pictures of a `bench` result."""
+    pictures = {}
+    for key, title in (("batch", "One request at a time"), ("concurrency", "Requests of one image")):
+        if picture := _throughput_picture(result, key, title):
+            pictures[f"{name}-{key}.svg"] = picture
+    counts = ", ".join(
+        f"{n}: {i['count']} of {i['mean_size_bytes'] / 1000:.0f} KB" for n, i in result["images"].items()
+    )
+    text = (
+        f"Photographs: {counts}; model {result['weights']['model']}"
+        f"{'' if result['weights']['trained'] else ', untrained weights'}. "
+        "Every answer was checked against open_clip's own. "
+        f"Client and server share the machine. {result['options']['rounds']} rounds of "
+        f"{result['options']['seconds']:g} s a measurement, the arms in turn.\n\n"
+        + verdicts_text(check(result))
+        + "\n"
+        + _bound_text(result)
+        + "\n"
+        + bench_text(result)
+    )
+    return Section(text, pictures)

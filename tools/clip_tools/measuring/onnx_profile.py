@@ -1,0 +1,171 @@
+"""`clip-tools onnx-profile`: where the engine's time goes: session creation, operators, providers, batch sizes."""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_tools.errors import missing_extra
+from clip_tools.measuring.bare import open_engine
+from clip_tools.measuring.fingerprint import fingerprint
+from clip_tools.paths import MODELS
+from clip_tools.repository import deployment
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """One batch size on the served session. `median_ms` is a run's time, `throughput` in images a second."""
+
+    batch: int
+    median_ms: float
+    throughput: float
+
+
+@dataclass(frozen=True)
+class Operators:
+    """ONNX Runtime's own profile of one provider: ms a run by operator, and how many nodes each provider took.
+
+    `fused` is True where a provider took the graph as a whole: its inside cannot be seen from here.
+    """
+
+    provider: str
+    batch: int
+    created_s: float
+    run_ms: float
+    by_operator_ms: dict[str, float]
+    nodes_by_provider: dict[str, int]
+    fused: bool
+
+
+def onnx_profile(
+    *,
+    models: Path = MODELS,
+    config_name: str | None = None,
+    batches: Sequence[int] = BATCHES,
+    operator_batch: int = 8,
+    seconds: float = 2.0,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """The served session by batch size, and two profiles: of the served provider and of ONNX Runtime's own CPU one.
+
+    The second shows the operators, which OpenVINO runs as one fused node. Raises ToolError for what is missing.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise missing_extra("cpu", error) from error
+    tell("creating the served session")
+    begin = time.perf_counter()
+    session = open_engine(models, config_name)
+    created_s = time.perf_counter() - begin
+    providers = list(session.get_providers())
+    scaling = []
+    for batch in batches:
+        tell(f"batch {batch}")
+        scaling.append(_scale(session, batch, seconds))
+    model = next(one.file for one in deployment(models, config_name) if one.config.backend == "onnxruntime")
+    options = dict(zip(providers, (session.get_provider_options()[name] for name in providers), strict=True))
+    del session
+    profiles = []
+    for provider in dict.fromkeys([providers[0], "CPUExecutionProvider"]):
+        tell(f"operators under {provider}")
+        profiles.append(_operators(onnxruntime, Path(str(model)), provider, options.get(provider, {}), operator_batch))
+    return {
+        "kind": "onnx-profile",
+        "environment": asdict(fingerprint()),
+        "config_name": config_name,
+        "session": {"created_s": round(created_s, 3), "providers": providers},
+        "scaling": [asdict(row) for row in scaling],
+        "operators": [asdict(profile) for profile in profiles],
+    }
+
+
+def _pixels(batch: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
+
+
+def _scale(session: Any, batch: int, seconds: float) -> Scaling:
+    feed = {"pixels": _pixels(batch)}
+    session.run(["embedding"], feed)
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 3:
+        begin = time.perf_counter()
+        session.run(["embedding"], feed)
+        times.append(time.perf_counter() - begin)
+    median_s = statistics.median(times)
+    return Scaling(batch, round(1000 * median_s, 3), round(batch / median_s, 2))
+
+
+def _operators(
+    onnxruntime: Any, model: Path, provider: str, provider_options: dict[str, str], batch: int, *, runs: int = 5
+) -> Operators:
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        options.log_severity_level = 3
+        chosen = [provider] if provider == "CPUExecutionProvider" else [(provider, provider_options)]
+        begin = time.perf_counter()
+        session = onnxruntime.InferenceSession(str(model), options, providers=chosen)
+        created_s = time.perf_counter() - begin
+        for _ in range(runs + 1):
+            session.run(["embedding"], {"pixels": _pixels(batch)})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    by_operator_ms, nodes = summarise(events, runs)
+    runs_ms = [event["dur"] / 1000 for event in events if event.get("name") == "model_run"][1:]
+    return Operators(
+        provider=provider,
+        batch=batch,
+        created_s=round(created_s, 3),
+        run_ms=round(statistics.median(runs_ms), 3),
+        by_operator_ms=by_operator_ms,
+        nodes_by_provider=nodes,
+        fused=sum(nodes.values()) <= 2,
+    )
+
+
+def summarise(events: Sequence[dict[str, Any]], runs: int) -> tuple[dict[str, float], dict[str, int]]:
+    """(ms a run by operator, most first; nodes by provider) of ONNX Runtime's profile, less its first run.
+
+    The profile has an event for each node and run: category `Node`, a name that ends in `_kernel_time`, µs.
+    """
+    times: dict[str, list[float]] = defaultdict(list)
+    provider_of: dict[str, str] = {}
+    operator_of: dict[str, str] = {}
+    for event in events:
+        if event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time"):
+            times[event["name"]].append(event["dur"] / 1000)
+            operator_of[event["name"]] = event["args"].get("op_name", "?")
+            provider_of[event["name"]] = event["args"].get("provider", "?")
+    totals: dict[str, float] = defaultdict(float)
+    for name, durations in times.items():
+        totals[_short(operator_of[name])] += sum(durations[-runs:]) / runs
+    ordered = sorted(totals.items(), key=lambda item: -item[1])
+    nodes: dict[str, int] = defaultdict(int)
+    for provider in provider_of.values():
+        nodes[provider] += 1
+    return {name: round(value, 4) for name, value in ordered}, dict(nodes)
+
+
+def _short(operator: str) -> str:
+    """A fused subgraph's name holds a digest: `OpenVINOExecutionProvider_OpenVINO-EP-subgraph_1_...`."""
+    return "OpenVINO, the whole graph" if operator.startswith("OpenVINO") else operator
+
+
+def explain(result: dict[str, Any]) -> None:
+    """On stderr: what the profile cannot show."""
+    for profile in result["operators"]:
+        if profile["fused"]:
+            sys.stderr.write(
+                f"{profile['provider']} runs the graph as one node: ONNX Runtime sees its time, not its inside\n"
+            )

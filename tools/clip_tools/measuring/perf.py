@@ -1,0 +1,212 @@
+"""`clip-tools perf`: the real perf_analyzer on the ensemble or a step, fed with many different photographs."""
+
+import base64
+import csv
+import json
+import os
+import shlex
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clip_tools.errors import ToolError
+from clip_tools.measuring.fingerprint import fingerprint
+from clip_tools.measuring.perf_analyzer import find_perf_analyzer
+from clip_tools.measuring.results import write
+from clip_tools.measuring.workload import VGA, load_images
+from clip_tools.paths import MODELS, ROOT
+from clip_tools.repository import ENSEMBLE, read_config
+
+Mode = Literal["concurrency", "request-rate"]
+
+
+@dataclass(frozen=True)
+class PerfOptions:
+    """What to ask and how hard. Times in ms; a level is requests in flight, or requests a second."""
+
+    model: str = ENSEMBLE
+    images: str = VGA
+    url: str = "localhost:8001"
+    protocol: str = "grpc"
+    concurrency: tuple[int, ...] = (1, 4, 16)
+    request_rate: tuple[float, ...] = ()
+    batch: int = 1
+    window_ms: int = 5000
+    max_trials: int = 10
+    stability_percent: int = 10
+    models: Path = MODELS
+
+
+@dataclass(frozen=True)
+class Level:
+    """What perf_analyzer said of one level. Latencies in ms at the client, steps in ms a request on the server.
+
+    `throughput` is images a second: inferences times nothing, for perf_analyzer counts a batch of n as n.
+    """
+
+    mode: Mode
+    level: float
+    batch: int
+    throughput: float
+    latency_ms: dict[str, float]
+    server_ms: dict[str, float]
+    command: str
+
+
+def perf_input(images: Sequence[bytes], model: str, models: Path = MODELS) -> str:
+    """perf_analyzer's input JSON: one entry an image, each sent in turn.
+
+    For `image_bytes` the base64 holds a BYTES element as Triton stores it, so a 4-byte little-endian length comes
+    before the file's bytes. For `pixels` it holds the raw (224, 224, 3) uint8 of `preprocess`.
+    """
+    if not images:
+        raise ToolError("perf_analyzer's input needs at least one image")
+    names = [entry.name for entry in read_config(models, model).input]
+    if names == ["image_bytes"]:
+        contents = [struct.pack("<I", len(image)) + image for image in images]
+        shape = [1]
+    elif names == ["pixels"]:
+        contents, shape = [_pixels(image, models) for image in images], [224, 224, 3]
+    else:
+        raise ToolError(f"{model} takes {', '.join(names)}: expected a model that takes image_bytes or pixels")
+    data = [{names[0]: {"b64": base64.b64encode(content).decode(), "shape": shape}} for content in contents]
+    return json.dumps({"data": data})
+
+
+def _pixels(image: bytes, models: Path) -> bytes:
+    from clip_tools.measuring.bare import open_preprocess
+
+    pixels: bytes = open_preprocess(models)(image).tobytes()
+    return pixels
+
+
+def write_input(options: PerfOptions, path: Path) -> int:
+    """Write the input JSON; how many images are in it."""
+    images = load_images(options.images)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(perf_input(images, options.model, options.models))
+    return len(images)
+
+
+def arguments(options: PerfOptions, mode: Mode, level: float, input_file: Path, csv_file: Path) -> list[str]:
+    """perf_analyzer's flags for one level."""
+    load = ["--concurrency-range", f"{level:g}"] if mode == "concurrency" else ["--request-rate-range", f"{level:g}"]
+    shape = ["--shape", "image_bytes:1"] if _takes_image_bytes(options) else []
+    return [
+        *("-m", options.model, "-i", options.protocol, "-u", options.url, "-b", str(options.batch), "--async"),
+        *("--input-data", str(input_file), *shape, *load),
+        *("--measurement-interval", str(options.window_ms), "--max-trials", str(options.max_trials)),
+        *("--stability-percentage", str(options.stability_percent), "--verbose-csv", "-f", str(csv_file)),
+    ]
+
+
+def _takes_image_bytes(options: PerfOptions) -> bool:
+    return any(entry.name == "image_bytes" for entry in read_config(options.models, options.model).input)
+
+
+def run_level(options: PerfOptions, mode: Mode, level: float, input_file: Path) -> Level:
+    """Run perf_analyzer once and read its CSV. Raises ToolError with its last words when it fails."""
+    binary, environment = find_perf_analyzer()
+    with tempfile.TemporaryDirectory() as folder:
+        csv_file = Path(folder) / "perf.csv"
+        flags = arguments(options, mode, level, input_file, csv_file)
+        done = subprocess.run(
+            [str(binary), *flags], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        )
+        rows = read_csv(csv_file) if csv_file.is_file() else []
+    if done.returncode or not rows:  # without three windows that agree it writes no CSV
+        raise ToolError(f"perf_analyzer failed ({done.returncode}): {_reason(done.stdout + done.stderr)}")
+    return level_of(rows[0], mode, level, options.batch, plain_command(flags))
+
+
+def plain_command(flags: Sequence[str]) -> str:
+    """The command as a person would repeat it from the checkout."""
+    shown = ["perf.csv" if flag.endswith("perf.csv") else flag.replace(f"{ROOT}/", "") for flag in flags]
+    return shlex.join([".venv/bin/perf-analyzer", *shown])
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of perf_analyzer's CSV; below an empty line it puts tables of its own, which are left out."""
+    table = path.read_text().split("\n\n", 1)[0]
+    return list(csv.DictReader(table.strip().splitlines()))
+
+
+def level_of(row: dict[str, str], mode: Mode, level: float, batch: int, command: str) -> Level:
+    """One row of perf_analyzer's CSV, its microseconds as ms."""
+    percentiles = {
+        key.split()[0]: float(value) / 1000 for key, value in row.items() if key.endswith("latency") and value
+    }
+    server = {
+        key.removeprefix("Server ").lower(): float(value) / 1000
+        for key, value in row.items()
+        if key.startswith("Server ") and value
+    }
+    if "Avg latency" in row:
+        percentiles["mean"] = percentiles.pop("Avg")
+    return Level(mode, level, batch, float(row["Inferences/Second"]), percentiles, server, command)
+
+
+def _reason(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
+    return "; ".join((errors or lines)[-2:]) or "it said nothing"
+
+
+def perf(options: PerfOptions, output: Path, *, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Every level once, as the JSON that is also written to `output`, with a picture beside it."""
+    input_file = output.parent / f"perf-input-{options.model}.json"
+    count = write_input(options, input_file)
+    levels = []
+    steps: list[tuple[Mode, float]] = [("concurrency", float(c)) for c in options.concurrency]
+    steps += [("request-rate", rate) for rate in options.request_rate]
+    unstable = []
+    for mode, level in steps:
+        tell(f"{mode} {level:g}")
+        try:
+            levels.append(run_level(options, mode, level, input_file))
+        except ToolError as error:
+            if "stable measurement" not in str(error) or len(steps) == 1:
+                raise
+            unstable.append(f"{mode} {level:g}")  # a rate above what the server can do never settles
+    if not levels:
+        raise ToolError("perf_analyzer found no level stable: raise --window-ms or --stability-percent")
+    result = {
+        "kind": "perf",
+        "environment": asdict(fingerprint()),
+        "model": options.model,
+        "images": {"name": options.images, "count": count},
+        "unstable": unstable,
+        "levels": [asdict(level) for level in levels],
+    }
+    write(result, output)
+    from clip_tools.measuring.plots import latency_against_throughput
+
+    output.with_suffix(".svg").write_text(latency_against_throughput(result))
+    return result
+
+
+def table(result: dict[str, Any]) -> Any:
+    """The levels as a rich table."""
+    from rich.table import Table
+
+    shown = Table(title=f"perf_analyzer: {result['model']}, {result['images']['name']}", title_justify="left")
+    for name in ("mode", "level", "batch", "images/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms"):
+        shown.add_column(name, justify="right")
+    for level in result["levels"]:
+        times = (f"{level['latency_ms'].get(p, float('nan')):.1f}" for p in ("p50", "p90", "p95", "p99"))
+        row = (level["mode"], f"{level['level']:g}", str(level["batch"]), f"{level['throughput']:.1f}", *times)
+        shown.add_row(*row)
+    return shown
+
+
+def explain(result: dict[str, Any]) -> None:
+    """On stderr: the plain command behind each level."""
+    for name in result["unstable"]:
+        sys.stderr.write(f"  {name}: no three windows agreed; left out\n")
+    for level in result["levels"]:
+        sys.stderr.write(f"  {level['command']}\n")

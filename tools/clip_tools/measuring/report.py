@@ -1,0 +1,95 @@
+"""`clip-tools report`: results as Markdown tables and SVG pictures, and docs/benchmarks.md out of the committed ones.
+
+One function for each kind of result turns its JSON into a section. The same JSON gives the same text, so `make lint`
+can tell whether the documents are those of the results.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clip_tools.errors import ToolError
+from clip_tools.measuring.bench_section import bench_section, headline
+from clip_tools.measuring.results import read
+from clip_tools.measuring.sections import Section, onnx_section, perf_section, serialisation_section, tuning_section
+from clip_tools.paths import ROOT
+
+COMMITTED = ROOT / "docs" / "results"
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+
+
+def environment_text(environment: dict[str, Any]) -> str:
+    """Where and how a result was measured, in two lines."""
+    gpu = f", {environment['gpu']}" if environment.get("gpu") else ", no GPU"
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    return (
+        f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_gib']:g} GiB{gpu}; "
+        f"{environment['date'][:10]}, commit {environment['git_commit']}, Python {environment['python']}, "
+        f"{packages}.\n\n"
+        f"    {environment['command']}\n"
+    )
+
+
+SECTIONS: dict[str, tuple[str, Callable[[str, dict[str, Any]], Section]]] = {
+    "bench": ("Side by side", bench_section),
+    "perf": ("A standard load tester", perf_section),
+    "serialisation": ("What is sent", serialisation_section),
+    "onnx-profile": ("Inside the engine", onnx_section),
+    "profile": ("Configurations, by Model Analyzer", tuning_section),
+    "sweep": ("Configurations, by our own sweep", tuning_section),
+}
+"""Kind of a result -> its heading and what turns it into a section. A new verb adds its own here."""
+
+
+def document(results: dict[str, dict[str, Any]], *, pictures_at: str) -> tuple[str, dict[str, str]]:
+    """(the Markdown of these results by name, their pictures by file name); `pictures_at` is the links' folder."""
+    order = list(SECTIONS)
+    for name, result in results.items():
+        if result["kind"] not in SECTIONS:
+            raise ToolError(f"{name}: expected a result of kind {', '.join(order)}, came {result['kind']}")
+    parts = ["<!-- Generated from docs/results/*.json by `make docs`. -->\n\n# Benchmarks\n"]
+    parts.append(
+        "Each section is one result, a JSON file in [results/](results); CONTRIBUTING says how to add yours.\n"
+    )
+    pictures: dict[str, str] = {}
+    for name, result in sorted(results.items(), key=lambda item: (order.index(item[1]["kind"]), item[0])):
+        title, render = SECTIONS[result["kind"]]
+        section = render(name, result)
+        parts.append(f"## {title}: {name}\n\n{environment_text(result['environment'])}\n{section.text.strip()}\n")
+        parts += [f"![{Path(picture).stem}]({pictures_at}/{picture})\n" for picture in section.pictures]
+        pictures |= section.pictures
+    return "\n".join(parts), pictures
+
+
+def committed_documents(folder: Path = COMMITTED, target: Path = DOCUMENT) -> dict[Path, str]:
+    """docs/benchmarks.md and its pictures, as they have to be for the committed results; nothing without any."""
+    results = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+    if not results:
+        return {}
+    text, pictures = document(results, pictures_at=target.stem)
+    return {target: text, **{target.with_suffix("") / name: picture for name, picture in pictures.items()}}
+
+
+def readme(text: str, folder: Path = COMMITTED) -> str:
+    """The README with its figure written anew: what stands between its two markers, out of the first bench result.
+
+    Unchanged without the markers or without a result.
+    """
+    begin, end = "<!-- figure -->\n", "<!-- /figure -->"
+    result = next((one for one in map(read, sorted(folder.glob("*.json"))) if one["kind"] == "bench"), None)
+    if result is None or begin not in text or end not in text:
+        return text
+    head, rest = text.split(begin, 1)
+    return head + begin + headline(result) + end + rest.split(end, 1)[1]
+
+
+def report(folder: Path) -> list[Path]:
+    """Write benchmarks.md and its pictures beside the results of a folder; what was written."""
+    results = {path.stem: read(path) for path in sorted(folder.glob("*.json")) if '"kind"' in path.read_text()[:2000]}
+    if not results:
+        raise ToolError(f"{folder}: expected results, *.json of clip-tools, found none: run `make bench`")
+    text, pictures = document(results, pictures_at=".")
+    written = {folder / "benchmarks.md": text, **{folder / name: picture for name, picture in pictures.items()}}
+    for path, content in written.items():
+        path.write_text(content)
+    return list(written)

@@ -1,0 +1,109 @@
+"""Results as Markdown and pictures: one function for each kind but `bench`, which is in `bench_section`."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from clip_tools.measuring import plots
+
+
+@dataclass
+class Section:
+    """A result's part of the document: its Markdown, and its pictures by file name."""
+
+    text: str
+    pictures: dict[str, str] = field(default_factory=dict)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; numbers stand at the right from the second column on."""
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def perf_section(name: str, result: dict[str, Any]) -> Section:
+    """What perf_analyzer said."""
+    rows = []
+    for level in result["levels"]:
+        times = (f"{level['latency_ms'][p]:.1f}" for p in ("p50", "p90", "p95", "p99"))
+        rows.append((level["mode"], f"{level['level']:g}", str(level["batch"]), f"{level['throughput']:.1f}", *times))
+    head = ("perf_analyzer", "level", "batch", "images/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms")
+    text = f"`{result['model']}`, {result['images']['count']} photographs ({result['images']['name']}).\n\n"
+    if result.get("unstable"):
+        text += f"No three windows agreed at {', '.join(result['unstable'])}.\n\n"
+    commands = "".join(f"    {level['command']}\n" for level in result["levels"])
+    picture = plots.latency_against_throughput(result)
+    return Section(text + markdown_table(head, rows) + "\n" + commands, {f"{name}.svg": picture})
+
+
+def serialisation_section(name: str, result: dict[str, Any]) -> Section:
+    """Bytes and time of the four ways to send the same images."""
+    rows = []
+    for cost in result["costs"]:
+        times = (cost["encode_ms"], cost["decode_ms"], cost["preprocess_ms"])
+        size = f"{cost['sent_bytes'] / 1000:,.0f}"
+        rows.append((cost["format"], str(cost["batch"]), size, *(f"{time:.2f}" for time in times)))
+    text = (
+        f"{result['images']['count']} photographs ({result['images']['name']}), in one process without a server; "
+        f"the median of {result['runs']} runs. Preprocessing is paid once whatever the format: by the client with the "
+        "first three, by the server with JPEG.\n\n"
+    )
+    head = ("format", "batch", "KB sent", "encode ms", "decode ms", "preprocess ms")
+    series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+    for form in dict.fromkeys(cost["format"] for cost in result["costs"]):
+        mine = [cost for cost in result["costs"] if cost["format"] == form]
+        series[form] = ([cost["batch"] for cost in mine], [cost["sent_bytes"] / cost["batch"] / 1000 for cost in mine])
+    picture = plots.bars(
+        {form: sizes[-1] for form, (_, sizes) in series.items()}, title="Sent for one image", label="KB"
+    )
+    return Section(text + markdown_table(head, rows), {f"{name}.svg": picture})
+
+
+def onnx_section(name: str, result: dict[str, Any]) -> Section:
+    """The engine's session, operators and scaling."""
+    session = result["session"]
+    parts = [
+        f"Configuration: {result['config_name'] or 'the default'}. Session created in {session['created_s']:.1f} s "
+        f"with {', then '.join(session['providers'])}.\n"
+    ]
+    rows = [(str(row["batch"]), f"{row['median_ms']:.1f}", f"{row['throughput']:.1f}") for row in result["scaling"]]
+    parts.append(markdown_table(("batch", "ms a run", "images/s"), rows))
+    x = [row["batch"] for row in result["scaling"]]
+    scaling = {"served session": (x, [row["throughput"] for row in result["scaling"]])}
+    pictures = {
+        f"{name}-batches.svg": plots.lines(
+            dict(scaling), title="The engine alone", x_label="batch", y_label="images a second"
+        )
+    }
+    for profile in result["operators"]:
+        nodes = ", ".join(f"{count} by {provider}" for provider, count in profile["nodes_by_provider"].items())
+        total = sum(profile["by_operator_ms"].values()) or 1.0
+        parts.append(
+            f"{profile['provider']} at batch {profile['batch']}: {profile['run_ms']:.1f} ms a run, session created in "
+            f"{profile['created_s']:.1f} s, nodes: {nodes}."
+            + (
+                " It runs the graph as one node, so the operators inside cannot be seen.\n"
+                if profile["fused"]
+                else "\n"
+            )
+        )
+        if not profile["fused"]:
+            top = list(profile["by_operator_ms"].items())[:10]
+            share = [(operator, f"{time:.2f}", f"{100 * time / total:.0f} %") for operator, time in top]
+            parts.append(markdown_table(("operator", "ms a run", "share"), share))
+            title = f"Time by operator, {profile['provider']}, batch {profile['batch']}"
+            pictures[f"{name}-operators.svg"] = plots.bars(dict(top), title=title, label="ms a run")
+    return Section("\n".join(parts), pictures)
+
+
+def tuning_section(name: str, result: dict[str, Any]) -> Section:
+    """Model Analyzer's search, or the sweep's."""
+    rows = [
+        (row["setting"], f"{row['throughput']:.1f}", f"{row['p99_ms']:.0f}", str(row["concurrency"]))
+        for row in result["points"]
+    ]
+    found = (
+        f"{result['searched_by']} measured {len(result['points'])} settings of `{result['model']}`; the best: "
+        f"{result['best']}.\n\n"
+    )
+    return Section(found + markdown_table(("setting", "images/s", "p99 ms", "concurrency"), rows), {})

@@ -1,0 +1,162 @@
+"""The photographs that measurements embed, and what open_clip itself says of them."""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clip_tools import photos
+from clip_tools.demo import weights_from_environment
+from clip_tools.engines.export_onnx import Manifest
+from clip_tools.errors import ToolError, missing_extra
+from clip_tools.oracle import Weights
+from clip_tools.paths import CACHE
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+VGA = "640x480"
+PHONE = "phone"
+VGA_JPEG_QUALITY = 90  # about 100 KB a photograph; not measured
+
+
+@dataclass(frozen=True)
+class Workload:
+    """N different photographs under one name, and what open_clip gives for them.
+
+    `embeddings` (N, 512) float32, L2 norm 1; `pixels` (N, 224, 224, 3) uint8 RGB.
+    """
+
+    name: str
+    images: tuple[bytes, ...]
+    embeddings: "npt.NDArray[np.float32]"
+    pixels: "npt.NDArray[np.uint8]"
+
+    @property
+    def mean_size_bytes(self) -> int:
+        """The mean size of an encoded photograph."""
+        return sum(map(len, self.images)) // len(self.images)
+
+
+def load_images(name: str, *, count: int = 32) -> tuple[bytes, ...]:
+    """`640x480`: real photographs resized to it, centre first; `phone`: 12 MP originals; else a folder's images.
+
+    At most `count`. The four phone originals are all different already.
+    """
+    if name == PHONE:
+        return tuple(path.read_bytes() for path in photos.phone_photos())
+    if name == VGA:
+        return _resized(photos.gate_photos(), count)
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ToolError(f"--images {name}: expected {VGA}, {PHONE} or a folder with images", exit_code=2)
+    return tuple(path.read_bytes() for path in photos.images_in(folder)[:count])
+
+
+def _resized(paths: Sequence[Path], count: int) -> tuple[bytes, ...]:
+    """The first `count` photographs in colour and of at least 640x480, as JPEGs of just that size."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise missing_extra("server", error) from error
+    folder = CACHE / "bench" / f"{VGA}-q{VGA_JPEG_QUALITY}-{count}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            fresh = Path(temporary) / "images"
+            fresh.mkdir()
+            for path in paths:
+                with Image.open(path) as image:
+                    if image.mode != "RGB" or image.width < 640 or image.height < 480:
+                        continue
+                    fitted = ImageOps.fit(image, (640, 480), Image.Resampling.LANCZOS)
+                fitted.save(fresh / f"{path.stem}.jpg", "JPEG", quality=VGA_JPEG_QUALITY)
+                if len(list(fresh.iterdir())) == count:
+                    break
+            try:
+                fresh.rename(folder)
+            except OSError:  # another process was first
+                if not folder.is_dir():
+                    raise
+    return tuple(path.read_bytes() for path in sorted(folder.iterdir()))
+
+
+def weights_of(model_path: Path) -> Weights:
+    """The weights in `model_path`, so that open_clip can load the same. Raises ToolError when they are not known.
+
+    A manifest keeps a checkpoint's digest, not its place: that comes from CLIP_CHECKPOINT and CLIP_MODEL.
+    """
+    manifest = Manifest.read(model_path)
+    if manifest is None:
+        raise ToolError(f"{model_path} has no manifest, so its weights are not known: run `clip-tools export-onnx`")
+    if manifest.checkpoint_sha256 is None:
+        return Weights(manifest.model, manifest.pretrained)
+    given = weights_from_environment()
+    if "CLIP_CHECKPOINT" not in os.environ or given.checkpoint_sha256 != manifest.checkpoint_sha256:
+        raise ToolError(
+            f"{model_path} was exported from {manifest.pretrained} (sha256 {manifest.checkpoint_sha256[:12]}...), "
+            f"which the answers are checked against: set CLIP_CHECKPOINT to it and CLIP_MODEL={manifest.model}"
+        )
+    return given
+
+
+def ensure_model(models: Path) -> Weights:
+    """The weights of the repository's `model.onnx`, exported first where it is missing or not CLIP_CHECKPOINT's.
+
+    As `clip-tools demo` does it: speed does not depend on the training, so untrained weights will do where no hub
+    answers, and the result says so.
+    """
+    from clip_tools import demo
+
+    model_path = models / "clip_onnx" / "1" / "model.onnx"
+    if not model_path.is_file() or "CLIP_CHECKPOINT" in os.environ:
+        demo.ensure_model([path.read_bytes() for path in photos.demo_photos()], output=model_path)
+    return weights_of(model_path)
+
+
+def load_workload(name: str, weights: Weights, *, count: int = 32) -> Workload:
+    """The photographs with open_clip's answers, which are computed once and kept.
+
+    In a process of its own, so that PyTorch's threads and memory do not stay in the one that measures.
+    """
+    import numpy as np
+
+    images = load_images(name, count=count)
+    digest = hashlib.sha256(repr((weights, weights.checkpoint_sha256)).encode())
+    for image in images:
+        digest.update(hashlib.sha256(image).digest())
+    path = CACHE / "bench" / f"reference-{digest.hexdigest()[:16]}.npz"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            for index, image in enumerate(images):
+                (Path(folder) / f"{index:05}.bin").write_bytes(image)
+            command = [sys.executable, "-m", "clip_tools.measuring.workload", folder, weights.model, weights.pretrained]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise ToolError(f"open_clip's own embeddings failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+            (Path(folder) / "reference.npz").replace(path)
+    with np.load(io.BytesIO(path.read_bytes())) as reference:
+        return Workload(name, images, reference["embeddings"], reference["pixels"])
+
+
+def _write_reference(folder: Path, weights: Weights) -> None:
+    import numpy as np
+
+    from clip_tools.oracle import load_oracle
+
+    images = [path.read_bytes() for path in sorted(folder.glob("*.bin"))]
+    oracle = load_oracle(weights)
+    pixels = np.stack([oracle.pixels(image) for image in images])
+    np.savez(folder / "reference.npz", embeddings=oracle.embed(images), pixels=pixels)
+
+
+if __name__ == "__main__":
+    _write_reference(Path(sys.argv[1]), Weights(sys.argv[2], sys.argv[3]))

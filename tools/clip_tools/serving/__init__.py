@@ -1,0 +1,1 @@
+"""The embedded server: the real tritonserver, started, asked, swapped and stopped."""
