@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo serve bench test lint format docs lock clean
+.PHONY: help setup setup-gpu demo serve bench test lint format docs lock clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -23,6 +23,10 @@ $(READY): requirements/all.txt requirements/uv.txt pyproject.toml
 	@$(BIN)/uv pip sync -q --python $(BIN)/python --require-hashes requirements/all.txt
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
+
+setup-gpu: setup ## on a GPU host: CUDA and TensorRT in place of OpenVINO
+	@$(BIN)/uv pip uninstall -q --python $(BIN)/python onnxruntime-openvino
+	@$(BIN)/uv pip install --python $(BIN)/python --no-build-isolation -e '.[gpu]'
 
 demo: setup ## photographs to embeddings through the real server, shown as a table and a picture
 	@$(BIN)/clip-tools demo

@@ -17,7 +17,7 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
 from clip_tools.errors import ToolError
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.serve import EmbeddedServer, ServeOptions, _warning_if_untrained
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
 TRITONSERVER = Path(sys.executable).with_name("tritonserver")
@@ -54,6 +54,22 @@ def test_serve_says_ready_stops_on_a_signal_and_leaves_nothing(repository, tmp_p
         assert process.wait(timeout=60) == 0
     assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
     assert list(Path("/dev/shm").glob(f"clip_tools_{process.pid}_*")) == []  # noqa: S108
+
+
+def test_a_signal_while_the_models_load_ends_it_too(repository, tmp_path):
+    options = options_for(repository, tmp_path / "log")
+    with subprocess.Popen(serve_command(options), stderr=subprocess.PIPE, text=True) as process:
+        wait_for(process.stderr, "loading: clip_onnx")
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        assert "ready after" not in process.stderr.read()
+        assert process.wait(timeout=60) == 0
+    assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_untrained_weights_are_said_to_be_untrained(repository, weights):
+    words = _warning_if_untrained(ServeOptions(models=repository))
+    assert ("UNTRAINED" in words) == (weights.seed is not None)
 
 
 def test_a_server_comes_back_on_the_same_ports(repository, demo_photos, tmp_path):

@@ -11,7 +11,7 @@ from clip_tools.engines.export_onnx import Manifest, export_onnx, is_exported
 from clip_tools.errors import missing_extra
 from clip_tools.oracle import DEFAULT_MODEL, Weights, WeightsUnavailable
 from clip_tools.paths import CACHE, ROOT
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+from clip_tools.serving.serve import EmbeddedServer, ServeOptions, check_ports
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +22,7 @@ LOG = CACHE / "demo" / "tritonserver.log"
 
 UNTRAINED = (
     "UNTRAINED WEIGHTS (random:0): no model hub answered, so the vectors below are real in every way but meaning. "
-    "For trained ones: clip-tools export-onnx --pretrained PATH"
+    "For trained ones: .venv/bin/clip-tools export-onnx --pretrained PATH"
 )
 
 
@@ -128,6 +128,7 @@ def demo(options: ServeOptions, *, picture: Path) -> None:
         from clip_embed import EmbeddingClient
     except ImportError as error:
         raise missing_extra("server", error) from error
+    check_ports(options)
     talk, data = Console(stderr=True), Console(soft_wrap=True)
     with talk.status("taking the photographs out of their packages"):
         paths = photos.demo_photos()

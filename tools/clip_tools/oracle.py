@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import logging
 import re
+import textwrap
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def load_oracle(weights: Weights) -> Oracle:
             weights_only=True,  # a checkpoint is data: nothing in it may run
         )
     except Exception as error:  # hub, file and state-dict errors come in many types
-        line = " ".join(str(error).split())[:200]
+        line = textwrap.shorten(str(error), 200, placeholder=" ...")
         if "weights_only" in line:  # torch advises to switch the guard off
             line = "it is neither safetensors nor a torch checkpoint of plain tensors"
         raise WeightsUnavailable(

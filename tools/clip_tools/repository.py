@@ -38,7 +38,10 @@ def read_config(models: Path, name: str, config_name: str | None = None) -> Any:
     try:
         return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
     except FileNotFoundError as error:
-        raise ToolError(f"{path} was expected and is not there: is {models} the model repository?") from error
+        raise ToolError(
+            f"{path} was expected and is not there: is {models} the model repository? Run this in a checkout, or give "
+            "--models"
+        ) from error
     except text_format.ParseError as error:
         raise ToolError(f"{path} is not a Triton model configuration: {error}") from error
 

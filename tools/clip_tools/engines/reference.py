@@ -77,7 +77,8 @@ def _pixels(oracle: Oracle, path: Path, data: bytes) -> "npt.NDArray[np.uint8]":
     try:
         return oracle.pixels(data)
     except (UnidentifiedImageError, OSError) as error:
-        raise ToolError(f"{path}: expected an image, came {error}; take it out of the folder") from error
+        why = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+        raise ToolError(f"{path}: expected an image, came {why}; take it out of the folder") from error
 
 
 def _digest(images: Sequence[bytes]) -> str:

@@ -100,12 +100,7 @@ class EmbeddedServer:
         check_files(models)
         check_plans(models, rebuild=options.rebuild_stale)
         installation = find_installation()
-        for title, flag, port in (
-            ("HTTP", "--http-port", options.http_port),
-            ("gRPC", "--grpc-port", options.grpc_port),
-            ("metrics", "--metrics-port", options.metrics_port),
-        ):
-            check_port_is_free(options.host, port, title, flag)
+        check_ports(options)
         self._process = subprocess.Popen(
             command(installation, [*self._flags(), *options.arguments]),
             env={**os.environ, **installation.environment},
@@ -161,6 +156,8 @@ class EmbeddedServer:
         with EmbeddingClient(self.options.grpc_url, timeout_s=60, retry=None) as client:
             while time.monotonic() < deadline:
                 self._raise_if_ended()
+                if self._stopping:
+                    raise ToolError(f"the server was stopped before {ENSEMBLE} was loaded")
                 if client.is_ready():
                     try:
                         client.embed([image])
@@ -268,8 +265,23 @@ def probe_image() -> bytes:
     return buffer.getvalue()
 
 
-def check_port_is_free(host: str, port: int, title: str, flag: str) -> None:
-    """Raises ToolError when something listens on the port, or the address is not this machine's."""
+def check_ports(options: ServeOptions) -> None:
+    """Raises ToolError when two ports are one, something listens on one, or the address is not this machine's."""
+    if len({options.http_port, options.grpc_port, options.metrics_port}) < 3:
+        raise ToolError(
+            f"expected three different ports, came --http-port {options.http_port}, --grpc-port {options.grpc_port}, "
+            f"--metrics-port {options.metrics_port}",
+            exit_code=2,
+        )
+    for title, flag, port in (
+        ("HTTP", "--http-port", options.http_port),
+        ("gRPC", "--grpc-port", options.grpc_port),
+        ("metrics", "--metrics-port", options.metrics_port),
+    ):
+        _check_port(options.host, port, title, flag)
+
+
+def _check_port(host: str, port: int, title: str, flag: str) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -318,6 +330,17 @@ def _forwarding_signals(server: EmbeddedServer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _warning_if_untrained(options: ServeOptions) -> str:
+    """A line for whoever would fill an index with vectors that mean nothing; empty for trained weights."""
+    from clip_tools.engines.export_onnx import Manifest
+
+    file = deployment(options.models, options.config_name)[-2].file
+    manifest = Manifest.read(file) if file else None
+    if manifest is None or manifest.trained:
+        return ""
+    return f"UNTRAINED WEIGHTS ({manifest.pretrained}): the vectors mean nothing; export trained ones to keep any\n"
+
+
 def serve(options: ServeOptions) -> None:
     """Serve in the foreground until a signal comes. Raises ToolError when the server cannot start or ends by itself."""
     server = EmbeddedServer(options)
@@ -331,6 +354,7 @@ def serve(options: ServeOptions) -> None:
                     f"ready after {time.monotonic() - started:.1f} s: {ENSEMBLE} embeds at {options.grpc_url} "
                     f"and {options.http_url} (metrics on port {options.metrics_port}); Ctrl-C stops it\n"
                 )
+                sys.stderr.write(_warning_if_untrained(options))
             server.wait()
         except ToolError:
             if not server._stopping:
