@@ -103,7 +103,7 @@ def test_odd_files_give_open_clips_pixels_or_are_refused(oracle, limits, odd_ima
 def test_fast_mode_is_close_on_phone_photographs_and_the_same_on_small_ones(limits, demo_photos):
     """Twice the target is kept before the last resize, so no pixel moves far: 12 of 255 at most, in 121 photographs.
 
-    What that does to the embedding is measured with trained weights: docs/results.
+    What that does to the embedding depends on the weights: `clip-tools verify --engine fast`.
     """
     for path in [*photos.phone_photos(), *demo_photos]:
         exact, fast = (pixels_of(path.read_bytes(), limits, fast=mode).astype(int) for mode in (False, True))

@@ -54,7 +54,8 @@ def pixels_of(image_bytes: bytes, limits: Limits, *, fast: bool = False) -> np.n
     animation. Raises RefusedImage.
 
     `fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its size inside the DCT, but never below twice the target, and resizes
-    from there: other bytes, which docs/results holds against the exact ones.
+    from there: other bytes, of 121 photographs at most 12 of 255 away. What that costs, `clip-tools verify --engine
+    fast` says of your own weights.
     """
     image = _opened(image_bytes, limits)
     try:
