@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from clip_embed import EmbeddingClient, InvalidImageError
 from clip_tools.repository import read_config
 
-# FP32 arithmetic in another order; README, "Precision". The worst of 200 photographs read 0.9999996.
+# FP32 arithmetic in another order; the gate. The worst of 121 photographs read 0.9999999 (docs/results/precision).
 MIN_COSINE = 0.99999
-# One image alone and within a batch run through other kernels, so the last bits of FP32 differ.
-SAME_IMAGE_MAX_ABS = 1e-5
+# One image alone, within a batch and in PyTorch runs through other kernels, so the last bits of FP32 differ: 5.3e-5 at
+# most, over 121 photographs with touchy weights. Two different photographs differ by over 0.01.
+SAME_IMAGE_MAX_ABS = 2e-4
 
 
 @pytest.fixture(scope="module")

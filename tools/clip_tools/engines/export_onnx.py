@@ -21,10 +21,11 @@ MAX_BATCH = 64
 OPSET = 20
 GRAPH = 2  # the form of the graph: 1 had the pixels' layout changed before their type, which TensorRT cannot
 
-# The exported graph is the same arithmetic in FP32, in another order: the worst of 200 images read 0.9999997 in
-# cosine and 2e-6 in an element. Ten times that is still far from any real mistake.
+# The exported graph is the same arithmetic in FP32, in another order: the worst of 121 photographs read 0.9999999 in
+# cosine, and 1.3e-6 in an element, 5.3e-5 with weights that are touchier (docs/results/precision/b-*-fp32.json). Four
+# times that is still far from any real mistake.
 MIN_COSINE = 0.99999
-MAX_ABS_DIFFERENCE = 2e-5
+MAX_ABS_DIFFERENCE = 2e-4
 _BATCHES = (1, 2, 5, 16)
 
 
