@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from clip_tools import photos
 from clip_tools.demo import weights_from_environment
 from clip_tools.engines.export_onnx import export_onnx, is_exported, manifest_path
+from clip_tools.measuring.services import free_ports
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import BACKENDS, CACHE, MODELS
 from clip_tools.repository import read_config
@@ -83,18 +83,6 @@ def repository(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for path in (onnx_model, manifest_path(onnx_model)):
         (folder / "clip_onnx" / "1" / path.name).symlink_to(path)
     return folder
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, for a server that wants numbers."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def options_for(models: Path, log: Path, **changes: object) -> ServeOptions:

@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from tests.conftest import free_ports
 from tests.small_graph import write_small_graph
 
 from clip_embed import EmbeddingClient
 from clip_tools.gpu import find_gpu
+from clip_tools.measuring.services import free_ports
 
 
 @pytest.fixture

@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.conftest import free_ports
 
 from clip_embed import EmbeddingClient, InvalidImageError
 from clip_tools.measuring.results import read
-from clip_tools.measuring.services import PyTorchService
+from clip_tools.measuring.services import PyTorchService, free_ports
 from clip_tools.measuring.variants import Variant, write_repository
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.conftest import free_ports, options_for
+from tests.conftest import options_for
 from tests.small_graph import write_small_graph
 
 from clip_embed import EmbeddingClient
 from clip_tools.engines.build_engine import EngineOptions, build_engine
 from clip_tools.errors import ToolError
+from clip_tools.measuring.services import free_ports
 from clip_tools.serving.model_control import GrpcModelControl
 from clip_tools.serving.serve import EmbeddedServer
 from clip_tools.serving.swap import SwapOptions, swap

@@ -12,12 +12,12 @@ from clip_tools.cli import app
 from clip_tools.engines import export_variant as exporting
 from clip_tools.engines.build_engine import EngineOptions
 from clip_tools.engines.engine_manifest import stale_reason
-from clip_tools.engines.export_onnx import Manifest, manifest_path
+from clip_tools.engines.export_onnx import Manifest, compare, manifest_path
 from clip_tools.engines.export_variant import export_variant
 from clip_tools.engines.precision import lower
 from clip_tools.engines.verify import Engine, find_engine, verify
 from clip_tools.errors import ToolError
-from clip_tools.oracle import Weights
+from clip_tools.oracle import Oracle, Weights
 from clip_tools.serving.serve import EmbeddedServer
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
@@ -77,6 +77,22 @@ def test_a_broken_graph_fails(
     verdict = verify(Engine(file=broken), weights, demo_photos)
     assert not verdict.passed
     assert "worst cosine" in verdict.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("visual.positional_embedding", lambda value: np.roll(value, 1, axis=0)),
+        ("visual.proj", lambda value: np.full_like(value, np.nan)),
+    ],
+)
+def test_a_broken_export_is_refused_by_its_own_comparison(
+    oracle: Oracle, onnx_model: Path, demo_photos: list[Path], tmp_path: Path, name: str, change
+) -> None:
+    """Before it is written; NaN too, which Python's own min and max would drop."""
+    broken = changed(onnx_model, tmp_path, name, change)
+    with pytest.raises(ToolError, match="drifts from PyTorch"):
+        compare(oracle, broken, [demo_photos[0].read_bytes()])
 
 
 def test_dynamic_int8_is_refused(trained: Weights, onnx_model: Path, demo_photos: list[Path], tmp_path: Path) -> None:

@@ -8,7 +8,15 @@ import pytest
 from clip_tools.engines.calibration import Calibration, calibrate, check_count
 from clip_tools.engines.gates import GATES, agreement, counts_for_nothing, failures, gates_table
 from clip_tools.engines.onnx_runner import NATIVE, TWIN, run_onnx
-from clip_tools.engines.precision import count_matrices, fold_normalisation, lower, precision_of, split_gemm, twin
+from clip_tools.engines.precision import (
+    count_matrices,
+    fold_normalisation,
+    lower,
+    naive_half,
+    precision_of,
+    split_gemm,
+    twin,
+)
 from clip_tools.engines.quantize import LayerStatistics, fit, linear_layers, prepare, quantize
 from clip_tools.errors import ToolError
 from clip_tools.paths import ROOT
@@ -110,6 +118,12 @@ def test_matrices_are_lowered_and_the_rest_stays_in_fp32(block: "onnx.ModelProto
     assert count_matrices(lowered) == {half: 6}
     assert precision_of(lowered) == half
     assert precision_of(block) == "fp32"
+
+
+def test_the_naive_conversion_leaves_nothing_in_fp32_but_the_output(block: "onnx.ModelProto") -> None:
+    """It is what the README's table calls FP16 throughout."""
+    types = types_of(naive_half(block))
+    assert {name for name, kind in types.items() if kind == "FLOAT"} == {"embedding"}
 
 
 def test_folding_the_normalisation_changes_nothing(block: "onnx.ModelProto", pixels: np.ndarray) -> None:

@@ -4,7 +4,6 @@ It uses open_clip's own transform and model and none of the served code, so that
 """
 
 import contextlib
-import hashlib
 import logging
 import re
 import textwrap
@@ -15,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, missing_extra
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class Weights:
         path = Path(self.pretrained)
         if self.seed is not None or not path.is_file():
             return None
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
 
 
 @dataclass(frozen=True)

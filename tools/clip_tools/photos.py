@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import CACHE
 
@@ -287,8 +288,7 @@ def _artefact(source: PhotoSource, folder: Path, tell: Callable[[str], None]) ->
 
 def _check(path: Path, source: PhotoSource, advice: str) -> None:
     """Refuse a file whose sha256 is not the pinned one."""
-    with path.open("rb") as file:
-        came = hashlib.file_digest(file, "sha256").hexdigest()
+    came = sha256_of(path)
     if came != source.sha256:
         size = f"{path.stat().st_size} bytes where {source.size_bytes} were expected"
         raise ToolError(f"{source.filename}: expected sha256 {source.sha256}, came {came} ({size}); {advice}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clip_tools.container.settings import Settings
 from clip_tools.container.start import exported_dir, graph_name
-from clip_tools.engines.export_onnx import sha256_of
+from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError
 
 Say = Callable[[str], None]

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clip_tools.digest import sha256_of
 from clip_tools.engines.census import Census, count_engine, count_network
 from clip_tools.engines.engine_manifest import (
     EngineManifest,
     EngineOptions,
     engine_manifest_path,
-    sha256_of,
     stale_reason,
 )
 from clip_tools.engines.tensorrt_library import load_tensorrt

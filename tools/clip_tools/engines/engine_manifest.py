@@ -1,11 +1,11 @@
 """What a TensorRT plan was built of, with and for, kept beside it; and whether it still fits what is here."""
 
-import hashlib
 import json
 import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from clip_tools.digest import sha256_of
 from clip_tools.engines.precision import Precision
 from clip_tools.engines.tensorrt_library import Runtime, installed_version
 from clip_tools.gpu import Gpu, find_gpu
@@ -178,9 +178,3 @@ def _other_onnx(manifest: EngineManifest, onnx_path: Path) -> str | None:
     if not onnx_path.is_file() or sha256_of(onnx_path) == manifest.onnx_sha256:
         return None
     return f"was built of another {manifest.onnx} than {onnx_path} is now"
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,6 @@
 """`clip-tools export-onnx`: the image tower of an open_clip model as the ONNX file that `clip_onnx` serves."""
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.oracle import IMAGE_SIZE_PX, Oracle, Weights, load_oracle
 from clip_tools.paths import MODELS
@@ -206,25 +206,20 @@ def compare(oracle: Oracle, model_path: Path, photographs: Sequence[bytes]) -> t
     with torch.inference_mode():
         expected = oracle.model.encode_image((scaled - mean) / std, normalize=True).numpy()
     session = onnxruntime.InferenceSession(str(model_path), providers=["CPUExecutionProvider"])
-    worst_cosine, max_abs_difference = 1.0, 0.0
+    cosines, differences = [], []
     for batch in _BATCHES:
         for start in range(0, len(pixels), batch):
             rows = slice(start, start + batch)
             (got,) = session.run(["embedding"], {"pixels": pixels[rows]})
             if got.shape != expected[rows].shape:
                 raise ToolError(f"the exported graph gives {got.shape} for a batch of {len(expected[rows])}")
-            worst_cosine = min(worst_cosine, float((got * expected[rows]).sum(axis=1).min()))
-            max_abs_difference = max(max_abs_difference, float(np.abs(got - expected[rows]).max()))
-    # NaN compares false, so it fails here too.
+            cosines.append((got * expected[rows]).sum(axis=1).min())
+            differences.append(np.abs(got - expected[rows]).max())
+    # numpy's min and max keep a NaN, which Python's would drop; it compares false, so it fails here too.
+    worst_cosine, max_abs_difference = float(np.min(cosines)), float(np.max(differences))
     if not (worst_cosine >= MIN_COSINE and max_abs_difference <= MAX_ABS_DIFFERENCE):
         raise ToolError(
             f"the exported graph drifts from PyTorch: worst cosine {worst_cosine:.7f} (at least {MIN_COSINE}), "
             f"largest difference {max_abs_difference:.1e} (at most {MAX_ABS_DIFFERENCE:.0e}); nothing was written"
         )
     return worst_cosine, max_abs_difference
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_tools.digest import sha256_of
 from clip_tools.engines.engine_manifest import EngineManifest
-from clip_tools.engines.export_onnx import Manifest, sha256_of
+from clip_tools.engines.export_onnx import Manifest
 from clip_tools.engines.gates import GATES, Agreement, agreement, cosines, counts_for_nothing, failures
 from clip_tools.engines.onnx_runner import run_onnx
 from clip_tools.engines.precision import Precision, precision_of
