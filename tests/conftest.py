@@ -1,10 +1,12 @@
 """What the tests share: photographs, weights, the oracle, a model repository and the real server."""
 
+import datetime
 import hashlib
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from clip_tools.demo import weights_from_environment
 from clip_tools.engines.export_onnx import export_onnx, is_exported, manifest_path
 from clip_tools.measuring.services import free_ports
 from clip_tools.oracle import Oracle, Weights, load_oracle
-from clip_tools.paths import BACKENDS, CACHE, MODELS
+from clip_tools.paths import BACKENDS, CACHE, MODELS, RESULTS
 from clip_tools.repository import read_config
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions
 
@@ -97,3 +99,21 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """The real tritonserver, started once for all tests that only ask it things."""
     with EmbeddedServer(options_for(repository, tmp_path_factory.mktemp("server") / "log")) as running:
         yield running
+
+
+@pytest.fixture
+def record_reliability(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Keep the figures a test has seen, for docs/reliability.md: `record_reliability("fuzz", cases=10_000, lost=0)`.
+
+    They go to results/reliability.json from `make test-long`, from a short run to another file beside it.
+    """
+    long = request.node.get_closest_marker("long") is not None
+    path = RESULTS / ("reliability.json" if long else "reliability-short.json")
+
+    def record(name: str, **figures: object) -> None:
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        known[name] = {"test": request.node.nodeid, "date": datetime.date.today().isoformat(), **figures}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+
+    return record

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from clip_tools.errors import ToolError
-from clip_tools.paths import MODELS, ROOT
+from clip_tools.paths import MODELS, RESULTS, ROOT
 
 app = typer.Typer()
 
-RESULTS = ROOT / "results"
 
 Models = Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")]
 Images = Annotated[

@@ -17,7 +17,7 @@ from clip_tools.measuring.fingerprint import fingerprint, gpu_name
 from clip_tools.measuring.perf import PerfOptions, write_input
 from clip_tools.measuring.variants import write_config
 from clip_tools.measuring.workload import VGA
-from clip_tools.paths import MODELS, ROOT
+from clip_tools.paths import MODELS, RESULTS, ROOT
 from clip_tools.repository import ENSEMBLE, read_config
 
 CONFIG = ROOT / "tools" / "model_analyzer" / "ensemble.yaml"
@@ -30,7 +30,7 @@ _CSV = Path("results") / "metrics-model-inference.csv"
 class ProfileOptions:
     """How Model Analyzer is to run. Ports are those of its server; `folder` holds all it writes."""
 
-    folder: Path = ROOT / "results" / "model-analyzer"
+    folder: Path = RESULTS / "model-analyzer"
     mode: Mode = "local"
     images: str = VGA
     config: Path = CONFIG

@@ -14,7 +14,7 @@ from clip_tools.measuring.perf import PerfOptions, run_level, write_input
 from clip_tools.measuring.services import TritonService
 from clip_tools.measuring.variants import Variant, change, committed_variant, write_config
 from clip_tools.measuring.workload import VGA
-from clip_tools.paths import MODELS, ROOT
+from clip_tools.paths import MODELS, RESULTS
 from clip_tools.repository import ENSEMBLE
 
 # 0 is ONNX Runtime's own choice of threads: every core. Beyond the cores there is nothing to find.
@@ -42,7 +42,7 @@ class SweepOptions:
     config_name: str | None = None
     also: tuple[Variant, ...] = ()
     models: Path = MODELS
-    log: Path = ROOT / "results" / "sweep.jsonl"
+    log: Path = RESULTS / "sweep.jsonl"
 
 
 @dataclass(frozen=True)
