@@ -119,7 +119,7 @@ class _EmbeddingCaller(_Caller):
         from clip_embed import EmbeddingClient
 
         super().__init__(arm, workload)
-        self._client = EmbeddingClient(url, backend=backend, batch_size=64, timeout_s=TIMEOUT_S)
+        self._client = EmbeddingClient(url, backend=backend, batch_size=64, timeout_s=TIMEOUT_S, retry=None)
 
     def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
         return self._client.embed(self._images(indices))

@@ -86,7 +86,7 @@ class PyTorchService:
         from clip_embed import EmbeddingClient
         from clip_tools.serving.serve import probe_image
 
-        with EmbeddingClient(self.url, backend="pytorch", timeout_s=60) as client:
+        with EmbeddingClient(self.url, backend="pytorch", timeout_s=60, retry=None) as client:
             while not client.is_ready():
                 if self._process.poll() is not None or time.perf_counter() > deadline:
                     self._log.seek(0)
