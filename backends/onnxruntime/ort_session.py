@@ -125,7 +125,13 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     elif plan.graph_level > 0:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    session = onnxruntime.InferenceSession(str(model_path), options, providers=plan.providers)
+    try:
+        session = onnxruntime.InferenceSession(str(model_path), options, providers=plan.providers)
+    except Exception as error:
+        raise ConfigError(
+            f"ONNX Runtime cannot load {model_path}: {' '.join(str(error).split())}; if the file is damaged, make it "
+            f"again with `clip-tools export-onnx{_precision(model_path)}`"
+        ) from error
     session.disable_fallback()
     wanted, got = plan.providers[0][0], session.get_providers()[0]
     if got != wanted:

@@ -84,6 +84,16 @@ def test_a_missing_model_file_says_how_to_make_it(tmp_path):
         open_session(tmp_path / "model.onnx", session_plan({}, "CPU", 0))
 
 
+def test_a_damaged_model_file_is_named_with_what_to_do(tmp_path, onnx_model):
+    damaged = tmp_path / "model.fp16.onnx"
+    damaged.write_bytes(onnx_model.read_bytes()[:100_000])
+    with pytest.raises(
+        ConfigError, match=r"cannot load .*model\.fp16\.onnx.*clip-tools export-onnx --precision fp16"
+    ) as error:
+        open_session(damaged, session_plan({}, "CPU", 0))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
