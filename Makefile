@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup setup-gpu demo serve bench test test-long lint format docs lock clean
+.PHONY: help setup setup-gpu demo serve bench test test-long soak lint format docs lock clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -52,7 +52,10 @@ test: setup ## every test this machine can run
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-long: setup ## the long forms: thousands of broken files, overload, faults, soak (most of an hour)
-	@$(BIN)/python -m pytest -m long $(ARGS)
+	@$(BIN)/python -m pytest -m "long or promise" $(ARGS)
+
+soak: setup models/clip_onnx/1/model.onnx ## an hour of good and bad traffic; fails when something is lost or grows
+	@$(BIN)/clip-tools soak $(ARGS)
 
 lint: setup ## format, lint, types, generated files
 	@$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from clip_tools import photos
 from clip_tools.demo import weights_from_environment
 from clip_tools.engines.export_onnx import export_onnx, is_exported, manifest_path
+from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.measuring.services import free_ports
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import BACKENDS, CACHE, MODELS, RESULTS
@@ -107,11 +109,12 @@ def record_reliability(request: pytest.FixtureRequest) -> Callable[..., None]:
 
     They go to results/reliability.json from `make test-long`, from a short run to another file beside it.
     """
-    long = request.node.get_closest_marker("long") is not None
-    path = RESULTS / ("reliability.json" if long else "reliability-short.json")
+    short = "not long" in request.config.getoption("markexpr")
+    path = RESULTS / ("reliability-short.json" if short else "reliability.json")
 
     def record(name: str, **figures: object) -> None:
         known = json.loads(path.read_text()) if path.is_file() else {}
+        known["environment"] = asdict(fingerprint())
         known[name] = {"test": request.node.nodeid, "date": datetime.date.today().isoformat(), **figures}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
@@ -20,7 +21,8 @@ SAME_IMAGE_MAX_ABS = 1e-5
 CLIP_EMBED = str(Path(sys.executable).with_name("clip-embed"))
 
 
-def test_a_server_is_replaced_under_running_clients(repository, demo_photos, tmp_path):
+@pytest.mark.promise
+def test_a_server_is_replaced_under_running_clients(repository, demo_photos, tmp_path, record_reliability):
     """SIGTERM to the old one and a new one on its port, in the midst of an embed_many and of a clip-embed --resume."""
     options = options_for(repository, tmp_path / "log")
     old, new = EmbeddedServer(options), EmbeddedServer(options)
@@ -76,3 +78,4 @@ def test_a_server_is_replaced_under_running_clients(repository, demo_photos, tmp
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["path"] for line in lines] == list(map(str, paths))
     assert np.abs(np.array([line["embedding"] for line in lines]) - expected).max() < SAME_IMAGE_MAX_ABS
+    record_reliability("faults_upgrade", faults=1, requests=60, lost=0, twice=0)

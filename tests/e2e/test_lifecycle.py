@@ -110,7 +110,8 @@ def test_what_runs_is_printed_at_load(server):
     assert "runs model.onnx with OpenVINO FP32 on the CPU" in server.options.log.read_text()
 
 
-def test_a_port_in_use_names_the_port_and_the_flag(repository, tmp_path):
+@pytest.mark.promise
+def test_a_port_in_use_names_the_port_and_the_flag(repository, tmp_path, record_reliability):
     options = options_for(repository, tmp_path / "log")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", options.grpc_port))
@@ -120,6 +121,7 @@ def test_a_port_in_use_names_the_port_and_the_flag(repository, tmp_path):
     assert f"port {options.grpc_port} (gRPC)" in words
     assert "--grpc-port" in words
     assert words.count("\n") == 1
+    record_reliability("faults_port_taken", faults=1)
 
 
 def test_a_missing_model_file_is_one_line_with_the_command(repository, tmp_path):

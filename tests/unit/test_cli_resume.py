@@ -260,7 +260,8 @@ print(steps)
 MOMENTS = {"jsonl": 40, "parquet": 24}
 
 
-def test_killed_at_any_moment_every_image_is_there_once(out, table, photos, tmp_path):
+@pytest.mark.promise
+def test_killed_at_any_moment_every_image_is_there_once(out, table, photos, tmp_path, record_reliability):
     """A kill -9 at moments spread over a whole run, in the midst of writing too, and then often a second one."""
     name = out.suffix.removeprefix(".")
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -277,6 +278,7 @@ def test_killed_at_any_moment_every_image_is_there_once(out, table, photos, tmp_
     for folder in killed:
         assert_has(folder / out.name, photos)
         assert [path.name for path in folder.iterdir()] == [out.name]
+    record_reliability(f"faults_resume_{name}", faults=len(killed), lost=0, twice=0)
 
 
 @pytest.fixture(scope="module")

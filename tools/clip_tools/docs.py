@@ -26,9 +26,15 @@ def cli_reference() -> str:
 
 def generated() -> dict[Path, str]:
     """Each generated document and what it should hold."""
+    from clip_tools import reliability
     from clip_tools.measuring.report import committed_documents, readme
 
-    return {CLI_REFERENCE: cli_reference(), README: readme(README.read_text()), **committed_documents()}
+    return {
+        CLI_REFERENCE: cli_reference(),
+        README: readme(README.read_text()),
+        reliability.DOCUMENT: reliability.document(reliability.committed()),
+        **committed_documents(),
+    }
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clip_tools.errors import missing_extra
@@ -79,6 +79,26 @@ def lines(
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     axes.set_title(title, loc="left", size=10)
+    return _svg(figure)
+
+
+def over_time(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, title: str, judged_from: float
+) -> str:
+    """A panel a quantity, one below the other: its label -> (name -> (minutes, values)). Gray: what is not judged."""
+    figure = _figure(height=1.4 * len(panels) + 0.6)
+    rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (label, series) in zip(rows, panels.items(), strict=True):
+        for colour, (name, (x, y)) in zip(COLOURS, series.items(), strict=False):
+            axes.plot(x, y, "-", color=colour, label=name, linewidth=1.2)
+        axes.axvspan(0, judged_from, color="black", alpha=0.05, linewidth=0)
+        axes.set_ylabel(label, fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=8)
+        axes.legend(fontsize=7, loc="lower right", ncols=len(series))
+    rows[0].set_title(title, loc="left", size=10)
+    rows[-1].set_xlabel("minutes")
+    rows[-1].set_xlim(left=0)
     return _svg(figure)
 
 

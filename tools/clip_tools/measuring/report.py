@@ -11,7 +11,14 @@ from typing import Any
 from clip_tools.errors import ToolError
 from clip_tools.measuring.bench_section import bench_section, headline
 from clip_tools.measuring.results import read
-from clip_tools.measuring.sections import Section, onnx_section, perf_section, serialisation_section, tuning_section
+from clip_tools.measuring.sections import (
+    Section,
+    onnx_section,
+    perf_section,
+    serialisation_section,
+    soak_section,
+    tuning_section,
+)
 from clip_tools.paths import ROOT
 
 COMMITTED = ROOT / "docs" / "results"
@@ -37,6 +44,7 @@ SECTIONS: dict[str, tuple[str, Callable[[str, dict[str, Any]], Section]]] = {
     "onnx-profile": ("Inside the engine", onnx_section),
     "profile": ("Configurations, by Model Analyzer", tuning_section),
     "sweep": ("Configurations, by our own sweep", tuning_section),
+    "soak": ("Good and bad traffic over time", soak_section),
 }
 """Kind of a result -> its heading and what turns it into a section. A new verb adds its own here."""
 
@@ -61,9 +69,15 @@ def document(results: dict[str, dict[str, Any]], *, pictures_at: str) -> tuple[s
     return "\n".join(parts), pictures
 
 
+def committed_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of a folder by name; those of the tests, reliability-*.json, have a document of their own."""
+    paths = (path for path in sorted(folder.glob("*.json")) if not path.name.startswith("reliability-"))
+    return {path.stem: read(path) for path in paths}
+
+
 def committed_documents(folder: Path = COMMITTED, target: Path = DOCUMENT) -> dict[Path, str]:
     """docs/benchmarks.md and its pictures, as they have to be for the committed results; nothing without any."""
-    results = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+    results = committed_results(folder)
     if not results:
         return {}
     text, pictures = document(results, pictures_at=target.stem)
@@ -76,7 +90,7 @@ def readme(text: str, folder: Path = COMMITTED) -> str:
     Unchanged without the markers or without a result.
     """
     begin, end = "<!-- figure -->\n", "<!-- /figure -->"
-    result = next((one for one in map(read, sorted(folder.glob("*.json"))) if one["kind"] == "bench"), None)
+    result = next((one for one in committed_results(folder).values() if one["kind"] == "bench"), None)
     if result is None or begin not in text or end not in text:
         return text
     head, rest = text.split(begin, 1)

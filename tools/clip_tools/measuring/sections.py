@@ -107,3 +107,40 @@ def tuning_section(name: str, result: dict[str, Any]) -> Section:
         f"{result['best']}.\n\n"
     )
     return Section(found + markdown_table(("setting", "images/s", "p99 ms", "concurrency"), rows), {})
+
+
+def soak_section(name: str, result: dict[str, Any]) -> Section:
+    """Mixed traffic over time: what was sent, what came of it, and what grew."""
+    options = result["options"]
+    verdict = "Nothing was lost and nothing grew." if not result["problems"] else "Failed:"
+    problems = "".join(f"- {problem}\n" for problem in result["problems"])
+    text = (
+        f"{options['minutes']:g} minutes, {options['clients']} clients, {options['bad_share']:.0%} of the calls bad. "
+        f"{verdict}\n{problems}\n"
+    )
+    calls = [
+        (row["kind"], *(f"{row[key]:,.0f}" for key in ("calls", "images", "lost", "p50_ms", "p99_ms")))
+        for row in result["calls"]
+    ]
+    text += markdown_table(("call", "calls", "images", "lost", "p50 ms", "p99 ms"), calls) + "\n"
+    rises = [
+        (row["title"], f"{row['at_half']:,}", f"{row['at_end']:,}", f"{row['rise']:+.2f}", f"{row['bound']:.2f}")
+        for row in result["rises"]
+    ]
+    text += markdown_table(("server and stubs", "at half time", "at the end", "rise", "bound"), rises)
+    text += "\nThe rise is Theil and Sen's slope over the second half, times its length.\n"
+    points = result["points"]
+
+    def series(key: str) -> tuple[list[float], list[float]]:
+        mine = [point for point in points if key in point]
+        return [point["at_s"] / 60 for point in mine], [point[key] for point in mine]
+
+    panels = {
+        "memory, MiB": {"private": series("private_mib"), "resident": series("resident_mib")},
+        "shared memory, MiB": {"mapped": series("shared_mib")},
+        "count": {"open files": series("open_files"), "threads": series("threads")},
+        "latency, ms": {"p50": series("p50_ms"), "p99": series("p99_ms")},
+    }
+    title = f"{options['clients']} clients, {options['bad_share']:.0%} bad calls; judged from half time on"
+    picture = plots.over_time(panels, title=title, judged_from=points[len(points) // 2]["at_s"] / 60)
+    return Section(text, {f"{name}.svg": picture})

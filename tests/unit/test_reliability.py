@@ -1,0 +1,141 @@
+"""docs/reliability.md is made of what the tests recorded, and a soak is judged by what grew."""
+
+import ast
+import fnmatch
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from clip_tools.errors import ToolError
+from clip_tools.measuring.sections import soak_section
+from clip_tools.measuring.soak import BOUNDS, figures, judge
+from clip_tools.measuring.watch import theil_sen
+from clip_tools.reliability import NOT_MEASURED, PROMISES, document
+
+TESTS = Path(__file__).parents[1]
+
+
+def recorded_names() -> set[str]:
+    """The first argument of every `record_reliability(...)` in the tests; `{}` is for what is in braces."""
+    return {
+        re.sub(r"\{.*?\}", "{}", ast.unparse(node.args[0]).removeprefix("f").strip("'"))
+        for path in TESTS.rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "record_reliability"
+    }
+
+
+def test_what_a_test_records_is_a_promise():
+    promised = [promise.entry for promises in PROMISES.values() for promise in promises]
+    assert len(promised) == len(set(promised))
+    assert [name for name in recorded_names() if not fnmatch.filter(promised, name.replace("{}", "*"))] == []
+
+
+def entry(**seen: object) -> dict:
+    return {"test": "tests/e2e/test_faults.py::test_it[100]", "date": "2026-11-20", **seen}
+
+
+def test_figures_are_summed_and_shown_beside_their_promise():
+    machine = {
+        "environment": {"cpu": "Some CPU", "cores": 2, "gpu": None, "date": "2026-11-20T06", "git_commit": "0123"},
+        "fuzz_preprocess": entry(cases=10_000, memory_before_mb=80.0, memory_after_mb=81.4),
+        "fuzz_served": entry(cases=2_000),
+        "faults_sigterm": entry(faults=1, requests=8, lost=0, ready_again_s=2.5),
+        "soak": entry(requests=4_000, lost=1),
+    }
+    words = document({"2core": machine})
+    assert "## 2core\n\nSome CPU, 2 cores, no GPU; 2026-11-20, commit 0123." in words
+    for row in (
+        "| cases fuzzed | 12,000 |",
+        "| faults injected | 1 |",
+        "| requests sent | 4,008 |",
+        "| requests lost | 1 |",
+        "| memory before → after | 80 → 81 MB (fuzz preprocess) |",
+        "| faults 1; requests 8; lost 0; ready again 2.5 s | [test_it](../tests/e2e/test_faults.py) |",
+    ):
+        assert row in words
+
+
+def test_a_promise_without_a_figure_is_not_measured():
+    words = document({})
+    assert words.count(f"| {NOT_MEASURED} |  |") == sum(map(len, PROMISES.values()))
+    assert f"| peak throughput | {NOT_MEASURED} |" in words
+
+
+def test_the_slope_is_that_of_the_many():
+    x = list(range(40))
+    y = [3 * value + (1000 if value % 5 == 0 else 0) for value in x]
+    assert theil_sen(x, y) == pytest.approx(3, abs=0.5)
+    assert theil_sen([1], [1]) == 0
+
+
+def soaked(**rise_a_minute: float) -> list[dict[str, float]]:
+    """An hour of samples that breathe a little, with a rise where one is given."""
+    dice = random.Random(0)  # noqa: S311
+    level = {"private_mib": 2000.0, "open_files": 80, "threads": 150, "regions": 3, "shared_mib": 20.0, "p50_ms": 300.0}
+    return [
+        {"at_s": 60.0 * minute, "resident_mib": 2100.0}
+        | {
+            name: value * (1 + (name in ("private_mib", "p50_ms")) * dice.uniform(-0.01, 0.01))
+            + minute * rise_a_minute.get(name, 0)
+            for name, value in level.items()
+        }
+        for minute in range(60)
+    ]
+
+
+def test_an_hour_that_only_breathes_has_no_problem():
+    assert [rise["problem"] for rise in judge(soaked())] == [""] * len(BOUNDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "a_minute"),
+    [
+        ("private_mib", 1.5),
+        ("open_files", 0.5),
+        ("threads", 0.2),
+        ("regions", 0.1),
+        ("shared_mib", 0.1),
+        ("p50_ms", 20),
+    ],
+)
+def test_what_grows_is_a_problem_with_its_reason(name, a_minute):
+    problems = [rise["problem"] for rise in judge(soaked(**{name: a_minute})) if rise["problem"]]
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{BOUNDS[name].title}: +")
+    assert BOUNDS[name].reason in problems[0]
+
+
+def test_what_was_filled_in_the_first_half_is_no_growth():
+    points = soaked()
+    for point in points[:25]:
+        point["private_mib"] /= 2
+        point["regions"] = 1
+    assert [rise["problem"] for rise in judge(points) if rise["problem"]] == []
+
+
+def test_too_short_a_soak_is_not_judged():
+    with pytest.raises(ToolError, match="soak for longer"):
+        judge(soaked()[:4])
+
+
+def test_a_soak_is_shown_with_its_problems():
+    result = {
+        "options": {"minutes": 60.0, "clients": 8, "bad_share": 0.1},
+        "problems": ["memory, MiB: +99"],
+        "calls": [
+            {"kind": "few", "is_bad": False, "calls": 9000, "images": 20_000, "lost": 2, "p50_ms": 300, "p99_ms": 900},
+            {"kind": "broken", "is_bad": True, "calls": 1000, "images": 3000, "lost": 0, "p50_ms": 300, "p99_ms": 900},
+        ],
+        "rises": judge(soaked()),
+        "points": soaked(),
+    }
+    section = soak_section("soak-2core", result)
+    assert "Failed:\n- memory, MiB: +99\n" in section.text
+    assert "| few | 9,000 | 20,000 | 2 | 300 | 900 |" in section.text
+    assert "memory, MiB" in section.pictures["soak-2core.svg"]
+    seen = figures(result)
+    assert (seen["requests"], seen["bad_requests"], seen["lost"]) == (10_000, 1000, 2)
+    assert seen["memory_before_mb"] == result["points"][0]["private_mib"]

@@ -1,0 +1,216 @@
+"""`clip-tools soak`: mixed good and bad traffic for as long as it is let, and whether anything grew or was lost."""
+
+import contextlib
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_tools.errors import ToolError
+from clip_tools.measuring import watch
+from clip_tools.measuring.fingerprint import fingerprint
+from clip_tools.measuring.noise import percentile
+from clip_tools.measuring.soak_traffic import BAD_REQUESTS, Ended, Photographs, Traffic
+from clip_tools.paths import MODELS
+
+_WARM_UP = 4  # full batches before the clock starts: what holds the largest is filled
+SAMPLES = 360  # of the whole soak, so that the slopes between all of them are quickly had
+_SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class SoakOptions:
+    """`url` None: the embedded server is started for the soak, with the configuration `config_name`.
+
+    bad_share: of the calls, from 0 to 1, those that are bad in one of the ways of `soak_traffic.BAD_REQUESTS`.
+    """
+
+    minutes: float = 60.0
+    clients: int = 8
+    bad_share: float = 0.1
+    url: str | None = None
+    config_name: str | None = None
+    images: str = "640x480"
+    seed: int = 0
+    models: Path = MODELS
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How much more of a quantity there may be after the second half than before it: the larger of the two.
+
+    `of_level` is a fraction of what there was in the half's first third.
+    """
+
+    title: str
+    of_level: float
+    absolute: float
+    reason: str
+
+
+BOUNDS = {
+    "private_mib": Bound(
+        "memory, MiB", 0.01, 16, "0.3 % was seen in a minute; 1 % in half an hour of 20 images/s is 600 bytes an image"
+    ),
+    "open_files": Bound("open files", 0.0, 8, "connections come and go with the clients"),
+    "threads": Bound("threads", 0.0, 4, "gRPC's pollers come and go"),
+    "regions": Bound("regions of shared memory", 0.0, 0, "made when a model is loaded, and never later"),
+    "shared_mib": Bound("shared memory, MiB", 0.02, 1, "a region grows to its largest batch, once"),
+    "p50_ms": Bound("latency, p50 ms", 0.5, 20, "other work on the machine; a queue that grows doubles it"),
+}
+"""What may not grow: columns of a sample, and why the bound is where it is."""
+
+
+def soak(options: SoakOptions, *, tell: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Any]:
+    """The result, in which `problems` is empty when all went well."""
+    import numpy as np
+
+    from clip_embed import EmbeddingClient
+    from clip_embed.errors import EmbeddingError
+    from clip_tools.measuring.workload import load_images
+
+    environment = asdict(fingerprint())
+    seconds = int(60 * options.minutes)
+    with _server(options) as (url, pid), EmbeddingClient(url, timeout_s=120, batch_size=64) as client:
+        images = load_images(options.images)
+        photographs = Photographs(images, np.concatenate([client.embed([image]) for image in images]))
+        for _ in range(_WARM_UP):
+            client.embed([images[0]] * 64)
+        began_with = {process.pid for process in watch.family(pid)}
+        traffic = Traffic(url, photographs, clients=options.clients, bad_share=options.bad_share, seed=options.seed)
+        every_s = max(1.0, seconds / SAMPLES)
+        title = f"soak: {url}"
+        with watch.Watch(pid, every_s=every_s, tell=lambda one: tell(title, int(one.at_s), seconds)) as watched:
+            traffic.start()
+            _wait(seconds, watched)
+            hanging = traffic.stop()
+        problems = [f"{hanging} of {options.clients} clients hang"] if hanging else []
+        problems += [str(watched.failure)] if watched.failure else []
+        try:
+            if {process.pid for process in watch.family(pid)} != began_with:
+                problems.append("a process of the server ended or was started anew")
+            if not client.is_ready():
+                problems.append("the server is not ready at the end")
+            client.embed(images[:1])
+        except (EmbeddingError, ToolError) as error:
+            problems.append(f"at the end: {type(error).__name__}: {error}")
+    points = _points(watched.samples, traffic.ended, every_s)
+    rises = judge(points)
+    return {
+        "kind": "soak",
+        "environment": environment,
+        "options": {**asdict(options), "models": None, "url": "given" if options.url else None},
+        "problems": problems + [rise["problem"] for rise in rises if rise["problem"]] + _lost(traffic.ended),
+        "calls": [_summary(kind, traffic.ended) for kind in sorted({one.kind for one in traffic.ended})],
+        "rises": rises,
+        "points": points,
+    }
+
+
+def _wait(seconds: float, watched: watch.Watch) -> None:
+    ends_s = time.monotonic() + seconds
+    while time.monotonic() < ends_s and watched.failure is None:
+        time.sleep(min(0.5, max(0.0, ends_s - time.monotonic())))
+
+
+@contextlib.contextmanager
+def _server(options: SoakOptions) -> Iterator[tuple[str, int]]:
+    """(the URL, the process) of the server that is soaked."""
+    from clip_embed.target import parse_urls
+    from clip_tools.measuring.services import TritonService
+    from clip_tools.measuring.variants import Variant
+
+    if options.url:
+        target = parse_urls(options.url, backend="triton")[0]
+        if not target.url.startswith("grpc://"):
+            raise ToolError(f"--url {options.url}: expected grpc://HOST:PORT", exit_code=2)
+        yield target.url, watch.listener(int(target.address.rsplit(":", 1)[1]))
+        return
+    service = TritonService(Variant(options.config_name), options.models)
+    try:
+        yield service.options.grpc_url, service.pid
+    finally:
+        service.stop()
+
+
+def _points(samples: Sequence[watch.Sample], ended: Sequence[Ended], every_s: float) -> list[dict[str, float]]:
+    """Each sample with the latencies of the photographs, one to four a request, that ended since the last one."""
+    points = []
+    for sample in samples:
+        since = [
+            one.latency_ms for one in ended if one.kind == "few" and sample.at_s - every_s < one.at_s <= sample.at_s
+        ]
+        latency = {"p50_ms": percentile(since, 50), "p99_ms": percentile(since, 99)} if since else {}
+        points.append({**asdict(sample), **{name: round(value, 1) for name, value in latency.items()}})
+    return points
+
+
+def judge(points: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
+    """For each quantity of BOUNDS its rise over the second half, by a slope that a few odd samples do not move.
+
+    The first half is for filling what is filled once: pools, caches, regions for the largest batch.
+    """
+    half = points[len(points) // 2 :]
+    rises = []
+    for name, bound in BOUNDS.items():
+        x = [point["at_s"] for point in half if name in point]
+        y = [point[name] for point in half if name in point]
+        if len(y) < 3:
+            raise ToolError(f"only {len(y)} samples of {bound.title} in the second half, expected 3: soak for longer")
+        rise = watch.theil_sen(x, y) * (x[-1] - x[0])
+        most = max(bound.of_level * statistics.median(y[: len(y) // 3]), bound.absolute)
+        problem = f"{bound.title}: {rise:+.1f} in the second half, over {most:.1f} ({bound.reason})"
+        rises.append(
+            {
+                "name": name,
+                "title": bound.title,
+                "at_half": y[0],
+                "at_end": y[-1],
+                "rise": round(rise, 2),
+                "bound": round(most, 2),
+                "problem": problem if rise > most else "",
+            }
+        )
+    return rises
+
+
+def _lost(ended: Sequence[Ended]) -> list[str]:
+    """What was wrong about calls, each way of being wrong once."""
+    found = Counter((one.kind, one.problem) for one in ended if one.problem)
+    shown = [f"{kind}, {count} times: {problem}" for (kind, problem), count in found.most_common(_SHOWN_PROBLEMS)]
+    return shown + ([f"and {len(found) - _SHOWN_PROBLEMS} other problems"] if len(found) > _SHOWN_PROBLEMS else [])
+
+
+def _summary(kind: str, ended: Sequence[Ended]) -> dict[str, Any]:
+    mine = [one for one in ended if one.kind == kind]
+    latencies = [one.latency_ms for one in mine]
+    return {
+        "kind": kind,
+        "is_bad": kind in BAD_REQUESTS,
+        "calls": len(mine),
+        "images": sum(one.images for one in mine),
+        "lost": sum(one.lost for one in mine),
+        "p50_ms": round(percentile(latencies, 50), 1),
+        "p99_ms": round(percentile(latencies, 99), 1),
+    }
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """What docs/reliability.md shows of a soak."""
+    rises = {rise["name"]: rise for rise in result["rises"]}
+    return {
+        "minutes": result["options"]["minutes"],
+        "requests": sum(row["calls"] for row in result["calls"]),
+        "bad_requests": sum(row["calls"] for row in result["calls"] if row["is_bad"]),
+        "lost": sum(row["lost"] for row in result["calls"]),
+        "memory_before_mb": result["points"][0]["private_mib"],
+        "memory_half_time_mb": rises["private_mib"]["at_half"],
+        "memory_after_mb": rises["private_mib"]["at_end"],
+        "open_files_risen": rises["open_files"]["rise"],
+        "threads_risen": rises["threads"]["rise"],
+        "shm_regions_risen": rises["regions"]["rise"],
+        "p99_ms": next(row["p99_ms"] for row in result["calls"] if row["kind"] == "few"),
+    }
