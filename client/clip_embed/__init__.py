@@ -12,6 +12,7 @@ from clip_embed.batches import ImageSource
 from clip_embed.client import EmbeddingClient
 from clip_embed.errors import (
     ContractError,
+    CredentialsError,
     DeadlineExceededError,
     EmbeddingError,
     ImageFailure,
@@ -27,6 +28,7 @@ from clip_embed.retry import Retry
 __all__ = [
     "AsyncEmbeddingClient",
     "ContractError",
+    "CredentialsError",
     "DeadlineExceededError",
     "EmbeddingClient",
     "EmbeddingError",

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from clip_embed.batches import ImageSource
 from clip_embed.client import stack
+from clip_embed.credentials import Credentials
 from clip_embed.dispatch import Attempt, Dispatch, Probe
 from clip_embed.errors import EmbeddingError
 from clip_embed.options import ClientOptions
@@ -60,8 +61,8 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
         await self.close()
 
     @staticmethod
-    def _open(target: Target, model: str) -> AsyncTransport:
-        return open_async_transport(target, model)
+    def _open(target: Target, model: str, credentials: Credentials) -> AsyncTransport:
+        return open_async_transport(target, model, credentials)
 
     async def _results(self, dispatch: Dispatch[AsyncTransport]) -> AsyncIterator[Embeddings | EmbeddingError]:
         started: dict[asyncio.Task[Any], Attempt[AsyncTransport] | Probe[AsyncTransport]] = {}

@@ -14,8 +14,15 @@ from typing import Annotated, NoReturn, Self
 
 from clip_embed import jsonl, parquet
 from clip_embed.client import EmbeddingClient
+from clip_embed.credentials import (
+    API_KEY_VARIABLE,
+    CA_FILE_VARIABLE,
+    CERT_FILE_VARIABLE,
+    KEY_FILE_VARIABLE,
+)
 from clip_embed.errors import (
     ContractError,
+    CredentialsError,
     EmbeddingError,
     InvalidImageError,
     ModelNotReadyError,
@@ -35,7 +42,8 @@ except ModuleNotFoundError:  # only the installed command imports this module, s
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 SOME_FAILED, USAGE, NO_SERVER, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
-HOPELESS = (ServerUnavailableError, ModelNotReadyError, ContractError)  # the next image would fare no better
+# The next image would fare no better.
+HOPELESS = (ServerUnavailableError, ModelNotReadyError, CredentialsError, ContractError)
 
 _log = logging.getLogger("clip_embed")
 
@@ -87,8 +95,24 @@ def embed(
         ),
     ] = 300.0,
     attempt_timeout_s: Annotated[float, typer.Option(min=0.001, help="Deadline of each attempt, in seconds.")] = 30.0,
+    ca_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=CA_FILE_VARIABLE,
+            help="Certificates, PEM, by which a grpcs:// or https:// server is known; default: the system's.",
+        ),
+    ] = None,
+    cert_file: Annotated[
+        Path | None,
+        typer.Option(envvar=CERT_FILE_VARIABLE, help="Your certificate, PEM, for a server that asks for one."),
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(envvar=KEY_FILE_VARIABLE, help="Its private key, PEM, not encrypted.")
+    ] = None,
 ) -> None:
     """Embed images: data on stdout in the order of the images, one line on stderr for each that failed.
+
+    The key of a server that asks for one is read from CLIP_API_KEY: an option could be seen in the list of processes.
 
     Exit codes: 0 all good, 1 some images failed, 2 usage, 3 the server cannot be reached or used.
     """
@@ -100,6 +124,10 @@ def embed(
             attempt_timeout_s=attempt_timeout_s,
             batch_size=batch_size,
             max_in_flight=max_in_flight,
+            api_key=os.environ.get(API_KEY_VARIABLE) or None,
+            ca_file=ca_file,
+            cert_file=cert_file,
+            key_file=key_file,
         )
     except (ValueError, ModuleNotFoundError) as error:
         _exit(USAGE, str(error))

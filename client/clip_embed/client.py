@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 import numpy as np
 
 from clip_embed.batches import ImageSource
+from clip_embed.credentials import Credentials
 from clip_embed.dispatch import Attempt, Dispatch, Probe
 from clip_embed.errors import EmbeddingError
 from clip_embed.options import ClientOptions
@@ -69,8 +70,8 @@ class EmbeddingClient(ClientOptions[Transport]):
         self.close()
 
     @staticmethod
-    def _open(target: Target, model: str) -> Transport:
-        return open_transport(target, model)
+    def _open(target: Target, model: str, credentials: Credentials) -> Transport:
+        return open_transport(target, model, credentials)
 
     def _results(self, dispatch: Dispatch[Transport]) -> Iterator[Embeddings | EmbeddingError]:
         started: dict[Future[Any], Attempt[Transport] | Probe[Transport]] = {}

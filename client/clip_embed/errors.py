@@ -7,6 +7,7 @@ EmbeddingError                everything below; `retryable` says whether the sam
 ├ ServerOverloadedError       back off, then try again                              retryable
 ├ ModelNotReadyError          wait until the model is loaded, or correct its name   retryable
 ├ DeadlineExceededError       try again, or allow more time                         retryable
+├ CredentialsError            give the right key or certificates
 ├ ContractError               use the client that belongs to the served model
 └ ServerError                 read the server's log
 
@@ -102,6 +103,12 @@ class DeadlineExceededError(EmbeddingError):
     advice = "try again, or raise timeout_s"
 
 
+class CredentialsError(EmbeddingError):
+    """The server does not know this client, or this client the server: a key or a certificate is missing or wrong."""
+
+    advice = "give the right api_key (CLIP_API_KEY), ca_file, cert_file and key_file"
+
+
 class ContractError(EmbeddingError):
     """The server's model is not the one that this client knows, or the server is not an inference server."""
 
@@ -117,9 +124,12 @@ class ServerError(EmbeddingError):
 # Phrases of Triton and grpc-core; tests/unit/test_client_errors.py has the whole messages and says which were met.
 _QUEUE_FULL = ("Exceeds maximum queue size", "Request timeout expired")
 _NOT_READY = ("unknown model", "no available versions", "not at ready state", "loading or unloading", "not ready")
+_DENIED = ("is restricted, expecting header", "CERTIFICATE_VERIFY_FAILED", "CERTIFICATE_REQUIRED")
 _TOO_LARGE = ("batch-size must be <=", "message larger than max", "--http-max-input-size")
 _GRPC_STATUS = {
     400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
     404: "NOT_FOUND",
     408: "DEADLINE_EXCEEDED",
     429: "RESOURCE_EXHAUSTED",
@@ -140,7 +150,9 @@ def error_from_grpc(status: str, message: str, *, url: str) -> EmbeddingError:
     if status == "INVALID_ARGUMENT" and (failures := parse_failures(message)):
         return InvalidImageError(failures)
     kind: type[EmbeddingError]
-    if _says(message, _TOO_LARGE):
+    if status in ("UNAUTHENTICATED", "PERMISSION_DENIED") or _says(message, _DENIED):
+        kind = CredentialsError
+    elif _says(message, _TOO_LARGE):
         kind = RequestTooLargeError
     elif status == "DEADLINE_EXCEEDED":
         kind = DeadlineExceededError

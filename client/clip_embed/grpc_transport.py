@@ -10,6 +10,7 @@ import grpc  # type: ignore[import-untyped]
 import grpc.aio  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from clip_embed.credentials import Credentials
 from clip_embed.errors import EmbeddingError, error_from_grpc
 from clip_embed.target import Target
 from clip_embed.wire import Embeddings, ImageBytes, grpc_request, read_grpc_answer
@@ -32,10 +33,11 @@ _OPTIONS = [
 ]
 
 
-def _open(module: Any, target: Target) -> Any:
+def _open(module: Any, target: Target, credentials: Credentials) -> Any:
     """A channel of `grpc` or of `grpc.aio`."""
     if target.is_secure:
-        return module.secure_channel(target.address, grpc.ssl_channel_credentials(), options=_OPTIONS)
+        tls = grpc.ssl_channel_credentials(**credentials.grpc_files())
+        return module.secure_channel(target.address, tls, options=_OPTIONS)
     return module.insecure_channel(target.address, options=_OPTIONS)
 
 
@@ -54,18 +56,20 @@ def _our_error(error: Any, target: Target) -> EmbeddingError:
 class GrpcTransport:
     """Implements `transport.Transport`."""
 
-    def __init__(self, target: Target, model: str) -> None:
+    def __init__(self, target: Target, model: str, credentials: Credentials) -> None:
         self._target, self._model = target, model
-        self._channel = _open(grpc, target)
+        self._metadata = credentials.grpc_metadata()
+        self._channel = _open(grpc, target, credentials)
         self._infer = _infer_call(self._channel)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Future[Embeddings]:
-        call = self._infer.future(grpc_request(self._model, images), timeout=timeout_s)
+        call = self._infer.future(grpc_request(self._model, images), timeout=timeout_s, metadata=self._metadata)
         return self._answer(call, lambda answer: read_grpc_answer(answer, len(images)))
 
     def is_ready(self, timeout_s: float | None) -> Future[bool]:
-        call = self._stub.ModelReady.future(service_pb2.ModelReadyRequest(name=self._model), timeout=timeout_s)
+        request = service_pb2.ModelReadyRequest(name=self._model)
+        call = self._stub.ModelReady.future(request, timeout=timeout_s, metadata=self._metadata)
         return self._answer(call, lambda answer: bool(answer.ready))
 
     def _answer(self, call: Any, read: Callable[[Any], T]) -> Future[T]:
@@ -110,12 +114,13 @@ class _Answer(Future[T]):
 class AsyncGrpcTransport:
     """Implements `transport.AsyncTransport`. The channel belongs to the event loop of its first request."""
 
-    def __init__(self, target: Target, model: str) -> None:
+    def __init__(self, target: Target, model: str, credentials: Credentials) -> None:
         self._target, self._model = target, model
+        self._credentials, self._metadata = credentials, credentials.grpc_metadata()
 
     @cached_property
     def _channel(self) -> Any:
-        return _open(grpc.aio, self._target)
+        return _open(grpc.aio, self._target, self._credentials)
 
     @cached_property
     def _infer(self) -> Any:
@@ -123,7 +128,7 @@ class AsyncGrpcTransport:
 
     async def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Embeddings:
         try:
-            answer = await self._infer(grpc_request(self._model, images), timeout=timeout_s)
+            answer = await self._infer(grpc_request(self._model, images), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _our_error(error, self._target) from error
         return read_grpc_answer(answer, len(images))
@@ -131,9 +136,8 @@ class AsyncGrpcTransport:
     async def is_ready(self, timeout_s: float | None) -> bool:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         try:
-            return bool(
-                (await stub.ModelReady(service_pb2.ModelReadyRequest(name=self._model), timeout=timeout_s)).ready
-            )
+            request = service_pb2.ModelReadyRequest(name=self._model)
+            return bool((await stub.ModelReady(request, timeout=timeout_s, metadata=self._metadata)).ready)
         except grpc.RpcError as error:
             raise _our_error(error, self._target) from error
 

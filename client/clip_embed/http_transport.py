@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import httpx
 
+from clip_embed.credentials import Credentials
 from clip_embed.errors import error_from_grpc, error_from_http
 from clip_embed.target import Target
 from clip_embed.wire import HEADER_LENGTH, Embeddings, ImageBytes, http_request, read_http_answer
@@ -22,15 +23,16 @@ T = TypeVar("T")
 class AsyncHttpTransport:
     """Implements `transport.AsyncTransport`."""
 
-    def __init__(self, target: Target, model: str) -> None:
+    def __init__(self, target: Target, model: str, credentials: Credentials) -> None:
         self._url = target.url
         self._model_path = f"v2/models/{quote(model, safe='')}"
         self._http = httpx.AsyncClient(
             base_url=target.address,
+            verify=credentials.ssl_context() if target.is_secure else True,
             timeout=None,  # noqa: S113  httpx limits each read and write; a whole request is limited in _request
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
             # Triton gzips for whoever accepts it, which costs its time and saves nothing: these floats do not shrink.
-            headers={"Accept-Encoding": "identity"},
+            headers={"Accept-Encoding": "identity", **credentials.http_headers()},
         )
 
     async def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Embeddings:
@@ -64,10 +66,10 @@ class HttpTransport:
     httpx call could give neither.
     """
 
-    carries: Callable[[Target, str], AsyncHttpTransport] = AsyncHttpTransport
+    carries: Callable[[Target, str, Credentials], AsyncHttpTransport] = AsyncHttpTransport
 
-    def __init__(self, target: Target, model: str) -> None:
-        self._transport = type(self).carries(target, model)
+    def __init__(self, target: Target, model: str, credentials: Credentials) -> None:
+        self._transport = type(self).carries(target, model, credentials)
         self._lock = threading.Lock()  # no work may enter the loop once it is being stopped: nobody would end it
         self._is_closed = False
         self._loop = asyncio.new_event_loop()

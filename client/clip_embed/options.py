@@ -3,9 +3,11 @@
 import os
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Generic, Self
 
 from clip_embed.batches import MAX_REQUEST_BYTES, Batches, ImageSource, require_many
+from clip_embed.credentials import Credentials, environment_options
 from clip_embed.dispatch import Dispatch, Limits
 from clip_embed.errors import ServerUnavailableError
 from clip_embed.retry import Retry
@@ -30,6 +32,10 @@ class ClientOptions(Generic[TransportT]):
         batch_size: int = 8,
         max_in_flight: int = 8,
         max_batch_bytes: int = 32 << 20,
+        api_key: str | None = None,
+        ca_file: str | Path | None = None,
+        cert_file: str | Path | None = None,
+        key_file: str | Path | None = None,
         transport: TransportT | None = None,
     ) -> None:
         """A client that connects at its first request.
@@ -49,10 +55,14 @@ class ClientOptions(Generic[TransportT]):
             batch_size: images a request, at most; the server takes 64.
             max_in_flight: requests on their way at once, in each call; those that wait to be sent again are among them.
             max_batch_bytes: bytes a request, at most; a larger image goes alone.
+            api_key: the key of a server that embeds only for those who have it.
+            ca_file: the certificates, PEM, by which a `grpcs://` or `https://` server is known; None for the system's.
+            cert_file: this client's own certificate, PEM, for a server that asks for one.
+            key_file: its private key, PEM, not encrypted.
             transport: what carries the requests, in place of the one that the URL names.
 
         Raises:
-            ValueError: The URL or a number makes no sense.
+            ValueError: The URL or a number makes no sense, or a file of certificates cannot be used.
             ModuleNotFoundError: An HTTP URL, without the extra `http`.
         """
         for name, value in (("timeout_s", timeout_s), ("attempt_timeout_s", attempt_timeout_s)):
@@ -74,8 +84,11 @@ class ClientOptions(Generic[TransportT]):
         self._batch_size = batch_size
         self._max_in_flight = max_in_flight
         self._max_batch_bytes = max_batch_bytes
+        credentials = Credentials(api_key=api_key, ca_file=ca_file, cert_file=cert_file, key_file=key_file)
+        for target in targets:
+            credentials.check(target)
         servers: list[Server[TransportT]] = [
-            Server(target.url, transport or self._open(target, model)) for target in targets
+            Server(target.url, transport or self._open(target, model, credentials)) for target in targets
         ]
         self._servers: Servers[TransportT] = Servers(servers, retry)
         self._is_closed = False
@@ -85,6 +98,7 @@ class ClientOptions(Generic[TransportT]):
         """A client of the server, or servers, that INFERENCE_SERVICE_URL names, with the constructor's other options.
 
         INFERENCE_BACKEND=pytorch says that it is the PyTorch service; without it, or with `triton`, it is Triton.
+        CLIP_API_KEY, CLIP_CA_FILE, CLIP_CERT_FILE and CLIP_KEY_FILE are `api_key`, `ca_file`, `cert_file`, `key_file`.
 
         Raises:
             ValueError: The first variable is not set, or the two do not name a server.
@@ -97,10 +111,10 @@ class ClientOptions(Generic[TransportT]):
             parse_urls(url, backend=options["backend"])
         except ValueError as error:
             raise ValueError(f"{URL_VARIABLE}, {BACKEND_VARIABLE}: {error}") from error
-        return cls(url, **options)
+        return cls(url, **{**environment_options(os.environ), **options})
 
     @staticmethod
-    def _open(target: Target, model: str) -> TransportT:
+    def _open(target: Target, model: str, credentials: Credentials) -> TransportT:
         raise NotImplementedError
 
     def _dispatch(self, images: Iterable[ImageSource], *, keep_going: bool) -> Dispatch[TransportT]:

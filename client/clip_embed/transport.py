@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
+from clip_embed.credentials import Credentials
 from clip_embed.target import Target
 from clip_embed.wire import Embeddings, ImageBytes
 
@@ -30,7 +31,7 @@ class AsyncTransport(Protocol):
     async def close(self) -> None: ...
 
 
-def open_transport(target: Target, model: str) -> Transport:
+def open_transport(target: Target, model: str, credentials: Credentials) -> Transport:
     """Connects at the first request, not now."""
     if target.is_http:
         _require_httpx()
@@ -38,14 +39,14 @@ def open_transport(target: Target, model: str) -> Transport:
         from clip_embed.pytorch_transport import PyTorchTransport
 
         if target.backend == "pytorch":
-            return PyTorchTransport(target, model)
-        return HttpTransport(target, model)
+            return PyTorchTransport(target, model, credentials)
+        return HttpTransport(target, model, credentials)
     from clip_embed.grpc_transport import GrpcTransport
 
-    return GrpcTransport(target, model)
+    return GrpcTransport(target, model, credentials)
 
 
-def open_async_transport(target: Target, model: str) -> AsyncTransport:
+def open_async_transport(target: Target, model: str, credentials: Credentials) -> AsyncTransport:
     """Connects at the first request, not now; needs no running event loop yet."""
     if target.is_http:
         _require_httpx()
@@ -53,11 +54,11 @@ def open_async_transport(target: Target, model: str) -> AsyncTransport:
         from clip_embed.pytorch_transport import AsyncPyTorchTransport
 
         if target.backend == "pytorch":
-            return AsyncPyTorchTransport(target, model)
-        return AsyncHttpTransport(target, model)
+            return AsyncPyTorchTransport(target, model, credentials)
+        return AsyncHttpTransport(target, model, credentials)
     from clip_embed.grpc_transport import AsyncGrpcTransport
 
-    return AsyncGrpcTransport(target, model)
+    return AsyncGrpcTransport(target, model, credentials)
 
 
 def _require_httpx() -> None:

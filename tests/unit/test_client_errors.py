@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from clip_embed.errors import (
     ContractError,
+    CredentialsError,
     DeadlineExceededError,
     ImageFailure,
     InvalidImageError,
@@ -85,6 +86,21 @@ URL = "grpc://localhost:8001"
             ServerError,
         ),
         ("UNKNOWN", None, "", ServerError),
+        (
+            "UNAVAILABLE",
+            None,
+            "This protocol is restricted, expecting header 'triton-grpc-protocol-clip-api-key'",
+            CredentialsError,
+        ),
+        ("PERMISSION_DENIED", 403, "This API is restricted, expecting header 'clip-api-key'", CredentialsError),
+        (
+            "UNAVAILABLE",
+            None,
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:19: Ssl handshake failed "
+            "(TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000007d:SSL routines:OPENSSL_internal:"
+            "CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate",
+            CredentialsError,
+        ),
     ],
 )
 def test_each_message_becomes_what_the_caller_should_do(status, http_status, message, expected):
@@ -104,6 +120,8 @@ def test_each_message_becomes_what_the_caller_should_do(status, http_status, mes
 @pytest.mark.parametrize(
     ("status", "expected"),
     [
+        (401, CredentialsError),
+        (403, CredentialsError),
         (413, RequestTooLargeError),
         (404, ContractError),
         (302, ContractError),

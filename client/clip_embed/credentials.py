@@ -1,0 +1,119 @@
+"""What a client shows a server: a key, a certificate of its own; and by which authorities it knows the server."""
+
+import re
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from clip_embed.target import Target
+
+API_KEY_VARIABLE = "CLIP_API_KEY"
+CA_FILE_VARIABLE = "CLIP_CA_FILE"
+CERT_FILE_VARIABLE = "CLIP_CERT_FILE"
+KEY_FILE_VARIABLE = "CLIP_KEY_FILE"
+
+API_KEY_HEADER = "clip-api-key"
+GRPC_PREFIX = "triton-grpc-protocol-"
+"""What Triton puts before the name of a header that opens a part of its gRPC."""
+
+_KEY = re.compile(r"[A-Za-z0-9._~-]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """How a client and a server know each other.
+
+    Args:
+        api_key: sent with every request, in the header `clip-api-key`; None sends none.
+        ca_file: the certificates, PEM, by which the server's is known, in place of the system's authorities.
+        cert_file: the client's own certificate, PEM, for a server that asks for one.
+        key_file: its private key, PEM, not encrypted.
+    """
+
+    api_key: str | None = field(default=None, repr=False)
+    ca_file: str | Path | None = None
+    cert_file: str | Path | None = None
+    key_file: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not is_key(self.api_key):
+            raise ValueError("api_key: expected letters, digits and . _ ~ -, came something else")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("expected cert_file and key_file together, came one of them")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """Those of CLIP_API_KEY, CLIP_CA_FILE, CLIP_CERT_FILE and CLIP_KEY_FILE; an empty variable is not set."""
+        return cls(**environment_options(environment))
+
+    @property
+    def names_files(self) -> bool:
+        """Whether there is anything for TLS in it."""
+        return self.ca_file is not None or self.cert_file is not None
+
+    def http_headers(self) -> dict[str, str]:
+        """The headers of an HTTP request."""
+        return {} if self.api_key is None else {API_KEY_HEADER: self.api_key}
+
+    def grpc_metadata(self) -> tuple[tuple[str, str], ...]:
+        """The metadata of a gRPC call."""
+        return tuple((GRPC_PREFIX + name, value) for name, value in self.http_headers().items())
+
+    def check(self, target: Target) -> None:
+        """Raises ValueError for files that cannot be used: missing, not PEM, no pair, or for a URL without TLS."""
+        if self.names_files and not target.is_secure:
+            secure = "https" if target.is_http else "grpcs"
+            raise ValueError(f"{target.url}: ca_file and cert_file are for {secure}://; this URL is not encrypted")
+        if target.is_secure:
+            self.ssl_context()
+
+    def ssl_context(self) -> ssl.SSLContext:
+        """For HTTPS. Raises ValueError as `check` does."""
+        try:
+            context = ssl.create_default_context(cafile=self.ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise ValueError(f"ca_file {self.ca_file}: expected certificates in PEM, came {_why(error)}") from error
+        if self.cert_file is not None:
+            try:
+                # A password would be asked for on the terminal.
+                context.load_cert_chain(self.cert_file, self.key_file, password=lambda: "")
+            except (OSError, ssl.SSLError) as error:
+                raise ValueError(
+                    f"cert_file {self.cert_file}, key_file {self.key_file}: expected a certificate and its own key, "
+                    f"PEM and not encrypted, came {_why(error)}"
+                ) from error
+        return context
+
+    def grpc_files(self) -> dict[str, bytes | None]:
+        """The arguments of `grpc.ssl_channel_credentials`."""
+        return {
+            "root_certificates": _read(self.ca_file),
+            "private_key": _read(self.key_file),
+            "certificate_chain": _read(self.cert_file),
+        }
+
+
+def is_key(text: str) -> bool:
+    """Whether it can be an API key: what every header, flag and shell takes as it is."""
+    return _KEY.fullmatch(text) is not None
+
+
+def environment_options(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The clients' options that the environment names."""
+    variables = {
+        "api_key": API_KEY_VARIABLE,
+        "ca_file": CA_FILE_VARIABLE,
+        "cert_file": CERT_FILE_VARIABLE,
+        "key_file": KEY_FILE_VARIABLE,
+    }
+    return {option: environment[name] for option, name in variables.items() if environment.get(name)}
+
+
+def _read(path: str | Path | None) -> bytes | None:
+    return None if path is None else Path(path).read_bytes()
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)
