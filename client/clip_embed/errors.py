@@ -123,6 +123,8 @@ class ServerError(EmbeddingError):
 
 # Phrases of Triton and grpc-core; tests/unit/test_client_errors.py has the whole messages and says which were met.
 _QUEUE_FULL = ("Exceeds maximum queue size", "Request timeout expired")
+# A Python model's process is gone: another server, or the one that takes this one's place, can embed the same images.
+_STUB_LOST = "is not healthy"
 _NOT_READY = ("unknown model", "no available versions", "not at ready state", "loading or unloading", "not ready")
 _DENIED = ("is restricted, expecting header", "CERTIFICATE_VERIFY_FAILED", "CERTIFICATE_REQUIRED")
 _TOO_LARGE = ("batch-size must be <=", "message larger than max", "--http-max-input-size")
@@ -160,7 +162,7 @@ def error_from_grpc(status: str, message: str, *, url: str) -> EmbeddingError:
         kind = ServerOverloadedError
     elif status in ("NOT_FOUND", "UNAVAILABLE", "INVALID_ARGUMENT") and _says(message, _NOT_READY):
         kind = ModelNotReadyError
-    elif status in ("UNAVAILABLE", "CANCELLED", "ABORTED"):
+    elif status in ("UNAVAILABLE", "CANCELLED", "ABORTED") or (status == "INTERNAL" and _STUB_LOST in message):
         kind = ServerUnavailableError
     elif status in ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED"):
         kind = ContractError

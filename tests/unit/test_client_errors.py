@@ -85,6 +85,12 @@ URL = "grpc://localhost:8001"
             "in ensemble 'clip_ensemble', Failed to process the request(s) for model 'inner_0_0', message: boom",
             ServerError,
         ),
+        (
+            "INTERNAL",
+            500,
+            "in ensemble 'clip_ensemble', Stub process 'preprocess_0_0' is not healthy.",
+            ServerUnavailableError,
+        ),
         ("UNKNOWN", None, "", ServerError),
         (
             "UNAVAILABLE",

@@ -1,45 +1,27 @@
 """`clip-tools serve`: the embedded server as one process to start, ask and stop."""
 
 import contextlib
-import ctypes
 import errno
 import os
-import re
-import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from types import FrameType
-from typing import IO
+from typing import TYPE_CHECKING
 
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, Model, check_files, deployment
+from clip_tools.serving.process import EXIT_TIMEOUT_S, TritonProcess
+from clip_tools.serving.supervisor import Supervisor
 from clip_tools.serving.tritonserver import command, find_installation
+from clip_tools.serving.watchdog import PROBE_DEADLINE_S, ImageProbe, Watchdog
 
-_EXIT_TIMEOUT_S = 30  # Triton's own default: how long it waits for requests in flight
-_LOG_LINES_KEPT = 2000  # tritonserver's own help, printed after a bad flag, has over 500
-_PYTHON_BACKENDS = ("python", "onnxruntime", "tensorrt")
-
-# The lines of the log that say why it ended, the most telling first.
-_REASONS = tuple(
-    map(
-        re.compile,
-        (
-            r"^E.*failed to load '.*?' version \d+: (?:\w+: )?(.*)",
-            r"error: (.*)",
-            r"(unrecognized option .*)",
-            r"^E.*?\] (.*)",
-        ),
-    )
-)
+if TYPE_CHECKING:
+    from clip_embed import EmbeddingClient
 
 
 @dataclass(frozen=True)
@@ -70,16 +52,18 @@ class ServeOptions:
         """The same over HTTP."""
         return f"http://{'localhost' if self.host in ('0.0.0.0', '::') else self.host}:{self.http_port}"  # noqa: S104
 
+    @property
+    def metrics_url(self) -> str:
+        """Its metrics."""
+        return f"{self.http_url.rpartition(':')[0]}:{self.metrics_port}/metrics"
+
 
 @dataclass
 class EmbeddedServer:
     """A running tritonserver that has embedded an image, as a context manager. Leaves no process behind."""
 
     options: ServeOptions
-    _process: subprocess.Popen[str] | None = field(default=None, init=False)
-    _tail: deque[str] = field(default_factory=lambda: deque(maxlen=_LOG_LINES_KEPT), init=False)
-    _reader: threading.Thread | None = field(default=None, init=False)
-    _stopping: bool = field(default=False, init=False)
+    _process: TritonProcess | None = field(default=None, init=False)
 
     def __enter__(self) -> "EmbeddedServer":
         try:
@@ -101,19 +85,11 @@ class EmbeddedServer:
         check_plans(models, rebuild=options.rebuild_stale)
         installation = find_installation()
         check_ports(options)
-        self._process = subprocess.Popen(
+        self._process = TritonProcess(
             command(installation, [*self._flags(), *options.arguments]),
-            env={**os.environ, **installation.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on once
-            preexec_fn=_die_with_parent,  # noqa: PLW1509
+            {**os.environ, **installation.environment},
+            log=options.log,
         )
-        self._reader = threading.Thread(target=self._read_log, args=(self._process.stdout,), daemon=True)
-        self._reader.start()
 
     def _flags(self) -> list[str]:
         options = self.options
@@ -122,7 +98,7 @@ class EmbeddedServer:
             # Explicit: only what the ensemble needs is loaded, and `clip-tools swap` can change it.
             "--model-control-mode=explicit",
             f"--load-model={ENSEMBLE}",
-            f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
+            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         ]
         for name, port in (("http", options.http_port), ("grpc", options.grpc_port), ("metrics", options.metrics_port)):
             flags += [f"--{name}-address={options.host}", f"--{name}-port={port}"]
@@ -130,110 +106,62 @@ class EmbeddedServer:
             flags.append(f"--model-config-name={options.config_name}")
         if not Path("/dev/nvidiactl").exists():
             flags.append("--allow-gpu-metrics=false")
-        # A prefix of our own, so that shared memory left by a killed stub can be found and removed.
-        flags += [f"--backend-config={b},shm-region-prefix-name={self._shm_prefix}" for b in _PYTHON_BACKENDS]
         return flags
 
     @property
-    def _shm_prefix(self) -> str:
-        return f"clip_tools_{os.getpid()}_{id(self):x}_"
+    def process(self) -> TritonProcess:
+        """Its tritonserver."""
+        if self._process is None:
+            raise RuntimeError("the server was not started")
+        return self._process
 
     @property
     def pid(self) -> int:
         """The process id of tritonserver."""
-        if self._process is None:
-            raise RuntimeError("the server was not started")
-        return self._process.pid
+        return self.process.pid
 
     def wait_until_it_embeds(self) -> None:
         """Return once `clip_ensemble` embedded an image. Raises ToolError when the server ends or takes too long."""
-        try:
-            from clip_embed import EmbeddingClient, EmbeddingError
-        except ImportError as error:
-            raise missing_extra("server", error) from error
-        image = probe_image()
+        process, image = self.process, probe_image()
         deadline = time.monotonic() + self.options.ready_timeout_s
-        with EmbeddingClient(self.options.grpc_url, timeout_s=60, retry=None) as client:
+        with self.client(timeout_s=60) as client:
             while time.monotonic() < deadline:
-                self._raise_if_ended()
-                if self._stopping:
+                process.raise_if_ended()
+                if process.is_stopping:
                     raise ToolError(f"the server was stopped before {ENSEMBLE} was loaded")
                 if client.is_ready():
-                    try:
-                        client.embed([image])
+                    wrong = ImageProbe(client, image, self.options.metrics_url)()
+                    if wrong is None:
                         return
-                    except EmbeddingError as error:
-                        raise ToolError(f"{ENSEMBLE} is loaded but does not embed: {error}") from error
+                    raise ToolError(f"{ENSEMBLE} is loaded but does not embed: {wrong}")
                 time.sleep(0.1)
         raise ToolError(
-            f"the server was not ready after {self.options.ready_timeout_s:.0f} s; its last words: {self._reason()}"
+            f"the server was not ready after {self.options.ready_timeout_s:.0f} s; its last words: "
+            + process.last_words()
         )
 
-    def _raise_if_ended(self) -> None:
-        process = self._process
-        if process is not None and process.poll() is not None and not self._stopping:
-            if self._reader:
-                self._reader.join(timeout=5)
-            raise ToolError(f"tritonserver ended with exit code {process.returncode}: {self._reason()}")
+    def watchdog(self) -> Watchdog:
+        """What tells when it no longer embeds."""
+        probe = ImageProbe(self.client(timeout_s=PROBE_DEADLINE_S), probe_image(), self.options.metrics_url)
+        return Watchdog(self.pid, probe)
 
-    def wait(self) -> None:
-        """Return when the server ended because it was asked to. Raises ToolError when it ended by itself."""
-        if self._process is not None:
-            self._process.wait()
-            self._raise_if_ended()
+    def client(self, *, timeout_s: float) -> "EmbeddingClient":
+        """A client of this server, which asks once."""
+        try:
+            from clip_embed import EmbeddingClient
+        except ImportError as error:
+            raise missing_extra("server", error) from error
+        return EmbeddingClient(self.options.grpc_url, timeout_s=timeout_s, retry=None)
 
     def terminate(self) -> None:
         """Ask the server to finish what is in flight and end; a second time: kill it."""
-        process = self._process
-        if process is None or process.poll() is not None:
-            return
-        if self._stopping:
-            _kill_group(process.pid)
-        else:
-            self._stopping = True
-            process.terminate()
+        if self._process is not None:
+            self._process.terminate()
 
-    def stop(self) -> None:
-        """End the server and everything it started. Safe to call twice."""
-        process = self._process
-        if process is None:
-            return
-        if not self._stopping:
-            self.terminate()
-        try:
-            process.wait(timeout=_EXIT_TIMEOUT_S + 5)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            _kill_group(process.pid)  # a stub can outlive a server that was killed
-            process.wait()
-            if self._reader:
-                self._reader.join(timeout=5)
-            for region in Path("/dev/shm").glob(self._shm_prefix + "*"):  # noqa: S108
-                region.unlink(missing_ok=True)
-
-    def _read_log(self, stream: IO[str]) -> None:
-        log = self.options.log
-        if log:
-            log.parent.mkdir(parents=True, exist_ok=True)
-        with stream, log.open("w") if log else contextlib.nullcontext(sys.stderr) as sink:
-            for line in stream:
-                self._tail.append(line)
-                with contextlib.suppress(OSError, ValueError):  # a closed terminal must not stop the reading
-                    sink.write(line)
-                    sink.flush()
-
-    def _reason(self) -> str:
-        return self._last_words() + (f" (its log: {self.options.log})" if self.options.log else "")
-
-    def _last_words(self) -> str:
-        """The line of the log that says why, as well as it can be found."""
-        lines = [line for line in self._tail if line.strip()]
-        for reason in _REASONS:
-            for line in lines:
-                if found := reason.search(line):
-                    return found[1].strip().strip('"')
-        return lines[-1].strip() if lines else "nothing was logged"
+    def stop(self, *, is_broken: bool = False) -> None:
+        """End the server and everything it started. Safe to call twice; see `TritonProcess.stop`."""
+        if self._process is not None:
+            self._process.stop(is_broken=is_broken)
 
 
 def check_plans(models: Sequence[Model], *, rebuild: bool = False) -> None:
@@ -307,29 +235,6 @@ def _owner(port: int) -> str:
     return ""
 
 
-def _die_with_parent() -> None:
-    """Runs in the child: it gets SIGTERM when this process is killed."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _forwarding_signals(server: EmbeddedServer) -> Iterator[None]:
-    def forward(_signal: int, _frame: FrameType | None) -> None:
-        server.terminate()
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _warning_if_untrained(options: ServeOptions) -> str:
     """A line for whoever would fill an index with vectors that mean nothing; empty for trained weights."""
     from clip_tools.engines.export_onnx import Manifest
@@ -342,22 +247,13 @@ def _warning_if_untrained(options: ServeOptions) -> str:
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve in the foreground until a signal comes. Raises ToolError when the server cannot start or ends by itself."""
-    server = EmbeddedServer(options)
-    with _forwarding_signals(server):
-        started = time.monotonic()
-        try:
-            server.start()
-            server.wait_until_it_embeds()
-            if not server._stopping:
-                sys.stderr.write(
-                    f"ready after {time.monotonic() - started:.1f} s: {ENSEMBLE} embeds at {options.grpc_url} "
-                    f"and {options.http_url} (metrics on port {options.metrics_port}); Ctrl-C stops it\n"
-                )
-                sys.stderr.write(_warning_if_untrained(options))
-            server.wait()
-        except ToolError:
-            if not server._stopping:
-                raise
-        finally:
-            server.stop()
+    """Serve in the foreground until a signal comes. Raises ToolError when the server cannot start."""
+    ready_line = (
+        f"{ENSEMBLE} embeds at {options.grpc_url} and {options.http_url} (metrics on port {options.metrics_port}); "
+        f"Ctrl-C stops it\n{_warning_if_untrained(options)}"
+    ).strip()
+    supervisor = Supervisor(
+        lambda: EmbeddedServer(options), lambda line: sys.stderr.write(f"clip-tools: {line}\n"), ready_line
+    )
+    with supervisor.stopping_on_signals():
+        supervisor.run()

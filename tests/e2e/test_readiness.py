@@ -1,0 +1,127 @@
+"""`clip-tools serve` when the process of a Python model is killed or stands still: not ready, and soon ready again."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from tests.conftest import options_for
+
+from clip_embed import EmbeddingClient, EmbeddingError
+from clip_tools.serving.watchdog import stubs
+
+CLIP_TOOLS = str(Path(sys.executable).with_name("clip-tools"))
+READY_PATHS = ("/v2/health/ready", "/v2/models/clip_ensemble/ready")  # what a Kubernetes probe would ask
+# One image alone and within a batch run through other kernels, so the last bits of FP32 differ.
+SAME_IMAGE_MAX_ABS = 1e-5
+GENEROUS_S = 120
+
+
+@pytest.fixture(scope="module")
+def served(repository, tmp_path_factory):
+    """A running `clip-tools serve`, its options (the log among them) and a function that gives tritonserver's pid."""
+    options = options_for(repository, tmp_path_factory.mktemp("readiness") / "log")
+    ports = [f"--{name}-port={getattr(options, f'{name}_port')}" for name in ("http", "grpc", "metrics")]
+    with (
+        options.log.open("w") as log,
+        subprocess.Popen([CLIP_TOOLS, "serve", f"--models={repository}", *ports], stderr=log) as process,
+    ):
+        try:
+            wait_until(lambda: "ready after" in options.log.read_text() or process.poll() is not None)
+            assert process.poll() is None, options.log.read_text()
+            yield options, lambda: psutil.Process(process.pid).children()[0].pid
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0
+
+
+def wait_until(condition) -> float:
+    """How long it took, s."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < GENEROUS_S
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def is_ready(options) -> bool:
+    try:
+        return all(httpx.get(options.http_url + path, timeout=5).status_code == 200 for path in READY_PATHS)
+    except httpx.TransportError:
+        return False
+
+
+class Traffic:
+    """Clients that embed one image after the other, each answer checked, until they are told to stop."""
+
+    def __init__(self, url, images, clients=4):
+        self._images, self._over = images, threading.Event()
+        self.sent = 0
+        self.lost: list[EmbeddingError] = []
+        self.wrong = 0
+        self._client = EmbeddingClient(url, timeout_s=GENEROUS_S)
+        self._expected = self._client.embed(images)
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(clients)]
+
+    def _run(self, number):
+        while not self._over.is_set():
+            index = (self.sent + number) % len(self._images)
+            self.sent += 1
+            try:
+                got = self._client.embed([self._images[index]])
+            except EmbeddingError as error:
+                self.lost.append(error)
+            else:
+                self.wrong += np.abs(got - self._expected[index]).max() > SAME_IMAGE_MAX_ABS
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+        self._client.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "number", "instance", "words"),
+    [
+        ("stub_killed", signal.SIGKILL, "preprocess_0", "has ended"),
+        ("stub_wedged", signal.SIGSTOP, "clip_onnx_0", "is stopped"),
+    ],
+)
+def test_a_lost_model_turns_readiness_off_and_a_new_server_comes(
+    served, demo_photos, record_reliability, fault, number, instance, words
+):
+    """Under traffic, of which nothing is lost."""
+    options, server_pid = served
+    assert is_ready(options)
+    lost = next(pid for pid in stubs(server_pid()) if instance in Path(f"/proc/{pid}/cmdline").read_text())
+    with Traffic(options.grpc_url, [photo.read_bytes() for photo in demo_photos]) as traffic:
+        wait_until(lambda: traffic.sent > 8)
+        os.kill(lost, number)
+        not_ready_s = wait_until(lambda: not is_ready(options))
+        ready_s = not_ready_s + wait_until(lambda: is_ready(options))
+        before = traffic.sent
+        wait_until(lambda: traffic.sent > before + 8)
+    assert (traffic.lost, traffic.wrong) == ([], 0)
+    assert f"(process {lost}) {words}; a new server takes its place in " in options.log.read_text()
+    assert not Path(f"/proc/{lost}").exists()
+    record_reliability(
+        fault,
+        faults=1,
+        requests=traffic.sent,
+        lost=len(traffic.lost),
+        not_ready_after_s=round(not_ready_s, 1),
+        ready_again_after_s=round(ready_s, 1),
+    )

@@ -1,0 +1,190 @@
+"""What ends a server that no longer embeds, and what starts the next one."""
+
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from clip_embed import DeadlineExceededError, ServerError, ServerOverloadedError
+from clip_tools.errors import ToolError
+from clip_tools.serving import supervisor, watchdog
+from clip_tools.serving.process import TritonProcess
+from clip_tools.serving.supervisor import Supervisor
+from clip_tools.serving.watchdog import ImageProbe, Watchdog, stubs
+
+LONG_S = 60.0
+
+
+def a_process(script: str) -> TritonProcess:
+    """A shell in place of tritonserver; the flags that it gets are its $0 and so on."""
+    return TritonProcess(["/bin/sh", "-c", script], {"PATH": "/usr/bin:/bin"})
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """A child of this process that has a stub's name."""
+    binary = tmp_path / "triton_python_backend_stub"
+    shutil.copy(shutil.which("sleep"), binary)
+    process = subprocess.Popen([binary, "600"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize(("signal", "words"), [("SIGKILL", "has ended"), ("SIGSTOP", "is stopped")])
+def test_a_python_models_process_that_is_gone_or_stands_still_is_named(stub, signal, words):
+    import os
+    import signal as signals
+
+    os.kill(stub.pid, getattr(signals, signal))
+    dog = Watchdog(os.getpid(), probe=lambda: None)
+    found = dog.watch(lambda seconds: threading.Event().wait(seconds / 10))
+    assert found is not None
+    assert f"(process {stub.pid}) {words}" in found
+
+
+def test_a_well_one_is_left_alone_until_the_server_ends(stub):
+    import os
+
+    assert stubs(os.getpid()) == {stub.pid: "S"}
+    looks = iter([False, False, False, True])
+    assert Watchdog(os.getpid(), probe=lambda: None).watch(lambda _: next(looks)) is None
+
+
+@pytest.mark.parametrize(("answers", "is_broken"), [(["no", "no"], True), (["no", None, "no", None], False)])
+def test_two_failed_probes_in_a_row_are_a_broken_server(monkeypatch, answers, is_broken):
+    monkeypatch.setattr(watchdog, "PROBE_EVERY_S", 0.001)
+    monkeypatch.setattr(watchdog, "PROBE_AGAIN_S", 0.001)
+    left, asked = iter(answers), threading.Event()
+
+    def probe():
+        answer = next(left, None)
+        if answer is None and len(answers) > 2:
+            asked.set()
+        return answer
+
+    found = Watchdog(1 << 22, probe).watch(lambda _: asked.wait(0.01) and next(left, "over") == "over")
+    assert found == ("a test image is not embedded: no" if is_broken else None)
+
+
+class Client:
+    """Fails as it is told to."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def embed(self, _images):
+        if self.error:
+            raise self.error
+
+
+def metrics(path: Path, served: int) -> str:
+    path.write_text(
+        "# TYPE nv_inference_request_success counter\n"
+        'nv_inference_request_success{model="preprocess",version="1"} 99\n'
+        f'nv_inference_request_success{{model="clip_ensemble",version="1"}} {served}\n'
+    )
+    return path.as_uri()
+
+
+@pytest.mark.parametrize("error", [ServerOverloadedError("full"), DeadlineExceededError("slow")])
+def test_a_server_that_is_only_busy_is_not_broken(tmp_path, error):
+    """Busy is one that embeds for others meanwhile."""
+    client = Client()
+    probe = ImageProbe(client, b"image", metrics(tmp_path / "metrics", 7))
+    assert probe() is None
+    client.error = error
+    metrics(tmp_path / "metrics", 8)
+    assert probe() is None
+    assert str(error) in probe()
+
+
+def test_an_error_of_the_server_is_one_however_busy_it_is(tmp_path):
+    client = Client(ServerError("Stub process is not healthy"))
+    probe = ImageProbe(client, b"image", metrics(tmp_path / "metrics", 7))
+    metrics(tmp_path / "metrics", 8)
+    assert probe() == "Stub process is not healthy"
+
+
+def test_without_metrics_a_deadline_is_no_sign_of_life(tmp_path):
+    probe = ImageProbe(Client(DeadlineExceededError("slow")), b"image", (tmp_path / "none").as_uri())
+    assert probe() == "slow"
+
+
+class Server:
+    """One that embeds at once, until `life` seconds are over; or that cannot start."""
+
+    def __init__(self, script="sleep 600", *, failure=None, broken=None):
+        self.script, self.failure, self.broken = script, failure, broken
+        self.stopped = None
+
+    def start(self):
+        if self.failure:
+            raise ToolError(self.failure)
+        self.process = a_process(self.script)
+
+    def wait_until_it_embeds(self):
+        self.process.raise_if_ended()
+
+    def watchdog(self):
+        return self
+
+    def watch(self, has_ended):
+        return self.broken if self.broken else has_ended(LONG_S) and None
+
+    def terminate(self):
+        self.process.terminate()
+
+    def stop(self, *, is_broken):
+        self.stopped = is_broken
+        if not self.failure:
+            self.process.stop(is_broken=is_broken)
+
+
+def test_each_server_that_breaks_or_cannot_start_has_a_successor_that_waits_longer(monkeypatch):
+    monkeypatch.setattr(supervisor, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(supervisor, "LONGEST_WAIT_S", 0.04)
+    servers = [Server(broken="its stub is gone"), Server(failure="port taken"), Server("exit 3")]
+    servers += [Server(broken="again"), Server()]
+    left, said = iter(servers), []
+
+    def say(line):
+        said.append(line)
+        if len([one for one in said if "ready" in one]) == 3:
+            keeper.stop()
+
+    keeper = Supervisor(lambda: next(left), say, "it embeds")
+    keeper.run()
+    reasons = [line.partition(";")[0] for line in said if "a new server" in line]
+    assert reasons[:2] == ["its stub is gone", "port taken"]
+    waits = [float(line.split()[-2]) for line in said if "a new server" in line]
+    assert waits == [0.01, 0.02, 0.04, 0.04][: len(waits)]
+    assert [one.stopped for one in servers[:2]] == [True, True]
+    assert next(one for one in reversed(servers) if one.stopped is not None).stopped is False
+
+
+def test_a_first_server_that_does_not_start_is_the_error():
+    with pytest.raises(ToolError, match="port taken"):
+        Supervisor(lambda: Server(failure="port taken"), print, "").run()
+
+
+def test_a_stop_ends_the_wait_for_the_next_one(monkeypatch):
+    monkeypatch.setattr(supervisor, "FIRST_WAIT_S", LONG_S)
+    began = time.monotonic()
+    keeper = Supervisor(lambda: Server(broken="broken"), lambda line: "new" in line and keeper.stop(), "")
+    keeper.run()
+    assert time.monotonic() - began < LONG_S / 2
+
+
+def test_a_broken_server_is_killed_when_it_has_drained():
+    """Its log says so; it is not waited for until it has unloaded."""
+    process = a_process("trap 'echo All models are stopped; sleep 600' TERM; echo up; while :; do sleep 0.05; done")
+    began = time.monotonic()
+    while not process._tail:
+        time.sleep(0.01)
+    process.stop(is_broken=True)
+    assert time.monotonic() - began < 4
+    assert process.why_it_ended() is None
