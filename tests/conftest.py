@@ -64,9 +64,7 @@ def odd_images() -> Path:
 def limits() -> clip_preprocess.Limits:
     """The limits that are served."""
     value = {key: entry.string_value for key, entry in read_config(MODELS, "preprocess").parameters.items()}
-    return clip_preprocess.Limits(
-        int(value["max_image_bytes"]), int(value["max_image_pixels"]), tuple(value["formats"].split())
-    )
+    return clip_preprocess.Limits.of(value)
 
 
 @pytest.fixture(scope="session")

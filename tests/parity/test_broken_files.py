@@ -1,14 +1,26 @@
 """Broken photographs give pixels or a refusal with a known code, and nothing else."""
 
 import io
+import time
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tests.fuzz_bombs import BOMBS
 
 from clip_preprocess import RefusedImage, pixels_of
 
-CODES = {"empty", "too_large", "too_many_pixels", "unsupported_format", "not_an_image", "truncated", "corrupt"}
+CODES = {
+    "empty",
+    "too_large",
+    "too_many_pixels",
+    "too_complex",
+    "unsupported_format",
+    "not_an_image",
+    "truncated",
+    "corrupt",
+}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO", "TGA")
 
 
@@ -53,3 +65,20 @@ def test_a_damaged_photograph_gives_pixels_or_a_known_refusal(limits, demo_photo
         assert "\n" not in error.reason
     else:
         assert pixels.shape == (224, 224, 3)
+
+
+# The dearest of them is decoded in half a second on a core that others use too.
+BOMB_LIMIT_S = 10
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_file_made_to_cost_much_costs_little(limits, name):
+    expected, make = BOMBS[name]
+    content, came = make(), "pixels"
+    started = time.monotonic()
+    try:
+        pixels_of(content, limits)
+    except RefusedImage as error:
+        came = error.code
+    assert time.monotonic() - started < BOMB_LIMIT_S
+    assert came == expected

@@ -8,7 +8,12 @@ from PIL import Image
 
 from clip_preprocess import SIDE_PX, Limits, RefusedImage, pixels_of
 
-LIMITS = Limits(max_image_bytes=1 << 20, max_image_pixels=4_000_000, formats=("JPEG", "PNG", "GIF", "WEBP", "BMP"))
+LIMITS = Limits(
+    max_image_bytes=1 << 20,
+    max_image_pixels=4_000_000,
+    max_jpeg_scans=20,
+    formats=("JPEG", "PNG", "GIF", "WEBP", "BMP"),
+)
 
 
 def encoded(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:

@@ -1,11 +1,13 @@
 """One encoded image -> the very pixels that open_clip's inference transform feeds to its model."""
 
-import io
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from clip_bounds import MAX_ICON_PIXELS, MAX_RLE_BITMAP_PIXELS, CountedReads, RefusedImage, check_structure
 
 SIDE_PX = 224
 
@@ -30,20 +32,18 @@ class Limits:
 
     max_image_bytes: int
     max_image_pixels: int
+    max_jpeg_scans: int
     formats: tuple[str, ...]
 
-
-class RefusedImage(ValueError):
-    """This image has no pixels: fix or drop it, trying again does not help.
-
-    `code` is one word for programs: empty, too_large, too_many_pixels, unsupported_format, not_an_image,
-    truncated or corrupt. `reason` is a sentence for people, in one line.
-    """
-
-    def __init__(self, code: str, reason: str) -> None:
-        super().__init__(f"{code}: {reason}")
-        self.code = code
-        self.reason = " ".join(reason.split())
+    @classmethod
+    def of(cls, parameters: Mapping[str, str]) -> "Limits":
+        """As the parameters of `config.pbtxt` say."""
+        return cls(
+            max_image_bytes=int(parameters["max_image_bytes"]),
+            max_image_pixels=int(parameters["max_image_pixels"]),
+            max_jpeg_scans=int(parameters["max_jpeg_scans"]),
+            formats=tuple(parameters["formats"].split()),
+        )
 
 
 def pixels_of(image_bytes: bytes, limits: Limits, *, fast: bool = False) -> np.ndarray:
@@ -65,13 +65,8 @@ def pixels_of(image_bytes: bytes, limits: Limits, *, fast: bool = False) -> np.n
             # The box is the whole image in the scaled one's coordinates, where its last pixel may be a part.
             _, box = (fast and image.draft(None, (2 * SIDE_PX, 2 * SIDE_PX))) or (None, None)
             image.load()
-            size = _resized_size(*(full_size if box else image.size))  # loading an icon may show another size
-            if size[0] * size[1] > limits.max_image_pixels:  # 65500 x 1 would become 14672000 x 224
-                raise RefusedImage(
-                    "too_many_pixels",
-                    f"{image.width} x {image.height} px would be resized to {size[0]} x {size[1]}; "
-                    f"at most {limits.max_image_pixels} pixels are accepted",
-                )
+            size = _resized_size(*(full_size if box else image.size))
+            _check_pixels(image.size, limits)  # loading an icon may show another size
             left, top = _crop_offset(size[0]), _crop_offset(size[1])
             resized = image.resize(size, Image.Resampling.BICUBIC, box)
             cropped = resized.crop((left, top, left + SIDE_PX, top + SIDE_PX))
@@ -92,26 +87,39 @@ def _opened(image_bytes: bytes, limits: Limits) -> Image.Image:
         raise RefusedImage("empty", "0 bytes came")
     if size_bytes > limits.max_image_bytes:
         raise RefusedImage("too_large", f"{size_bytes} bytes; at most {limits.max_image_bytes} are accepted")
+    is_icon = image_bytes.startswith(b"\0\0\1\0")
+    max_pixels = min(limits.max_image_pixels, MAX_ICON_PIXELS) if is_icon else limits.max_image_pixels
     # Pillow raises above twice this figure, also for an image inside an image (ICO holds PNGs).
-    Image.MAX_IMAGE_PIXELS = max(1, limits.max_image_pixels // 2)
+    Image.MAX_IMAGE_PIXELS = max(1, max_pixels // 2)
+    check_structure(image_bytes, max_jpeg_scans=limits.max_jpeg_scans, max_image_pixels=limits.max_image_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(image_bytes), formats=limits.formats)
+            image = Image.open(CountedReads(image_bytes), formats=limits.formats)
+    except RefusedImage:
+        raise
     except Image.DecompressionBombError as error:
-        raise RefusedImage("too_many_pixels", f"over {limits.max_image_pixels} pixels by its header") from error
+        raise RefusedImage("too_many_pixels", f"over {max_pixels} pixels by its header") from error
     except UnidentifiedImageError as error:
         raise _unidentified(image_bytes, limits) from error
     except MemoryError:
         raise
     except Exception as error:
         raise RefusedImage("corrupt", f"the header cannot be read: {error or type(error).__name__}") from error
-    if image.width * image.height > limits.max_image_pixels:
-        raise RefusedImage(
-            "too_many_pixels",
-            f"{image.width} x {image.height} px; at most {limits.max_image_pixels} pixels are accepted",
-        )
+    _check_pixels(image.size, limits)
+    if image.width * image.height > MAX_RLE_BITMAP_PIXELS and any(tile[0] == "bmp_rle" for tile in image.tile):
+        raise RefusedImage("too_complex", f"over {MAX_RLE_BITMAP_PIXELS} pixels of RLE bitmap; save it anew, as JPEG")
     return image
+
+
+def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
+    """Raises RefusedImage for too many pixels, as they are or resized: 65500 x 1 would become 14672000 x 224."""
+    for what, (width, height) in (("", size), (" when resized", _resized_size(*size))):
+        if width * height > limits.max_image_pixels:
+            raise RefusedImage(
+                "too_many_pixels",
+                f"{width} x {height} px{what}; at most {limits.max_image_pixels} pixels are accepted",
+            )
 
 
 def _unidentified(image_bytes: bytes, limits: Limits) -> RefusedImage:

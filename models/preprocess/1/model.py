@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from clip_preprocess import SIDE_PX, Limits, RefusedImage, pixels_of
 
@@ -18,14 +18,11 @@ class TritonPythonModel:
     def initialize(self, args):
         parameters = json.loads(args["model_config"])["parameters"]
         value = {key: parameter["string_value"] for key, parameter in parameters.items()}
-        self._limits = Limits(
-            max_image_bytes=int(value["max_image_bytes"]),
-            max_image_pixels=int(value["max_image_pixels"]),
-            formats=tuple(value["formats"].split()),
-        )
+        self._limits = Limits.of(value)
         if value["mode"] not in ("exact", "fast"):
             raise pb_utils.TritonModelException(f"preprocess: parameter mode is {value['mode']}, not exact or fast")
         self._fast = value["mode"] == "fast"
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # more instances use more cores, not more threads
         Image.init()
         if unknown := set(self._limits.formats) - set(Image.OPEN):
             raise pb_utils.TritonModelException(

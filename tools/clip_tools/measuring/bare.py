@@ -33,11 +33,7 @@ def open_preprocess(models: Path = MODELS, config_name: str | None = None) -> Ca
         key: one.string_value for key, one in read_config(models, "preprocess", config_name).parameters.items()
     }
     preprocess = import_preprocess(models)
-    limits = preprocess.Limits(
-        max_image_bytes=int(parameters["max_image_bytes"]),
-        max_image_pixels=int(parameters["max_image_pixels"]),
-        formats=tuple(parameters["formats"].split()),
-    )
+    limits = preprocess.Limits.of(parameters)
     fast = parameters.get("mode", "exact") == "fast"
     return lambda image: preprocess.pixels_of(image, limits, fast=fast)
 
