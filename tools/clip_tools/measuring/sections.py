@@ -126,6 +126,7 @@ def soak_section(name: str, result: dict[str, Any]) -> Section:
     rises = [
         (row["title"], f"{row['at_half']:,}", f"{row['at_end']:,}", f"{row['rise']:+.2f}", f"{row['bound']:.2f}")
         for row in result["rises"]
+        if row["rise"] is not None
     ]
     text += markdown_table(("server and stubs", "at half time", "at the end", "rise", "bound"), rises)
     text += "\nThe rise is Theil and Sen's slope over the second half, times its length.\n"
