@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_tools import photos
+from clip_tools import photos, reliability
 from clip_tools.demo import weights_from_environment
 from clip_tools.engines.export_onnx import export_onnx, is_exported, manifest_path
 from clip_tools.measuring.fingerprint import fingerprint
@@ -111,6 +111,8 @@ def record_reliability(request: pytest.FixtureRequest) -> Callable[..., None]:
     path = RESULTS / ("reliability-short.json" if short else "reliability.json")
 
     def record(name: str, **figures: object) -> None:
+        if name not in reliability.names():
+            raise KeyError(f"{name}: docs/reliability.md has no such promise; add it to clip_tools.reliability")
         known = json.loads(path.read_text()) if path.is_file() else {}
         known["environment"] = asdict(fingerprint())
         known[name] = {"test": request.node.nodeid, "date": datetime.date.today().isoformat(), **figures}
