@@ -48,9 +48,9 @@ WORKDIR /var/cache/clip-embed
 VOLUME ["/var/cache/clip-embed"]
 EXPOSE 8000 8001 8002
 
-# The first start builds the plan, which takes minutes.
-HEALTHCHECK --start-period=600s --interval=15s --timeout=5s --retries=3 \
-  CMD ["curl", "--fail", "--silent", "--show-error", "--output", "/dev/null", "http://localhost:8000/v2/models/clip_ensemble/ready"]
+# It embeds an image. The first start builds the plan, which takes minutes.
+HEALTHCHECK --start-period=600s --interval=15s --timeout=15s --retries=3 \
+  CMD ["python3", "-m", "clip_tools", "health"]
 
 # NVIDIA's own entry point first: it checks the driver and sets up CUDA's forward compatibility.
 ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "python3", "-m", "clip_tools.container.entrypoint"]

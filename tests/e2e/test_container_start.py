@@ -9,12 +9,14 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from tests.small_graph import write_small_graph
 
 from clip_embed import EmbeddingClient
 from clip_tools.gpu import find_gpu
 from clip_tools.measuring.services import free_ports
+from clip_tools.serving.watchdog import stubs
 
 
 @pytest.fixture
@@ -67,6 +69,28 @@ def test_onnx_only_serves_what_is_mounted_and_ends_on_sigterm(start, server, dem
     with EmbeddingClient(server.options.grpc_url) as client:
         assert (client.embed(images) * got).sum(axis=1).min() >= 0.99999  # FP32 in another process
     assert httpx.get(f"{http}/v2/models/clip_ensemble/ready").status_code == 200  # the image's health check
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+
+
+def test_the_server_is_started_anew_when_a_models_process_is_lost(start, demo_photos):
+    """And the health check, which is the image's, says what is so."""
+    images = [demo_photos[0].read_bytes()]
+    process, grpc, _, log = start(SKIP_TRT_BUILD="1")
+    expected = embed_when_ready(process, grpc, images, log)
+    health = [sys.executable, "-m", "clip_tools", "health", f"--url={grpc}"]
+    assert subprocess.run(health, timeout=60, check=False).returncode == 0
+    (server,) = psutil.Process(process.pid).children()
+    lost = min(stubs(server.pid))
+    os.kill(lost, signal.SIGKILL)
+    deadline = time.monotonic() + 120
+    while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    done = subprocess.run([*health, "--timeout-s=1"], timeout=60, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert np.array_equal(embed_when_ready(process, grpc, images, log), expected)
+    assert f"(process {lost}) has ended; a new server takes its place" in log.read_text()
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
 

@@ -1,9 +1,11 @@
 """What the container decides before it serves, and the files it is built from. Docker itself runs nowhere here."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from tests.small_graph import write_small_graph
 from clip_tools.container import build as container_build
 from clip_tools.container import entrypoint
 from clip_tools.container.build import export, plan_path, served_tensorrt_version
+from clip_tools.container.served import options_in
 from clip_tools.container.served_repository import fit_batches, write_served_repository
 from clip_tools.container.settings import Settings
 from clip_tools.container.start import Found, Start, look, plan_start
@@ -153,8 +156,9 @@ def test_the_volume_has_one_plan_for_each_graph_gpu_version_and_option(tmp_path)
 
 
 def engines(build=None, stale=lambda _plan, **_: None) -> SimpleNamespace:
-    """clip_tools.engines.build_engine, pretended."""
-    built = []
+    """clip_tools.engines.build_engine, pretended. It runs in a process of its own; `built` has each call's options."""
+    manager = multiprocessing.get_context("fork").Manager()
+    built = manager.list()
 
     def build_engine(graph, plan, options):
         built.append(options)
@@ -164,7 +168,11 @@ def engines(build=None, stale=lambda _plan, **_: None) -> SimpleNamespace:
         plan.with_name("manifest.json").write_text("{}")
 
     return SimpleNamespace(
-        build_engine=build_engine, stale_reason=stale, EngineOptions=lambda **options: options, built=built
+        build_engine=build_engine,
+        stale_reason=stale,
+        EngineOptions=lambda **options: options,
+        built=built,
+        manager=manager,
     )
 
 
@@ -228,14 +236,25 @@ def crash() -> None:
     raise RuntimeError("CUDA error 700")
 
 
-@pytest.mark.parametrize(("failure", "reason"), [(fail, "layer 7 has no implementation"), (crash, "CUDA error 700")])
+def be_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (fail, "layer 7 has no implementation"),
+        (crash, "RuntimeError: CUDA error 700"),
+        (be_killed, r"ended by SIGKILL: too little memory\?"),
+    ],
+)
 def test_a_failed_build_stops_the_container_with_the_reason(container, failure, reason):
     container.install(engines(failure))
     with pytest.raises(ToolError, match=reason):
         container.start()
 
 
-@pytest.mark.parametrize("failure", [fail, crash])
+@pytest.mark.parametrize("failure", [fail, crash, be_killed])
 def test_a_failed_build_falls_back_only_when_told_to_and_says_so(container, failure):
     container.install(engines(failure))
     command, folder = container.start(fallback=True)
@@ -408,7 +427,9 @@ def test_the_image_is_not_roots_has_the_ports_and_time_for_the_first_build():
     assert re.search(r"^USER 1000", DOCKERFILE, re.MULTILINE)
     assert "EXPOSE 8000 8001 8002" in DOCKERFILE
     assert "--start-period=600s" in DOCKERFILE
-    assert "/v2/models/clip_ensemble/ready" in DOCKERFILE
+    assert re.search(
+        r"^HEALTHCHECK .*\\\n +CMD \[\"python3\", \"-m\", \"clip_tools\", \"health\"\]$", DOCKERFILE, re.MULTILINE
+    )
     tag = re.search(r"^ARG TRITON_TAG=(\d+)\.(\d+)-py3$", DOCKERFILE, re.MULTILINE)
     assert (int(tag[1]), int(tag[2])) >= (26, 8)
 
@@ -453,6 +474,8 @@ from pathlib import Path
 from clip_tools import cli
 from clip_tools.engines import build_engine
 from clip_tools.container import entrypoint
+from clip_tools.container import served
+from clip_tools.serving import health
 from clip_tools.serving import model_control
 from clip_tools.serving import swap
 from clip_tools.container.settings import Settings
@@ -460,6 +483,12 @@ folder = Path(sys.argv[2])
 settings = Settings(skip_build=True, onnx_dir=folder, cache_dir=folder)
 print(entrypoint.prepare(settings, folder / "served", print)[0])
 model_control.GrpcModelControl("grpc://localhost:1")
+server = served.ContainerServer(served.options_in(["tritonserver", "--grpc-port=1"]))
+assert not server.client(timeout_s=1).is_ready()
+try:
+    health.check_health("grpc://localhost:1", 1)
+except health.ToolError:
+    pass
 """
 
 
@@ -494,8 +523,11 @@ def test_what_the_dockerfile_copies_is_enough_to_start(tmp_path):
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    said = [line for line in done.stderr.splitlines() if "shm-region-prefix-name" not in line]
+    assert done.returncode == 1, done.stderr
+    assert said[0].startswith("clip-embed: starting tritonserver ")
+    assert said[-1].startswith("clip-embed: tritonserver ended with exit code 0")
+    assert said[1:-1] == [
         f"--model-repository={served}",
         "--model-control-mode=explicit",
         "--load-model=clip_ensemble",
@@ -524,3 +556,9 @@ def test_the_entry_point_and_swap_need_only_what_the_image_has(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "tritonserver\n"
+
+
+def test_where_it_listens_is_read_off_the_servers_flags():
+    options = options_in(["tritonserver", "--grpc-port=1", "--http-port", "2", "--grpc-port=3", "--log-verbose=1"])
+    assert (options.grpc_url, options.http_url) == ("grpc://localhost:3", "http://localhost:2")
+    assert options.metrics_url == "http://localhost:8002/metrics"

@@ -69,6 +69,17 @@ def serve(
 
 
 @app.command()
+def health(
+    url: Annotated[str, typer.Option(help="The server's URL.")] = "grpc://localhost:8001",
+    timeout_s: Annotated[float, typer.Option(help="How long an answer may take.")] = 10.0,
+) -> None:
+    """Exit 0 when the server embeds an image or is only too busy to, 1 with the reason when it does not."""
+    from clip_tools.serving.health import check_health
+
+    check_health(url, timeout_s)
+
+
+@app.command()
 def demo(
     models: Models = MODELS,
     http_port: Port = 8000,

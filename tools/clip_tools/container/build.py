@@ -7,7 +7,9 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -53,17 +55,14 @@ def ensure_plan(settings: Settings, graph: Path, gpu: str | None, say: Say) -> P
                 f"{gpu or 'no GPU, ahead of time'} with {settings.runtime} {version}; this takes minutes, once"
             )
             plan.parent.mkdir(parents=True, exist_ok=True)
-            build_engine(
-                graph,
-                plan,
-                EngineOptions(
-                    runtime=settings.runtime,
-                    precision=settings.precision,
-                    min_batch=1,
-                    opt_batch=settings.opt_batch,
-                    max_batch=settings.max_batch,
-                ),
+            options = EngineOptions(
+                runtime=settings.runtime,
+                precision=settings.precision,
+                min_batch=1,
+                opt_batch=settings.opt_batch,
+                max_batch=settings.max_batch,
             )
+            _in_a_process(lambda: build_engine(graph, plan, options))
     except ToolError:
         raise
     except OSError as error:
@@ -73,6 +72,39 @@ def ensure_plan(settings: Settings, graph: Path, gpu: str | None, say: Say) -> P
     except Exception as error:
         raise ToolError(f"{settings.runtime} {version} failed: {type(error).__name__}: {error}") from error
     return plan
+
+
+def _in_a_process(work: Callable[[], object]) -> None:
+    """Do it in a process of its own: one that TensorRT crashes, or that is killed for its memory, is an error here.
+
+    Raises what was raised there, and ToolError where that was nothing.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def run() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ours would wait until TensorRT returns
+        try:
+            work()
+            theirs.send(None)
+        except Exception as error:
+            theirs.send(error)
+
+    process = context.Process(target=run, daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        error = ours.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        raise ToolError(
+            f"the build was ended by {end}{': too little memory?' if code == -signal.SIGKILL else ''}"
+        ) from None
+    process.join()
+    if error is not None:
+        raise error
 
 
 def _runtime_version(runtime: str) -> str:

@@ -1,7 +1,7 @@
-"""The container's first process: it makes what the server needs, then becomes tritonserver.
+"""The container's first process: it makes what the server needs, then keeps tritonserver going.
 
 `settings` reads the environment, `start` decides what there is to do, `build` makes it,
-`served_repository` writes what is served. Flags of the command line go to tritonserver.
+`served_repository` writes what is served, `served` is the server. Flags of the command line go to tritonserver.
 """
 
 import contextlib
@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_tools.container.build import Say, ensure_plan, export
+from clip_tools.container.served import ContainerServer, options_in
 from clip_tools.container.served_repository import write_served_repository
 from clip_tools.container.settings import Settings
 from clip_tools.container.start import Found, Start, graph_name, look, plan_start
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE
+from clip_tools.serving.supervisor import Supervisor
 
 
 def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS) -> list[str]:
@@ -80,7 +82,7 @@ def _say(line: str) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prepare, then become tritonserver. What cannot be had ends the container with one line and an exit code."""
+    """Prepare, then serve until SIGTERM. What cannot be had ends the container with one line and an exit code."""
     # As process 1 nothing ends a build but a handler: the kernel ignores a signal's default action there.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -92,11 +94,14 @@ def main(arguments: Sequence[str]) -> None:
             with contextlib.suppress(OSError):
                 os.chdir(settings.cache_dir)
                 Path(".cache/ort-trt").mkdir(parents=True, exist_ok=True)
+        _say(f"starting {' '.join(command)}")
+        options = options_in(command)
+        supervisor = Supervisor(lambda: ContainerServer(options, command), _say, f"{ENSEMBLE} embeds")
+        with supervisor.stopping_on_signals():
+            supervisor.run()
     except ToolError as error:
         _say(str(error))
         sys.exit(error.exit_code)
-    _say(f"starting {' '.join(command)}")
-    os.execvp(command[0], command)  # noqa: S606
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""The container's tritonserver: the image's own, with the command line that the start made, watched as `serve` does."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from clip_tools.serving.process import TritonProcess
+from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+
+READY_TIMEOUT_S = 3600.0  # ort-trt builds an engine for each batch while it loads; not measured
+
+
+@dataclass
+class ContainerServer(EmbeddedServer):
+    """`options` say where `command` lets it listen."""
+
+    command: Sequence[str] = ()
+
+    def start(self) -> None:
+        """Start the process. What was prepared has been checked."""
+        reap_orphans()
+        self._process = TritonProcess(self.command, os.environ)
+
+
+def options_in(command: Sequence[str]) -> ServeOptions:
+    """Where a tritonserver with this command line listens: what its flags say, and Triton's own defaults."""
+    flags = flags_in(command)
+    return ServeOptions(
+        host=flags.get("grpc-address", "0.0.0.0"),  # noqa: S104
+        http_port=int(flags.get("http-port", "8000")),
+        grpc_port=int(flags.get("grpc-port", "8001")),
+        metrics_port=int(flags.get("metrics-port", "8002")),
+        ready_timeout_s=READY_TIMEOUT_S,
+    )
+
+
+def flags_in(command: Sequence[str]) -> Mapping[str, str]:
+    """`--name=value` and `--name value` by name; the last one of a name counts, as in Triton."""
+    flags = {}
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            flags[name] = value if equals else following
+    return flags
+
+
+def reap_orphans() -> None:
+    """Take in the ends of an earlier server's children, which as process 1 we inherit."""
+    if os.getpid() == 1:
+        try:
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                pass
+        except ChildProcessError:
+            pass
