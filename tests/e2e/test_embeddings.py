@@ -96,7 +96,7 @@ def test_one_bad_image_among_many_in_the_same_dynamic_batch_fails_alone(server, 
     name = "preprocess_batched"
     shutil.copytree(repository / "preprocess", repository / name)
     config = read_config(repository, "preprocess")
-    config.dynamic_batching.preferred_batch_size.append(8)
+    config.dynamic_batching.preferred_batch_size[:] = [8]
     config.dynamic_batching.max_queue_delay_microseconds = 20_000_000  # it goes as soon as the eighth is there
     config.instance_group[0].count = 1
     (repository / name / "config.pbtxt").write_text(str(config))

@@ -1,6 +1,9 @@
 """`clip-tools serve` when the process of a Python model is killed or stands still: not ready, and soon ready again."""
 
+import contextlib
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +15,10 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 from tests.conftest import options_for
 
-from clip_embed import EmbeddingClient, EmbeddingError
+from clip_embed import EmbeddingClient, EmbeddingError, ServerUnavailableError
 from clip_tools.serving.watchdog import stubs
 
 CLIP_TOOLS = str(Path(sys.executable).with_name("clip-tools"))
@@ -24,14 +28,14 @@ SAME_IMAGE_MAX_ABS = 1e-5
 GENEROUS_S = 120
 
 
-@pytest.fixture(scope="module")
-def served(repository, tmp_path_factory):
+@contextlib.contextmanager
+def serving(models, folder):
     """A running `clip-tools serve`, its options (the log among them) and a function that gives tritonserver's pid."""
-    options = options_for(repository, tmp_path_factory.mktemp("readiness") / "log")
+    options = options_for(models, folder / "log")
     ports = [f"--{name}-port={getattr(options, f'{name}_port')}" for name in ("http", "grpc", "metrics")]
     with (
         options.log.open("w") as log,
-        subprocess.Popen([CLIP_TOOLS, "serve", f"--models={repository}", *ports], stderr=log) as process,
+        subprocess.Popen([CLIP_TOOLS, "serve", f"--models={models}", *ports], stderr=log) as process,
     ):
         try:
             wait_until(lambda: "ready after" in options.log.read_text() or process.poll() is not None)
@@ -40,6 +44,13 @@ def served(repository, tmp_path_factory):
         finally:
             process.terminate()
             assert process.wait(60) == 0
+
+
+@pytest.fixture(scope="module")
+def served(repository, tmp_path_factory):
+    """One for all that breaks it and waits until it is well again."""
+    with serving(repository, tmp_path_factory.mktemp("readiness")) as running:
+        yield running
 
 
 def wait_until(condition) -> float:
@@ -93,6 +104,7 @@ class Traffic:
         self._client.close()
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     ("fault", "number", "instance", "words"),
     [
@@ -125,3 +137,26 @@ def test_a_lost_model_turns_readiness_off_and_a_new_server_comes(
         not_ready_after_s=round(not_ready_s, 1),
         ready_again_after_s=round(ready_s, 1),
     )
+
+
+@pytest.mark.long
+def test_a_decoder_that_hangs_ends_its_process_and_a_new_server_comes(repository, tmp_path):
+    """One that takes a second in place of a minute to be called hung, and an image that takes longer."""
+    models = tmp_path / "models"
+    shutil.copytree(repository, models, symlinks=True)
+    adapter = models / "preprocess" / "1" / "model.py"
+    text = adapter.read_text()
+    adapter.write_text(text.replace("_LONGEST_DECODE_S = 60", "_LONGEST_DECODE_S = 0.2"))
+    assert adapter.read_text() != text
+    noise = Image.effect_noise((9_000, 9_000), 50).convert("RGB")
+    slow, quick = io.BytesIO(), io.BytesIO()
+    noise.save(slow, "JPEG")
+    noise.resize((32, 32)).save(quick, "JPEG")
+    with serving(models, tmp_path) as (options, _), EmbeddingClient(options.grpc_url, timeout_s=GENEROUS_S) as client:
+        with EmbeddingClient(options.grpc_url, retry=None) as impatient, pytest.raises(ServerUnavailableError):
+            impatient.embed([slow.getvalue()])
+        wait_until(lambda: "a new server takes its place" in options.log.read_text())
+        assert client.embed([quick.getvalue()]).shape == (1, 512)
+        log = options.log.read_text()
+    assert "Timeout (0:00:00.2" in log
+    assert "clip_preprocess.py" in log

@@ -358,6 +358,8 @@ def test_another_largest_batch_reaches_every_configuration_and_keeps_the_graphs_
     ]
     assert plan.model_warmup[-1].name == f"batch {max_batch}"
     assert plan.dynamic_batching.preferred_batch_size[-1] == max_batch
+    preprocess = read_config(tmp_path / "models", "preprocess")
+    assert list(preprocess.dynamic_batching.preferred_batch_size) == [1]
 
 
 def test_the_committed_batches_are_served_as_they_are_written(tmp_path):

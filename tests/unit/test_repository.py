@@ -28,6 +28,15 @@ def test_each_tensor_has_one_name_type_and_shape_from_end_to_end(config_name):
 
 
 @pytest.mark.parametrize("config_name", NAMED)
+def test_no_queue_is_without_a_limit_nor_too_short_for_64_clients(config_name):
+    *steps, _ = deployment(MODELS, config_name)
+    for model in steps:
+        policy = model.config.dynamic_batching.default_queue_policy
+        assert 64 < policy.max_queue_size <= 128
+        assert 0 < policy.default_timeout_microseconds <= 30_000_000
+
+
+@pytest.mark.parametrize("config_name", NAMED)
 def test_clip_onnx_and_clip_trt_can_take_each_others_place(config_name):
     onnx, trt = (read_config(MODELS, name, config_name) for name in ("clip_onnx", "clip_trt"))
     assert tensors(onnx.input) == tensors(trt.input)

@@ -48,7 +48,7 @@ def fit_batches(config: Any, max_batch: int) -> bool:
         for before, spec in itertools.pairwise(specs):
             spec.graph_lower_bound.batch_size = before.batch_size + 1
     preferred = [size for size in config.dynamic_batching.preferred_batch_size if size < largest]
-    if config.dynamic_batching.preferred_batch_size:
+    if is_plan and config.dynamic_batching.preferred_batch_size:
         del config.dynamic_batching.preferred_batch_size[:]
         config.dynamic_batching.preferred_batch_size.extend([*preferred, largest])
     return True
