@@ -161,7 +161,7 @@ def test_ten_times_what_it_can_serve(repository, demo_photos, tmp_path, record_r
         over, seen = threading.Event(), [memory_before]
 
         def watch_memory():
-            while not over.wait(0.5):
+            while not over.wait(2):
                 seen.append(resident_mib(server.pid))
 
         with ThreadPoolExecutor(1) as pool:

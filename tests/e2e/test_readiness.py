@@ -140,6 +140,20 @@ def test_a_lost_model_turns_readiness_off_and_a_new_server_comes(
 
 
 @pytest.mark.long
+def test_a_server_that_stands_still_is_replaced(served, demo_photos):
+    """What no process table shows, the test image does."""
+    options, server_pid = served
+    frozen = server_pid()
+    with EmbeddingClient(options.grpc_url, timeout_s=GENEROUS_S, attempt_timeout_s=10) as client:
+        expected = client.embed(demo_photos[:1])
+        os.kill(frozen, signal.SIGSTOP)
+        assert not is_ready(options)
+        assert np.array_equal(client.embed(demo_photos[:1]), expected)
+    assert "a test image is not embedded: " in options.log.read_text()
+    assert not Path(f"/proc/{frozen}").exists()
+
+
+@pytest.mark.long
 def test_a_decoder_that_hangs_ends_its_process_and_a_new_server_comes(repository, tmp_path):
     """One that takes a second in place of a minute to be called hung, and an image that takes longer."""
     models = tmp_path / "models"

@@ -80,6 +80,15 @@ class Client:
         if self.error:
             raise self.error
 
+    def __call__(self):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
 
 def metrics(path: Path, served: int) -> str:
     path.write_text(

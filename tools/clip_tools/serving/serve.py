@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,7 +131,7 @@ class EmbeddedServer:
                 if process.is_stopping:
                     raise ToolError(f"the server was stopped before {ENSEMBLE} was loaded")
                 if client.is_ready():
-                    wrong = ImageProbe(client, image, self.options.metrics_url)()
+                    wrong = ImageProbe(partial(self.client, timeout_s=60), image, self.options.metrics_url)()
                     if wrong is None:
                         return
                     raise ToolError(f"{ENSEMBLE} is loaded but does not embed: {wrong}")
@@ -142,8 +143,8 @@ class EmbeddedServer:
 
     def watchdog(self) -> Watchdog:
         """What tells when it no longer embeds."""
-        probe = ImageProbe(self.client(timeout_s=PROBE_DEADLINE_S), probe_image(), self.options.metrics_url)
-        return Watchdog(self.pid, probe)
+        new_client = partial(self.client, timeout_s=PROBE_DEADLINE_S)
+        return Watchdog(self.pid, ImageProbe(new_client, probe_image(), self.options.metrics_url))
 
     def client(self, *, timeout_s: float) -> "EmbeddingClient":
         """A client of this server, which asks once."""

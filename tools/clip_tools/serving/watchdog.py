@@ -10,6 +10,7 @@ import re
 import threading
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,11 +98,12 @@ class ImageProbe:
     """Sends an image through `clip_ensemble`. A server that only takes its time, or has no room, embeds for others.
 
     Args:
+        new_client: makes a client, one for each image, whose connection is new as well.
         metrics_url: the server's metrics, which tell whether it does.
     """
 
-    def __init__(self, client: "EmbeddingClient", image: bytes, metrics_url: str) -> None:
-        self._client, self._image, self._metrics_url = client, image, metrics_url
+    def __init__(self, new_client: Callable[[], "EmbeddingClient"], image: bytes, metrics_url: str) -> None:
+        self._new_client, self._image, self._metrics_url = new_client, image, metrics_url
         self._served = self._count()
 
     def __call__(self) -> str | None:
@@ -109,7 +111,8 @@ class ImageProbe:
 
         before = self._served
         try:
-            self._client.embed([self._image])
+            with self._new_client() as client:
+                client.embed([self._image])
         except EmbeddingError as error:
             self._served = self._count()
             if isinstance(error, ServerOverloadedError | DeadlineExceededError) and self._served > before:
@@ -123,6 +126,6 @@ class ImageProbe:
         try:
             with urllib.request.urlopen(self._metrics_url, timeout=5) as answer:  # noqa: S310
                 found = _SERVED.search(answer.read().decode())
-        except OSError:
+        except (OSError, HTTPException):
             return 0
         return int(found[1]) if found else 0
