@@ -36,8 +36,7 @@ _OPTIONS = [
 def _open(module: Any, target: Target, credentials: Credentials) -> Any:
     """A channel of `grpc` or of `grpc.aio`."""
     if target.is_secure:
-        tls = grpc.ssl_channel_credentials(**credentials.grpc_files())
-        return module.secure_channel(target.address, tls, options=_OPTIONS)
+        return module.secure_channel(target.address, credentials.grpc_credentials(), options=_OPTIONS)
     return module.insecure_channel(target.address, options=_OPTIONS)
 
 

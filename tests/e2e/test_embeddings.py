@@ -102,11 +102,12 @@ def test_one_bad_image_among_many_in_the_same_dynamic_batch_fails_alone(server, 
     (repository / name / "config.pbtxt").write_text(str(config))
     contents = [images[0], images[1], b"broken", *images[2:7]]
     address = server.options.grpc_url.removeprefix("grpc://")
+    admin = server.options.access.grpc_headers()
     with triton.InferenceServerClient(address) as client:
-        client.load_model(name)
+        client.load_model(name, headers=admin)
         answers = ask_at_once(client, name, contents)
-        sizes = batch_sizes(client, name)
-        client.unload_model(name)
+        sizes = batch_sizes(client, name, admin)
+        client.unload_model(name, headers=admin)
     assert sizes == ["8"]
     for content, (result, error) in zip(contents, answers, strict=True):
         if content == b"broken":
@@ -116,11 +117,11 @@ def test_one_bad_image_among_many_in_the_same_dynamic_batch_fails_alone(server, 
             assert np.array_equal(result.as_numpy("pixels")[0], oracle.pixels(content))
 
 
-def batch_sizes(client, model):
+def batch_sizes(client, model, admin):
     """The sizes of the batches that ran. Triton counts a batch shortly after it has answered."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        statistics = client.get_inference_statistics(model, as_json=True)["model_stats"][0]
+        statistics = client.get_inference_statistics(model, headers=admin, as_json=True)["model_stats"][0]
         if "batch_stats" in statistics:
             return [batch["batch_size"] for batch in statistics["batch_stats"]]
     raise AssertionError(f"{model} never counted a batch")

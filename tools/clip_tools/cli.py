@@ -1,5 +1,6 @@
 """The command `clip-tools`: one verb, one module."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -49,10 +50,25 @@ def serve(
     rebuild_stale: Annotated[
         bool, typer.Option("--rebuild-stale", help="Build a TensorRT plan again that does not fit what is here.")
     ] = False,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="The server's certificate, PEM: gRPC is encrypted, HTTP for this machine alone.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Let in only clients with a certificate of this authority, PEM.")
+    ] = None,
 ) -> None:
-    """Serve clip_ensemble by the embedded tritonserver until Ctrl-C. Further flags go to tritonserver."""
-    from clip_tools.serving import serve as verb
+    """Serve clip_ensemble by the embedded tritonserver until Ctrl-C. Further flags go to tritonserver.
 
+    Whoever reaches it can embed and ask whether it is ready. The rest needs the key of CLIP_ADMIN_KEY; without one, a
+    key of this run, which this user's `clip-tools` finds by itself. With CLIP_API_KEY embedding needs that one too.
+    """
+    from clip_tools.serving import serve as verb
+    from clip_tools.serving.access import Access, Tls
+
+    if (tls_cert is None) != (tls_key is None) or (tls_client_ca and tls_cert is None):
+        raise ToolError("--tls-cert and --tls-key go together, and --tls-client-ca with them", exit_code=2)
+    tls = Tls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None
     verb.serve(
         verb.ServeOptions(
             models=models,
@@ -64,6 +80,7 @@ def serve(
             ready_timeout_s=ready_timeout_s,
             arguments=tuple(context.args),
             rebuild_stale=rebuild_stale,
+            access=Access.from_environment(os.environ, tls),
         )
     )
 
@@ -117,7 +134,10 @@ def swap(
         bool, typer.Option("--allow-other-weights", help="Let the vectors change: the target is another model.")
     ] = False,
 ) -> None:
-    """Move a running server to another engine without losing a request; undo everything when a step fails."""
+    """Move a running server to another engine without losing a request; undo everything when a step fails.
+
+    A server of another user or machine is asked with the key of CLIP_ADMIN_KEY.
+    """
     from clip_tools.serving import swap as verb
     from clip_tools.serving.model_control import GrpcModelControl
 

@@ -65,13 +65,19 @@ def deployment(models: Path, config_name: str | None = None, *, root: str = ENSE
     return [*steps, Model(root, config, file)]
 
 
+def build_command(model: Model) -> str | None:
+    """The command that makes the model's file; None for one that is not made."""
+    how = _BUILT_BY.get(model.config.backend)
+    if how and model.file and model.config.backend == "onnxruntime" and (precision := Path(model.file.stem).suffix):
+        how += f" --precision {precision[1:]}"  # model.fp16.onnx
+    return how
+
+
 def check_files(models: list[Model]) -> None:
     """Raises ToolError when a model's file is missing, with the command that makes it."""
     for model in models:
         if model.file and not model.file.is_file():
-            how = _BUILT_BY.get(model.config.backend)
-            if how and model.config.backend == "onnxruntime" and (precision := Path(model.file.stem).suffix):
-                how += f" --precision {precision[1:]}"  # model.fp16.onnx
+            how = build_command(model)
             raise ToolError(
                 f"{model.name} needs {model.file}, which is not there"
                 + (f": make it with `{how}`" if how else ": check the repository out again")

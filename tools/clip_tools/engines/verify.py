@@ -1,7 +1,7 @@
 """`clip-tools verify`: an engine's embeddings against open_clip's own in FP32, and whether they pass the gate."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -216,7 +216,9 @@ def _embed(
     """(The engine's embeddings of the images, what computed them)."""
     if engine.file is None:
         with _url(engine) as url:
-            return _embed_served(url, images, advance), f"served, through clip_embed ({engine.title})"
+            environment = os.environ if engine.url else {}  # a server that is started here asks for nothing
+            embeddings = _embed_served(url, images, advance, environment)
+            return embeddings, f"served, through clip_embed ({engine.title})"
     if engine.file.suffix == ".plan":
         from clip_tools.engines.plan_runner import run_plan
 
@@ -263,15 +265,22 @@ def _url(engine: Engine) -> Iterator[str]:
             yield options.grpc_url
 
 
-def _embed_served(url: str, images: Sequence[Path], advance: Advance) -> "npt.NDArray[np.float32]":
+def _embed_served(
+    url: str, images: Sequence[Path], advance: Advance, environment: Mapping[str, str]
+) -> "npt.NDArray[np.float32]":
     try:
         import numpy as np
 
         from clip_embed import EmbeddingClient
+        from clip_embed.credentials import environment_options
     except ImportError as error:
         raise missing_extra("server", error) from error
+    try:
+        opened = EmbeddingClient(url, timeout_s=120, **environment_options(environment))
+    except ValueError as error:
+        raise ToolError(str(error), exit_code=2) from error
     rows = []
-    with EmbeddingClient(url, timeout_s=120) as client:
+    with opened as client:
         for start in range(0, len(images), 8):
             batch = [path.read_bytes() for path in images[start : start + 8]]
             rows.append(client.embed(batch))

@@ -21,6 +21,8 @@ from clip_tools.measuring.results import write
 from clip_tools.measuring.workload import VGA, load_images
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import ENSEMBLE, read_config
+from clip_tools.serving.hidden_arguments import popen
+from clip_tools.serving.keyring import access_of
 
 Mode = Literal["concurrency", "request-rate"]
 
@@ -105,6 +107,18 @@ def arguments(options: PerfOptions, mode: Mode, level: float, input_file: Path, 
     ]
 
 
+def headers(options: PerfOptions) -> dict[str, str]:
+    """perf_analyzer's flags with the server's keys, which it needs to read the model's configuration and statistics.
+
+    Of each what may be shown, and what it is. They are its HTTP headers by name, and gRPC's too.
+    """
+    access = access_of(options.url, os.environ)
+    if access is None:
+        return {}
+    found = access.http_headers() if options.protocol == "http" else access.grpc_headers()
+    return {f"-H{name}:***": f"-H{name}:{key}" for name, key in found.items()}
+
+
 def _takes_image_bytes(options: PerfOptions) -> bool:
     return any(entry.name == "image_bytes" for entry in read_config(options.models, options.model).input)
 
@@ -115,12 +129,19 @@ def run_level(options: PerfOptions, mode: Mode, level: float, input_file: Path) 
     with tempfile.TemporaryDirectory() as folder:
         csv_file = Path(folder) / "perf.csv"
         flags = arguments(options, mode, level, input_file, csv_file)
-        done = subprocess.run(
-            [str(binary), *flags], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        process = popen(
+            [str(binary), *flags],
+            headers(options),
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
+        with process:
+            said, _ = process.communicate()
         rows = read_csv(csv_file) if csv_file.is_file() else []
-    if done.returncode or not rows:  # without three windows that agree it writes no CSV
-        raise ToolError(f"perf_analyzer failed ({done.returncode}): {_reason(done.stdout + done.stderr)}")
+    if process.returncode or not rows:  # without three windows that agree it writes no CSV
+        raise ToolError(f"perf_analyzer failed ({process.returncode}): {_reason(said)}")
     return level_of(rows[0], mode, level, options.batch, plain_command(flags))
 
 

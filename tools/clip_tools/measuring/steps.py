@@ -1,8 +1,11 @@
 """Where a request's time goes on the server: Triton's own statistics and metrics, taken before and after."""
 
+import os
 import re
 import urllib.request
 from dataclasses import dataclass
+
+from clip_tools.serving.keyring import access_of
 
 _PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
 
@@ -24,8 +27,9 @@ def statistics(grpc_url: str) -> dict[str, dict[str, int]]:
     """Each model's counters since it was loaded: requests, images, executions, and ns by phase."""
     import tritonclient.grpc as triton
 
+    access = access_of(grpc_url, os.environ)
     with triton.InferenceServerClient(grpc_url.removeprefix("grpc://")) as client:
-        answer = client.get_inference_statistics()
+        answer = client.get_inference_statistics(headers=access.grpc_headers() if access else None)
     counters = {}
     for model in answer.model_stats:
         phases = {phase: getattr(model.inference_stats, phase).ns for phase in _PHASES}

@@ -1,5 +1,6 @@
 """A running server's models over gRPC: what is loaded and how configured; load, unload, and a probe of each."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.repository import ENSEMBLE
+from clip_tools.serving.access import ADMIN_KEY_VARIABLE
+from clip_tools.serving.keyring import access_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,18 +45,36 @@ class ModelControl(Protocol):
 
 
 class GrpcModelControl:
-    """`ModelControl` of the server at a grpc:// URL, as a context manager."""
+    """`ModelControl` of the server at a grpc:// or grpcs:// URL, as a context manager.
+
+    Its keys are those of the environment, else those of a server that this user runs here; for grpcs:// the environment
+    names the certificates too, as for the client.
+    """
 
     def __init__(self, url: str) -> None:
         try:
             import tritonclient.grpc as triton
+
+            from clip_embed.credentials import Credentials
+            from clip_embed.target import parse_url
         except ImportError as error:
             raise missing_extra("server", error) from error
-        if not re.match(r"(grpc://)?[^/]+:\d+$", url):
+        if not re.match(r"(grpcs?://)?[^/]+:\d+$", url):
             raise ToolError(f"'{url}': expected grpc://HOST:PORT; models are loaded over gRPC", exit_code=2)
         self.url = url
         self._triton = triton
-        self._client = triton.InferenceServerClient(url.removeprefix("grpc://"))
+        self._target = parse_url(url)
+        access = access_of(url, os.environ)
+        self._headers = access.grpc_headers() if access else {}
+        tls = {}
+        if self._target.is_secure:
+            try:
+                credentials = Credentials.from_environment(os.environ)
+                credentials.check(self._target)
+            except ValueError as error:
+                raise ToolError(str(error), exit_code=2) from error
+            tls = {"ssl": True, "creds": credentials.grpc_credentials()}
+        self._client = triton.InferenceServerClient(self._target.address, **tls)
 
     def __enter__(self) -> "GrpcModelControl":
         return self
@@ -76,31 +97,39 @@ class GrpcModelControl:
                 ) from error
             if error.status() == "StatusCode.UNAVAILABLE" and "connect" in message:
                 raise ToolError(f"nothing listens at {self.url}: start the server", exit_code=_UNREACHABLE) from error
+            if "is restricted, expecting header" in message:
+                wrong = "does not take the key that it was asked with" if self._headers else "asks for a key"
+                raise ToolError(
+                    f"the server at {self.url} {wrong}: set {ADMIN_KEY_VARIABLE} to the one that it was started with"
+                ) from error
             raise ToolError(reason_in(message)) from error
 
     def configuration(self, model: str) -> Any:
         with self._our_errors():
-            return self._client.get_model_config(model).config
+            return self._client.get_model_config(model, headers=self._headers).config
 
     def ready_models(self) -> list[str]:
         with self._our_errors():
-            return [model.name for model in self._client.get_model_repository_index().models if model.state == "READY"]
+            index = self._client.get_model_repository_index(headers=self._headers)
+        return [model.name for model in index.models if model.state == "READY"]
 
     def load(self, model: str, config: Any) -> None:
         from google.protobuf import json_format
 
         with self._our_errors():
-            self._client.load_model(model, config=json_format.MessageToJson(config, preserving_proto_field_name=True))
+            wanted = json_format.MessageToJson(config, preserving_proto_field_name=True)
+            self._client.load_model(model, config=wanted, headers=self._headers)
 
     def unload(self, model: str) -> None:
         with self._our_errors():
-            self._client.unload_model(model)
+            self._client.unload_model(model, headers=self._headers)
 
     def _infer(self, model: str, name: str, datatype: str, array: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
         with self._our_errors():
             tensor = self._triton.InferInput(name, list(array.shape), datatype)
             tensor.set_data_from_numpy(array)
-            answer = self._client.infer(model, [tensor], client_timeout=_PROBE_TIMEOUT_S).as_numpy("embedding")
+            result = self._client.infer(model, [tensor], client_timeout=_PROBE_TIMEOUT_S, headers=self._headers)
+            answer = result.as_numpy("embedding")
         if answer is None:
             raise ToolError(f"{model} has no output 'embedding'")
         embedding: npt.NDArray[np.float32] = answer
@@ -116,7 +145,7 @@ class GrpcModelControl:
 
     def answered(self, model: str) -> int:
         with self._our_errors():
-            stats = self._client.get_inference_statistics(model).model_stats
+            stats = self._client.get_inference_statistics(model, headers=self._headers).model_stats
         return sum(stat.inference_stats.success.count + stat.inference_stats.fail.count for stat in stats)
 
 

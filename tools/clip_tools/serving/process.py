@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from clip_tools.errors import ToolError
+from clip_tools.serving.hidden_arguments import popen
 
 EXIT_TIMEOUT_S = 30  # Triton's own default: how long it waits for requests in flight
 _LOG_LINES_KEPT = 2000  # tritonserver's own help, printed after a bad flag, has over 500
@@ -37,9 +38,16 @@ _REASONS = tuple(
 
 
 class TritonProcess:
-    """One tritonserver and its children. Its log goes to `log`, None for stderr."""
+    """One tritonserver and its children. Its log goes to `log`, None for stderr; `secrets`: see `hidden_arguments`."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        secrets: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ) -> None:
         self._shm_prefix = f"clip_tools_{os.getpid()}_{id(self):x}_"
         # A prefix of our own, so that shared memory left by a killed stub can be found and removed.
         prefixes = [f"--backend-config={b},shm-region-prefix-name={self._shm_prefix}" for b in _PYTHON_BACKENDS]
@@ -47,8 +55,9 @@ class TritonProcess:
         self._tail: deque[str] = deque(maxlen=_LOG_LINES_KEPT)
         self._drained = threading.Event()
         self.is_stopping = False
-        self._process = subprocess.Popen(
+        self._process = popen(
             [*command, *prefixes],
+            secrets or {},
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -56,7 +65,7 @@ class TritonProcess:
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on once
-            preexec_fn=_die_with_parent,  # noqa: PLW1509
+            preexec_fn=_die_with_parent,
         )
         self._reader = threading.Thread(target=self._read_log, args=(self._process.stdout,), daemon=True)
         self._reader.start()

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, Model, check_files, deployment
+from clip_tools.serving import keyring
+from clip_tools.serving.access import Access, exposure
+from clip_tools.serving.manifests import check_manifests
 from clip_tools.serving.process import EXIT_TIMEOUT_S, TritonProcess
 from clip_tools.serving.supervisor import Supervisor
 from clip_tools.serving.tritonserver import command, find_installation
@@ -42,21 +45,29 @@ class ServeOptions:
     arguments: tuple[str, ...] = ()
     log: Path | None = None
     rebuild_stale: bool = False
+    access: Access = field(default_factory=Access)
 
     @property
     def grpc_url(self) -> str:
         """Where this machine's clients reach it."""
-        return f"grpc://{'localhost' if self.host in ('0.0.0.0', '::') else self.host}:{self.grpc_port}"  # noqa: S104
+        scheme = "grpcs" if self.access.tls else "grpc"
+        return f"{scheme}://{'localhost' if self.host in ('0.0.0.0', '::') else self.host}:{self.grpc_port}"  # noqa: S104
 
     @property
     def http_url(self) -> str:
         """The same over HTTP."""
-        return f"http://{'localhost' if self.host in ('0.0.0.0', '::') else self.host}:{self.http_port}"  # noqa: S104
+        host = self.http_host
+        return f"http://{'localhost' if host in ('0.0.0.0', '::') else host}:{self.http_port}"  # noqa: S104
+
+    @property
+    def http_host(self) -> str:
+        """Where HTTP listens: beside an encrypted gRPC on this machine alone, since Triton has no HTTPS."""
+        return "127.0.0.1" if self.access.tls else self.host
 
     @property
     def metrics_url(self) -> str:
         """Its metrics."""
-        return f"{self.http_url.rpartition(':')[0]}:{self.metrics_port}/metrics"
+        return f"http://{'localhost' if self.host in ('0.0.0.0', '::') else self.host}:{self.metrics_port}/metrics"  # noqa: S104
 
 
 @dataclass
@@ -83,12 +94,16 @@ class EmbeddedServer:
         options = self.options
         models = deployment(options.models, options.config_name)
         check_files(models)
+        check_manifests(models)
         check_plans(models, rebuild=options.rebuild_stale)
         installation = find_installation()
         check_ports(options)
+        for url in (options.grpc_url, options.http_url):
+            keyring.remember(url, options.access)
         self._process = TritonProcess(
             command(installation, [*self._flags(), *options.arguments]),
             {**os.environ, **installation.environment},
+            secrets=options.access.secret_flags(),
             log=options.log,
         )
 
@@ -100,9 +115,14 @@ class EmbeddedServer:
             "--model-control-mode=explicit",
             f"--load-model={ENSEMBLE}",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            *options.access.flags(),
         ]
-        for name, port in (("http", options.http_port), ("grpc", options.grpc_port), ("metrics", options.metrics_port)):
-            flags += [f"--{name}-address={options.host}", f"--{name}-port={port}"]
+        for name, host, port in (
+            ("http", options.http_host, options.http_port),
+            ("grpc", options.host, options.grpc_port),
+            ("metrics", options.host, options.metrics_port),
+        ):
+            flags += [f"--{name}-address={host}", f"--{name}-port={port}"]
         if options.config_name:
             flags.append(f"--model-config-name={options.config_name}")
         if not Path("/dev/nvidiactl").exists():
@@ -152,7 +172,10 @@ class EmbeddedServer:
             from clip_embed import EmbeddingClient
         except ImportError as error:
             raise missing_extra("server", error) from error
-        return EmbeddingClient(self.options.grpc_url, timeout_s=timeout_s, retry=None)
+        access = self.options.access
+        # Encrypted, the certificate need not be this machine's own name's, and there may be none for us.
+        url = self.options.http_url if access.tls else self.options.grpc_url
+        return EmbeddingClient(url, timeout_s=timeout_s, retry=None, api_key=access.api_key)
 
     def terminate(self) -> None:
         """Ask the server to finish what is in flight and end; a second time: kill it."""
@@ -163,6 +186,8 @@ class EmbeddedServer:
         """End the server and everything it started. Safe to call twice; see `TritonProcess.stop`."""
         if self._process is not None:
             self._process.stop(is_broken=is_broken)
+            for url in (self.options.grpc_url, self.options.http_url):
+                keyring.forget(url, self.options.access)
 
 
 def check_plans(models: Sequence[Model], *, rebuild: bool = False) -> None:
@@ -202,12 +227,12 @@ def check_ports(options: ServeOptions) -> None:
             f"--metrics-port {options.metrics_port}",
             exit_code=2,
         )
-    for title, flag, port in (
-        ("HTTP", "--http-port", options.http_port),
-        ("gRPC", "--grpc-port", options.grpc_port),
-        ("metrics", "--metrics-port", options.metrics_port),
+    for title, flag, host, port in (
+        ("HTTP", "--http-port", options.http_host, options.http_port),
+        ("gRPC", "--grpc-port", options.host, options.grpc_port),
+        ("metrics", "--metrics-port", options.host, options.metrics_port),
     ):
-        _check_port(options.host, port, title, flag)
+        _check_port(host, port, title, flag)
 
 
 def _check_port(host: str, port: int, title: str, flag: str) -> None:
@@ -253,6 +278,8 @@ def serve(options: ServeOptions) -> None:
         f"{ENSEMBLE} embeds at {options.grpc_url} and {options.http_url} (metrics on port {options.metrics_port}); "
         f"Ctrl-C stops it\n{_warning_if_untrained(options)}"
     ).strip()
+    if warning := exposure(options.host, options.access):
+        sys.stderr.write(f"clip-tools: {warning}\n")
     supervisor = Supervisor(
         lambda: EmbeddedServer(options), lambda line: sys.stderr.write(f"clip-tools: {line}\n"), ready_line
     )

@@ -1,0 +1,429 @@
+"""What a stranger can do to the real server: embed, and read health and metrics; and how it is encrypted and keyed."""
+
+import asyncio
+import contextlib
+import http.client
+import os
+import socket
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+import trustme
+from google.protobuf import message_factory
+from tests.conftest import options_for
+from tests.tls_proxy import tls_proxy
+from tritonclient.grpc import service_pb2
+
+from clip_embed import (
+    AsyncEmbeddingClient,
+    CredentialsError,
+    EmbeddingClient,
+    ServerUnavailableError,
+)
+from clip_tools.serving import keyring
+from clip_tools.serving.access import Access, Tls
+from clip_tools.serving.model_control import GrpcModelControl
+from clip_tools.serving.serve import EmbeddedServer, probe_image
+
+BIN = Path(sys.executable).parent
+SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+API_KEY = "the-key-of-those-who-may-embed"
+
+# What is open to everybody. All else of the protocol is closed, also what a later version adds.
+OPEN_METHODS = {"ServerLive", "ServerReady", "ModelReady", "ModelInfer", "ModelStreamInfer"}
+STREAMS = {"ModelStreamInfer"}
+
+CONFIG = '{"backend": "python", "max_batch_size": 0}'
+REQUESTS = {  # as one would ask who means harm; the other methods' requests are empty
+    "RepositoryModelLoad": {
+        "model_name": "intruder",
+        "parameters": {
+            "config": {"string_param": CONFIG},
+            "file:1/model.py": {"bytes_param": b"import os; os._exit(1)"},
+        },
+    },
+    "RepositoryModelUnload": {"model_name": "clip_ensemble"},
+    "SystemSharedMemoryRegister": {"name": "all", "key": "/clip_tools", "byte_size": 64},
+    "CudaSharedMemoryRegister": {"name": "all", "raw_handle": b"x" * 64, "byte_size": 64},
+    "TraceSetting": {"settings": {"trace_file": {"value": ["/tmp/trace"]}}},  # noqa: S108
+    "LogSettings": {"settings": {"log_file": {"string_param": "/tmp/log"}}},  # noqa: S108
+    "ModelConfig": {"name": "clip_ensemble"},
+    "ModelMetadata": {"name": "clip_ensemble"},
+    "ModelReady": {"name": "clip_ensemble"},
+}
+
+
+def grpc_request(method: str) -> bytes:
+    kind = message_factory.GetMessageClass(SERVICE.methods_by_name[method].input_type)
+    if method in ("ModelInfer", "ModelStreamInfer"):
+        request = kind(model_name="clip_ensemble")
+        request.inputs.add(name="image_bytes", datatype="BYTES", shape=[1, 1])
+        image = probe_image()
+        request.raw_input_contents.append(len(image).to_bytes(4, "little") + image)
+    elif method == "RepositoryModelLoad":
+        wanted = REQUESTS[method]
+        request = kind(model_name=wanted["model_name"])
+        for name, value in wanted["parameters"].items():
+            for field, content in value.items():
+                setattr(request.parameters[name], field, content)
+    elif method in ("TraceSetting", "LogSettings"):
+        request = kind()
+        for name, value in REQUESTS[method]["settings"].items():
+            for field, content in value.items():
+                if isinstance(content, list):
+                    getattr(request.settings[name], field).extend(content)
+                else:
+                    setattr(request.settings[name], field, content)
+    else:
+        request = kind(**REQUESTS.get(method, {}))
+    return request.SerializeToString()
+
+
+def ask_grpc(channel: grpc.Channel, path: str, request: bytes, *, metadata=(), streams: bool = False) -> str | None:
+    """Why it was refused; None when it was answered."""
+    try:
+        if streams:
+            next(channel.stream_stream(path)(iter([request]), timeout=60, metadata=metadata))
+        else:
+            channel.unary_unary(path)(request, timeout=60, metadata=metadata)
+    except grpc.RpcError as error:
+        return error.details()
+    return None
+
+
+def ask_every_method(address: str, *, metadata=()) -> dict[str, str | None]:
+    with grpc.insecure_channel(address) as channel:
+        return {
+            method.name: ask_grpc(
+                channel,
+                f"/{SERVICE.full_name}/{method.name}",
+                grpc_request(method.name),
+                metadata=metadata,
+                streams=method.name in STREAMS,
+            )
+            for method in SERVICE.methods
+        }
+
+
+# Every route of Triton's HTTP that is not for everybody, with both ways to ask; {m} is a model.
+CLOSED_ROUTES = [
+    "/v2",
+    "/v2/models/{m}",
+    "/v2/models/{m}/versions/1",
+    "/v2/models/{m}/config",
+    "/v2/models/{m}/versions/1/config",
+    "/v2/models/{m}/stats",
+    "/v2/models/{m}/versions/1/stats",
+    "/v2/models/stats",
+    "/v2/models/{m}/trace/setting",
+    "/v2/trace/setting",
+    "/v2/logging",
+    "/v2/repository/index",
+    "/v2/repository/models/{m}/load",
+    "/v2/repository/models/{m}/unload",
+    "/v2/repository/other/models/{m}/load",
+    "/v2/systemsharedmemory/status",
+    "/v2/systemsharedmemory/region/all/status",
+    "/v2/systemsharedmemory/region/all/register",
+    "/v2/systemsharedmemory/region/all/unregister",
+    "/v2/systemsharedmemory/unregister",
+    "/v2/cudasharedmemory/status",
+    "/v2/cudasharedmemory/region/all/status",
+    "/v2/cudasharedmemory/region/all/register",
+    "/v2/cudasharedmemory/unregister",
+]
+# The same said otherwise, and what other servers have.
+ODD_ROUTES = [
+    "//v2/repository/index",
+    "/v2//repository/index",
+    "/v2/repository/index/",
+    "/v2/./repository/index",
+    "/v2/x/../repository/index",
+    "/v2/%72epository/index",
+    "/V2/repository/index",
+    "/v2/health/ready/../../repository/index",
+    "/v2/repository/index?x=/v2/health/ready",
+    "/v2/models/clip_ensemble/../../repository/index",
+    "/metrics",
+    "/ping",
+    "/invocations",
+    "/models",
+    "/v1/models",
+    "/",
+]
+
+
+def ask_http(port: int, method: str, route: str, **headers: str) -> int:
+    """The status; the route goes out as it is written."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request(method, route, body=b"{}" if method in ("POST", "PUT") else None, headers=headers)
+        return connection.getresponse().status
+
+
+def test_a_stranger_can_embed_and_read_health_and_metrics_and_nothing_else(server, record_reliability):
+    """Over both protocols, every method and route, without a key and with wrong ones."""
+    options, methods, refused = server.options, 0, 0
+    with GrpcModelControl(options.grpc_url) as control:
+        before = control.ready_models()
+    address = f"127.0.0.1:{options.grpc_port}"
+    right = options.access.admin_key
+    for metadata in (
+        (),
+        (("triton-grpc-protocol-clip-admin-key", "wrong"),),
+        (("triton-grpc-protocol-clip-admin-key", ""),),
+        (("clip-admin-key", right),),  # HTTP's name
+        (("triton-grpc-protocol-clip-api-key", right),),
+    ):
+        answers = ask_every_method(address, metadata=metadata)
+        assert len(answers) == 20
+        assert {name for name, reason in answers.items() if reason is None} == OPEN_METHODS
+        assert all("restricted" in reason for reason in answers.values() if reason is not None), answers
+        methods, refused = methods + len(answers), refused + len(answers) - len(OPEN_METHODS)
+    with grpc.insecure_channel(address) as channel:
+        assert ask_grpc(channel, "/grpc.health.v1.Health/Check", b"") is None
+        for path in ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "/inference.Other/Method"):
+            assert ask_grpc(channel, path, b"") is not None
+    for route in CLOSED_ROUTES:
+        for method in ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"):
+            for headers in ({}, {"clip-admin-key": "wrong"}, {"triton-grpc-protocol-clip-admin-key": right}):
+                status = ask_http(options.http_port, method, route.format(m="clip_ensemble"), **headers)
+                assert status in (400, 403, 404, 405), (method, route, status)
+                methods, refused = methods + 1, refused + 1
+        assert 403 in (ask_http(options.http_port, m, route.format(m="clip_ensemble")) for m in ("GET", "POST")), route
+    for route in ODD_ROUTES:
+        for method in ("GET", "POST"):
+            status = ask_http(options.http_port, method, route)
+            assert status in (400, 403, 404, 405), (method, route, status)
+            methods, refused = methods + 1, refused + 1
+
+    for route in ("/v2/health/live", "/v2/health/ready", "/v2/models/clip_ensemble/ready"):
+        assert ask_http(options.http_port, "GET", route) == 200
+    assert "nv_inference_request_success" in httpx.get(options.metrics_url).text
+    for url in (options.grpc_url, options.http_url):
+        with EmbeddingClient(url) as client:
+            assert client.embed([probe_image()]).shape == (1, 512)
+    with GrpcModelControl(options.grpc_url) as control:
+        assert control.ready_models() == before
+    record_reliability("closed_apis", methods=methods, refused=refused)
+
+
+def test_with_the_key_every_method_is_open(server):
+    """So that what is refused above is refused for want of it. Nothing is changed here."""
+    harmless = [m.name for m in SERVICE.methods if m.name not in REQUESTS or m.name.startswith("Model")]
+    with grpc.insecure_channel(f"127.0.0.1:{server.options.grpc_port}") as channel:
+        for name in harmless:
+            reason = ask_grpc(
+                channel,
+                f"/{SERVICE.full_name}/{name}",
+                grpc_request(name),
+                metadata=tuple(server.options.access.grpc_headers().items()),
+                streams=name in STREAMS,
+            )
+            assert reason is None or "restricted" not in reason
+    headers = server.options.access.http_headers()
+    assert ask_http(server.options.http_port, "POST", "/v2/repository/index", **headers) == 200
+    assert ask_http(server.options.http_port, "GET", "/v2", **headers) == 200
+
+
+def run_swap(server: EmbeddedServer, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [BIN / "clip-tools", "swap", "onnx", f"--models={server.options.models}"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CLIP_")}
+    return subprocess.run(
+        [*command, f"--url={server.options.grpc_url}"],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_this_users_swap_finds_the_key_and_anothers_has_to_be_told(server, tmp_path):
+    """Another user's folder of keys is another: TMPDIR."""
+    assert "runs onnx already" in run_swap(server).stderr
+    stranger = run_swap(server, TMPDIR=str(tmp_path))
+    assert stranger.returncode == 1
+    assert stranger.stderr.endswith("asks for a key: set CLIP_ADMIN_KEY to the one that it was started with\n")
+    mistaken = run_swap(server, TMPDIR=str(tmp_path), CLIP_ADMIN_KEY="not-the-key-of-this-server")
+    assert "does not take the key that it was asked with: set CLIP_ADMIN_KEY" in mistaken.stderr
+    told = run_swap(server, TMPDIR=str(tmp_path), CLIP_ADMIN_KEY=server.options.access.admin_key)
+    assert "runs onnx already" in told.stderr
+
+
+def test_no_process_and_no_log_shows_the_key(server):
+    key = server.options.access.admin_key.encode()
+    shown = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.is_dir()]
+    assert any(b"clip-admin-key=***" in command_line for command_line in shown)
+    assert not any(key in command_line for command_line in shown)
+    assert key not in server.options.log.read_bytes()
+
+
+class Certificates:
+    """An authority, certificates of it for the server and a client, and another authority."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ca, other = trustme.CA(), trustme.CA()
+        server, client = self.ca.issue_cert("localhost", "127.0.0.1"), self.ca.issue_cert("client@example.org")
+        self.server_context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        server.configure_cert(self.server_context)
+        pems = {
+            "ca": self.ca.cert_pem,
+            "other": other.cert_pem,
+            "cert": server.cert_chain_pems[0],
+            "key": server.private_key_pem,
+            "client": client.cert_chain_pems[0],
+            "client_key": client.private_key_pem,
+        }
+        for name, pem in pems.items():
+            pem.write_to_path(folder / f"{name}.pem")
+            setattr(self, name, folder / f"{name}.pem")
+        self.of_a_client = {"ca_file": self.ca_pem, "cert_file": self.client, "key_file": self.client_key}
+
+    @property
+    def ca_pem(self) -> Path:
+        return self.cert.with_name("ca.pem")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory) -> Certificates:
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def guarded(repository, certificates, tmp_path_factory):
+    """A server with everything: mutual TLS on gRPC, and an API key."""
+    tls = Tls(certificates.cert, certificates.key, certificates.ca_pem)
+    options = options_for(
+        repository, tmp_path_factory.mktemp("guarded") / "log", access=Access(api_key=API_KEY, tls=tls)
+    )
+    with EmbeddedServer(options) as running:
+        yield running
+
+
+def test_mutual_tls_and_the_key_let_a_client_in(guarded, certificates, server):
+    url, image = guarded.options.grpc_url, probe_image()
+    assert url.startswith("grpcs://")
+    with EmbeddingClient(url, api_key=API_KEY, **certificates.of_a_client) as client:
+        got = client.embed([image])
+    with EmbeddingClient(server.options.grpc_url) as client:
+        assert (got * client.embed([image])).sum() >= 0.99999  # FP32 in another process
+
+    async def embed() -> np.ndarray:
+        async with AsyncEmbeddingClient(url, api_key=API_KEY, **certificates.of_a_client) as client:
+            return await client.embed([image])
+
+    assert np.array_equal(asyncio.run(embed()), got)
+
+
+@pytest.mark.parametrize("key", [None, "wrong"])
+def test_without_the_key_a_client_is_refused_at_once(guarded, certificates, key):
+    """Long before its deadline, in gRPC and in HTTP; whether the server is ready it may ask."""
+    for url, files in ((guarded.options.grpc_url, certificates.of_a_client), (guarded.options.http_url, {})):
+        with EmbeddingClient(url, api_key=key, timeout_s=600, **files) as client:
+            assert client.is_ready()
+            with pytest.raises(CredentialsError, match="CLIP_API_KEY"):
+                client.embed([probe_image()])
+
+
+def test_a_server_of_another_authority_is_not_believed(guarded, certificates):
+    files = {**certificates.of_a_client, "ca_file": certificates.other}
+    with (
+        EmbeddingClient(guarded.options.grpc_url, api_key=API_KEY, timeout_s=600, **files) as client,
+        pytest.raises(CredentialsError, match="CERTIFICATE_VERIFY_FAILED"),
+    ):
+        client.embed([probe_image()])
+
+
+def test_a_client_without_a_certificate_or_without_encryption_gets_nothing(guarded, certificates):
+    url = guarded.options.grpc_url
+    for wrong, files in ((url, {"ca_file": certificates.ca_pem}), (url.replace("grpcs", "grpc"), {})):
+        with EmbeddingClient(wrong, api_key=API_KEY, retry=None, **files) as client:
+            assert not client.is_ready()
+            with pytest.raises((CredentialsError, ServerUnavailableError)):
+                client.embed([probe_image()])
+
+
+def test_beside_an_encrypted_grpc_http_is_for_this_machine_alone(guarded):
+    assert guarded.options.http_host == "127.0.0.1"
+    flags = Path(f"/proc/{guarded.pid}/cmdline").read_text().split("\0")
+    assert "--http-address=127.0.0.1" in flags
+
+
+def test_the_key_stops_what_brings_triton_24_10_down(guarded):
+    """A request in a million pieces: see SECURITY.md and the test below."""
+    assert b"403 Forbidden" in in_pieces(guarded.options.http_port, 1_000_000)
+    with EmbeddingClient(guarded.options.http_url, api_key=API_KEY) as client:
+        assert client.embed([probe_image()]).shape == (1, 512)
+
+
+@pytest.mark.long
+def test_without_the_key_it_comes_down_which_security_md_says(repository, tmp_path):
+    """When this fails, the server has been mended: SECURITY.md and `access.exposure` need no longer warn."""
+    with EmbeddedServer(options_for(repository, tmp_path / "log")) as server:
+        in_pieces(server.options.http_port, 1_000_000)
+        assert server.process.wait(30)
+
+
+def in_pieces(port: int, pieces: int) -> bytes:
+    """The answer to an inference request of so many chunks of one byte; nothing when the connection is lost."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(
+            b"POST /v2/models/clip_ensemble/infer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        try:
+            for _ in range(pieces // 1000):
+                connection.sendall(b"1\r\nA\r\n" * 1000)
+            connection.sendall(b"0\r\n\r\n")
+            return connection.recv(1000)
+        except OSError:
+            return b""
+
+
+def test_https_before_the_server(guarded, certificates):
+    """The client, blocking and async, and its command, by a CA file."""
+    with tls_proxy(certificates.server_context, guarded.options.http_port) as port:
+        url, image = f"https://localhost:{port}", probe_image()
+        with EmbeddingClient(url, api_key=API_KEY, ca_file=certificates.ca_pem) as client:
+            assert client.embed([image]).shape == (1, 512)
+        for ca_file in (None, certificates.other):
+            with (
+                EmbeddingClient(url, api_key=API_KEY, ca_file=ca_file, timeout_s=600) as client,
+                pytest.raises(CredentialsError, match="CERTIFICATE_VERIFY_FAILED"),
+            ):
+                client.embed([image])
+
+
+def test_the_command_reads_key_and_certificates_from_the_environment(guarded, certificates, demo_photos):
+    environment = {
+        **os.environ,
+        "CLIP_API_KEY": API_KEY,
+        "CLIP_CA_FILE": str(certificates.ca_pem),
+        "CLIP_CERT_FILE": str(certificates.client),
+        "CLIP_KEY_FILE": str(certificates.client_key),
+        "INFERENCE_SERVICE_URL": guarded.options.grpc_url,
+    }
+    command = [BIN / "clip-embed", demo_photos[0]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"embedding": [' in done.stdout
+    del environment["CLIP_API_KEY"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3
+    assert "give the right api_key (CLIP_API_KEY)" in done.stderr
+    assert done.stdout == ""
+
+
+def test_swap_speaks_tls_with_the_certificates_of_the_environment(guarded, certificates, monkeypatch):
+    for name, value in certificates.of_a_client.items():
+        monkeypatch.setenv(f"CLIP_{name.upper()}", str(value))
+    with GrpcModelControl(guarded.options.grpc_url) as control:
+        assert "clip_ensemble" in control.ready_models()
+        assert control.embed_image(probe_image()).shape == (1, 512)
+    assert keyring.access_of(guarded.options.grpc_url, {}).api_key == API_KEY

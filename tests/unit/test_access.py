@@ -1,0 +1,175 @@
+"""Who may ask a server what: the flags, the keys that are kept, and the command line that does not show them."""
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from clip_tools import cli
+from clip_tools.errors import ToolError
+from clip_tools.serving import hidden_arguments, keyring
+from clip_tools.serving.access import CLOSED, OPEN, Access, Tls, exposure
+from clip_tools.serving.serve import ServeOptions
+
+KEY, API_KEY = "an-admin-key-of-25-letters", "an-api-key-of-23-letters"
+
+
+def test_every_part_of_tritons_protocols_is_either_open_or_closed(triton_parts):
+    assert sorted((*OPEN, *CLOSED)) == sorted(triton_parts)
+
+
+@pytest.fixture(scope="module")
+def triton_parts() -> list[str]:
+    """What tritonserver's own help says can be restricted, over both protocols."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("tritonserver"), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    text = " ".join((done.stdout + done.stderr).split())
+    lists = re.findall(r"Allowed (?:APIs|protocols): ((?:[a-z-]+, )+[a-z-]+)", text)
+    assert len(lists) == 2
+    assert lists[0] == lists[1]
+    return lists[0].split(", ")
+
+
+def test_every_server_is_closed_also_when_nobody_gave_a_key():
+    one, other = Access.from_environment({}), ServeOptions().access
+    assert one.admin_key != other.admin_key
+    assert len(one.admin_key) >= 32
+    for access in (one, other):
+        grpc, http = access.secret_flags().values()
+        assert grpc == f"--grpc-restricted-protocol={','.join(CLOSED)}:clip-admin-key={access.admin_key}"
+        assert http == f"--http-restricted-api={','.join(CLOSED)}:clip-admin-key={access.admin_key}"
+
+
+def test_the_keys_come_from_the_environment_and_are_in_nothing_that_may_be_shown():
+    access = Access.from_environment({"CLIP_ADMIN_KEY": KEY, "CLIP_API_KEY": API_KEY})
+    assert access.http_headers() == {"clip-admin-key": KEY, "clip-api-key": API_KEY}
+    assert access.grpc_headers()["triton-grpc-protocol-clip-api-key"] == API_KEY
+    assert "--grpc-restricted-protocol=inference:clip-api-key=" + API_KEY in access.secret_flags().values()
+    shown = f"{access!r} {ServeOptions(access=access)!r} {[*access.secret_flags()]} {access.flags()}"
+    assert KEY not in shown
+    assert API_KEY not in shown
+
+
+@pytest.mark.parametrize("key", ["short", "with space and more letters", "sixteen,letters=:", "schlüssel-schlüssel"])
+@pytest.mark.parametrize("variable", ["CLIP_ADMIN_KEY", "CLIP_API_KEY"])
+def test_a_key_that_could_be_guessed_or_misread_is_one_line_and_exit_code_2(variable, key):
+    with pytest.raises(ToolError, match=f"{variable}: expected 16 or more letters.*openssl rand") as caught:
+        Access.from_environment({variable: key})
+    assert caught.value.exit_code == 2
+    assert key not in str(caught.value)
+
+
+def test_keys_are_kept_for_this_user_alone_while_the_server_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(keyring.tempfile, "gettempdir", lambda: str(tmp_path))
+    access = Access(KEY, API_KEY)
+    keyring.remember("grpc://127.0.0.1:8001", access)
+    (file,) = keyring.keyring_folder().iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    for url in ("grpc://localhost:8001", "localhost:8001", "grpcs://[::1]:8001", "http://127.0.0.1:8001"):
+        assert keyring.access_of(url, {"CLIP_ADMIN_KEY": "a-key-of-some-other-server"}) == access
+    for url in ("grpc://example.org:8001", "grpc://localhost:8002"):
+        assert keyring.access_of(url, {}) is None
+        assert keyring.access_of(url, {"CLIP_ADMIN_KEY": KEY}) == Access(KEY)
+    keyring.forget("grpc://localhost:8001", Access())  # another server's, that was there before
+    assert keyring.access_of("grpc://localhost:8001", {}) == access
+    keyring.forget("grpc://localhost:8001", access)
+    assert not file.exists()
+
+
+def test_keys_of_a_server_that_was_killed_are_not_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(keyring.tempfile, "gettempdir", lambda: str(tmp_path))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(keyring.os, "getpid", lambda: ended.pid)
+        keyring.remember("grpc://localhost:8001", Access(KEY))
+    assert keyring.access_of("grpc://localhost:8001", {}) is None
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770])
+def test_no_key_is_written_where_others_could_read_it(monkeypatch, tmp_path, mode):
+    monkeypatch.setattr(keyring.tempfile, "gettempdir", lambda: str(tmp_path))
+    keyring.keyring_folder().mkdir()
+    keyring.keyring_folder().chmod(mode)
+    with pytest.raises(ToolError, match="expected a folder that is yours"):
+        keyring.remember("grpc://localhost:8001", Access(KEY))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    keyring.keyring_folder().rmdir()
+    keyring.keyring_folder().symlink_to(elsewhere)
+    with pytest.raises(ToolError, match="expected a folder that is yours"):
+        keyring.remember("grpc://localhost:8001", Access(KEY))
+    assert not list(elsewhere.iterdir())
+
+
+SHOW = (
+    "import os, sys; print(*sys.argv[1:]); print(open('/proc/self/cmdline').read().replace(chr(0), ' ')); "
+    "print(os.getppid())"
+)
+
+
+def test_a_program_gets_its_secrets_and_ps_does_not():
+    """From before its first instruction: the stand-ins are all that ever was in its command line."""
+    with hidden_arguments.popen(
+        [sys.executable, "-c", SHOW, "plain"],
+        {"--key=***": f"--key={KEY}", "--other=***": "--other=ünd more"},
+        env=os.environ,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        arguments, command_line, parent = process.communicate(timeout=60)[0].splitlines()
+    assert process.returncode == 0
+    assert arguments == f"plain --key={KEY} --other=ünd more"
+    assert command_line.strip().endswith("plain --key=*** --other=***")
+    assert int(parent) == os.getpid()
+
+
+def test_where_nothing_may_be_traced_the_program_runs_all_the_same_and_it_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(hidden_arguments, "_ptrace", lambda *_: -1)
+    with hidden_arguments.popen(["echo"], {"***": KEY}, env=os.environ, stdout=subprocess.PIPE, text=True) as process:
+        assert process.communicate(timeout=60)[0] == f"{KEY}\n"
+    assert "echo: its keys can be seen with `ps`" in capsys.readouterr().err
+
+
+def test_a_program_that_is_not_there_is_the_same_error_as_ever():
+    with pytest.raises(FileNotFoundError):
+        hidden_arguments.popen(["/nowhere"], {"***": KEY}, env=os.environ)
+
+
+def test_an_encrypted_server_has_its_plain_http_on_this_machine_alone(tmp_path):
+    for name in ("cert", "key", "ca"):
+        (tmp_path / name).touch()
+    tls = Tls(tmp_path / "cert", tmp_path / "key", tmp_path / "ca")
+    options = ServeOptions(host="0.0.0.0", access=Access(tls=tls))  # noqa: S104
+    assert options.grpc_url == "grpcs://localhost:8001"
+    assert options.http_host == "127.0.0.1"
+    assert "--grpc-use-ssl-mutual=true" in tls.flags()
+    assert ServeOptions(host="0.0.0.0").http_host == "0.0.0.0"  # noqa: S104
+    with pytest.raises(ToolError, match="nowhere: expected a file in PEM, found none"):
+        Tls(tmp_path / "nowhere", tmp_path / "key").flags()
+
+
+def test_halves_of_tls_are_a_usage_error():
+    for half in (["--tls-cert=c"], ["--tls-key=k"], ["--tls-client-ca=a"]):
+        done = CliRunner().invoke(cli.app, ["serve", *half])
+        assert isinstance(done.exception, ToolError)
+        assert "go together" in str(done.exception)
+
+
+def test_only_a_server_that_strangers_can_reach_is_warned_about():
+    ca = Access(tls=Tls(Path("c"), Path("k"), Path("a")))
+    assert "0.0.0.0" in exposure("0.0.0.0", Access())  # noqa: S104
+    assert exposure("192.0.2.1", Access(tls=Tls(Path("c"), Path("k"))))
+    for host, access in (("127.0.0.1", Access()), ("192.0.2.1", Access(KEY, API_KEY)), ("192.0.2.1", ca)):
+        assert exposure(host, access) is None

@@ -1,0 +1,108 @@
+"""Who may ask a server what: keys that close Triton's APIs, and TLS for its gRPC.
+
+Without a key everybody may do what `OPEN` says. All the rest needs the admin key, which every server has: the one of
+CLIP_ADMIN_KEY, else one made for this run. With an API key (CLIP_API_KEY) inference needs that one too.
+"""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clip_embed.credentials import API_KEY_HEADER, API_KEY_VARIABLE, GRPC_PREFIX, is_key
+from clip_tools.errors import ToolError
+
+ADMIN_KEY_VARIABLE = "CLIP_ADMIN_KEY"
+ADMIN_KEY_HEADER = "clip-admin-key"
+
+# Triton's own names for the parts of both protocols, all of them.
+OPEN = ("health", "inference")
+CLOSED = ("metadata", "model-config", "model-repository", "shared-memory", "statistics", "trace", "logging")
+
+SHORTEST_KEY = 16
+_USAGE = 2  # exit code
+
+
+@dataclass(frozen=True)
+class Tls:
+    """The server's certificate and key, PEM; with `client_ca`, only clients with a certificate of it are let in."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+    def flags(self) -> list[str]:
+        """tritonserver's. Raises ToolError for a file that is not there."""
+        for path in filter(None, (self.cert, self.key, self.client_ca)):
+            if not path.is_file():
+                raise ToolError(f"{path}: expected a file in PEM, found none", exit_code=_USAGE)
+        flags = ["--grpc-use-ssl=true", f"--grpc-server-cert={self.cert}", f"--grpc-server-key={self.key}"]
+        if self.client_ca:
+            flags += ["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={self.client_ca}"]
+        return flags
+
+
+@dataclass(frozen=True)
+class Access:
+    """The keys of a server. `admin_key` is never None: a server whose key nobody knows is closed, not open."""
+
+    admin_key: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    api_key: str | None = field(default=None, repr=False)
+    tls: Tls | None = None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str], tls: Tls | None = None) -> "Access":
+        """The keys that the environment names, and made ones. Raises ToolError as `keys_in` does."""
+        return cls(**keys_in(environment), tls=tls)
+
+    def secret_flags(self) -> dict[str, str]:
+        """tritonserver's flags that hold a key; of each what may be shown, and what it is."""
+        flags = {}
+        admin, api = f"{','.join(CLOSED)}:{ADMIN_KEY_HEADER}", f"inference:{API_KEY_HEADER}"
+        for title, key in ((admin, self.admin_key), (api, self.api_key)):
+            for flag in ("--grpc-restricted-protocol", "--http-restricted-api"):
+                if key:
+                    flags[f"{flag}={title}=***"] = f"{flag}={title}={key}"
+        return flags
+
+    def flags(self) -> list[str]:
+        """tritonserver's flags that may be shown."""
+        return self.tls.flags() if self.tls else []
+
+    def grpc_headers(self) -> dict[str, str]:
+        """What a gRPC request for anything at all has to carry."""
+        return {GRPC_PREFIX + name: key for name, key in self.http_headers().items()}
+
+    def http_headers(self) -> dict[str, str]:
+        """The same for HTTP."""
+        return {ADMIN_KEY_HEADER: self.admin_key} | ({API_KEY_HEADER: self.api_key} if self.api_key else {})
+
+
+def keys_in(environment: Mapping[str, str]) -> dict[str, str]:
+    """`Access`'s keys that the environment names. Raises ToolError for one that cannot be a key or is too short."""
+    keys = {}
+    for option, variable in (("admin_key", ADMIN_KEY_VARIABLE), ("api_key", API_KEY_VARIABLE)):
+        if value := environment.get(variable):
+            if not is_key(value) or len(value) < SHORTEST_KEY:
+                raise ToolError(
+                    f"{variable}: expected {SHORTEST_KEY} or more letters, digits and . _ ~ -, came "
+                    f"{len(value)} characters; `openssl rand -hex 32` makes one",
+                    exit_code=_USAGE,
+                )
+            keys[option] = value
+    return keys
+
+
+def exposure(host: str, access: Access) -> str | None:
+    """What to know before other machines can reach the server; None when they cannot, or need a key or certificate."""
+    if (
+        host in ("localhost", "::1")
+        or host.startswith("127.")
+        or access.api_key
+        or (access.tls and access.tls.client_ca)
+    ):
+        return None
+    return (
+        f"--host {host}: whoever reaches this machine can have images embedded, and a crafted HTTP request brings "
+        f"Triton 24.10 down; set {API_KEY_VARIABLE}, or put a proxy before it (SECURITY.md)"
+    )

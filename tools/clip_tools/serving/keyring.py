@@ -1,0 +1,78 @@
+"""The keys of the servers that this user runs on this machine, so that `clip-tools swap` and its like need no telling.
+
+Each is a file that its owner alone can read, in a folder that only its owner can enter, under the system's temporary
+one: on this machine, and gone with it.
+"""
+
+import contextlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from clip_tools.errors import ToolError
+from clip_tools.serving.access import Access, keys_in
+
+
+def keyring_folder() -> Path:
+    """This user's folder of keys."""
+    return Path(tempfile.gettempdir()) / f"clip-tools-keys-{os.getuid()}"
+
+
+def remember(url: str, access: Access) -> None:
+    """Keep the keys of the server that is about to listen at this URL. Raises ToolError when they would not be safe."""
+    folder = keyring_folder()
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if not _is_ours_alone(folder):
+        raise ToolError(
+            f"{folder}: expected a folder that is yours and that nobody else can enter; remove it, or set TMPDIR"
+        )
+    path = folder / _name(url)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+        json.dump({"pid": os.getpid(), "admin_key": access.admin_key, "api_key": access.api_key}, file)
+    draft.replace(path)
+
+
+def forget(url: str, access: Access) -> None:
+    """Remove what `remember` kept, unless another server has taken its place."""
+    if (kept := _kept(url)) and kept.admin_key == access.admin_key:
+        (keyring_folder() / _name(url)).unlink(missing_ok=True)
+
+
+def access_of(url: str, environment: Mapping[str, str]) -> Access | None:
+    """The keys of the server at a URL: of one that runs here those kept, else the environment's; None: no admin key."""
+    if kept := _kept(url):
+        return kept
+    keys = keys_in(environment)
+    return Access(admin_key=keys["admin_key"], api_key=keys.get("api_key")) if "admin_key" in keys else None
+
+
+def _kept(url: str) -> Access | None:
+    """What `remember` kept, while the process that did lives."""
+    folder = keyring_folder()
+    try:
+        kept = json.loads((folder / _name(url)).read_text()) if _is_ours_alone(folder) else {}
+        if Path(f"/proc/{kept['pid']}").is_dir():
+            return Access(admin_key=kept["admin_key"], api_key=kept["api_key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _is_ours_alone(folder: Path) -> bool:
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+
+
+def _name(url: str) -> str:
+    """One name for all the names of this machine's loopback; a key is never sent to a server at another address."""
+    parts = urlsplit(url if "://" in url else f"grpc://{url}")
+    host = parts.hostname or ""
+    if host == "::1" or host.startswith("127."):
+        host = "localhost"
+    return f"{host.replace(':', '_')}-{parts.port}"

@@ -1,0 +1,41 @@
+"""Whether a model's file is the one that the manifest beside it describes: asked before anything loads it."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from clip_tools.digest import sha256_of
+from clip_tools.engines.export_onnx import manifest_path
+from clip_tools.errors import ToolError
+from clip_tools.repository import Model, build_command
+
+
+def wrong_file(file: Path) -> str | None:
+    """What is wrong with a file and its manifest; None when they are of each other, or there is no manifest."""
+    path = manifest_path(file)
+    try:
+        expected = json.loads(path.read_text())["sha256"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        return f"{path} was expected to hold the sha256 of {file}, and does not"
+    if (got := sha256_of(file)) == expected:
+        return None
+    return f"{file} is not the file that {path.name} describes: expected sha256 {expected}, came {got}"
+
+
+def check_manifests(models: Sequence[Model], say: Callable[[str], object] = sys.stderr.write) -> None:
+    """Raises ToolError for an ONNX file that is not its manifest's, with what to do; says which have none.
+
+    A plan's manifest is looked at with what else a plan must fit: `serve.check_plans`.
+    """
+    for model in models:
+        if model.file is None or model.config.backend != "onnxruntime":
+            continue
+        if wrong := wrong_file(model.file):
+            raise ToolError(
+                f"{model.name}: {wrong}; it is damaged or was exchanged: make it again with `{build_command(model)}`"
+            )
+        if not manifest_path(model.file).is_file():
+            say(f"{model.name}: {model.file} has no {manifest_path(model.file).name}, so its sha256 is not checked\n")
