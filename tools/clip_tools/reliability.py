@@ -70,7 +70,7 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
 """By heading. A test can record nothing under another name."""
 
 _HIDDEN = ("test", "date")
-_UNITS = {"_s": " s", "_ms": " ms", "_mb": " MB", "_mib": " MiB"}
+_UNITS = {"_throughput": " images/s", "_s": " s", "_ms": " ms", "_mb": " MB", "_mib": " MiB"}
 
 
 def names() -> set[str]:
@@ -152,7 +152,8 @@ def _seen(entry: dict[str, Any] | None) -> str:
 def _figure(key: str, value: Any) -> str:
     for suffix, unit in _UNITS.items():
         if key.endswith(suffix) and isinstance(value, int | float):
-            return f"{key.removesuffix(suffix).replace('_', ' ')} {value:,}{unit}"
+            title = key if suffix == "_throughput" else key.removesuffix(suffix)
+            return f"{title.replace('_', ' ')} {value:,}{unit}"
     shown = f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else value
     return f"{key.replace('_', ' ')} {shown}"
 
