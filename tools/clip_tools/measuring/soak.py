@@ -158,7 +158,7 @@ def judge(points: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
     The first half is for filling what is filled once: pools, caches, regions for the largest batch.
     """
     half = points[len(points) // 2 :]
-    rises = []
+    rises: list[dict[str, Any]] = []
     for name, bound in BOUNDS.items():
         x = [point["at_s"] for point in half if name in point]
         y = [point[name] for point in half if name in point]
