@@ -3,7 +3,8 @@
 It reads the same `config.pbtxt` as Triton's own `onnxruntime` backend and gives its keys the same meaning:
 `instance_group` kind, `optimization.execution_accelerators`, `optimization.graph.level`, and the parameters
 `intra_op_thread_count` and `inter_op_thread_count`. A batch that Triton formed is one session run. One accelerator
-more: `openvino_bf16`, OpenVINO computing in BF16, where plain `openvino` is FP32 whatever the CPU would prefer.
+more: `openvino_bf16`, OpenVINO computing in BF16, where plain `openvino` is FP32 whatever the CPU would prefer. With
+its parameter `parts` the graph is several files, one after the other, each in the precision that is said for it.
 """
 
 import json

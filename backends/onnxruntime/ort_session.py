@@ -1,9 +1,10 @@
 """What a `config.pbtxt` asks of ONNX Runtime, and the session that does it or says why it cannot."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 
 _TENSOR_TYPES = {
@@ -31,9 +32,13 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class SessionPlan:
-    """What the configuration asks of ONNX Runtime: providers in order of preference, and threads (0: its default)."""
+    """What the configuration asks of ONNX Runtime: providers in order of preference, and threads (0: its default).
+
+    `parts` has the providers of each part of a graph that was cut into files, in their order; empty: it is one file.
+    """
 
     providers: list[tuple[str, dict[str, str]]]
+    parts: list[list[tuple[str, dict[str, str]]]] = field(default_factory=list)
     intra_op_threads: int = 0
     inter_op_threads: int = 0
     graph_level: int = 0
@@ -46,7 +51,7 @@ def session_plan(config: dict, kind: str, device_id: int) -> SessionPlan:
     intra_op_threads = int(parameters.get("intra_op_thread_count", 0))
     optimization = config.get("optimization") or {}
     accelerators = optimization.get("execution_accelerators") or {}
-    providers, names = [], []
+    providers, parts, names = [], [], []
     if kind == "GPU":
         cuda_options = {}
         for accelerator in accelerators.get("gpu_execution_accelerator", []):
@@ -67,22 +72,42 @@ def session_plan(config: dict, kind: str, device_id: int) -> SessionPlan:
                 raise ConfigError(
                     f"cpu_execution_accelerator '{accelerator['name']}': expected openvino or openvino_bf16"
                 )
-            # The hint is always given: on CPUs with BF16 arithmetic OpenVINO's own default may be BF16.
-            device = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-            if intra_op_threads:
-                device["INFERENCE_NUM_THREADS"] = str(intra_op_threads)
-            providers.append(
-                ("OpenVINOExecutionProvider", {"device_type": "CPU", "load_config": json.dumps({"CPU": device})})
-            )
+            providers.append(_openvino(precision, intra_op_threads))
             names.append(f"OpenVINO {'FP32' if precision == 'f32' else 'BF16'} on the CPU")
+            if options := accelerator.get("parameters"):
+                mix = _part_precisions(accelerator["name"], options)
+                parts = [[_openvino(one, intra_op_threads), ("CPUExecutionProvider", {})] for one in mix]
+                names[-1] = f"OpenVINO on the CPU in {len(mix)} parts, {mix.count('bf16')} of them in BF16"
     providers.append(("CPUExecutionProvider", {}))
     return SessionPlan(
         providers=providers,
+        parts=parts,
         intra_op_threads=intra_op_threads,
         inter_op_threads=int(parameters.get("inter_op_thread_count", 0)),
         graph_level=int((optimization.get("graph") or {}).get("level", 0)),
         names=names or ["ONNX Runtime FP32 on the CPU"],
     )
+
+
+def _openvino(precision: str, threads: int) -> tuple[str, dict[str, str]]:
+    """OpenVINO on the CPU in this precision, with its options; 0 threads are its own choice."""
+    # The hint is always given: on CPUs with BF16 arithmetic OpenVINO's own default may be BF16.
+    device = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        device["INFERENCE_NUM_THREADS"] = str(threads)
+    return "OpenVINOExecutionProvider", {"device_type": "CPU", "load_config": json.dumps({"CPU": device})}
+
+
+def _part_precisions(accelerator: str, parameters: dict[str, str]) -> list[str]:
+    """OpenVINO's names for the precisions of `parts`, "fp32 bf16 fp32": what each file of a cut graph runs in."""
+    known = {"fp32": "f32", "bf16": "bf16"}
+    words = parameters.get("parts", "").split()
+    if accelerator != "openvino_bf16" or set(parameters) != {"parts"} or not words or not set(words) <= set(known):
+        raise ConfigError(
+            f"cpu_execution_accelerator '{accelerator}' with {parameters}: expected openvino_bf16 with one parameter, "
+            "parts, such as 'fp32 bf16 fp32'"
+        )
+    return [known[word] for word in words]
 
 
 def _tensorrt_options(parameters: dict[str, str], device_id: int) -> dict[str, str]:
@@ -103,8 +128,57 @@ def _tensorrt_options(parameters: dict[str, str], device_id: int) -> dict[str, s
     return options
 
 
-def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSession:
-    """A session on the first provider of the plan. Raises ConfigError where ONNX Runtime would quietly use another."""
+class SessionChain:
+    """Sessions that run as one, each on what was given and what those before it made; tensors meet by name.
+
+    Raises ConfigError when a part needs what none before it makes.
+    """
+
+    def __init__(self, sessions: list[onnxruntime.InferenceSession]) -> None:
+        self._sessions = sessions
+        self._inputs = [[tensor.name for tensor in session.get_inputs()] for session in sessions]
+        self._outputs = [[tensor.name for tensor in session.get_outputs()] for session in sessions]
+        there = set(self._inputs[0])
+        for number, (inputs, outputs) in enumerate(zip(self._inputs, self._outputs, strict=True), 1):
+            if missing := set(inputs) - there:
+                raise ConfigError(f"part {number} needs {', '.join(sorted(missing))}: the parts are not of one graph")
+            there.update(outputs)
+
+    def get_inputs(self) -> list:
+        """What the first part takes."""
+        return self._sessions[0].get_inputs()
+
+    def get_outputs(self) -> list:
+        """What the last part gives."""
+        return self._sessions[-1].get_outputs()
+
+    def get_providers(self) -> list[str]:
+        """The providers of every part; they are the same."""
+        return self._sessions[0].get_providers()
+
+    def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs of these names, as `InferenceSession.run` gives them."""
+        tensors = dict(feeds)
+        for session, inputs, outputs in zip(self._sessions, self._inputs, self._outputs, strict=True):
+            tensors.update(zip(outputs, session.run(outputs, {name: tensors[name] for name in inputs}), strict=True))
+        return [tensors[name] for name in names]
+
+
+def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSession | SessionChain:
+    """A session on the first provider of the plan. Raises ConfigError where ONNX Runtime would quietly use another.
+
+    A plan of several parts opens `model.NAME.part1.onnx` and the files after it.
+    """
+    if plan.parts:
+        if not model_path.name.endswith(".part1.onnx"):
+            raise ConfigError(f"{model_path.name}: expected the first of the parts, a name that ends in .part1.onnx")
+        stem = model_path.name.removesuffix("1.onnx")
+        return SessionChain(
+            [
+                open_session(model_path.with_name(f"{stem}{number}.onnx"), replace(plan, providers=providers, parts=[]))
+                for number, providers in enumerate(plan.parts, 1)
+            ]
+        )
     available = onnxruntime.get_available_providers()
     for name, _ in plan.providers:
         if name not in available:
@@ -113,7 +187,7 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
                 f"{', '.join(available)}: install {_INSTALL.get(name, name)}"
             )
     if not model_path.is_file():
-        raise ConfigError(f"{model_path} is missing: make it with `clip-tools export-onnx{_precision(model_path)}`")
+        raise ConfigError(f"{model_path} is missing: make it with `{_maker(model_path)}`")
     for name, provider_options in plan.providers:
         if name == "TensorrtExecutionProvider" and (cache := provider_options.get("trt_engine_cache_path")):
             Path(cache).mkdir(parents=True, exist_ok=True)
@@ -130,7 +204,7 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
     except Exception as error:
         raise ConfigError(
             f"ONNX Runtime cannot load {model_path}: {' '.join(str(error).split())}; if the file is damaged, make it "
-            f"again with `clip-tools export-onnx{_precision(model_path)}`"
+            f"again with `{_maker(model_path)}`"
         ) from error
     session.disable_fallback()
     wanted, got = plan.providers[0][0], session.get_providers()[0]
@@ -141,13 +215,15 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
     return session
 
 
-def _precision(model_path: Path) -> str:
-    """The option that exports a file of this name: "model.fp16.onnx" -> " --precision fp16"."""
-    suffix = Path(model_path.stem).suffix
-    return f" --precision {suffix[1:]}" if suffix else ""
+def _maker(model_path: Path) -> str:
+    """The command that makes a file of this name: "model.fp16.onnx", "model.NAME.part2.onnx"."""
+    words = model_path.name.split(".")[1:-1]
+    if words and words[-1].startswith("part"):
+        return f"clip-tools tune-precision --apply {words[0]}"
+    return "clip-tools export-onnx" + (f" --precision {words[0]}" if words else "")
 
 
-def check_contract(config: dict, session: onnxruntime.InferenceSession) -> None:
+def check_contract(config: dict, session: onnxruntime.InferenceSession | SessionChain) -> None:
     """Raises ConfigError unless the graph has the configuration's tensors: names, types and dims."""
     batched = config.get("max_batch_size", 0) > 0
     for title, declared, found in (

@@ -102,6 +102,30 @@ def over_time(
     return _svg(figure)
 
 
+def speed_against_fidelity(result: dict[str, Any]) -> str:
+    """The mixes of `tune-precision`: 1 - worst cosine to the right, speed upwards, BF16 layers at each point."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    allowed = 1 - result["gate"]["worst_cosine"]
+    x = [max(1 - mix["agreement"]["worst_cosine"], 1e-7) for mix in result["mixes"]]
+    y = [mix["ratio"] for mix in result["mixes"]]
+    reach = [[mix["ratio"] - mix["ratio_lowest"] for mix in result["mixes"]]]
+    reach.append([mix["ratio_highest"] - mix["ratio"] for mix in result["mixes"]])
+    axes.errorbar(x, y, reach, fmt="o-", color=COLOURS[0], markersize=4, linewidth=1, capsize=2)
+    for mix, where in zip(result["mixes"], zip(x, y, strict=True), strict=True):
+        axes.annotate(str(mix["lowered"]), where, xytext=(4, 4), textcoords="offset points", size=8)
+    axes.axvline(allowed, color=COLOURS[1], linestyle="--", linewidth=1, label=f"gate: {1 - allowed:g}")
+    axes.axhline(result["gate"]["worth"], color="black", linestyle=":", linewidth=1, label="a quarter over FP32")
+    axes.set_xscale("log")
+    axes.set_xlabel("1 - worst cosine to open_clip in FP32")
+    axes.set_ylabel("times FP32")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    title = f"{result['weights']['model']}: layers in BF16, of {len(result['layers'])}"
+    axes.set_title(title, loc="left", size=10)
+    return _svg(figure)
+
+
 def bars(values: dict[str, float], *, title: str, label: str) -> str:
     """One horizontal bar a name, the largest on top, each with its number."""
     figure = _figure(height=0.6 + 0.32 * len(values) + 0.6)

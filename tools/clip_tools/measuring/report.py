@@ -10,6 +10,7 @@ from typing import Any
 
 from clip_tools.errors import ToolError
 from clip_tools.measuring.bench_section import bench_section, headline
+from clip_tools.measuring.precision_section import precision_section
 from clip_tools.measuring.results import read
 from clip_tools.measuring.sections import (
     Section,
@@ -44,6 +45,7 @@ SECTIONS: dict[str, tuple[str, Callable[[str, dict[str, Any]], Section]]] = {
     "onnx-profile": ("Inside the engine", onnx_section),
     "profile": ("Configurations, by Model Analyzer", tuning_section),
     "sweep": ("Configurations, by our own sweep", tuning_section),
+    "tune-precision": ("Precision by layer", precision_section),
     "soak": ("Good and bad traffic over time", soak_section),
 }
 """Kind of a result -> its heading and what turns it into a section. A new verb adds its own here."""

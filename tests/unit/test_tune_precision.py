@@ -1,0 +1,185 @@
+"""A graph in parts gives what the whole gives; the mix that is chosen is the fastest inside the gate, and is served."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from google.protobuf import json_format
+from tests.small_graph import write_small_transformer
+from typer.testing import CliRunner
+
+from clip_tools.cli import app
+from clip_tools.engines import tune_precision as verb
+from clip_tools.engines.export_onnx import describe, manifest_path
+from clip_tools.engines.gates import agreement, cosines
+from clip_tools.engines.mix import Engine, Mix, apply, check_name
+from clip_tools.engines.parts import cut, layers
+from clip_tools.engines.reference import Reference
+from clip_tools.engines.tune_precision import LayerCost, Tuning, embed
+from clip_tools.errors import ToolError
+from clip_tools.measuring.precision_section import precision_section
+from clip_tools.oracle import Weights
+from clip_tools.paths import MODELS
+from clip_tools.repository import read_config
+from ort_session import ConfigError, SessionChain, check_contract, open_session, session_plan
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
+
+NAMES = ["patches", "block 0, attention", "block 0, mlp up", "block 0, mlp down", "projection"]
+MIX = ("fp32", "fp32", "bf16", "bf16", "fp32")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_small_transformer(tmp_path_factory.mktemp("graph") / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return onnx.load(str(path))
+
+
+@pytest.fixture(scope="module")
+def expected(model) -> Reference:
+    """Twenty images of coarse noise and what the graph makes of them by ONNX Runtime's own CPU provider."""
+    import onnxruntime
+
+    coarse = np.random.default_rng(1).integers(0, 256, (20, 7, 7, 3))
+    pixels = np.kron(coarse, np.ones((1, 32, 32, 1))).astype(np.uint8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = tuple(f"{number}.jpg" for number in range(len(pixels)))
+    return Reference(names, pixels, session.run(["embedding"], {"pixels": pixels})[0], "of no file")
+
+
+@pytest.fixture
+def repository_copy(tmp_path):
+    """The committed model repository, without what is built, to be written to."""
+    folder = tmp_path / "models"
+    shutil.copytree(MODELS, folder, ignore=shutil.ignore_patterns("*.onnx", "*.plan", "manifest*", "__pycache__"))
+    return folder
+
+
+def mix_of(precisions, worst_cosine: float, ratio: float) -> Mix:
+    row = np.eye(2, dtype=np.float32)
+    found = agreement(row, row)
+    found = type(found)(**{**vars(found), "worst_cosine": worst_cosine})
+    return Mix(tuple(precisions), 2, found, ratio, ratio, ratio, 10.0)
+
+
+def test_a_layer_is_a_product_with_weights_and_attention_is_one(model):
+    """Cut where least crosses: the residual stream alone, but for the MLP's middle."""
+    found = layers(model)
+    assert [layer.name for layer in found] == NAMES
+    assert [layer.first for layer in found] == [0, *(layer.end for layer in found[:-1])]
+    given = [[tensor.name for tensor in part.graph.input] for part in cut(model, [one.first for one in found[1:]])]
+    assert given == [["pixels"], ["tokens"], ["stream"], ["active", "stream"], ["pooled"]]
+
+
+def test_the_parts_give_what_the_whole_gives(model, expected, tmp_path):
+    """In FP32; and one layer in BF16 changes it, but not by much."""
+    whole = embed(Engine(model, tmp_path).open(["fp32"] * 5), expected.pixels)
+    alternating = Engine(model, tmp_path).open(["fp32", "bf16", "fp32", "bf16", "fp32"])
+    assert isinstance(alternating, SessionChain)
+    assert cosines(whole, expected.embeddings).min() > 0.999999
+    mixed = cosines(embed(alternating, expected.pixels), whole)
+    assert 0.99 < mixed.min() < 0.9999999
+
+
+def test_tuning_measures_every_layer_and_finds_the_mix_at_the_gates_edge(model, expected):
+    """BF16 throughout fails a gate that is set just above it, so the search has to find what passes."""
+    first = verb.tune(model, expected, worst_cosine=0.5, rounds=1)
+    throughout = first.mixes[-1]
+    assert [layer.name for layer in first.layers] == NAMES and all(layer.fp32_ms > 0 for layer in first.layers)
+    assert max(layer.cost for layer in first.layers) > 0
+    assert (throughout.lowered, throughout.parts) == (5, 1)
+    gate = (throughout.agreement.worst_cosine + 1) / 2
+    second = verb.tune(model, expected, worst_cosine=gate, rounds=1)
+    assert second.mixes[0].agreement.worst_cosine >= gate
+    assert not second.mixes[-1].agreement.worst_cosine >= gate
+    assert second.best is None or second.best.agreement.worst_cosine >= gate
+
+
+def test_a_graph_of_other_weights_is_refused(model, expected):
+    other = Reference(expected.names, expected.pixels, expected.embeddings[::-1].copy(), "")
+    with pytest.raises(ToolError, match="is it of these weights"):
+        verb.tune(model, other, rounds=1)
+
+
+def test_the_best_is_the_fastest_inside_the_gate_and_worth_it():
+    plain, good, slow, fast = (
+        mix_of(["fp32"] * 2, 1.0, 1.0),
+        mix_of(["fp32", "bf16"], 0.9995, 1.4),
+        mix_of(["bf16", "fp32"], 0.9999, 1.3),
+        mix_of(["bf16"] * 2, 0.98, 2.0),
+    )
+    assert Tuning((), (plain, slow, good, fast), 0.999).best == good
+    assert Tuning((), (plain, fast), 0.999).best is None
+    assert LayerCost("a", 2.0, 2.5, 0.0).price == float("inf")
+
+
+def test_the_mix_is_written_as_a_configuration_that_the_backend_opens(path, model, expected, repository_copy):
+    weights = Weights("ViT-B-32", "random:0")
+    written = apply(mix_of(MIX, 0.9995, 1.4), path, weights, "mixed", "on a machine", repository_copy)
+    folder = repository_copy / "clip_onnx" / "1"
+    assert [one.name for one in written] == [*(f"model.mixed.part{n}.onnx" for n in (1, 2, 3)), "mixed.pbtxt"]
+    config = json_format.MessageToDict(
+        read_config(repository_copy, "clip_onnx", "mixed"), preserving_proto_field_name=True
+    )
+    plan = session_plan(config, "CPU", 0)
+    assert plan.names == ["OpenVINO on the CPU in 3 parts, 1 of them in BF16"]
+    session = open_session(folder / config["default_model_filename"], plan)
+    check_contract(config, session)
+    assert cosines(embed(session, expected.pixels), expected.embeddings).min() > 0.99
+    # Applied again with fewer parts, the old ones go; BF16 throughout needs none.
+    apply(mix_of(["bf16"] * 5, 0.9995, 2.0), path, weights, "mixed", "on a machine", repository_copy)
+    assert list(folder.glob("*mixed*")) == []
+    assert read_config(repository_copy, "clip_onnx", "mixed").default_model_filename == ""
+
+
+@pytest.mark.parametrize(("name", "message"), [("Mixed", "lower-case"), ("cpu-bf16", "take another")])
+def test_a_configuration_that_is_not_ours_is_not_overwritten(name, message):
+    with pytest.raises(ToolError, match=message):
+        check_name(name, MODELS)
+
+
+@pytest.mark.parametrize("parts", ["", "fp32 fp16", "f32"])
+def test_a_precision_that_no_part_can_have_is_refused(parts):
+    accelerator = {"name": "openvino_bf16", "parameters": {"parts": parts}}
+    config = {"optimization": {"execution_accelerators": {"cpu_execution_accelerator": [accelerator]}}}
+    with pytest.raises(ConfigError, match="parts, such as"):
+        session_plan(config, "CPU", 0)
+
+
+def test_parts_of_two_graphs_and_a_missing_part_are_refused(model, path, repository_copy):
+    apply(mix_of(MIX, 0.9995, 1.4), path, Weights("ViT-B-32", "random:0"), "mixed", "", repository_copy)
+    folder = repository_copy / "clip_onnx" / "1"
+    config = json_format.MessageToDict(
+        read_config(repository_copy, "clip_onnx", "mixed"), preserving_proto_field_name=True
+    )
+    plan, first = session_plan(config, "CPU", 0), folder / "model.mixed.part1.onnx"
+    (folder / "model.mixed.part2.onnx").rename(folder / "kept")
+    with pytest.raises(ConfigError, match=r"part2.onnx is missing.*tune-precision --apply mixed"):
+        open_session(first, plan)
+    onnx.save(cut(model, [layers(model)[4].first])[1], str(folder / "model.mixed.part2.onnx"))
+    with pytest.raises(ConfigError, match="the parts are not of one graph"):
+        open_session(first, plan)
+
+
+def test_the_verb_writes_the_result_and_its_curve_and_applies_nothing_untrained(
+    path, expected, repository_copy, monkeypatch
+):
+    weights = Weights("ViT-B-32", "random:0")
+    manifest_path(path).write_text(describe(path, weights, "fp32", 1.0, 0.0).to_json())
+    monkeypatch.setattr("clip_tools.engines.reference.reference", lambda *_: expected)
+    output = repository_copy / "tuned.json"
+    arguments = ["--onnx", str(path), "--output", str(output), "--models", str(repository_copy), "--rounds", "1"]
+    options = ["--pretrained", "random:0", "--worst-cosine", "0.9", "--apply", "mixed"]
+    done = CliRunner().invoke(app, ["tune-precision", *arguments, *options])
+    assert isinstance(done.exception, ToolError) and "untrained weights" in str(done.exception)
+    result = json.loads(output.read_text())
+    assert (result["kind"], len(result["layers"]), result["mixes"][-1]["lowered"]) == ("tune-precision", 5, 5)
+    assert "<svg" in output.with_suffix(".svg").read_text()
+    section = precision_section("tuned", result)
+    assert "| 5 of 5 | 1 |" in section.text and "counts for nothing" in section.text
+    assert not (repository_copy / "clip_onnx" / "configs" / "mixed.pbtxt").exists()
