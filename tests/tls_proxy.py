@@ -1,11 +1,21 @@
-"""A proxy that ends TLS before a plain server, as the one of deploy/ does, in this process: for tests of clients."""
+"""What ends TLS before a plain server: a proxy in this process, and the nginx of deploy/ where it is installed."""
 
 import asyncio
 import contextlib
+import os
+import re
+import shutil
+import socket
 import ssl
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from clip_tools.measuring.services import free_ports
+from clip_tools.paths import ROOT
 
 
 @contextmanager
@@ -45,3 +55,41 @@ def tls_proxy(context: ssl.SSLContext, port: int) -> Iterator[int]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(timeout=10)
         loop.close()
+
+
+@contextmanager
+def nginx(cert: Path, key: Path, http_port: int, grpc_port: int, folder: Path) -> Iterator[int]:
+    """The port of an nginx with deploy/'s configuration, filled in as its container would."""
+    (port,) = free_ports(1)
+    for name, file in (("cert.pem", cert), ("key.pem", key)):
+        shutil.copy(file, folder / name)
+    values = {
+        "TLS_PORT": f"127.0.0.1:{port}",
+        "CERTIFICATES": folder,
+        "VERIFY_CLIENT": "off",
+        "CLIENT_CA": "cert.pem",
+        "TRITON_HTTP": f"127.0.0.1:{http_port}",
+        "TRITON_GRPC": f"127.0.0.1:{grpc_port}",
+    }
+    template = (ROOT / "deploy" / "nginx" / "default.conf.template").read_text()
+    site = re.sub(r"\$\{(\w+)}", lambda found: str(values[found[1]]), template)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    (folder / "nginx.conf").write_text(
+        f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}} http {{ access_log off; "
+        + " ".join(f"{kind}_temp_path {folder}/{kind};" for kind in kinds)
+        + f"{site} }}"
+    )
+    user = ["-g", "user root;"] if os.getuid() == 0 else []
+    process = subprocess.Popen(["nginx", "-p", folder, "-c", folder / "nginx.conf", *user])
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            assert process.poll() is None, (folder / "error.log").read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(20)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import os
+import shutil
 import socket
 import ssl
 import subprocess
@@ -17,13 +18,15 @@ import pytest
 import trustme
 from google.protobuf import message_factory
 from tests.conftest import options_for
-from tests.tls_proxy import tls_proxy
+from tests.tls_proxy import nginx, tls_proxy
 from tritonclient.grpc import service_pb2
 
 from clip_embed import (
     AsyncEmbeddingClient,
     CredentialsError,
     EmbeddingClient,
+    InvalidImageError,
+    RequestTooLargeError,
     ServerUnavailableError,
 )
 from clip_tools.serving import keyring
@@ -371,9 +374,12 @@ def test_without_the_key_it_comes_down_which_security_md_says(repository, tmp_pa
         assert server.process.wait(30)
 
 
-def in_pieces(port: int, pieces: int) -> bytes:
+def in_pieces(port: int, pieces: int, tls: ssl.SSLContext | None = None) -> bytes:
     """The answer to an inference request of so many chunks of one byte; nothing when the connection is lost."""
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+        if tls:
+            connection = stack.enter_context(tls.wrap_socket(connection, server_hostname="localhost"))
         connection.sendall(
             b"POST /v2/models/clip_ensemble/infer HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
@@ -427,3 +433,34 @@ def test_swap_speaks_tls_with_the_certificates_of_the_environment(guarded, certi
         assert "clip_ensemble" in control.ready_models()
         assert control.embed_image(probe_image()).shape == (1, 512)
     assert keyring.access_of(guarded.options.grpc_url, {}).api_key == API_KEY
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx: apt-get install nginx-light")
+def test_the_nginx_of_deploy_lets_strangers_embed_and_nothing_else(server, certificates, demo_photos, tmp_path):
+    """Both protocols on its one port; and what brings the server down alone does not get through."""
+    with nginx(
+        certificates.cert, certificates.key, server.options.http_port, server.options.grpc_port, tmp_path
+    ) as port:
+        trusting = ssl.create_default_context(cafile=certificates.ca_pem)
+        images = [path.read_bytes() for path in demo_photos[:2]]
+        for url in (f"https://localhost:{port}", f"grpcs://localhost:{port}"):
+            with EmbeddingClient(url, ca_file=certificates.ca_pem, retry=None) as client:
+                assert client.is_ready()
+                assert client.embed(images).shape == (2, 512)
+                with pytest.raises(InvalidImageError, match="not_an_image"):
+                    client.embed([b"no image"])
+                with pytest.raises(RequestTooLargeError):
+                    client.embed([bytes(65 << 20)])
+        with httpx.Client(base_url=f"https://localhost:{port}", verify=trusting) as http:
+            for route in (*CLOSED_ROUTES, *ODD_ROUTES, "/v2/models/preprocess/infer", "/v2/models/clip_onnx/infer"):
+                path = route.format(m="clip_ensemble")
+                assert {http.get(path).status_code, http.post(path, content=b"{}").status_code} <= {400, 404}, path
+        with grpc.secure_channel(
+            f"localhost:{port}", grpc.ssl_channel_credentials(certificates.ca_pem.read_bytes())
+        ) as channel:
+            for method in SERVICE.methods:
+                reason = ask_grpc(channel, f"/{SERVICE.full_name}/{method.name}", grpc_request(method.name))
+                assert (reason is None) == (method.name in OPEN_METHODS - STREAMS), method.name
+        assert in_pieces(port, 1_000_000, trusting).startswith(b"HTTP/1.1 ")
+    with EmbeddingClient(server.options.http_url) as client:
+        assert client.embed(images).shape == (2, 512)

@@ -135,6 +135,19 @@ def test_a_program_gets_its_secrets_and_ps_does_not():
     assert int(parent) == os.getpid()
 
 
+def test_a_script_gets_its_secrets_as_well(tmp_path):
+    """Its interpreter, which the kernel puts before its name, is one argument more."""
+    script = tmp_path / "script"
+    script.write_text('#!/bin/sh\necho "$@"\ntr "\\0" " " < /proc/$$/cmdline\n')
+    script.chmod(0o755)
+    with hidden_arguments.popen(
+        [str(script), "plain"], {"--key=***": f"--key={KEY}"}, env=os.environ, stdout=subprocess.PIPE, text=True
+    ) as process:
+        arguments, command_line = process.communicate(timeout=60)[0].splitlines()
+    assert arguments == f"plain --key={KEY}"
+    assert command_line.split() == ["/bin/sh", str(script), "plain", "--key=***"]
+
+
 def test_where_nothing_may_be_traced_the_program_runs_all_the_same_and_it_is_said(monkeypatch, capsys):
     monkeypatch.setattr(hidden_arguments, "_ptrace", lambda *_: -1)
     with hidden_arguments.popen(["echo"], {"***": KEY}, env=os.environ, stdout=subprocess.PIPE, text=True) as process:

@@ -405,6 +405,7 @@ def test_a_plan_of_another_precision_than_the_graphs_stops_the_container(contain
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]["triton"]
+PROXY = yaml.safe_load((ROOT / "deploy" / "compose.tls.yaml").read_text())["services"]["proxy"]
 
 
 def test_every_path_that_the_dockerfile_copies_exists_and_is_not_ignored():
@@ -454,6 +455,51 @@ def test_compose_asks_for_a_gpu_shared_memory_and_a_volume():
     assert COMPOSE["shm_size"] == "1gb"
     assert any(volume.endswith(":/var/cache/clip-embed") for volume in COMPOSE["volumes"])
     assert (ROOT / "deploy" / COMPOSE["build"]["context"]).resolve() == ROOT
+
+
+@pytest.mark.parametrize("service", [COMPOSE, PROXY], ids=["triton", "proxy"])
+def test_compose_takes_from_its_containers_what_they_do_not_need(service):
+    """Root's rights, new ones, and writing anywhere but to volumes and memory."""
+    assert service["read_only"] is True
+    assert any(mount.startswith("/tmp:") for mount in service["tmpfs"])  # noqa: S108
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert "privileged" not in service and "cap_add" not in service and "network_mode" not in service
+    writable = [volume for volume in service["volumes"] if not volume.endswith(":ro")]
+    assert writable == (["cache:/var/cache/clip-embed"] if service is COMPOSE else [])
+
+
+def test_compose_lets_no_other_machine_in_but_through_the_proxy():
+    assert [port.rpartition(":")[0] for port in COMPOSE["ports"]] == [f"127.0.0.1:800{i}" for i in range(3)]
+    assert PROXY["ports"] == ["8443:8443"]
+
+
+def test_the_proxy_is_told_every_variable_of_its_template():
+    template = (ROOT / "deploy" / "nginx" / "default.conf.template").read_text()
+    assert set(re.findall(r"\$\{(\w+)}", template)) == set(PROXY["environment"])
+    assert PROXY["environment"]["TRITON_HTTP"] == "triton:8000"
+    assert PROXY["environment"]["TRITON_GRPC"] == "triton:8001"
+
+
+def test_the_containers_keys_close_it_too_and_are_shown_nowhere():
+    keys = {"CLIP_ADMIN_KEY": "an-admin-key-of-some-length", "CLIP_API_KEY": "an-api-key-of-some-length"}
+    settings = Settings.from_environment(keys)
+    access = options_in(["tritonserver"], settings.keys).access
+    assert (access.admin_key, access.api_key) == tuple(keys.values())
+    assert not any(key in repr(settings) for key in keys.values())
+    assert options_in(["tritonserver"]).access.admin_key  # one of its own
+    encrypted = options_in(["tritonserver", "--grpc-use-ssl=true", "--grpc-server-cert=c"])
+    assert encrypted.grpc_url.startswith("grpcs://")
+
+
+@pytest.mark.parametrize("changes", [{}, {"skip_build": True}, {"fallback": True}])
+def test_a_graph_that_is_not_its_manifests_is_neither_served_nor_built_of(container, tmp_path, changes):
+    module = engines()
+    container.install(module)
+    (tmp_path / "onnx" / "manifest.json").write_text(json.dumps({"sha256": "0" * 64}))
+    with pytest.raises(ToolError, match=r"model.onnx is not the file that manifest.json describes.*export it again"):
+        container.start(**changes)
+    assert not module.built
 
 
 def test_the_document_names_every_variable():
@@ -526,6 +572,9 @@ def test_what_the_dockerfile_copies_is_enough_to_start(tmp_path):
         check=False,
     )
     said = [line for line in done.stderr.splitlines() if "shm-region-prefix-name" not in line]
+    closed = [said.pop(6).partition(":clip-admin-key=") for _ in range(2)]
+    assert [flag.partition("=")[0] for flag, _, _ in closed] == ["--grpc-restricted-protocol", "--http-restricted-api"]
+    assert all(len(key) >= 32 for _, _, key in closed)
     assert done.returncode == 1, done.stderr
     assert said[0].startswith("clip-embed: starting tritonserver ")
     assert said[-1].startswith("clip-embed: tritonserver ended with exit code 0")

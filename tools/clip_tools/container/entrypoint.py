@@ -22,6 +22,7 @@ from clip_tools.container.start import Found, Start, graph_name, look, plan_star
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE
+from clip_tools.serving.manifests import wrong_file
 from clip_tools.serving.supervisor import Supervisor
 
 
@@ -56,7 +57,11 @@ def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS
 def _make_graphs(settings: Settings, found: Found, say: Say) -> tuple[Start, dict[str, Path]]:
     start = plan_start(settings, found)
     exported = {graph_name(precision): export(settings, precision, say) for precision in start.exports}
-    return start, {**found.onnx, **exported}
+    graphs = {**found.onnx, **exported}
+    for graph in graphs.values():
+        if wrong := wrong_file(graph):
+            raise ToolError(f"{wrong}; it is damaged or was exchanged: export it again")
+    return start, graphs
 
 
 def served_folder() -> Path:
@@ -95,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
                 os.chdir(settings.cache_dir)
                 Path(".cache/ort-trt").mkdir(parents=True, exist_ok=True)
         _say(f"starting {' '.join(command)}")
-        options = options_in(command)
+        options = options_in(command, settings.keys)
         supervisor = Supervisor(lambda: ContainerServer(options, command), _say, f"{ENSEMBLE} embeds")
         with supervisor.stopping_on_signals():
             supervisor.run()

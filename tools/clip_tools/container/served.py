@@ -3,7 +3,9 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from clip_tools.serving.access import Access, Tls
 from clip_tools.serving.process import TritonProcess
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions
 
@@ -19,18 +21,22 @@ class ContainerServer(EmbeddedServer):
     def start(self) -> None:
         """Start the process. What was prepared has been checked."""
         reap_orphans()
-        self._process = TritonProcess(self.command, os.environ)
+        self._keep_keys()
+        self._process = TritonProcess(self.command, os.environ, secrets=self.options.access.secret_flags())
 
 
-def options_in(command: Sequence[str]) -> ServeOptions:
+def options_in(command: Sequence[str], keys: Mapping[str, str] | None = None) -> ServeOptions:
     """Where a tritonserver with this command line listens: what its flags say, and Triton's own defaults."""
     flags = flags_in(command)
+    is_encrypted = "true" in (flags.get("grpc-use-ssl"), flags.get("grpc-use-ssl-mutual"))
+    tls = Tls(Path(flags.get("grpc-server-cert", "")), Path(flags.get("grpc-server-key", "")))
     return ServeOptions(
         host=flags.get("grpc-address", "0.0.0.0"),  # noqa: S104
         http_port=int(flags.get("http-port", "8000")),
         grpc_port=int(flags.get("grpc-port", "8001")),
         metrics_port=int(flags.get("metrics-port", "8002")),
         ready_timeout_s=READY_TIMEOUT_S,
+        access=Access(**(keys or {}), tls=tls if is_encrypted else None),
     )
 
 

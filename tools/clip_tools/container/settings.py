@@ -1,13 +1,14 @@
 """What the container's environment asks for: one variable, one field, and a sentence for each that cannot be."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast, get_args
 
 from clip_tools.engines.precision import Precision
 from clip_tools.engines.tensorrt_library import RUNTIMES, Runtime
 from clip_tools.errors import ToolError
+from clip_tools.serving.access import keys_in
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 USAGE = 2  # exit code
@@ -15,7 +16,7 @@ USAGE = 2  # exit code
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment asks for. docs/container.md has the variables."""
+    """What the environment asks for. docs/container.md has the variables; `keys` are `serving.access.Access`'s."""
 
     precision: Precision = "fp16"
     opt_batch: int = 16
@@ -28,6 +29,7 @@ class Settings:
     checkpoint: str | None = None
     onnx_dir: Path = Path("/onnx")
     cache_dir: Path = Path("/var/cache/clip-embed")
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
@@ -45,6 +47,7 @@ class Settings:
             checkpoint=read.text("CLIP_CHECKPOINT"),
             onnx_dir=Path(read.text("CLIP_ONNX_DIR") or "/onnx"),
             cache_dir=Path(read.text("CLIP_CACHE_DIR") or "/var/cache/clip-embed"),
+            keys=keys_in(environment),
         )
         if settings.opt_batch > settings.max_batch:
             raise ToolError(

@@ -34,9 +34,8 @@ def popen(
 
     Where tracing is forbidden the program is started all the same, and a line says that `ps` shows everything.
     """
-    shown = [*arguments, *secrets]
-    places = {len(arguments) + number: argument for number, argument in enumerate(secrets.values())}
-    variables = {f"{_VARIABLE}{place}": argument for place, argument in places.items()}
+    shown, hidden = [*arguments, *secrets], list(secrets.values())
+    variables = {f"{_VARIABLE}{number}": argument for number, argument in enumerate(hidden)}
 
     def prepare() -> None:
         if preexec_fn is not None:
@@ -49,7 +48,7 @@ def popen(
     try:
         process = subprocess.Popen(shown, env={**env, **variables}, preexec_fn=prepare, **options)  # noqa: PLW1509
         try:
-            _turn_pointers(process.pid, places)
+            _turn_pointers(process.pid, hidden)
         except BaseException:
             process.kill()
             process.wait()
@@ -58,13 +57,12 @@ def popen(
         if isinstance(error, FileNotFoundError):
             raise
         sys.stderr.write(f"{Path(arguments[0]).name}: its keys can be seen with `ps` on this machine ({error})\n")
-        plain = [*arguments, *secrets.values()]
-        return subprocess.Popen(plain, env=env, preexec_fn=preexec_fn, **options)  # noqa: PLW1509
+        return subprocess.Popen([*arguments, *hidden], env=env, preexec_fn=preexec_fn, **options)  # noqa: PLW1509
     return process
 
 
-def _turn_pointers(pid: int, places: Mapping[int, str]) -> None:
-    """Let the arguments at these places be their environment variables' values, and the stopped process go."""
+def _turn_pointers(pid: int, hidden: Sequence[str]) -> None:
+    """Let the last arguments be these, which are in the environment, and the stopped process go."""
     _, status = os.waitpid(pid, 0)
     if not os.WIFSTOPPED(status):
         raise ValueError(f"the process did not stop at its start: status {status}")
@@ -74,10 +72,12 @@ def _turn_pointers(pid: int, places: Mapping[int, str]) -> None:
         with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
             memory.seek(begin - 1)  # each variable has a zero byte before it, the first one the last argument's
             environment = memory.read(end - begin + 1)
-            for place, argument in places.items():
-                entry = f"{_VARIABLE}{place}={argument}".encode()
+            memory.seek(stack)
+            (count,) = struct.unpack("<Q", memory.read(8))  # more than we gave where a script's interpreter runs it
+            for number, argument in enumerate(hidden):
+                entry = f"{_VARIABLE}{number}={argument}".encode()
                 offset = environment.index(b"\0" + entry + b"\0") + len(entry) - len(argument.encode())
-                memory.seek(stack + 8 * (1 + place))  # there lie argc, then argv
+                memory.seek(stack + 8 * (1 + count - len(hidden) + number))
                 memory.write(struct.pack("<Q", begin + offset))
     finally:
         with contextlib.suppress(OSError):

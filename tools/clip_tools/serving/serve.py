@@ -98,14 +98,18 @@ class EmbeddedServer:
         check_plans(models, rebuild=options.rebuild_stale)
         installation = find_installation()
         check_ports(options)
-        for url in (options.grpc_url, options.http_url):
-            keyring.remember(url, options.access)
+        self._keep_keys()
         self._process = TritonProcess(
             command(installation, [*self._flags(), *options.arguments]),
             {**os.environ, **installation.environment},
             secrets=options.access.secret_flags(),
             log=options.log,
         )
+
+    def _keep_keys(self) -> None:
+        """For this user's `clip-tools`, until `stop`."""
+        for url in (self.options.grpc_url, self.options.http_url):
+            keyring.remember(url, self.options.access)
 
     def _flags(self) -> list[str]:
         options = self.options

@@ -1,0 +1,64 @@
+"""A model's file is the one that its manifest describes, or it is not loaded."""
+
+import json
+import shutil
+
+import pytest
+
+from clip_tools.digest import sha256_of
+from clip_tools.errors import ToolError
+from clip_tools.paths import MODELS
+from clip_tools.repository import deployment
+from clip_tools.serving.manifests import check_manifests, wrong_file
+
+
+@pytest.fixture
+def models(tmp_path):
+    """The repository with two graphs, each with its manifest."""
+    folder = tmp_path / "models"
+    shutil.copytree(MODELS, folder, ignore=shutil.ignore_patterns("*.onnx", "*.plan", "manifest*.json", "__pycache__"))
+    for name, manifest in (("model.onnx", "manifest.json"), ("model.fp16.onnx", "manifest.fp16.json")):
+        file = folder / "clip_onnx" / "1" / name
+        file.write_text(name)
+        file.with_name(manifest).write_text(json.dumps({"sha256": sha256_of(file)}))
+    return folder
+
+
+def test_files_of_their_manifests_are_let_through_without_a_word(models):
+    said = []
+    for name in (None, "ort-fp16"):
+        check_manifests(deployment(models, name), said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("config_name", "file", "command"),
+    [
+        (None, "model.onnx", "clip-tools export-onnx`"),
+        ("ort-fp16", "model.fp16.onnx", "clip-tools export-onnx --precision fp16`"),
+    ],
+)
+def test_another_file_is_refused_with_both_sums_and_the_command(models, config_name, file, command):
+    path = models / "clip_onnx" / "1" / file
+    expected = sha256_of(path)
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(ToolError) as caught:
+        check_manifests(deployment(models, config_name))
+    for words in ("clip_onnx: ", str(path), expected, sha256_of(path), command, "exchanged"):
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    check_manifests(deployment(models, {None: "ort-fp16", "ort-fp16": None}[config_name]))  # the other is as it was
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{", '{"sha256": null}'])
+def test_a_manifest_without_a_sum_vouches_for_nothing(models, content):
+    (models / "clip_onnx" / "1" / "manifest.json").write_text(content)
+    assert wrong_file(models / "clip_onnx" / "1" / "model.onnx")
+
+
+def test_a_file_without_a_manifest_is_said_to_be_unchecked(models):
+    (models / "clip_onnx" / "1" / "manifest.json").unlink()
+    said = []
+    check_manifests(deployment(models), said.append)
+    (line,) = said
+    assert "model.onnx has no manifest.json" in line
