@@ -162,10 +162,9 @@ def test_a_decoder_that_hangs_ends_its_process_and_a_new_server_comes(repository
     text = adapter.read_text()
     adapter.write_text(text.replace("_LONGEST_DECODE_S = 60", "_LONGEST_DECODE_S = 0.2"))
     assert adapter.read_text() != text
-    noise = Image.effect_noise((9_000, 9_000), 50).convert("RGB")
     slow, quick = io.BytesIO(), io.BytesIO()
-    noise.save(slow, "JPEG")
-    noise.resize((32, 32)).save(quick, "JPEG")
+    for file, side in ((slow, 9_000), (quick, 32)):
+        Image.linear_gradient("L").resize((side, side)).convert("RGB").save(file, "JPEG")
     with serving(models, tmp_path) as (options, _), EmbeddingClient(options.grpc_url, timeout_s=GENEROUS_S) as client:
         with EmbeddingClient(options.grpc_url, retry=None) as impatient, pytest.raises(ServerUnavailableError):
             impatient.embed([slow.getvalue()])

@@ -17,8 +17,9 @@ _MAX_MESSAGE_CHARS = 4000
 # starts it anew. The slowest file within the limits takes some seconds.
 _LONGEST_DECODE_S = 60
 
-# The engine goes first where both want the same cores. Under ten times the load that the server can take, on two cores,
-# images whose requests find the engine's queue full would else take half of its time.
+# The engine goes first where both want the same cores: what is decoded for requests that then find its queue full is
+# lost. At ten times the load of two cores: 14.6 and 15.6 images a second of CPU without this, 15.2 and 18.6 with it; 20.5
+# at a load that they bear.
 _NICENESS = 10
 
 
