@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup setup-gpu demo serve bench test test-long soak lint format docs lock clean
+.PHONY: help setup setup-gpu demo serve bench test test-long audit soak lint format docs lock clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -56,6 +56,9 @@ test-long: setup ## the long forms: thousands of broken files, overload, faults,
 
 soak: setup models/clip_onnx/1/model.onnx ## an hour of good and bad traffic; fails when something is lost or grows
 	@$(BIN)/clip-tools soak $(ARGS)
+
+audit: setup ## known vulnerabilities of the pinned packages (needs the index's own advisories)
+	@$(BIN)/python -m clip_tools.audit $(ARGS)
 
 lint: setup ## format, lint, types, generated files
 	@$(BIN)/ruff format --check .
