@@ -52,7 +52,6 @@ class Engine:
     def __init__(self, model: "onnx.ModelProto", folder: Path) -> None:
         self.model = model
         self.layers: list[Layer] = layers(model)
-        self._alone = cut(model, [layer.first for layer in self.layers[1:]])
         self._folder = folder
 
     def parts(self, precisions: Sequence[PartPrecision]) -> "tuple[list[onnx.ModelProto], list[PartPrecision]]":
@@ -60,15 +59,16 @@ class Engine:
         starts = [i for i in range(1, len(precisions)) if precisions[i] != precisions[i - 1]]
         return cut(self.model, [self.layers[i].first for i in starts]), [precisions[i] for i in (0, *starts)]
 
+    def apart(self) -> "list[onnx.ModelProto]":
+        """Each layer as a part of its own."""
+        return cut(self.model, [layer.first for layer in self.layers[1:]])
+
     def open(self, precisions: Sequence[PartPrecision]) -> Any:
         """The session of a mix, one precision a layer."""
-        return self._open(*self.parts(precisions))
+        return self.open_parts(*self.parts(precisions))
 
-    def open_layer(self, index: int, precision: PartPrecision) -> Any:
-        """The session of one layer alone."""
-        return self._open([self._alone[index]], [precision])
-
-    def _open(self, parts: "Sequence[onnx.ModelProto]", precisions: Sequence[PartPrecision]) -> Any:
+    def open_parts(self, parts: "Sequence[onnx.ModelProto]", precisions: Sequence[PartPrecision]) -> Any:
+        """The session of these parts, each in its precision. Raises ToolError when the backend refuses them."""
         import onnx
 
         if str(BACKENDS / "onnxruntime") not in sys.path:

@@ -93,8 +93,7 @@ def tune(
 ) -> Tuning:
     """Measure the layers and the mixes of an FP32 graph against open_clip's embeddings of `expected.pixels`.
 
-    All mixes stay open for the timing at the end: some GB. Raises ToolError when the graph does not agree in FP32: it
-    is then of other weights.
+    Raises ToolError when the graph does not agree in FP32: it is then of other weights.
     """
     with tempfile.TemporaryDirectory(prefix="clip-tune-") as folder:
         trial = _Trial(Engine(model, Path(folder)), expected, advance)
@@ -117,21 +116,19 @@ def tune(
 
 
 class _Trial:
-    """Holds each mix against open_clip once, and times them all, in turn."""
+    """Holds each mix against open_clip once, and times them all at the end; no more than two are open at a time."""
 
     def __init__(self, engine: Engine, expected: Reference, advance: Advance) -> None:
         self.engine, self.count = engine, len(engine.layers)
         self._expected, self._advance = expected, advance
-        self._sessions: dict[tuple[PartPrecision, ...], Any] = {}
         self._embeddings: dict[tuple[PartPrecision, ...], Any] = {}
 
     def worst_cosine(self, lowered: Sequence[int]) -> float:
         """That of the mix that has these layers in BF16."""
         mix = self._precisions(lowered)
-        if mix not in self._sessions:
-            self._sessions[mix] = self.engine.open(mix)
-            self._embeddings[mix] = embed(self._sessions[mix], self._expected.pixels)
-        self._advance("comparing mixes", len(self._sessions), 2 + max(len(_SHARES), self.count.bit_length()))
+        if mix not in self._embeddings:
+            self._embeddings[mix] = embed(self.engine.open(mix), self._expected.pixels)
+        self._advance("comparing mixes", len(self._embeddings), 2 + max(len(_SHARES), self.count.bit_length()))
         return self._agreement(mix).worst_cosine
 
     def touchy(self) -> Reference:
@@ -144,13 +141,13 @@ class _Trial:
         return Reference(names, self._expected.pixels[worst], self._expected.embeddings[worst], "")
 
     def timed(self, rounds: int) -> tuple[Mix, ...]:
-        """Every mix so far with its speed, those with the fewest layers in BF16 first."""
+        """Every mix so far with its speed beside FP32, those with the fewest layers in BF16 first."""
         batch = self._expected.pixels[:BATCH]
-        spent = dict(zip(self._sessions, times(list(self._sessions.values()), batch, rounds), strict=True))
-        plain = spent[self._precisions([])]
+        plain = self.engine.open(self._precisions([]))
         made = []
-        for mix, seconds in spent.items():
-            ratios = [slow / fast for slow, fast in zip(plain, seconds, strict=True)]
+        for mix in sorted(self._embeddings, key=lambda mix: mix.count("bf16")):
+            pairs = times(plain, self.engine.open(mix), batch, rounds)
+            ratios = [slow / fast for slow, fast in pairs]
             made.append(
                 Mix(
                     precisions=mix,
@@ -159,10 +156,11 @@ class _Trial:
                     ratio=round(statistics.median(ratios), 3),
                     ratio_lowest=round(min(ratios), 3),
                     ratio_highest=round(max(ratios), 3),
-                    images_per_s=round(len(batch) / statistics.median(seconds), 2),
+                    images_per_s=round(len(batch) / statistics.median(fast for _, fast in pairs), 2),
                 )
             )
-        return tuple(sorted(made, key=lambda mix: mix.lowered))
+            self._advance("timing mixes", len(made), len(self._embeddings))
+        return tuple(made)
 
     def _agreement(self, mix: tuple[PartPrecision, ...]) -> Agreement:
         return agreement(self._embeddings[mix], self._expected.embeddings)
@@ -180,31 +178,31 @@ def embed(session: Any, pixels: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.floa
     return np.concatenate([session.run(["embedding"], {"pixels": pixels[i : i + BATCH]})[0] for i in batches])
 
 
-def times(sessions: Sequence[Any], pixels: "npt.NDArray[np.uint8]", rounds: int) -> list[list[float]]:
-    """The seconds of each session for one batch, round by round: what else the machine does hits all alike.
-
-    A round before them warms up.
-    """
-    spent: list[list[float]] = [[] for _ in sessions]
+def times(one: Any, other: Any, pixels: "npt.NDArray[np.uint8]", rounds: int) -> list[tuple[float, float]]:
+    """The seconds of both for one batch, in turn, so that what else the machine does hits both; a round warms up."""
+    pairs = []
     for _ in range(rounds + 1):
-        for session, seconds in zip(sessions, spent, strict=True):
+        pair = []
+        for session in (one, other):
             begin = time.perf_counter()
             session.run(["embedding"], {"pixels": pixels})
-            seconds.append(time.perf_counter() - begin)
-    return [seconds[1:] for seconds in spent]
+            pair.append(time.perf_counter() - begin)
+        pairs.append((pair[0], pair[1]))
+    return pairs[1:]
 
 
 def _costs(engine: Engine, touchy: Reference, advance: Advance) -> list[LayerCost]:
     """Every layer alone in BF16, on these photographs as one batch."""
     import numpy as np
 
-    steps = [engine.open_layer(index, "fp32") for index in range(len(engine.layers))]
+    alone = engine.apart()
+    steps = [engine.open_parts([part], ["fp32"]) for part in alone]
     exact: dict[str, Any] = {"pixels": touchy.pixels}
     for step in steps:
         exact |= _run(step, exact)
     found = []
-    for index, layer in enumerate(engine.layers):
-        fp32_ms, bf16_ms, made = _weigh(steps[index], engine.open_layer(index, "bf16"), exact)
+    for index, (layer, part) in enumerate(zip(engine.layers, alone, strict=True)):
+        fp32_ms, bf16_ms, made = _weigh(steps[index], engine.open_parts([part], ["bf16"]), exact)
         tensors = exact | made
         for step in steps[index + 1 :]:
             tensors |= _run(step, tensors)
