@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
+from clip_tools import cli
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
@@ -62,3 +64,13 @@ def test_a_file_without_a_manifest_is_said_to_be_unchecked(models):
     check_manifests(deployment(models), said.append)
     (line,) = said
     assert "model.onnx has no manifest.json" in line
+
+
+@pytest.mark.parametrize(("name", "file"), [("onnx", "clip_onnx/1/model.onnx"), ("trt", "clip_trt/1/model.plan")])
+def test_swap_asks_no_server_to_load_such_a_file(models, name, file):
+    path = models / file
+    path.write_text("another")
+    path.with_name("manifest.json").write_text(json.dumps({"sha256": "0" * 64}))
+    done = CliRunner().invoke(cli.app, ["swap", name, f"--models={models}", "--url=grpc://localhost:1"])
+    assert isinstance(done.exception, ToolError)
+    assert f"{path} is not the file that manifest.json describes" in str(done.exception)

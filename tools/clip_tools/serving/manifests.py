@@ -25,17 +25,21 @@ def wrong_file(file: Path) -> str | None:
     return f"{file} is not the file that {path.name} describes: expected sha256 {expected}, came {got}"
 
 
-def check_manifests(models: Sequence[Model], say: Callable[[str], object] = sys.stderr.write) -> None:
-    """Raises ToolError for an ONNX file that is not its manifest's, with what to do; says which have none.
+def check_manifests(
+    models: Sequence[Model], say: Callable[[str], object] | None = None, *, backends: Sequence[str] = ("onnxruntime",)
+) -> None:
+    """Raises ToolError for a file that is not its manifest's, with what to do; says, on stderr, which have none.
 
-    A plan's manifest is looked at with what else a plan must fit: `serve.check_plans`.
+    A plan's manifest `serve.check_plans` looks at, with what else a plan must fit.
     """
     for model in models:
-        if model.file is None or model.config.backend != "onnxruntime":
+        if model.file is None or model.config.backend not in backends:
             continue
         if wrong := wrong_file(model.file):
             raise ToolError(
                 f"{model.name}: {wrong}; it is damaged or was exchanged: make it again with `{build_command(model)}`"
             )
         if not manifest_path(model.file).is_file():
-            say(f"{model.name}: {model.file} has no {manifest_path(model.file).name}, so its sha256 is not checked\n")
+            (say or sys.stderr.write)(
+                f"{model.name}: {model.file} has no {manifest_path(model.file).name}, so its sha256 is not checked\n"
+            )
