@@ -122,12 +122,17 @@ class ServerError(EmbeddingError):
 
 
 # Phrases of Triton and grpc-core; tests/unit/test_client_errors.py has the whole messages and says which were met.
-_QUEUE_FULL = ("Exceeds maximum queue size", "Request timeout expired")
+_QUEUE_FULL = ("Exceeds maximum queue size", "Request timeout expired", "http2 header with status: 429")
 # A Python model's process is gone: another server, or the one that takes this one's place, can embed the same images.
 _STUB_LOST = "is not healthy"
 _NOT_READY = ("unknown model", "no available versions", "not at ready state", "loading or unloading", "not ready")
 _DENIED = ("is restricted, expecting header", "CERTIFICATE_VERIFY_FAILED", "CERTIFICATE_REQUIRED")
-_TOO_LARGE = ("batch-size must be <=", "message larger than max", "--http-max-input-size")
+_TOO_LARGE = (
+    "batch-size must be <=",
+    "message larger than max",
+    "--http-max-input-size",
+    "http2 header with status: 413",
+)
 _GRPC_STATUS = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",

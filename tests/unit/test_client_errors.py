@@ -78,6 +78,9 @@ URL = "grpc://localhost:8001"
             RequestTooLargeError,
         ),
         ("RESOURCE_EXHAUSTED", 429, "too many requests", ServerOverloadedError),  # a proxy's
+        # A proxy's, of which gRPC keeps the number alone.
+        ("UNKNOWN", None, "Received http2 header with status: 413", RequestTooLargeError),
+        ("UNAVAILABLE", None, "Received http2 header with status: 429", ServerOverloadedError),
         ("UNIMPLEMENTED", None, "Method not found!", ContractError),
         (
             "INTERNAL",
