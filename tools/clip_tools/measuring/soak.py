@@ -16,7 +16,7 @@ from clip_tools.measuring.noise import percentile
 from clip_tools.measuring.soak_traffic import BAD_REQUESTS, Ended, Photographs, Traffic
 from clip_tools.paths import MODELS
 
-_WARM_UP = 4  # full batches before the clock starts: what holds the largest is filled
+_WARM_UP = 2  # full batches before the clock starts: what holds the largest is filled
 SAMPLES = 360  # of the whole soak, so that the slopes between all of them are quickly had
 _SHOWN_PROBLEMS = 20
 

@@ -1,0 +1,43 @@
+"""`clip-tools soak` on the real server: for some seconds, and for minutes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clip_tools.measuring.results import read
+from clip_tools.measuring.soak import figures
+from clip_tools.measuring.soak_traffic import BAD_REQUESTS, REQUESTS
+
+CLIP_TOOLS = str(Path(sys.executable).with_name("clip-tools"))
+
+
+def soak(output: Path, *options: object) -> dict:
+    """Its result, once it has found no problem."""
+    command = [CLIP_TOOLS, "soak", "--output", str(output), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert output.with_suffix(".svg").read_text().startswith("<?xml")
+    return read(output)
+
+
+def test_some_seconds_of_everything(server, tmp_path):
+    """On a server that already runs, whose process is found by its port."""
+    result = soak(tmp_path / "soak.json", "--minutes", 0.15, "--clients", 3, "--url", server.options.grpc_url)
+    assert {row["kind"] for row in result["calls"]} == {*REQUESTS, *BAD_REQUESTS}
+    assert all(point["private_mib"] > 100 and point["regions"] > 0 for point in result["points"])
+
+
+@pytest.mark.long
+def test_minutes_of_everything(repository, tmp_path, record_reliability):
+    result = soak(tmp_path / "soak.json", "--minutes", 3, "--models", repository)
+    assert {rise["name"] for rise in result["rises"] if rise["rise"] is None} == set()
+    record_reliability("soak", **figures(result))
+
+
+def test_what_is_not_on_this_machine_is_not_soaked(tmp_path):
+    command = [CLIP_TOOLS, "soak", "--url", "grpc://localhost:1", "--output", str(tmp_path / "soak.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "port 1 of this machine" in done.stderr
