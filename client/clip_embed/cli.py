@@ -210,7 +210,11 @@ def _run(client: EmbeddingClient, arguments: list[str], target: _Target) -> bool
     some_failed = False
     with client, _Talk(shows_bar=not (target.path is None and sys.stdout.isatty())) as talk:
         if not client.is_ready():
-            _exit(NO_SERVER, f"no {client.model} at {client.url}: start the server (make serve), or give --url")
+            certificates = " or the right --ca-file, --cert-file and --key-file" if "s://" in client.url else ""
+            _exit(
+                NO_SERVER,
+                f"no {client.model} at {client.url}: start the server (make serve), or give --url{certificates}",
+            )
         with target.open() as output:
             # tee holds no more images than are read ahead.
             to_embed, to_name = tee(output.unfinished(chain([first], paths)))

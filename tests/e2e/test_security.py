@@ -424,6 +424,10 @@ def test_the_command_reads_key_and_certificates_from_the_environment(guarded, ce
     assert done.returncode == 3
     assert "give the right api_key (CLIP_API_KEY)" in done.stderr
     assert done.stdout == ""
+    environment["CLIP_CA_FILE"] = str(certificates.other)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3
+    assert done.stderr.endswith("or give --url or the right --ca-file, --cert-file and --key-file\n")
 
 
 def test_swap_speaks_tls_with_the_certificates_of_the_environment(guarded, certificates, monkeypatch):
