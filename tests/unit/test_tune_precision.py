@@ -18,10 +18,11 @@ from clip_tools.engines.parts import cut, layers
 from clip_tools.engines.reference import Reference
 from clip_tools.engines.tune_precision import LayerCost, Tuning, embed
 from clip_tools.errors import ToolError
+from clip_tools.measuring.onnx_profile import onnx_profile
 from clip_tools.measuring.precision_section import precision_section
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
-from clip_tools.repository import read_config
+from clip_tools.repository import check_files, deployment, read_config
 from ort_session import ConfigError, SessionChain, check_contract, open_session, session_plan
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
@@ -158,7 +159,7 @@ def test_parts_of_two_graphs_and_a_missing_part_are_refused(model, path, reposit
         read_config(repository_copy, "clip_onnx", "mixed"), preserving_proto_field_name=True
     )
     plan, first = session_plan(config, "CPU", 0), folder / "model.mixed.part1.onnx"
-    (folder / "model.mixed.part2.onnx").rename(folder / "kept")
+    (folder / "model.mixed.part2.onnx").unlink()
     with pytest.raises(ConfigError, match=r"part2.onnx is missing.*tune-precision --apply mixed"):
         open_session(first, plan)
     onnx.save(cut(model, [layers(model)[4].first])[1], str(folder / "model.mixed.part2.onnx"))
@@ -183,3 +184,12 @@ def test_the_verb_writes_the_result_and_its_curve_and_applies_nothing_untrained(
     section = precision_section("tuned", result)
     assert "| 5 of 5 | 1 |" in section.text and "counts for nothing" in section.text
     assert not (repository_copy / "clip_onnx" / "configs" / "mixed.pbtxt").exists()
+
+
+def test_what_takes_one_file_says_so_of_a_mix(path, repository_copy):
+    apply(mix_of(MIX, 0.9995, 1.4), path, Weights("ViT-B-32", "random:0"), "mixed", "", repository_copy)
+    with pytest.raises(ToolError, match="'mixed' is a mix of precisions in several files"):
+        onnx_profile(models=repository_copy, config_name="mixed")
+    (repository_copy / "clip_onnx" / "1" / "model.mixed.part1.onnx").unlink()
+    with pytest.raises(ToolError, match=r"part1.onnx.*make it with `clip-tools tune-precision --apply mixed`"):
+        check_files(deployment(repository_copy, "mixed"))

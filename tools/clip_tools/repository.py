@@ -68,9 +68,10 @@ def deployment(models: Path, config_name: str | None = None, *, root: str = ENSE
 def build_command(model: Model) -> str | None:
     """The command that makes the model's file; None for one that is not made."""
     how = _BUILT_BY.get(model.config.backend)
-    if how and model.file and model.config.backend == "onnxruntime" and (precision := Path(model.file.stem).suffix):
-        how += f" --precision {precision[1:]}"  # model.fp16.onnx
-    return how
+    words = model.file.name.split(".")[1:-1] if how and model.file and model.config.backend == "onnxruntime" else []
+    if words and words[-1].startswith("part"):  # model.NAME.part1.onnx
+        return f"clip-tools tune-precision --apply {words[0]}"
+    return f"{how} --precision {words[0]}" if words else how  # model.fp16.onnx
 
 
 def check_files(models: list[Model]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_tools.errors import missing_extra
+from clip_tools.errors import ToolError, missing_extra
 from clip_tools.measuring.bare import open_engine
 from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.paths import MODELS
@@ -62,6 +62,9 @@ def onnx_profile(
         import onnxruntime
     except ImportError as error:
         raise missing_extra("cpu", error) from error
+    model = next(one.file for one in deployment(models, config_name) if one.config.backend == "onnxruntime")
+    if ".part1." in str(model):
+        raise ToolError(f"'{config_name}' is a mix of precisions in several files: profile `onnx` or `cpu-bf16` for it")
     tell("creating the served session")
     begin = time.perf_counter()
     session = open_engine(models, config_name)
@@ -71,7 +74,6 @@ def onnx_profile(
     for batch in batches:
         tell(f"batch {batch}")
         scaling.append(_scale(session, batch, seconds))
-    model = next(one.file for one in deployment(models, config_name) if one.config.backend == "onnxruntime")
     options = dict(zip(providers, (session.get_provider_options()[name] for name in providers), strict=True))
     del session
     profiles = []
