@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from clip_tools import cli
 from clip_tools.errors import ToolError
+from clip_tools.measuring import perf
 from clip_tools.serving import hidden_arguments, keyring
 from clip_tools.serving.access import CLOSED, OPEN, Access, Tls, exposure
 from clip_tools.serving.serve import ServeOptions
+from clip_tools.serving.tritonserver import on_this_machine
 
 KEY, API_KEY = "an-admin-key-of-25-letters", "an-api-key-of-23-letters"
 
@@ -186,3 +188,23 @@ def test_only_a_server_that_strangers_can_reach_is_warned_about():
     assert exposure("192.0.2.1", Access(tls=Tls(Path("c"), Path("k"))))
     for host, access in (("127.0.0.1", Access()), ("192.0.2.1", Access(KEY, API_KEY)), ("192.0.2.1", ca)):
         assert exposure(host, access) is None
+
+
+def test_perf_analyzer_is_given_the_keys_of_the_server_that_it_measures(monkeypatch, tmp_path):
+    monkeypatch.setattr(keyring.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("CLIP_ADMIN_KEY", raising=False)
+    assert perf.headers(perf.PerfOptions(url="localhost:8001")) == {}
+    keyring.remember("grpc://localhost:8001", Access(KEY))
+    keyring.remember("http://localhost:8000", Access(KEY, API_KEY))
+    grpc, http = perf.PerfOptions(url="localhost:8001"), perf.PerfOptions(url="localhost:8000", protocol="http")
+    name = "triton-grpc-protocol-clip-admin-key"
+    assert perf.headers(grpc) == {f"-H{name}:***": f"-H{name}:{KEY}"}
+    assert [*perf.headers(http).values()] == [f"-Hclip-admin-key:{KEY}", f"-Hclip-api-key:{API_KEY}"]
+    assert not any(KEY in shown or API_KEY in shown for shown in perf.headers(http))
+
+
+def test_the_bare_tritonserver_listens_on_this_machine_unless_it_is_told_otherwise():
+    loopback = [f"--{protocol}-address=127.0.0.1" for protocol in ("http", "grpc", "metrics")]
+    assert on_this_machine([]) == loopback
+    for given in (["--http-address=0.0.0.0"], ["--http-address", "0.0.0.0"]):  # noqa: S104
+        assert on_this_machine(given) == [*given, *loopback[1:]]

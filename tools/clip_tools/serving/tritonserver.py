@@ -121,13 +121,25 @@ def command(installation: Installation, arguments: list[str]) -> list[str]:
     return [str(installation.binary), *ours, *arguments]
 
 
+def on_this_machine(arguments: list[str]) -> list[str]:
+    """The flags, and the loopback for each protocol whose address they leave open, where Triton takes every one."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    addresses = [f"--{protocol}-address" for protocol in ("http", "grpc", "metrics")]
+    return [*arguments, *(f"{flag}=127.0.0.1" for flag in addresses if flag not in given)]
+
+
 def main() -> None:
-    """Become tritonserver with the flags given: the `tritonserver` that Model Analyzer and people call."""
+    """Become tritonserver with the flags given: the `tritonserver` that Model Analyzer and people call.
+
+    It is closed by no key, so it listens on this machine alone unless it is told otherwise.
+    """
     try:
         installation = find_installation()
     except ToolError as error:
         sys.stderr.write(f"tritonserver: {error}\n")
         sys.exit(error.exit_code)
     os.execve(  # noqa: S606
-        installation.binary, command(installation, sys.argv[1:]), {**os.environ, **installation.environment}
+        installation.binary,
+        command(installation, on_this_machine(sys.argv[1:])),
+        {**os.environ, **installation.environment},
     )
