@@ -19,7 +19,7 @@ _MIB = 1 << 20
 def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
     """The image as a file of this format."""
     buffer = io.BytesIO()
-    image.save(buffer, image_format, **options)
+    image.copy().save(buffer, image_format, **options)  # a copy: an image remembers how it was saved before
     return buffer.getvalue()
 
 
@@ -321,6 +321,7 @@ BOMBS: dict[str, Bomb] = {
         "too_complex",
         lambda: jpeg2000_with(precinct_size=(64, 64), layers=65_535),
     ),
+    "jpeg 2000: data after the last tile": ("corrupt", lambda: jpeg2000_with()[:-2] + b"\xff\x93\0\0"),
     "jpeg 2000: claims 60000 x 60000": (
         "too_many_pixels",
         lambda: jpeg2000_with(size=(60_000, 60_000), tile=(60_000, 60_000)),
@@ -381,9 +382,9 @@ LARGEST: dict[str, Bomb] = {
     "webp: 16000 x 6200": ("pixels", lambda: encoded(flat(16_000, 6200), "WEBP", method=0)),
     "webp: 16000 x 6200 without loss": ("pixels", lambda: encoded(flat(16_000, 6200), "WEBP", method=0, lossless=True)),
     "jpeg 2000: 7000 x 7000": ("pixels", lambda: encoded(flat(7000, 7000), "JPEG2000")),
-    "jpeg 2000: 7000 x 7000 in blocks of 16 x 16": (
+    "jpeg 2000: 5000 x 5000 in blocks of 16 x 16": (
         "pixels",
-        lambda: encoded(flat(7000, 7000), "JPEG2000", codeblock_size=(16, 16)),
+        lambda: encoded(flat(5000, 5000), "JPEG2000", codeblock_size=(16, 16)),
     ),
     "avif: 9990 x 9990": ("pixels", lambda: encoded(flat(9990, 9990), "AVIF", speed=10)),
     "avif: 3,000 items": ("corrupt", lambda: avif_of_items(3000)),

@@ -7,21 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tests import fuzz_files
 from tests.fuzz_bombs import BOMBS
+from tests.fuzz_preprocess import CODES, fuzz
 
 from clip_preprocess import RefusedImage, pixels_of
-
-CODES = {
-    "empty",
-    "too_large",
-    "too_many_pixels",
-    "too_complex",
-    "unsupported_format",
-    "not_an_image",
-    "truncated",
-    "corrupt",
-}
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO", "TGA")
 
 
 @st.composite
@@ -53,7 +43,7 @@ def damaged(content: bytes, plan: list[tuple[str, float, float, int]]) -> bytes:
 
 
 @settings(max_examples=300, deadline=None)
-@given(plan=damages(), image_format=st.sampled_from(FORMATS))
+@given(plan=damages(), image_format=st.sampled_from(fuzz_files.FORMATS))
 def test_a_damaged_photograph_gives_pixels_or_a_known_refusal(limits, demo_photos, plan, image_format):
     buffer = io.BytesIO()
     with Image.open(demo_photos[0]) as photo:
@@ -82,3 +72,34 @@ def test_a_file_made_to_cost_much_costs_little(limits, name):
         came = error.code
     assert time.monotonic() - started < BOMB_LIMIT_S
     assert came == expected
+
+
+def assert_each_gives_pixels_or_a_refusal(names, record_reliability) -> None:
+    """In a process of its own, so that a decoder that crashes is told by the name of its case."""
+    outcomes = fuzz(names)
+    record_reliability(
+        "fuzz_preprocess",
+        cases=outcomes.cases,
+        vectors=outcomes.came["pixels"],
+        refused=outcomes.refused,
+        internal_errors=len(outcomes.errors) + len(outcomes.crashed),
+        hung=len(outcomes.hung),
+        slowest_s=outcomes.slowest_s,
+        memory_before_mb=outcomes.memory_mb[0],
+        memory_after_mb=outcomes.memory_mb[-1],
+    )
+    assert (outcomes.errors, outcomes.crashed, outcomes.hung) == ({}, {}, [])
+    assert outcomes.cases == len(names)
+    assert outcomes.came["pixels"] > 0.1 * len(names)
+    assert outcomes.refused > 0.1 * len(names)
+    # What one image took is given back; 46 MB stayed after 21,000 cases, most of it since the first hundred.
+    assert outcomes.memory_mb[-1] - outcomes.memory_mb[0] < 150
+
+
+def test_hundreds_of_odd_and_damaged_files(record_reliability):
+    assert_each_gives_pixels_or_a_refusal(fuzz_files.names(1, 250, every_odd=10), record_reliability)
+
+
+@pytest.mark.long
+def test_thousands_of_odd_and_damaged_files(record_reliability):
+    assert_each_gives_pixels_or_a_refusal(fuzz_files.names(2, 15_000, largest=True), record_reliability)

@@ -250,7 +250,7 @@ def _check_jpeg2000(data: bytes, max_pixels: int) -> None:
         if marker == _SOD:
             if part_bytes < 14:  # the last one, up to the end
                 return
-            position = part_start + part_bytes
+            position, part_bytes = part_start + part_bytes, 0
             continue
         style, levels_at = body[:1], 5 if marker == _COD else 1 + (1 if components < 257 else 2)
         if marker == _COC:
