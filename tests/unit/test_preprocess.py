@@ -1,12 +1,14 @@
 """`clip_preprocess` on made images: what colours, order and limits mean."""
 
+import dataclasses
 import io
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from clip_preprocess import SIDE_PX, Limits, RefusedImage, pixels_of
+from clip_preprocess import SIDE_PX, Limits, RefusedImage, open_pixels, pixels_of
 
 LIMITS = Limits(
     max_image_bytes=1 << 20,
@@ -109,3 +111,75 @@ def test_a_known_but_unlisted_format_is_named():
     error = refusal(b"\0\0\0\x18ftypheic" + b"\0" * 50)
     assert error.code == "unsupported_format"
     assert "HEIC" in error.reason
+
+
+PARAMETERS = {
+    "max_image_bytes": "1000000",
+    "max_image_pixels": "1000000",
+    "max_jpeg_scans": "100",
+    "formats": "JPEG PNG",
+}
+
+
+def test_another_decoder_is_asked_for_rgb_jpegs_alone_and_pillow_for_what_it_cannot():
+    asked = []
+
+    def decode(image_bytes):
+        asked.append(image_bytes)
+        return np.full((300, 400, 3), 7, np.uint8) if len(asked) == 1 else None
+
+    image = Image.new("RGB", (400, 300), (255, 0, 0))
+    jpeg, grey, png = encoded(image, "JPEG"), encoded(image.convert("L"), "JPEG"), encoded(image)
+    assert (pixels_of(jpeg, LIMITS, decode=decode) == 7).all()
+    for other in (jpeg, grey, png):
+        assert (pixels_of(other, LIMITS, decode=decode) == pixels_of(other, LIMITS)).all()
+    assert asked == [jpeg, jpeg]
+
+
+def test_a_mode_that_is_none_or_cannot_be_had_is_said_so(monkeypatch):
+    with pytest.raises(ValueError, match="mode is quick, not exact, fast or nvimgcodec"):
+        open_pixels({**PARAMETERS, "mode": "quick"})
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
+    with pytest.raises(ValueError, match=r"needs the package nvidia-nvimgcodec-cu12.*take mode exact or fast"):
+        open_pixels({**PARAMETERS, "mode": "nvimgcodec"})
+
+
+@pytest.mark.gpu
+def test_the_gpu_decodes_photographs_to_nearly_the_same_pixels(demo_photos):
+    try:
+        on_gpu = open_pixels({**PARAMETERS, "max_image_pixels": "20000000", "mode": "nvimgcodec"})
+    except ValueError as error:
+        pytest.skip(str(error))
+    limits = dataclasses.replace(LIMITS, max_image_pixels=20_000_000)
+    for path in demo_photos:
+        difference = np.abs(on_gpu(path.read_bytes()).astype(int) - pixels_of(path.read_bytes(), limits))
+        assert difference.max() <= 24, path.name  # as much as `fast` may
+        assert difference.mean() < 1, path.name
+
+
+def test_a_progressive_photograph_is_read_and_one_of_too_many_scans_is_not():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
+    jpeg = encoded(noise, "JPEG", progressive=True)
+    assert jpeg.count(b"\xff\xda") == 10
+    assert pixels_of(jpeg, LIMITS).shape == (SIDE_PX, SIDE_PX, 3)
+    last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
+    assert pixels_of(jpeg[:-2] + last * 10 + b"\xff\xd9", LIMITS).shape == (SIDE_PX, SIDE_PX, 3)
+    error = refusal(jpeg[:-2] + last * 11 + b"\xff\xd9")
+    assert error.code == "too_complex"
+    assert str(LIMITS.max_jpeg_scans) in error.reason
+
+
+def test_scans_inside_a_thumbnail_or_behind_the_end_do_not_count():
+    """EXIF has a JPEG of its own, and a phone may hang a film on to its photograph."""
+    many = b"\xff\xda" * 1000
+    jpeg = encoded(Image.new("RGB", (300, 200)), "JPEG", progressive=True, exif=b"Exif\0\0" + many)
+    assert pixels_of(jpeg + many, LIMITS).shape == (SIDE_PX, SIDE_PX, 3)
+
+
+def test_a_file_in_too_many_pieces_is_refused(monkeypatch):
+    monkeypatch.setattr("clip_bounds._MAX_READS", 1000)
+    blocks = b"!\xfe\x01a\0" * 1000
+    gif = encoded(Image.new("P", (9, 9)), "GIF")
+    start = gif.index(b",", 13)
+    assert pixels_of(gif, LIMITS).shape == (SIDE_PX, SIDE_PX, 3)
+    assert refusal(gif[:start] + blocks + gif[start:]).code == "too_complex"

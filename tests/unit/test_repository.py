@@ -55,11 +55,14 @@ def test_trt_routes_through_clip_trt_and_the_default_through_clip_onnx():
     assert [model.name for model in deployment(MODELS, "trt")] == ["preprocess", "clip_trt", "clip_ensemble"]
 
 
-def test_fast_is_preprocess_but_for_its_mode():
-    exact, fast = (read_config(MODELS, "preprocess", name) for name in (None, "fast"))
-    assert (exact.parameters["mode"].string_value, fast.parameters["mode"].string_value) == ("exact", "fast")
-    fast.parameters["mode"].string_value = "exact"
-    assert fast == exact
+@pytest.mark.parametrize(("name", "mode"), [("fast", "fast"), ("gpu-decode", "nvimgcodec")])
+def test_each_preprocess_configuration_is_the_exact_one_but_for_its_mode(name, mode):
+    exact, other = (read_config(MODELS, "preprocess", config) for config in (None, name))
+    assert (exact.parameters["mode"].string_value, other.parameters["mode"].string_value) == ("exact", mode)
+    other.parameters["mode"].string_value = "exact"
+    for config in (exact, other):
+        del config.instance_group[:]  # on a GPU where that decodes
+    assert other == exact
 
 
 def test_an_unknown_configuration_name_lists_the_known():

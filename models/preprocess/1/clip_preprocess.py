@@ -1,8 +1,9 @@
 """One encoded image -> the very pixels that open_clip's inference transform feeds to its model."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -46,7 +47,28 @@ class Limits:
         )
 
 
-def pixels_of(image_bytes: bytes, limits: Limits, *, fast: bool = False) -> np.ndarray:
+def open_pixels(parameters: Mapping[str, str], device_id: int = 0) -> Callable[[bytes], np.ndarray]:
+    """`pixels_of` as the parameters of `config.pbtxt` say. Raises ValueError for a mode that cannot be had."""
+    limits = Limits.of(parameters)
+    match parameters["mode"]:
+        case "exact":
+            return partial(pixels_of, limits=limits)
+        case "fast":
+            return partial(pixels_of, limits=limits, fast=True)
+        case "nvimgcodec":
+            from clip_gpu_decode import open_decoder
+
+            return partial(pixels_of, limits=limits, decode=open_decoder(device_id))
+    raise ValueError(f"parameter mode is {parameters['mode']}, not exact, fast or nvimgcodec")
+
+
+def pixels_of(
+    image_bytes: bytes,
+    limits: Limits,
+    *,
+    fast: bool = False,
+    decode: Callable[[bytes], np.ndarray | None] | None = None,
+) -> np.ndarray:
     """The image as (224, 224, 3) uint8, RGB, height x width x channel, 0..255.
 
     The order is open_clip's (`open_clip/transform.py`): resize the shortest side to 224 bicubic, crop the
@@ -56,11 +78,20 @@ def pixels_of(image_bytes: bytes, limits: Limits, *, fast: bool = False) -> np.n
     `fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its size inside the DCT, but never below twice the target, and resizes
     from there: other bytes, of 121 photographs at most 12 of 255 away. What that costs, `clip-tools verify --engine
     fast` says of your own weights.
+
+    `decode` is asked first for the (height, width, 3) uint8 RGB of an RGB JPEG; what it gives None for, Pillow decodes
+    or refuses.
     """
     image = _opened(image_bytes, limits)
     try:
         with warnings.catch_warnings():  # what Pillow has to say about odd palettes and metadata
             warnings.simplefilter("ignore")
+            if (
+                decode
+                and (image.format, image.mode) == ("JPEG", "RGB")
+                and (decoded := decode(image_bytes)) is not None
+            ):
+                image = Image.fromarray(decoded)
             full_size = image.size
             # The box is the whole image in the scaled one's coordinates, where its last pixel may be a part.
             _, box = (fast and image.draft(None, (2 * SIDE_PX, 2 * SIDE_PX))) or (None, None)

@@ -8,7 +8,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from PIL import AvifImagePlugin, Image
 
-from clip_preprocess import SIDE_PX, Limits, RefusedImage, pixels_of
+from clip_preprocess import SIDE_PX, RefusedImage, open_pixels
 
 # A gRPC status travels in HTTP/2 trailers, which clients cut off at 8 KiB by default.
 _MAX_MESSAGE_CHARS = 4000
@@ -29,14 +29,14 @@ class TritonPythonModel:
     def initialize(self, args):
         parameters = json.loads(args["model_config"])["parameters"]
         value = {key: parameter["string_value"] for key, parameter in parameters.items()}
-        self._limits = Limits.of(value)
-        if value["mode"] not in ("exact", "fast"):
-            raise pb_utils.TritonModelException(f"preprocess: parameter mode is {value['mode']}, not exact or fast")
-        self._fast = value["mode"] == "fast"
+        try:
+            self._pixels_of = open_pixels(value, int(args["model_instance_device_id"]))
+        except ValueError as error:
+            raise pb_utils.TritonModelException(f"preprocess: {error}") from None
         os.nice(_NICENESS)
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # more instances use more cores, not more threads
         Image.init()
-        if unknown := set(self._limits.formats) - set(Image.OPEN):
+        if unknown := set(value["formats"].split()) - set(Image.OPEN):
             raise pb_utils.TritonModelException(
                 f"preprocess: parameter formats has {', '.join(sorted(unknown))}; "
                 f"this Pillow reads {', '.join(sorted(Image.OPEN))}"
@@ -53,7 +53,7 @@ class TritonPythonModel:
             for index, image_bytes in enumerate(images):
                 faulthandler.dump_traceback_later(_LONGEST_DECODE_S, exit=True)
                 try:
-                    pixels[index] = pixels_of(image_bytes, self._limits, fast=self._fast)
+                    pixels[index] = self._pixels_of(image_bytes)
                 except RefusedImage as error:
                     refused.append((index, error))
                 finally:

@@ -32,10 +32,8 @@ def open_preprocess(models: Path = MODELS, config_name: str | None = None) -> Ca
     parameters = {
         key: one.string_value for key, one in read_config(models, "preprocess", config_name).parameters.items()
     }
-    preprocess = import_preprocess(models)
-    limits = preprocess.Limits.of(parameters)
-    fast = parameters.get("mode", "exact") == "fast"
-    return lambda image: preprocess.pixels_of(image, limits, fast=fast)
+    opened: Callable[[bytes], Any] = import_preprocess(models).open_pixels(parameters)
+    return opened
 
 
 def open_engine(models: Path = MODELS, config_name: str | None = None) -> Any:
