@@ -256,7 +256,7 @@ def test_a_storm_of_faults(repository, library, tmp_path, record_reliability):
     The dice are seeded; what is in flight at a fault is not.
     """
     dice = random.Random(0)  # noqa: S311
-    images, output = library(4000), tmp_path / "vectors.jsonl"
+    images, output = library(2000), tmp_path / "vectors.jsonl"
     servers = [EmbeddedServer(options_for(repository, tmp_path / f"{number}.log")) for number in range(2)]
     urls = [one.options.grpc_url for one in servers]
     injected: Counter[str] = Counter()
@@ -306,7 +306,7 @@ def test_a_storm_of_faults(repository, library, tmp_path, record_reliability):
         client.embed(images.paths[:1])
     images.check_file(output)
     record_reliability(
-        "faults_storm", faults=injected.total(), **injected, requests=1000, lost=images.lost, twice=images.twice
+        "faults_storm", faults=injected.total(), **injected, requests=500, lost=images.lost, twice=images.twice
     )
 
 

@@ -103,7 +103,7 @@ def test_what_was_filled_in_the_first_half_is_no_growth():
 def test_too_short_a_soak_is_not_judged():
     with pytest.raises(ToolError, match="soak for longer"):
         judge(soaked()[:4])
-    assert [rise["name"] for rise in judge(soaked()[:40]) if rise["rise"] is None] == ["p50_ms"]
+    assert [rise["name"] for rise in judge(soaked()[:30]) if rise["rise"] is None] == ["p50_ms"]
 
 
 def test_a_soak_is_shown_with_its_problems():
