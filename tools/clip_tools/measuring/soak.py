@@ -18,6 +18,7 @@ from clip_tools.paths import MODELS
 
 _WARM_UP = 2  # full batches before the clock starts: what holds the largest is filled
 SAMPLES = 360  # of the whole soak, so that the slopes between all of them are quickly had
+_FEWEST = 6
 _SHOWN_PROBLEMS = 20
 
 
@@ -102,6 +103,8 @@ def soak(options: SoakOptions, *, tell: Callable[[str, int, int], None] = lambda
         except (EmbeddingError, ToolError) as error:
             problems.append(f"at the end: {type(error).__name__}: {error}")
     points = _points(watched.samples, traffic.ended, every_s)
+    if watched.failure and len(points) < _FEWEST:
+        raise watched.failure  # too early for a result
     rises = judge(points)
     return {
         "kind": "soak",
@@ -157,13 +160,13 @@ def judge(points: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
 
     The first half is for filling what is filled once: pools, caches, regions for the largest batch.
     """
+    if len(points) < _FEWEST:
+        raise ToolError(f"only {len(points)} samples, expected {_FEWEST} or more: soak for longer")
     half = points[len(points) // 2 :]
     rises: list[dict[str, Any]] = []
     for name, bound in BOUNDS.items():
         x = [point["at_s"] for point in half if name in point]
         y = [point[name] for point in half if name in point]
-        if len(half) < 3:
-            raise ToolError(f"only {len(half)} samples in the second half, expected 3 or more: soak for longer")
         if len(y) < bound.needs:
             rises.append({"name": name, "title": bound.title, "rise": None, "problem": ""})
             continue
