@@ -11,7 +11,9 @@ from tests import fuzz_files
 from tests.fuzz_bombs import BOMBS
 from tests.fuzz_preprocess import CODES, fuzz
 
+from clip_bounds import check_structure
 from clip_preprocess import RefusedImage, pixels_of
+from clip_tools import photos
 
 
 @st.composite
@@ -72,6 +74,14 @@ def test_a_file_made_to_cost_much_costs_little(limits, name):
         came = error.code
     assert time.monotonic() - started < BOMB_LIMIT_S
     assert came == expected
+
+
+def test_no_photograph_is_too_complex(limits):
+    for path in photos.gate_photos():
+        image_bytes = path.read_bytes()
+        check_structure(
+            image_bytes, max_jpeg_scans=limits.max_jpeg_scans // 5, max_image_pixels=limits.max_image_pixels // 5
+        )
 
 
 def assert_each_gives_pixels_or_a_refusal(names, record_reliability) -> None:
