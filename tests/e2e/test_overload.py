@@ -49,7 +49,9 @@ def test_what_is_too_much_is_refused_and_nothing_hangs(server):
 @pytest.mark.long
 def test_a_client_that_waits_and_asks_again_gets_all(server):
     """What is refused is sent again later, by the client itself."""
-    with EmbeddingClient(server.options.grpc_url, batch_size=1, max_in_flight=TOO_MANY, timeout_s=GENEROUS_S) as client:
+    with EmbeddingClient(
+        server.options.grpc_url, batch_size=1, max_in_flight=TOO_MANY, timeout_s=3 * GENEROUS_S
+    ) as client:
         results = list(client.embed_many([probe_image()] * TOO_MANY))
     assert kinds(results) == {np.ndarray: TOO_MANY}
 

@@ -144,7 +144,7 @@ def test_a_server_that_stands_still_is_replaced(served, demo_photos):
     """What no process table shows, the test image does."""
     options, server_pid = served
     frozen = server_pid()
-    with EmbeddingClient(options.grpc_url, timeout_s=GENEROUS_S, attempt_timeout_s=10) as client:
+    with EmbeddingClient(options.grpc_url, timeout_s=2 * GENEROUS_S, attempt_timeout_s=10) as client:
         expected = client.embed(demo_photos[:1])
         os.kill(frozen, signal.SIGSTOP)
         assert not is_ready(options)
