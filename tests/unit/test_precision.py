@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_tools.engines.calibration import Calibration, calibrate, check_count
-from clip_tools.engines.gates import GATES, agreement, counts_for_nothing, failures, gates_table
+from clip_tools.engines.calibration import Calibration, calibrate, check_count, split
+from clip_tools.engines.export_variant import holds_with_margin
+from clip_tools.engines.gates import GATES, Agreement, agreement, counts_for_nothing, failures, gates_table
+from clip_tools.engines.gptq import curvature, fit_weights, round_weights
 from clip_tools.engines.onnx_runner import NATIVE, TWIN, run_onnx
 from clip_tools.engines.precision import (
     count_matrices,
@@ -18,6 +20,8 @@ from clip_tools.engines.precision import (
     twin,
 )
 from clip_tools.engines.quantize import LayerStatistics, fit, linear_layers, prepare, quantize
+from clip_tools.engines.rotation import mean_keeping_rotation, rotate
+from clip_tools.engines.stepwise import Stepwise
 from clip_tools.errors import ToolError
 from clip_tools.paths import ROOT
 from clip_tools.precision_results import results_table
@@ -83,6 +87,58 @@ def block() -> "onnx.ModelProto":
         [helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, ["batch", 224, 224, 3])],
         [helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, ["batch", 512])],
         [array(value, name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.fixture(scope="module")
+def tower() -> "onnx.ModelProto":
+    """A pre-norm tower in small: a norm, a stream with one branch, a norm, a projection; channel 5 stands out."""
+    helper, array = onnx.helper, onnx.numpy_helper.from_array
+    random = np.random.default_rng(2)
+    make, width = helper.make_node, 32
+    nodes = [
+        make("Cast", ["pixels"], ["whole"], name="to_float", to=onnx.TensorProto.FLOAT),
+        make("Transpose", ["whole"], ["planes"], name="permute", perm=[0, 3, 1, 2]),
+        make("Conv", ["planes", "kernel"], ["patches"], name="conv", strides=[56, 56]),
+        make("Reshape", ["patches", "to_tokens"], ["columns"], name="flatten"),
+        make("Transpose", ["columns"], ["tokens"], name="tokens_last", perm=[0, 2, 1]),
+        make("LayerNormalization", ["tokens", "gain_0", "offset_0"], ["start"], name="norm_0"),
+        make("LayerNormalization", ["start", "gain_1", "offset_1"], ["even"], name="norm_1"),
+        make("Transpose", ["even"], ["even_t"], name="turn", perm=[1, 0, 2]),
+        make("MatMul", ["even_t", "weight_in"], ["wide"], name="in"),
+        make("Add", ["wide", "bias_in"], ["wide_biased"], name="in_bias"),
+        make("Sigmoid", ["wide_biased"], ["active"], name="active"),
+        make("MatMul", ["active", "weight_out"], ["narrow"], name="out"),
+        make("Add", ["narrow", "bias_out"], ["narrow_biased"], name="out_bias"),
+        make("Transpose", ["narrow_biased"], ["branch"], name="turn_back", perm=[1, 0, 2]),
+        make("Add", ["start", "branch"], ["stream"], name="residual"),
+        make("LayerNormalization", ["stream", "gain_2", "offset_2"], ["last"], name="norm_2"),
+        make("Gather", ["last", "first"], ["token"], name="class_token", axis=1),
+        make("MatMul", ["token", "projection"], ["features"], name="projection"),
+        make("ReduceL2", ["features", "axis"], ["length"], name="length", keepdims=1),
+        make("Div", ["features", "length"], ["embedding"], name="unit"),
+    ]
+    constants = {
+        "kernel": random.normal(size=(width, 3, 56, 56)) / 400,
+        "weight_in": random.normal(size=(width, 64)) / 6,
+        "bias_in": random.normal(size=64),
+        "weight_out": random.normal(size=(64, width)) / 8,
+        "bias_out": random.normal(size=width),
+        "projection": random.normal(size=(width, 512)) / 6,
+    }
+    for index in range(3):
+        constants[f"gain_{index}"] = 1 + random.normal(size=width) / 4
+        constants[f"offset_{index}"] = random.normal(size=width) / 4
+    constants["gain_0"][5] = 40
+    whole = {"to_tokens": [0, 0, -1], "axis": [-1], "first": 0}
+    initializer = [array(value.astype(np.float32), name) for name, value in constants.items()]
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, ["batch", 224, 224, 3])],
+        [helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, ["batch", 512])],
+        [*initializer, *(array(np.array(value, np.int64), name) for name, value in whole.items())],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
@@ -185,7 +241,7 @@ def test_quantised_layers_have_explicit_pairs_and_stay_near(
     block: "onnx.ModelProto", pixels: np.ndarray, tmp_path: Path, kind: str
 ) -> None:
     """Q/DQ around the linear layers, patch embedding and projection left alone, attention's products in FP16."""
-    prepared = prepare(block)
+    prepared = prepare(block, kind)
     calibration = calibrate(prepared, pixels, kind, folder=tmp_path)
     assert set(calibration.layers) == {node.name for node in linear_layers(prepared)} == {"qk", "out_matmul"}
     graph = lower(quantize(prepared, calibration.layers, kind), "fp16")
@@ -203,7 +259,7 @@ def test_calibration_is_kept_by_content(block: "onnx.ModelProto", pixels: np.nda
     def tell(what: str, _done: int, _total: int) -> None:
         told.append(what)
 
-    prepared = prepare(block)
+    prepared = prepare(block, "int8")
     first = calibrate(prepared, pixels, "int8", folder=tmp_path, advance=tell)
     assert told
     told.clear()
@@ -227,12 +283,108 @@ def test_an_outlier_channel_does_not_take_the_others_along() -> None:
     naive = np.rint(rows / plain) * plain @ weight
     even = (rows - layer.shift) / layer.smooth
     steps = np.clip(np.rint(even / layer.scale), -128, 127) * layer.scale
-    moved = weight * layer.smooth[:, None]
-    rounded = np.rint(moved / layer.weight_scales) * layer.weight_scales
-    fitted = steps @ rounded + layer.bias
+    fitted = steps @ (layer.levels * layer.weight_scales) + layer.bias
     spread = exact.std()
     assert np.abs(naive - exact).mean() / spread > 0.01
     assert np.abs(fitted - exact).mean() < np.abs(naive - exact).mean() / 4
+
+
+def test_a_turned_stream_is_the_same_tower_without_an_outlier(tower: "onnx.ModelProto", pixels: np.ndarray) -> None:
+    """Equal embeddings; what comes into the first layer has no channel that stands out any more."""
+    turned = rotate(tower)
+    onnx.checker.check_model(turned, full_check=True)
+    before, after = run_onnx(tower, pixels).embeddings, run_onnx(turned, pixels).embeddings
+    assert np.abs(before - after).max() < 1e-5  # FP32 in another order
+    assert (
+        {node.name for node in linear_layers(turned)} == {node.name for node in linear_layers(tower)} == {"in", "out"}
+    )
+
+    def unevenness(graph: "onnx.ModelProto") -> float:
+        node = next(node for node in graph.graph.node if node.name == "in")
+        reach = np.abs(np.concatenate(Stepwise(graph, pixels).run_to(node), axis=1)).max(axis=(0, 1))
+        return float(reach.max() / np.median(reach))
+
+    assert unevenness(turned) < unevenness(tower) / 2
+
+
+def test_a_graph_of_another_form_is_not_turned(block: "onnx.ModelProto") -> None:
+    """Its first norm is read by a product: whose stream that is nobody knows."""
+    assert rotate(block) is block
+
+
+def test_the_rotation_keeps_lengths_and_means() -> None:
+    """Which is why LayerNorm commutes with it."""
+    turn = mean_keeping_rotation(48)
+    assert np.allclose(turn @ turn.T, np.eye(48), atol=1e-12)
+    row = np.random.default_rng(0).normal(size=48)
+    assert np.isclose((row @ turn).mean(), row.mean())
+    assert np.abs(turn).max() < 0.9  # and it does spread
+
+
+def test_rounding_one_after_another_keeps_the_product_nearer() -> None:
+    """On inputs that go together, as a layer's do, a third of plain rounding's error; each weight on the grid."""
+    random = np.random.default_rng(0)
+    rows = (random.normal(size=(2048, 16)) @ random.normal(size=(16, 64)) + random.normal(size=(2048, 64)) / 10).astype(
+        np.float32
+    )
+    steps = (random.normal(size=(64, 24)) * 4).astype(np.float32)
+    rounded = round_weights(steps, curvature(rows), np.rint)
+    assert np.array_equal(rounded, np.rint(rounded))
+    assert np.square(rows @ (rounded - steps)).mean() < np.square(rows @ (np.rint(steps) - steps)).mean() / 3
+
+
+def test_weights_are_fitted_to_what_the_layer_will_see() -> None:
+    """A channel that arrives at half its size gets twice the weight; the others keep theirs."""
+    random = np.random.default_rng(0)
+    exact = random.normal(size=(512, 8)).astype(np.float32)
+    seen = exact * np.where(np.arange(8) == 3, 0.5, 1).astype(np.float32)
+    weight = random.normal(size=(8, 4)).astype(np.float32)
+    fitted = fit_weights(weight, exact, seen, curvature(seen))
+    assert np.allclose(fitted[3], 2 * weight[3], rtol=0.05)  # damping holds it back a little
+    assert np.allclose(np.delete(fitted, 3, 0), np.delete(weight, 3, 0), atol=0.05)
+
+
+def test_images_go_through_a_graph_in_steps(block: "onnx.ModelProto", pixels: np.ndarray) -> None:
+    """From any node on, the embeddings are those of the whole graph, and again; a change on the way shows."""
+    images = Stepwise(block, pixels)
+    whole = run_onnx(block, pixels).embeddings
+    nodes = {node.name: node for node in block.graph.node}
+    for name in ("conv", "qk", "out", "projection"):
+        inputs = images.run_to(nodes[name])
+        assert sum(map(len, inputs)) == (len(pixels) if name != "out" else 16 * len(pixels))
+        assert np.allclose(images.finish(), whole, atol=1e-6)
+
+    def without_bias(piece: "onnx.ModelProto") -> "onnx.ModelProto":
+        for tensor in piece.graph.initializer:
+            if tensor.name == "bias_out":
+                tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros(32, np.float32), "bias_out"))
+        return piece
+
+    changed = Stepwise(block, pixels)
+    changed.run_to(nodes["out"])
+    changed.run_to(nodes["pool"], without_bias)
+    assert np.abs(changed.finish() - whole).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("count", "seen", "held_out"), [(100, 75, 25), (512, 384, 128), (513, 384, 128), (5000, 384, 128)]
+)
+def test_a_quarter_of_the_images_is_held_out(count: int, seen: int, held_out: int) -> None:
+    """The last of them, none twice; of many images every so many."""
+    first, last = split(np.arange(count))
+    assert (len(first), len(last)) == (seen, held_out)
+    assert first.max() < last.min()
+
+
+@pytest.mark.parametrize(
+    ("worst", "mean", "unchanged", "holds"),
+    [(0.986, 0.996, 0.99, True), (0.98, 0.996, 0.99, False), (0.986, 0.994, 0.99, False), (0.986, 0.996, 0.98, False)],
+)
+def test_a_mix_must_hold_with_a_margin(worst: float, mean: float, unchanged: float, holds: bool) -> None:
+    """Half of the error that INT8's gate allows; all four would pass the gate itself."""
+    found = Agreement(128, worst, mean, worst, 0.1, unchanged, unchanged)
+    assert not failures(found, "int8", trained=True)
+    assert holds_with_margin(found, "int8") == holds
 
 
 def test_the_mixes_leave_out_the_dearest_layers_first() -> None:

@@ -1,16 +1,21 @@
-"""What flows through the linear layers on a set of images, and the scales and the mix that follow; kept by content."""
+"""The linear layers of a graph in eight bits, as a set of images has them, and what each costs; kept by content.
+
+Layer after layer: what comes into one has passed all earlier ones in eight bits, so that it can make up for them. The
+last quarter of the images is not looked at: on it a mix of eight-bit and FP16 layers is chosen (export_variant.py).
+"""
 
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_tools.engines.onnx_runner import run_onnx
 from clip_tools.engines.precision import Graph
-from clip_tools.engines.quantize import Eight, LayerScales, LayerStatistics, fit, linear_layers, quantize
+from clip_tools.engines.quantize import Eight, LayerStatistics, QuantisedLayer, fit, linear_layers, quantize
+from clip_tools.engines.stepwise import Stepwise
 from clip_tools.errors import ToolError
 from clip_tools.paths import CACHE
 
@@ -19,31 +24,37 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import onnx
 
+    Pixels = npt.NDArray[np.uint8]
+    Floats = npt.NDArray[np.float32]
+
 CALIBRATIONS = CACHE / "calibrations"
 ADVISED_IMAGES, MIN_IMAGES = 500, 100
-_VERSION = 3  # of what is computed below: an older result is not taken from the cache
-_BATCH = 8
-_ROWS = 384  # of each layer at random, in all, beside the class tokens
-_SENSITIVITY_IMAGES = 24
-# Of the linear layers; fewer than half of all products with weights would be no eight-bit engine (census.py).
-_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.53)
+_VERSION = 4  # of what is computed below: an older result is not taken from the cache
+_MOST_IMAGES = 512  # of more than these, every so many: the layers' inputs are held in memory
+_HELD_OUT = 4  # one image in so many
+_ROWS = 12288  # of each layer at random, in all, beside the class tokens: four times the widest layer's channels
+_COST_IMAGES = 16
+# Of the linear layers; fewer than half of all products with weights would be no eight-bit engine (census.py), and three
+# of those are not in these layers: 26 of 48 is the least.
+_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.55)
+
+_PARTS = ("shift", "smooth", "scale", "weight_scales", "levels", "bias")  # of a layer, as they are kept
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scales of every linear layer by node name, and what each alone costs: 1 - mean cosine, on calibration images."""
+    """Every linear layer in eight bits by node name, and what each alone costs: 1 - mean cosine."""
 
-    layers: dict[str, LayerScales]
+    layers: dict[str, QuantisedLayer]
     costs: dict[str, float]
 
-    def mixes(self) -> Iterator[dict[str, LayerScales]]:
+    def mixes(self) -> list[dict[str, QuantisedLayer]]:
         """The layers to quantise, from all of them down to the cheapest half."""
         by_cost = sorted(self.costs, key=lambda name: self.costs[name])
-        for share in _SHARES:
-            chosen = set(by_cost[: max(1, round(share * len(by_cost)))])
-            yield {name: scales for name, scales in self.layers.items() if name in chosen}
+        chosen = [set(by_cost[: max(1, round(share * len(by_cost)))]) for share in _SHARES]
+        return [{name: layer for name, layer in self.layers.items() if name in names} for names in chosen]
 
 
 def check_count(images: int, *, force: bool) -> str | None:
@@ -59,65 +70,66 @@ def check_count(images: int, *, force: bool) -> str | None:
     return None
 
 
+def split(pixels: "Pixels") -> "tuple[Pixels, Pixels]":
+    """(Images to calibrate on, images to choose on), 512 together at most.
+
+    The latter are the last of the folder, so that shots of one moment, which stand together, are on one side. They had
+    better be different photographs: crops of one stay each other's neighbours whatever rounding does to the rest.
+    """
+    import numpy as np
+
+    some = pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), _MOST_IMAGES)).round().astype(int)]
+    first = len(some) - len(some) // _HELD_OUT
+    return some[:first], some[first:]
+
+
 def calibrate(
     model: "onnx.ModelProto",
-    pixels: "npt.NDArray[np.uint8]",
+    pixels: "Pixels",
     kind: Eight,
     *,
     folder: Path = CALIBRATIONS,
     advance: Advance = lambda what, done, total: None,
 ) -> Calibration:
     """The calibration of a prepared FP32 graph on (N, 224, 224, 3) uint8 pixels; from the cache when both are known."""
-    digest = hashlib.sha256(f"{_VERSION} {kind} {_ROWS} {_SENSITIVITY_IMAGES}".encode())
+    digest = hashlib.sha256(f"{_VERSION} {kind} {_ROWS} {_COST_IMAGES}".encode())
     digest.update(model.SerializeToString(deterministic=True))
     digest.update(pixels.tobytes())
     path = folder / f"{digest.hexdigest()[:24]}.npz"
     if (kept := _read(path)) is not None:
         return kept
-    statistics = collect(model, pixels, advance=advance)
-    graph = Graph(model)
-    layers = {}
-    nodes = linear_layers(model)
-    for index, node in enumerate(nodes):
-        layers[node.name] = fit(statistics[node.name], graph.array(node.input[1]), kind)
-        advance("choosing scales", index + 1, len(nodes))
-    costs = _costs(model, layers, pixels, kind, advance)
-    made = Calibration(layers, costs)
+    layers = _quantise_layers(model, pixels, kind, advance)
+    made = Calibration(layers, _costs(model, layers, pixels, kind, advance))
     _keep(made, path)
     return made
 
 
-def collect(
-    model: "onnx.ModelProto", pixels: "npt.NDArray[np.uint8]", *, advance: Advance = lambda what, done, total: None
-) -> dict[str, LayerStatistics]:
-    """What comes into each linear layer, by node name."""
-    import numpy as np
-    import onnx
-    import onnxruntime
-    from onnx import TensorProto, helper
+def _quantise_layers(
+    model: "onnx.ModelProto", pixels: "Pixels", kind: Eight, advance: Advance
+) -> dict[str, QuantisedLayer]:
+    graph, nodes, images = Graph(model), linear_layers(model), Stepwise(model, pixels)
+    layers: dict[str, QuantisedLayer] = {}
+    for done, node in enumerate(nodes):
+        inputs = images.run_to(node, partial(quantize, layers=layers, kind=kind))
+        layers[node.name] = fit(watch(inputs, images.sizes), graph.array(node.input[1]), kind)
+        advance("quantising the layers", done + 1, len(nodes))
+    return layers
 
-    nodes = linear_layers(model)
-    inputs = list(dict.fromkeys(node.input[0] for node in nodes))
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    watched.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inputs)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    found: dict[str, list[Any]] = {name: [] for name in inputs}
-    ranges: dict[str, tuple[Any, Any]] = {}
+
+def watch(inputs: "list[Floats]", sizes: Sequence[int]) -> LayerStatistics:
+    """What came into a layer in each batch; `sizes` are the batches' numbers of images."""
+    import numpy as np
+
     random = np.random.default_rng(0)
-    take = max(1, round(_ROWS * _BATCH / len(pixels)))
-    for start in range(0, len(pixels), _BATCH):
-        batch = pixels[start : start + _BATCH]
-        for name, value in zip(inputs, session.run(inputs, {"pixels": batch}), strict=True):
-            rows = value.reshape(-1, value.shape[-1])
-            least, largest = ranges.get(name, (rows[0], rows[0]))
-            ranges[name] = np.minimum(least, rows.min(axis=0)), np.maximum(largest, rows.max(axis=0))
-            found[name].append(rows[random.choice(len(rows), min(take, len(rows)), replace=False)])
-            found[name].append(_class_tokens(value, len(batch)))
-        advance("watching the layers", start + len(batch), len(pixels))
-    return {node.name: LayerStatistics(*ranges[node.input[0]], np.concatenate(found[node.input[0]])) for node in nodes}
+    flat = [value.reshape(-1, value.shape[-1]) for value in inputs]
+    rows = [
+        rows[random.choice(len(rows), min(len(rows), round(_ROWS * size / sum(sizes))), replace=False)]
+        for rows, size in zip(flat, sizes, strict=True)
+    ]
+    rows += [_class_tokens(value, size) for value, size in zip(inputs, sizes, strict=True)]
+    least = np.min([value.min(axis=0) for value in flat], axis=0)
+    largest = np.max([value.max(axis=0) for value in flat], axis=0)
+    return LayerStatistics(least, largest, np.concatenate(rows))
 
 
 def _class_tokens(value: Any, batch: int) -> Any:
@@ -131,21 +143,19 @@ def _class_tokens(value: Any, batch: int) -> Any:
 
 
 def _costs(
-    model: "onnx.ModelProto",
-    layers: dict[str, LayerScales],
-    pixels: "npt.NDArray[np.uint8]",
-    kind: Eight,
-    advance: Advance,
+    model: "onnx.ModelProto", layers: dict[str, QuantisedLayer], pixels: "Pixels", kind: Eight, advance: Advance
 ) -> dict[str, float]:
+    """1 - mean cosine of the embeddings with one layer in eight bits and all else as it was, for each layer."""
     import numpy as np
 
-    some = pixels[:: max(1, len(pixels) // _SENSITIVITY_IMAGES)][:_SENSITIVITY_IMAGES]
-    exact = run_onnx(model, some).embeddings
+    images = Stepwise(model, pixels[:: max(1, len(pixels) // _COST_IMAGES)][:_COST_IMAGES])
+    exact = images.finish()
     costs = {}
-    for index, (name, scales) in enumerate(layers.items()):
-        got = run_onnx(quantize(model, {name: scales}, kind), some).embeddings
-        costs[name] = float(1 - np.mean((got * exact).sum(axis=1)))
-        advance("weighing the layers", index + 1, len(layers))
+    for done, node in enumerate(linear_layers(model)):
+        images.run_to(node)
+        got = images.finish(partial(quantize, layers={node.name: layers[node.name]}, kind=kind))
+        costs[node.name] = float(1 - np.mean((got.astype(np.float64) * exact).sum(axis=1)))
+        advance("weighing the layers", done + 1, len(layers))
     return costs
 
 
@@ -153,9 +163,7 @@ def _keep(made: Calibration, path: Path) -> None:
     import numpy as np
 
     arrays: dict[str, Any] = {"costs": np.frombuffer(json.dumps(made.costs).encode(), np.uint8)}
-    for name, scales in made.layers.items():
-        for part in ("shift", "smooth", "scale", "weight_scales", "bias"):
-            arrays[f"{name}|{part}"] = np.asarray(getattr(scales, part))
+    arrays |= {f"{name}|{part}": getattr(layer, part) for name, layer in made.layers.items() for part in _PARTS}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
         np.savez(file, **arrays)
@@ -168,16 +176,9 @@ def _read(path: Path) -> Calibration | None:
     try:
         with np.load(path) as kept:
             costs = json.loads(kept["costs"].tobytes())
-            layers = {
-                name: LayerScales(
-                    kept[f"{name}|shift"],
-                    kept[f"{name}|smooth"],
-                    float(kept[f"{name}|scale"]),
-                    kept[f"{name}|weight_scales"],
-                    kept[f"{name}|bias"],
-                )
-                for name in costs
-            }
+            parts = {name: {part: kept[f"{name}|{part}"] for part in _PARTS} for name in costs}
     except (OSError, ValueError, KeyError):
         return None
-    return Calibration(layers, costs)
+    return Calibration(
+        {name: QuantisedLayer(**found | {"scale": float(found["scale"])}) for name, found in parts.items()}, costs
+    )

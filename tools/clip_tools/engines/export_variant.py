@@ -14,7 +14,7 @@ from clip_tools.engines.export_onnx import (
     put_in_place,
     write_graph,
 )
-from clip_tools.engines.gates import agreement, counts_for_nothing, failures
+from clip_tools.engines.gates import GATES, Agreement, agreement, counts_for_nothing, failures
 from clip_tools.engines.onnx_runner import OnnxRun, run_onnx
 from clip_tools.engines.precision import Precision, count_matrices, lower
 from clip_tools.engines.reference import image_pixels, reference
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     import onnx
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
-_CHOSEN_ON = 256  # calibration images on which a mix of eight-bit and FP16 layers is chosen, at most
+# Of the error that the gate allows, what a mix may show on images that no scale was taken from: other images, those of
+# the gate among them, may show more. Set before any was measured, and by no result.
+_MARGIN = 0.5
 _COMPARED_IN_FP32 = 8  # photographs on which a graph that is only a step on the way meets PyTorch
 
 
@@ -108,26 +110,44 @@ def _in_precision(
 ) -> "tuple[onnx.ModelProto, dict[str, Any]]":
     """(The graph in that precision, what it was calibrated on).
 
-    An eight-bit graph has as many eight-bit layers as pass the gate on the calibration images, and never fewer than
-    half; the rest is FP16. Whether that is enough is for the gate to say.
+    An eight-bit graph has as many eight-bit layers as hold, with a margin, on calibration images that no scale was
+    taken from, and never fewer than half; the rest is FP16. Whether that is enough is for the gate to say.
     """
     if precision in ("fp16", "bf16"):
         return lower(full, precision), {}
     if precision not in ("int8", "fp8"):
         raise ToolError(f"--precision {precision}: the FP32 graph is no variant", exit_code=2)
-    from clip_tools.engines.calibration import calibrate
+    from clip_tools.engines.calibration import calibrate, split
     from clip_tools.engines.quantize import prepare, quantize
 
-    prepared = prepare(full)
-    pixels = image_pixels(oracle, images)
-    calibration = calibrate(prepared, pixels, precision, advance=advance)
-    some = pixels[:_CHOSEN_ON]
-    exact = run_onnx(prepared, some).embeddings
-    mixes = list(calibration.mixes())
-    for tried, mix in enumerate(mixes):
-        graph = lower(quantize(prepared, mix, precision), "fp16")
-        found = agreement(run_onnx(graph, some).embeddings, exact)
-        advance("choosing the layers", tried + 1, len(mixes))
-        if not failures(found, precision, trained=True):
-            break
-    return graph, {"images": len(images), "layers": len(mix), "of_layers": len(calibration.layers)}
+    prepared = prepare(full, precision)
+    seen, held_out = split(image_pixels(oracle, images))
+    calibration = calibrate(prepared, seen, precision, advance=advance)
+    exact = run_onnx(prepared, held_out).embeddings
+    mixes = calibration.mixes()
+    first, last = 0, len(mixes) - 1  # the first that holds lies between them, or none does and the last must
+    while first < last:
+        middle = (first + last) // 2
+        found = agreement(run_onnx(quantize(prepared, mixes[middle], precision), held_out).embeddings, exact)
+        first, last = (first, middle) if holds_with_margin(found, precision) else (middle + 1, last)
+        advance("choosing the layers", len(mixes) - 1 - (last - first), len(mixes) - 1)
+    graph = lower(quantize(prepared, mixes[first], precision), "fp16")
+    return graph, {
+        "images": len(seen),
+        "held_out": len(held_out),
+        "layers": len(mixes[first]),
+        "of_layers": len(calibration.layers),
+    }
+
+
+def holds_with_margin(found: Agreement, precision: Precision) -> bool:
+    """Whether each error is at most `_MARGIN` of the one that the gate allows."""
+    gate = GATES[precision]
+    return all(
+        1 - got <= _MARGIN * (1 - least)
+        for got, least in (
+            (found.worst_cosine, gate.worst_cosine),
+            (found.mean_cosine, gate.mean_cosine),
+            (found.top1_agreement, gate.top1_agreement),
+        )
+    )

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clip_tools.engines.precision import is_low, twin
 from clip_tools.errors import ToolError, missing_extra
@@ -42,19 +42,14 @@ def run_onnx(
     try:
         import numpy as np
         import onnx
-        import onnxruntime
+        import onnxruntime  # noqa: F401
     except ImportError as error:
         raise missing_extra("cpu", error) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it logs it also raises
-    # Q/DQ as the file has it: fused, ONNX Runtime 1.24 gives FP8 to a kernel for INT8 and refuses the model.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
     title = model.name if isinstance(model, Path) else "the graph"
     try:
         graph = onnx.load(str(model)) if isinstance(model, Path) else model
         low = is_low(graph)
-        content = twin(graph) if low else graph
-        session = onnxruntime.InferenceSession(content.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = open_session(twin(graph) if low else graph)
         rows = []
         for start in range(0, len(pixels), batch_size):
             batch = pixels[start : start + batch_size]
@@ -66,3 +61,14 @@ def run_onnx(
         line = " ".join(str(error).split())[:300]
         raise ToolError(f"{title}: ONNX Runtime cannot run it: {line}") from error
     return OnnxRun(np.concatenate(rows), TWIN if low else NATIVE)
+
+
+def open_session(model: "onnx.ModelProto") -> Any:
+    """An ONNX Runtime session on the CPU that computes the graph as it is written."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it logs it also raises
+    # Q/DQ as the file has it: fused, ONNX Runtime 1.24 gives FP8 to a kernel for INT8 and refuses the model.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
