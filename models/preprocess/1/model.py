@@ -18,8 +18,8 @@ _MAX_MESSAGE_CHARS = 4000
 _LONGEST_DECODE_S = 60
 
 # The engine goes first where both want the same cores: what is decoded for requests that then find its queue full is
-# lost. At ten times the load of two cores: 14.6 and 15.6 images a second of CPU without this, 15.2 and 18.6 with it; 20.5
-# at a load that they bear.
+# lost. At ten times the load of two cores: 14.6 and 15.6 images a second of CPU without this, 15.2 and 18.6 with it;
+# 20.5 at a load that they bear.
 _NICENESS = 10
 
 
