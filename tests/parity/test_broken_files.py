@@ -95,6 +95,7 @@ def assert_each_gives_pixels_or_a_refusal(names, record_reliability) -> None:
         internal_errors=len(outcomes.errors) + len(outcomes.crashed),
         hung=len(outcomes.hung),
         slowest_s=outcomes.slowest_s,
+        slowest=outcomes.slowest,
         memory_before_mb=outcomes.memory_mb[0],
         memory_after_mb=outcomes.memory_mb[-1],
     )
