@@ -198,7 +198,7 @@ def tune_precision(
         Path | None, typer.Option(help="A folder of 100 or more images; by default 121 photographs of ours.")
     ] = None,
     worst_cosine: Annotated[float, typer.Option(min=0, max=1, help="The gate: the least worst cosine.")] = 0.999,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each mix is timed, all in turn.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each mix and FP32 are timed, in turn.")] = 15,
     apply: Annotated[
         str | None, typer.Option(help="Write the best mix as the named configuration NAME, and its parts.")
     ] = None,
