@@ -91,7 +91,10 @@ def test_the_winner_becomes_a_configuration_of_the_models_it_changes(models, tmp
     parts = {model.name: model.config for model in deployment(models, "tuned")}
     assert (parts["preprocess"].instance_group[0].count, parts["clip_onnx"].instance_group[0].count) == (3, 2)
     assert [parts[name].max_batch_size for name in ("preprocess", "clip_onnx", "clip_ensemble")] == [4, 8, 4]
-    # All else is as it was committed: the engine, the limits on images.
+    # All else is as it was committed: the engine, the limits on images and on what may wait.
+    for name in ("preprocess", "clip_onnx"):
+        queue = read_config(MODELS, name).dynamic_batching.default_queue_policy
+        assert parts[name].dynamic_batching.default_queue_policy == queue
     assert parts["clip_onnx"].optimization == read_config(MODELS, "clip_onnx").optimization
     assert parts["preprocess"].parameters == read_config(MODELS, "preprocess").parameters
     assert "Some CPU, 2 cores, 2026-11-20" in written[0].read_text()

@@ -221,6 +221,8 @@ def apply(result: dict[str, Any], name: str, repository: Path, models: Path = MO
             del config.instance_group[:]
             config.instance_group.extend(winner.instance_group)
             if winner.HasField("dynamic_batching"):
+                policy = config.dynamic_batching.default_queue_policy
+                winner.dynamic_batching.default_queue_policy.CopyFrom(policy)  # Model Analyzer leaves it out
                 config.dynamic_batching.CopyFrom(winner.dynamic_batching)
         if config.SerializeToString(deterministic=True) != before:
             comment = f"{model} as {result['searched_by']} found it best on {result['environment']['cpu']}, "
