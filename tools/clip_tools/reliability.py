@@ -61,7 +61,10 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
         Promise("faults_read_only_models", "The model folder may be read-only."),
         Promise("faults_corrupt_model", "A damaged model file is refused in one line that says how to make it again."),
         Promise("faults_port_taken", "A port that is taken is named, with the option that chooses another."),
-        Promise("faults_clock_jump", "A clock that jumps, on the server and in the client, changes nothing."),
+        Promise(
+            "faults_clock_jump",
+            "What the server and the client read of the clock may jump: deadlines are kept by another.",
+        ),
     ),
     "Who may do what": (
         Promise("closed_apis", "A stranger can embed, and read health and metrics; every other call is refused."),
