@@ -92,7 +92,7 @@ def ask_grpc(channel: grpc.Channel, path: str, request: bytes, *, metadata=(), s
     """Why it was refused; None when it was answered."""
     try:
         if streams:
-            # To its end: a stream that is broken off keeps its model loaded, and the server 30 s from ending.
+            # To its end: after some that were broken off, this Triton took its whole 30 s to stop.
             list(channel.stream_stream(path)(iter([request]), timeout=60, metadata=metadata))
         else:
             channel.unary_unary(path)(request, timeout=60, metadata=metadata)
