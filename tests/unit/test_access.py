@@ -97,6 +97,8 @@ def test_keys_of_a_server_that_was_killed_are_not_used(monkeypatch, tmp_path):
         patch.setattr(keyring.os, "getpid", lambda: ended.pid)
         keyring.remember("grpc://localhost:8001", Access(KEY))
     assert keyring.access_of("grpc://localhost:8001", {}) is None
+    keyring.remember("grpc://localhost:8002", Access(API_KEY))
+    assert [file.name for file in keyring.keyring_folder().iterdir()] == ["localhost-8002"]
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770])

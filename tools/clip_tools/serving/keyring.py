@@ -31,6 +31,10 @@ def remember(url: str, access: Access) -> None:
         raise ToolError(
             f"{folder}: expected a folder that is yours and that nobody else can enter; remove it, or set TMPDIR"
         )
+    for left in folder.iterdir():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # another's draft, or gone meanwhile
+            if not _lives(json.loads(left.read_text())["pid"]):
+                left.unlink()
     path = folder / _name(url)
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
@@ -57,11 +61,15 @@ def _kept(url: str) -> Access | None:
     folder = keyring_folder()
     try:
         kept = json.loads((folder / _name(url)).read_text()) if _is_ours_alone(folder) else {}
-        if Path(f"/proc/{kept['pid']}").is_dir():
+        if _lives(kept["pid"]):
             return Access(admin_key=kept["admin_key"], api_key=kept["api_key"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
+
+
+def _lives(pid: int) -> bool:
+    return Path(f"/proc/{pid}").is_dir()
 
 
 def _is_ours_alone(folder: Path) -> bool:
