@@ -251,7 +251,7 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_has_taken(pair, photogra
 
 @pytest.mark.long
 def test_a_storm_of_faults(repository, library, tmp_path, record_reliability):
-    """Ten times a server of two is killed, replaced or frozen, under an embed_many and a clip-embed --resume.
+    """Up to ten times a server of two is killed, replaced or frozen, under an embed_many and a clip-embed --resume.
 
     The dice are seeded; what is in flight at a fault is not.
     """
@@ -292,9 +292,8 @@ def test_a_storm_of_faults(repository, library, tmp_path, record_reliability):
             stack.enter_context(one)
         stack.callback(lambda: [one.stop() for one in servers])  # those that took their place
         pool = stack.enter_context(ThreadPoolExecutor(1))
-        process = stack.enter_context(
-            subprocess.Popen(command, stdin=listed.open(), stderr=subprocess.PIPE, text=True, errors="replace")
-        )
+        paths = stack.enter_context(listed.open())
+        process = stack.enter_context(subprocess.Popen(command, stdin=paths, stderr=subprocess.PIPE, text=True))
         stack.callback(process.kill)
         client = stack.enter_context(EmbeddingClient(urls=urls, timeout_s=TIMEOUT_S, attempt_timeout_s=20))
         stormed = pool.submit(storm)
