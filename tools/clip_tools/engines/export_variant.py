@@ -67,8 +67,9 @@ def export_variant(
         found = agreement(run.embeddings, expected.embeddings, expected.names)
         trained = weights.seed is None
         if under := failures(found, precision, trained=trained):
+            mix = f", {calibrated['layers']} of {calibrated['of_layers']} layers," if calibrated else ""
             raise ToolError(
-                f"the {precision} graph of {weights.model} fails its gate on {found.images} photographs: "
+                f"the {precision} graph of {weights.model}{mix} fails its gate on {found.images} photographs: "
                 f"{'; '.join(under)}; nothing was written"
             )
         manifest = describe(

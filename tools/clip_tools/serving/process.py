@@ -28,7 +28,7 @@ _REASONS = tuple(
     map(
         re.compile,
         (
-            r"^E.*failed to load '.*?' version \d+: (?:\w+: )?(.*)",
+            r"^E.*failed to load '.*?' version \d+: (?:\w+: )?(.*?)(?:\\n.*)?$",
             r"error: (.*)",
             r"(unrecognized option .*)",
             r"^E.*?\] (.*)",
