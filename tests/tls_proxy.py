@@ -58,16 +58,18 @@ def tls_proxy(context: ssl.SSLContext, port: int) -> Iterator[int]:
 
 
 @contextmanager
-def nginx(cert: Path, key: Path, http_port: int, grpc_port: int, folder: Path) -> Iterator[int]:
+def nginx(
+    cert: Path, key: Path, http_port: int, grpc_port: int, folder: Path, client_ca: Path | None = None
+) -> Iterator[int]:
     """The port of an nginx with deploy/'s configuration, filled in as its container would."""
     (port,) = free_ports(1)
-    for name, file in (("cert.pem", cert), ("key.pem", key)):
+    for name, file in (("cert.pem", cert), ("key.pem", key), ("client-ca.pem", client_ca or cert)):
         shutil.copy(file, folder / name)
     values = {
         "TLS_PORT": f"127.0.0.1:{port}",
         "CERTIFICATES": folder,
-        "VERIFY_CLIENT": "off",
-        "CLIENT_CA": "cert.pem",
+        "VERIFY_CLIENT": "on" if client_ca else "off",
+        "CLIENT_CA": "client-ca.pem",
         "TRITON_HTTP": f"127.0.0.1:{http_port}",
         "TRITON_GRPC": f"127.0.0.1:{grpc_port}",
     }

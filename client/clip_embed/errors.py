@@ -121,12 +121,20 @@ class ServerError(EmbeddingError):
     advice = "read the server's log"
 
 
-# Phrases of Triton and grpc-core; tests/unit/test_client_errors.py has the whole messages and says which were met.
+# Phrases of Triton, grpc-core and nginx; tests/unit/test_client_errors.py has whole messages and says which were met.
 _QUEUE_FULL = ("Exceeds maximum queue size", "Request timeout expired", "http2 header with status: 429")
 # A Python model's process is gone: another server, or the one that takes this one's place, can embed the same images.
 _STUB_LOST = "is not healthy"
 _NOT_READY = ("unknown model", "no available versions", "not at ready state", "loading or unloading", "not ready")
-_DENIED = ("is restricted, expecting header", "CERTIFICATE_VERIFY_FAILED", "CERTIFICATE_REQUIRED")
+_DENIED = (
+    "is restricted, expecting header",
+    "CERTIFICATE_VERIFY_FAILED",
+    "CERTIFICATE_REQUIRED",
+    "Hostname Verification Check failed",
+    "is not in peer certificate",
+    "No required SSL certificate was sent",
+    "The SSL certificate error",
+)
 _TOO_LARGE = (
     "batch-size must be <=",
     "message larger than max",

@@ -474,3 +474,28 @@ def test_the_nginx_of_deploy_lets_strangers_embed_and_nothing_else(server, certi
         assert in_pieces(port, 1_000_000, trusting).startswith(b"HTTP/1.1 ")
     with EmbeddingClient(server.options.http_url) as client:
         assert client.embed(images).shape == (2, 512)
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx: apt-get install nginx-light")
+def test_the_nginx_of_deploy_lets_in_only_clients_with_a_certificate_when_told(server, certificates, tmp_path):
+    """Who has none, or another authority's, is told so at once, in both protocols."""
+    foreign = tmp_path / "foreign.pem"
+    trustme.CA().issue_cert("client@example.org").private_key_and_cert_chain_pem.write_to_path(foreign)
+    stranger = {"ca_file": certificates.ca_pem}
+    with nginx(
+        certificates.cert,
+        certificates.key,
+        server.options.http_port,
+        server.options.grpc_port,
+        tmp_path,
+        client_ca=certificates.ca_pem,
+    ) as port:
+        for url in (f"https://localhost:{port}", f"grpcs://localhost:{port}"):
+            with EmbeddingClient(url, **certificates.of_a_client) as client:
+                assert client.embed([probe_image()]).shape == (1, 512)
+            for files in (stranger, {**stranger, "cert_file": foreign, "key_file": foreign}):
+                with (
+                    EmbeddingClient(url, timeout_s=600, **files) as client,
+                    pytest.raises(CredentialsError, match="403"),
+                ):
+                    client.embed([probe_image()])

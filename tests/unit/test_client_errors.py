@@ -110,6 +110,19 @@ URL = "grpc://localhost:8001"
             "CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate",
             CredentialsError,
         ),
+        (
+            "UNAVAILABLE",
+            None,
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:19: Custom verification check "
+            "failed with error: UNAUTHENTICATED: Hostname Verification Check failed.",
+            CredentialsError,
+        ),
+        (
+            "UNAVAILABLE",  # not met: of grpc-core's own strings
+            None,
+            "failed to connect to all addresses; last error: UNKNOWN: Peer name localhost is not in peer certificate",
+            CredentialsError,
+        ),
     ],
 )
 def test_each_message_becomes_what_the_caller_should_do(status, http_status, message, expected):
@@ -146,6 +159,12 @@ def test_a_proxys_page_is_judged_by_its_status(status, expected):
         error = error_from_http(status, body, url=URL)
         assert type(error) is expected
         assert str(status) in str(error)
+
+
+@pytest.mark.parametrize("title", ["No required SSL certificate was sent", "The SSL certificate error"])
+def test_an_nginx_that_wants_a_clients_certificate_says_400(title):
+    page = f"<html>\r\n<head><title>400 {title}</title></head>\r\n<body>".encode()
+    assert type(error_from_http(400, page, url=URL)) is CredentialsError
 
 
 def test_the_servers_example_is_parsed():
