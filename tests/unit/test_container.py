@@ -21,7 +21,7 @@ from tests.small_graph import write_small_graph
 from clip_tools.container import build as container_build
 from clip_tools.container import entrypoint
 from clip_tools.container.build import export, plan_path, served_tensorrt_version
-from clip_tools.container.served import options_in
+from clip_tools.container.served import READY_TIMEOUT_S, options_in
 from clip_tools.container.served_repository import fit_batches, write_served_repository
 from clip_tools.container.settings import Settings
 from clip_tools.container.start import Found, Start, look, plan_start
@@ -481,6 +481,11 @@ def test_the_proxy_is_told_every_variable_of_its_template():
     assert PROXY["environment"]["TRITON_GRPC"] == "triton:8001"
 
 
+def test_the_proxy_waits_for_as_long_as_a_start_may_take():
+    assert PROXY["depends_on"]["triton"]["condition"] == "service_healthy"
+    assert COMPOSE["healthcheck"] == {"start_period": f"{READY_TIMEOUT_S:.0f}s"}
+
+
 def test_the_containers_keys_close_it_too_and_are_shown_nowhere():
     keys = {"CLIP_ADMIN_KEY": "an-admin-key-of-some-length", "CLIP_API_KEY": "an-api-key-of-some-length"}
     settings = Settings.from_environment(keys)
@@ -488,8 +493,16 @@ def test_the_containers_keys_close_it_too_and_are_shown_nowhere():
     assert (access.admin_key, access.api_key) == tuple(keys.values())
     assert not any(key in repr(settings) for key in keys.values())
     assert options_in(["tritonserver"]).access.admin_key  # one of its own
-    encrypted = options_in(["tritonserver", "--grpc-use-ssl=true", "--grpc-server-cert=c"])
-    assert encrypted.grpc_url.startswith("grpcs://")
+
+
+@pytest.mark.parametrize("flag", ["--grpc-use-ssl=true", "--grpc-use-ssl-mutual=true"])
+def test_tls_of_tritonserver_itself_is_refused_before_anything_is_built(flag, monkeypatch, capsys):
+    monkeypatch.setattr(entrypoint, "prepare", lambda *_: pytest.fail("it came to the build"))
+    monkeypatch.setattr(entrypoint.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        entrypoint.main([flag, "--grpc-server-cert=c"])
+    assert ended.value.code == 2
+    assert "deploy/compose.tls.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [{}, {"skip_build": True}, {"fallback": True}])

@@ -92,6 +92,7 @@ def main(arguments: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         settings = Settings.from_environment(os.environ)
+        options = options_in(arguments, settings.keys)
         folder = served_folder()
         shutil.rmtree(folder, ignore_errors=True)
         command = [*prepare(settings, folder, _say), *arguments]
@@ -100,7 +101,6 @@ def main(arguments: Sequence[str]) -> None:
                 os.chdir(settings.cache_dir)
                 Path(".cache/ort-trt").mkdir(parents=True, exist_ok=True)
         _say(f"starting {' '.join(command)}")
-        options = options_in(command, settings.keys)
         supervisor = Supervisor(lambda: ContainerServer(options, command), _say, f"{ENSEMBLE} embeds")
         with supervisor.stopping_on_signals():
             supervisor.run()

@@ -3,9 +3,10 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from clip_tools.serving.access import Access, Tls
+from clip_tools.container.settings import USAGE
+from clip_tools.errors import ToolError
+from clip_tools.serving.access import Access
 from clip_tools.serving.process import TritonProcess
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions
 
@@ -26,17 +27,25 @@ class ContainerServer(EmbeddedServer):
 
 
 def options_in(command: Sequence[str], keys: Mapping[str, str] | None = None) -> ServeOptions:
-    """Where a tritonserver with this command line listens: what its flags say, and Triton's own defaults."""
+    """Where a tritonserver with this command line listens: what its flags say, and Triton's own defaults.
+
+    Raises ToolError for TLS: the container's own health check asks without.
+    """
     flags = flags_in(command)
-    is_encrypted = "true" in (flags.get("grpc-use-ssl"), flags.get("grpc-use-ssl-mutual"))
-    tls = Tls(Path(flags.get("grpc-server-cert", "")), Path(flags.get("grpc-server-key", "")))
+    for name in ("grpc-use-ssl", "grpc-use-ssl-mutual"):
+        if name in flags:
+            raise ToolError(
+                f"--{name}: expected no TLS of tritonserver itself in the container; put the nginx of "
+                "deploy/compose.tls.yaml before it",
+                exit_code=USAGE,
+            )
     return ServeOptions(
         host=flags.get("grpc-address", "0.0.0.0"),  # noqa: S104
         http_port=int(flags.get("http-port", "8000")),
         grpc_port=int(flags.get("grpc-port", "8001")),
         metrics_port=int(flags.get("metrics-port", "8002")),
         ready_timeout_s=READY_TIMEOUT_S,
-        access=Access(**(keys or {}), tls=tls if is_encrypted else None),
+        access=Access(**(keys or {}), tls=None),
     )
 
 
