@@ -99,7 +99,8 @@ def embed(
         Path | None,
         typer.Option(
             envvar=CA_FILE_VARIABLE,
-            help="Certificates, PEM, by which a grpcs:// or https:// server is known; default: the system's.",
+            help="Certificates, PEM, by which a grpcs:// or https:// server is known; default: the system's for "
+            "https://, those that gRPC brings for grpcs://.",
         ),
     ] = None,
     cert_file: Annotated[

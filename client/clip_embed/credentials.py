@@ -27,7 +27,8 @@ class Credentials:
 
     Args:
         api_key: sent with every request, in the header `clip-api-key`; None sends none.
-        ca_file: the certificates, PEM, by which the server's is known, in place of the system's authorities.
+        ca_file: the certificates, PEM, by which the server's is known, in place of the system's authorities (https://)
+            or of those that gRPC brings (grpcs://).
         cert_file: the client's own certificate, PEM, for a server that asks for one.
         key_file: its private key, PEM, not encrypted.
     """

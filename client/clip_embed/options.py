@@ -56,7 +56,8 @@ class ClientOptions(Generic[TransportT]):
             max_in_flight: requests on their way at once, in each call; those that wait to be sent again are among them.
             max_batch_bytes: bytes a request, at most; a larger image goes alone.
             api_key: the key of a server that embeds only for those who have it.
-            ca_file: the certificates, PEM, by which a `grpcs://` or `https://` server is known; None for the system's.
+            ca_file: the certificates, PEM, by which a `grpcs://` or `https://` server is known; None for the system's
+                with `https://`, and for those that gRPC brings with `grpcs://`.
             cert_file: this client's own certificate, PEM, for a server that asks for one.
             key_file: its private key, PEM, not encrypted.
             transport: what carries the requests, in place of the one that the URL names.

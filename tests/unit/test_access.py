@@ -186,8 +186,10 @@ def test_halves_of_tls_are_a_usage_error():
 
 def test_only_a_server_that_strangers_can_reach_is_warned_about():
     ca = Access(tls=Tls(Path("c"), Path("k"), Path("a")))
+    crash = "crafted HTTP request"
     assert "0.0.0.0" in exposure("0.0.0.0", Access())  # noqa: S104
-    assert exposure("192.0.2.1", Access(tls=Tls(Path("c"), Path("k"))))
+    assert crash in exposure("192.0.2.1", Access())
+    assert crash not in exposure("192.0.2.1", Access(tls=Tls(Path("c"), Path("k"))))
     for host, access in (("127.0.0.1", Access()), ("192.0.2.1", Access(KEY, API_KEY)), ("192.0.2.1", ca)):
         assert exposure(host, access) is None
 

@@ -102,7 +102,9 @@ def exposure(host: str, access: Access) -> str | None:
         or (access.tls and access.tls.client_ca)
     ):
         return None
+    # Beside an encrypted gRPC, HTTP is for this machine alone.
+    crash = "" if access.tls else ", and a crafted HTTP request brings Triton 24.10 down"
     return (
-        f"--host {host}: whoever reaches this machine can have images embedded, and a crafted HTTP request brings "
-        f"Triton 24.10 down; set {API_KEY_VARIABLE}, or put a proxy before it (SECURITY.md)"
+        f"--host {host}: whoever reaches this machine can have images embedded{crash}; "
+        f"set {API_KEY_VARIABLE}, or put a proxy before it (SECURITY.md)"
     )

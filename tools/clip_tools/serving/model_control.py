@@ -47,7 +47,7 @@ class ModelControl(Protocol):
 class GrpcModelControl:
     """`ModelControl` of the server at a grpc:// or grpcs:// URL, as a context manager.
 
-    Its keys are those of the environment, else those of a server that this user runs here; for grpcs:// the environment
+    Its keys are those of a server that this user runs here, else those of the environment; for grpcs:// the environment
     names the certificates too, as for the client.
     """
 

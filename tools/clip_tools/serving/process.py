@@ -38,7 +38,10 @@ _REASONS = tuple(
 
 
 class TritonProcess:
-    """One tritonserver and its children. Its log goes to `log`, None for stderr; `secrets`: see `hidden_arguments`."""
+    """One tritonserver and its children. Its log goes to `log`, None for stderr; `secrets`: see `hidden_arguments`.
+
+    It is asked to end when the thread that started it ends, for that is what Linux takes for a parent.
+    """
 
     def __init__(
         self,
