@@ -113,8 +113,10 @@ def tiff(
     bits: int = 8,
     compression: int = 1,
     extra: Iterable[tuple[int, int, Sequence[int]]] = (),
+    magic: bytes = b"II*\0",
 ) -> bytes:
     """A gray TIFF whose strips or tiles begin at `offsets` of `data`."""
+    order = "<" if magic.startswith(b"II") else ">"
     counts = counts or [len(data)] * len(offsets)
     places = [8 + offset for offset in offsets]
     tags = [(256, 4, [width]), (257, 4, [height]), (258, 3, [bits]), (259, 3, [compression]), (262, 3, [1]), *extra]
@@ -122,18 +124,18 @@ def tiff(
         tags += [(322, 4, [tile[0]]), (323, 4, [tile[1]]), (324, 4, places), (325, 4, counts)]
     else:
         tags += [(273, 4, places), (278, 4, [rows or height]), (279, 4, counts)]
-    body, directory = bytearray(b"II*\0\0\0\0\0" + data), b""
+    body, directory = bytearray(magic + bytes(4) + data), b""
     for tag, kind, values in sorted(tags, key=lambda one: one[0]):
-        raw = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        raw = struct.pack(f"{order}{len(values)}{'H' if kind == 3 else 'I'}", *values)
         if len(raw) > 4:
             body += bytes(len(body) % 2)
             place, raw = len(body), raw + bytes(len(raw) % 2)
             body += raw
-            raw = struct.pack("<I", place)
-        directory += struct.pack("<HHI4s", tag, kind, len(values), raw)
+            raw = struct.pack(order + "I", place)
+        directory += struct.pack(order + "HHI4s", tag, kind, len(values), raw)
     body += bytes(len(body) % 2)
-    struct.pack_into("<I", body, 4, len(body))
-    return bytes(body) + struct.pack("<H", len(directory) // 12) + directory + bytes(4)
+    struct.pack_into(order + "I", body, 4, len(body))
+    return bytes(body) + struct.pack(order + "H", len(directory) // 12) + directory + bytes(4)
 
 
 def tiff_of_one_huge_tile(side: int) -> bytes:
@@ -207,6 +209,19 @@ def jpeg2000_with(
     if layers:
         struct.pack_into(">H", data, cod + 6, layers)
     return bytes(data)
+
+
+def jpeg2000_that_goes_back(parts: int, segments: int) -> bytes:
+    """Tile-parts that each end where the next one begins, at once; a comment leads from each to the same long rest."""
+    data, part_bytes = jpeg2000_with(image=flat(64, 48, "L")), 16
+    start = data.index(b"\xff\x90")
+    heads = (
+        segment(0x90, struct.pack(">HIBB", 0, part_bytes, 0, 1))
+        + b"\xff\x64"
+        + struct.pack(">H", part_bytes * left - 14)
+        for left in range(parts, 0, -1)
+    )
+    return data[:start] + b"".join(heads) + segment(0x64, b"") * segments + b"\xff\x93\0\0"
 
 
 def box(kind: bytes, body: bytes) -> bytes:
@@ -304,6 +319,14 @@ BOMBS: dict[str, Bomb] = {
         lambda: tiff(100, 100, inflating(_MIB), tile=(20_000, 20_000), compression=8),
     ),
     "tiff: 10,000 strips read the file": ("too_complex", lambda: tiff_that_reads_the_same_again(10_000, 1_000_000)),
+    "tiff: 200,000 strips, big-endian": (
+        "too_complex",
+        lambda: tiff(8, 8, bytes(64), offsets=range(200_000), rows=1, magic=b"MM\0*"),
+    ),
+    "tiff: 200,000 strips, of two kinds at once": (
+        "unsupported_format",
+        lambda: tiff(8, 8, bytes(64), offsets=range(200_000), rows=1, magic=b"MM\0+"),
+    ),
     "tiff: two widths": ("corrupt", lambda: tiff(64, 48, bytes(64 * 48), extra=[(256, 4, [65_535])])),
     "tiff: a JPEG of 5,000 scans": (
         "corrupt",
@@ -322,6 +345,7 @@ BOMBS: dict[str, Bomb] = {
         lambda: jpeg2000_with(precinct_size=(64, 64), layers=65_535),
     ),
     "jpeg 2000: data after the last tile": ("corrupt", lambda: jpeg2000_with()[:-2] + b"\xff\x93\0\0"),
+    "jpeg 2000: 4,000 ways back": ("corrupt", lambda: jpeg2000_that_goes_back(4000, 20_000)),
     "jpeg 2000: claims 60000 x 60000": (
         "too_many_pixels",
         lambda: jpeg2000_with(size=(60_000, 60_000), tile=(60_000, 60_000)),

@@ -144,6 +144,8 @@ _TIFF_TAGS = {_WIDTH, _HEIGHT, _SAMPLES, _PLANAR, _STRIP_OFFSETS, _STRIP_ROWS, _
 
 def _check_tiff(data: bytes, max_pixels: int) -> None:
     """Bounds how many strips or tiles the first picture has, what they would unpack to, and what they read."""
+    if data.startswith(b"MM\0+"):  # Pillow takes it for a classic TIFF, libtiff for what it is
+        raise RefusedImage("unsupported_format", "big-endian BigTIFF is not accepted; send JPEG")
     tags = _tiff_tags(data)
 
     def first(tag: int, default: int) -> int:
@@ -169,7 +171,7 @@ def _check_tiff(data: bytes, max_pixels: int) -> None:
 
 def _tiff_tags(data: bytes) -> dict[int, tuple[int, tuple[int, ...]]]:
     """Of the first directory, the tags that lay out pixels: how many values each has, and at most the first 100,001."""
-    order, is_big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
+    order, is_big = "<" if data[:2] == b"II" else ">", data[2:3] == b"+"
     start, number, entry = ("Q", "Q", "HHQ8s") if is_big else ("I", "H", "HHI4s")
     tags: dict[int, tuple[int, tuple[int, ...]]] = {}
     try:
@@ -222,7 +224,7 @@ def _check_avif(data: bytes) -> None:
                 _refuse_over(last - first, _MAX_AVIF_TABLE_BYTES, "bytes in an AVIF table")
 
 
-_SIZ, _COD, _COC, _SOT, _SOD = 0x51, 0x52, 0x53, 0x90, 0x93
+_COD, _COC, _SOT, _SOD = 0x52, 0x53, 0x90, 0x93
 
 
 def _check_jpeg2000(data: bytes, max_pixels: int) -> None:
@@ -250,6 +252,8 @@ def _check_jpeg2000(data: bytes, max_pixels: int) -> None:
         if marker == _SOD:
             if part_bytes < 14:  # the last one, up to the end
                 return
+            if part_start + part_bytes <= position:  # what was passed over would be passed over again
+                raise RefusedImage("corrupt", "a JPEG 2000 tile-part ends within its own header")
             position, part_bytes = part_start + part_bytes, 0
             continue
         style, levels_at = body[:1], 5 if marker == _COD else 1 + (1 if components < 257 else 2)
