@@ -271,6 +271,18 @@ def test_calibration_is_kept_by_content(block: "onnx.ModelProto", pixels: np.nda
     assert told
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 100])
+def test_a_calibration_that_was_cut_off_is_made_again(
+    block: "onnx.ModelProto", pixels: np.ndarray, tmp_path: Path, kept_bytes: int
+) -> None:
+    """Not even one byte, or no zip archive any more."""
+    prepared = prepare(block, "int8")
+    made = calibrate(prepared, pixels, "int8", folder=tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    assert calibrate(prepared, pixels, "int8", folder=tmp_path).costs == made.costs
+
+
 def test_an_outlier_channel_does_not_take_the_others_along() -> None:
     """One channel 100 times the others: plain INT8 loses a tenth of the product, the fitted scales a hundredth."""
     random = np.random.default_rng(0)
@@ -388,22 +400,27 @@ def test_a_mix_must_hold_with_a_margin(worst: float, mean: float, unchanged: flo
 
 
 def test_the_mixes_leave_out_the_dearest_layers_first() -> None:
-    """From every layer down to half of them."""
+    """From every layer down to somewhat over half of them."""
     layers = dict.fromkeys("abcdefghij")
     calibration = Calibration(layers, {name: 1e-5 * index for index, name in enumerate("jihgfedcba")})
     mixes = [set(mix) for mix in calibration.mixes()]
     assert mixes[0] == set(layers)
     assert mixes[1] == set(layers) - {"a"}
-    assert mixes[-1] == set("fghij")
+    assert mixes[-1] == set("efghij")
 
 
-@pytest.mark.parametrize(("count", "force", "note"), [(99, True, "99"), (100, False, "500"), (500, False, None)])
+@pytest.mark.parametrize(
+    ("count", "force", "note"), [(8, True, "8"), (99, True, "99"), (100, False, "500"), (500, False, None)]
+)
 def test_how_many_images_a_calibration_wants(count: int, force: bool, note: str | None) -> None:
-    """Under 100 it is refused unless forced; under 500 it says so."""
+    """Under 100 it is refused unless forced, under 8 even then; under 500 it says so."""
     said = check_count(count, force=force)
     assert said is None if note is None else note in (said or "")
     with pytest.raises(ToolError, match=r"at least 100 images, better 500.*--force"):
         check_count(99, force=False)
+    with pytest.raises(ToolError, match="at least 8 images, came 7") as caught:
+        check_count(7, force=True)
+    assert caught.value.exit_code == 2
 
 
 def test_a_nan_is_no_agreement() -> None:

@@ -7,6 +7,7 @@ last quarter of the images is not looked at: on it a mix of eight-bit and FP16 l
 import hashlib
 import json
 import tempfile
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 CALIBRATIONS = CACHE / "calibrations"
 ADVISED_IMAGES, MIN_IMAGES = 500, 100
+_FEWEST_IMAGES = 8  # even when forced: of these, two are left to choose a mix on
 _VERSION = 4  # of what is computed below: an older result is not taken from the cache
 _MOST_IMAGES = 512  # of more than these, every so many: the layers' inputs are held in memory
 _HELD_OUT = 4  # one image in so many
@@ -58,7 +60,9 @@ class Calibration:
 
 
 def check_count(images: int, *, force: bool) -> str | None:
-    """A note when there are fewer images than advised. Raises ToolError under the least, unless forced."""
+    """A note when there are fewer images than advised. Raises ToolError under the least, which `force` lowers to 8."""
+    if images < _FEWEST_IMAGES:
+        raise ToolError(f"--calibration: expected at least {_FEWEST_IMAGES} images, came {images}", exit_code=2)
     if images < MIN_IMAGES and not force:
         raise ToolError(
             f"--calibration: expected at least {MIN_IMAGES} images, better {ADVISED_IMAGES}, of the kind that will be "
@@ -174,10 +178,10 @@ def _read(path: Path) -> Calibration | None:
     import numpy as np
 
     try:
-        with np.load(path) as kept:
+        with path.open("rb") as file, np.load(file) as kept:
             costs = json.loads(kept["costs"].tobytes())
             parts = {name: {part: kept[f"{name}|{part}"] for part in _PARTS} for name in costs}
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return Calibration(
         {name: QuantisedLayer(**found | {"scale": float(found["scale"])}) for name, found in parts.items()}, costs
