@@ -1,13 +1,11 @@
 """What the tests share: photographs, weights, the oracle, a model repository and the real server."""
 
-import datetime
 import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ import pytest
 from clip_tools import photos, reliability
 from clip_tools.demo import weights_from_environment
 from clip_tools.engines.export_onnx import export_onnx, is_exported, manifest_path
-from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.measuring.services import free_ports
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import BACKENDS, CACHE, MODELS, RESULTS
@@ -105,17 +102,16 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def record_reliability(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Keep the figures a test has seen, for docs/reliability.md: `record_reliability("fuzz", cases=10_000, lost=0)`.
 
-    They go to results/reliability.json from `make test-long`, from a short run to another file beside it.
+    They go to results/reliability.json from `make test-long`, from any other run to another file beside it.
     """
-    short = "not long" in request.config.getoption("markexpr")
-    path = RESULTS / ("reliability-short.json" if short else "reliability.json")
+    is_long = request.config.getoption("markexpr") == reliability.LONG_RUN
+    path = RESULTS / ("reliability.json" if is_long else "reliability-short.json")
 
     def record(name: str, **figures: object) -> None:
         if name not in reliability.names():
             raise KeyError(f"{name}: docs/reliability.md has no such promise; add it to clip_tools.reliability")
         known = json.loads(path.read_text()) if path.is_file() else {}
-        known["environment"] = asdict(fingerprint())
-        known[name] = {"test": request.node.nodeid, "date": datetime.date.today().isoformat(), **figures}
+        known[name] = {"test": request.node.nodeid, **reliability.where_and_when(), **figures}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 

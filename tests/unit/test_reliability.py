@@ -8,7 +8,8 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring.sections import soak_section
 from clip_tools.measuring.soak import BOUNDS, figures, judge
 from clip_tools.measuring.watch import theil_sen
-from clip_tools.reliability import NOT_MEASURED, PROMISES, document, names
+from clip_tools.paths import ROOT
+from clip_tools.reliability import LONG_RUN, NOT_MEASURED, PROMISES, document, names, where_and_when
 
 
 def test_what_is_recorded_under_an_unknown_name_is_refused(record_reliability):
@@ -17,34 +18,48 @@ def test_what_is_recorded_under_an_unknown_name_is_refused(record_reliability):
         record_reliability("faults_nowhere", faults=1)
 
 
+def test_only_the_whole_long_run_writes_the_figures_that_are_shown():
+    assert f'-m "{LONG_RUN}"' in (ROOT / "Makefile").read_text()
+
+
+def test_an_entry_says_where_and_when_it_was_recorded():
+    assert where_and_when().keys() == entry().keys() - {"test"}
+
+
 def entry(**seen: object) -> dict:
-    return {"test": "tests/e2e/test_faults.py::test_it[100]", "date": "2026-11-20", **seen}
+    where = {"cpu": "Some CPU", "cores": 2, "gpu": None, "git_commit": "0123"}
+    return {"test": "tests/e2e/test_faults.py::test_it[100]", **where, "date": "2026-11-20", **seen}
 
 
 def test_figures_are_summed_and_shown_beside_their_promise():
     machine = {
-        "environment": {"cpu": "Some CPU", "cores": 2, "gpu": None, "date": "2026-11-20T06", "git_commit": "0123"},
         "fuzz_preprocess": entry(cases=10_000, memory_before_mb=80.0, memory_after_mb=81.4),
         "fuzz_served": entry(cases=2_000),
-        "faults_sigterm": entry(faults=1, requests=8, lost=0, ready_again_s=2.5),
+        "faults_sigterm": entry(faults=1, requests=8, lost=0, ready_again_s=2.5, git_commit="4567"),
         "soak": entry(requests=4_000, lost=1),
     }
     words = document({"2core": machine})
-    assert "## 2core\n\nSome CPU, 2 cores, no GPU; 2026-11-20, commit 0123." in words
+    assert "## 2core\n\nSome CPU, 2 cores, no GPU.\n" in words
     for row in (
         "| cases fuzzed | 12,000 |",
         "| faults injected | 1 |",
         "| requests sent | 4,008 |",
         "| requests lost | 1 |",
         "| memory before → after | 80 → 81 MB (fuzz preprocess) |",
-        "| faults 1; requests 8; lost 0; ready again 2.5 s | [test_it](../tests/e2e/test_faults.py) |",
+        "| requests 4,000; lost 1 | 0123, 2026-11-20 | [test_it](../tests/e2e/test_faults.py) |",
+        "| faults 1; requests 8; lost 0; ready again 2.5 s | 4567, 2026-11-20 | [test_it]",
     ):
         assert row in words
 
 
+def test_figures_of_two_machines_are_not_shown_as_one():
+    with pytest.raises(ToolError, match="one machine, came those of Other CPU, 2 cores, no GPU; Some CPU, 2 cores"):
+        document({"2core": {"soak": entry(), "overload": entry(cpu="Other CPU")}})
+
+
 def test_a_promise_without_a_figure_is_not_measured():
     words = document({})
-    assert words.count(f"| {NOT_MEASURED} |  |") == sum(map(len, PROMISES.values()))
+    assert words.count(f"| {NOT_MEASURED} |  |  |") == sum(map(len, PROMISES.values()))
     assert f"| peak throughput | {NOT_MEASURED} |" in words
 
 

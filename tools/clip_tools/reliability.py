@@ -6,18 +6,22 @@ results/reliability.json, of which docs/results/reliability-MACHINE.json is a co
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clip_tools.errors import ToolError
+from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.paths import ROOT
 
 RESULTS = ROOT / "docs" / "results"
 DOCUMENT = ROOT / "docs" / "reliability.md"
 NOT_MEASURED = "not measured"
+LONG_RUN = "long or promise"
+"""The marker expression of `make test-long`."""
 
 Entries = dict[str, dict[str, Any]]
-"""What each test recorded, by its name; `environment` is where they ran."""
+"""What each test recorded, by its name."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,20 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
 }
 """By heading. A test can record nothing under another name."""
 
-_HIDDEN = ("test", "date")
+_MACHINE = ("cpu", "cores", "gpu")
+_HIDDEN = ("test", "date", "git_commit", *_MACHINE)
 _UNITS = {"_throughput": " images/s", "_s": " s", "_ms": " ms", "_mb": " MB", "_mib": " MiB"}
 
 
 def names() -> set[str]:
     """Under what a test may record what it saw."""
     return {promise.entry for promises in PROMISES.values() for promise in promises}
+
+
+def where_and_when() -> dict[str, Any]:
+    """What each entry keeps of the machine, the commit and the day: tests are run again one by one."""
+    here = asdict(fingerprint())
+    return {key: here[key] for key in (*_MACHINE, "git_commit")} | {"date": here["date"][:10]}
 
 
 def committed(folder: Path = RESULTS) -> dict[str, Entries]:
@@ -98,19 +109,26 @@ def document(machines: dict[str, Entries]) -> str:
         "`make test` runs a short form of each; `make test-long` the whole, and writes the figures.\n"
     ]
     for name, entries in machines.items() or {"": {}}.items():
-        environment = entries.get("environment")
-        if environment:
-            gpu = environment["gpu"] or "no GPU"
-            parts.append(
-                f"## {name}\n\n{environment['cpu']}, {environment['cores']} cores, {gpu}; {environment['date'][:10]}, "
-                f"commit {environment['git_commit']}.\n"
-            )
-        figures = {key: entry for key, entry in entries.items() if key != "environment"}
-        parts.append(_table(("in all", "last seen"), sums(figures)))
+        if entries:
+            parts.append(f"## {name}\n\n{_machine(name, entries)}.\n")
+        parts.append(_table(("in all", "last seen"), sums(entries)))
         for heading, promises in PROMISES.items():
-            rows = ((one.sentence, _seen(figures.get(one.entry)), _test(figures.get(one.entry))) for one in promises)
-            parts.append(f"### {heading}\n\n" + _table(("promise", "last seen", "test"), rows))
+            found = ((one.sentence, entries.get(one.entry)) for one in promises)
+            rows = ((sentence, _seen(entry), _when(entry), _test(entry)) for sentence, entry in found)
+            parts.append(f"### {heading}\n\n" + _table(("promise", "last seen", "at commit", "test"), rows))
     return "\n".join(parts)
+
+
+def _machine(name: str, entries: Entries) -> str:
+    """The one on which all were recorded. Raises ToolError for more than one."""
+    machines = {tuple(entry[key] for key in _MACHINE) for entry in entries.values()}
+    described = sorted(f"{cpu}, {cores} cores, {gpu or 'no GPU'}" for cpu, cores, gpu in machines)
+    if len(described) > 1:
+        raise ToolError(
+            f"reliability-{name}.json: expected the figures of one machine, came those of {'; '.join(described)}; "
+            "remove results/reliability.json and run `make test-long` on one"
+        )
+    return described[0]
 
 
 def sums(entries: Entries) -> list[tuple[str, str]]:
@@ -159,6 +177,10 @@ def _figure(key: str, value: Any) -> str:
             return f"{title.replace('_', ' ')} {value:,}{unit}"
     shown = f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else value
     return f"{key.replace('_', ' ')} {shown}"
+
+
+def _when(entry: dict[str, Any] | None) -> str:
+    return "" if entry is None else f"{entry['git_commit']}, {entry['date']}"
 
 
 def _test(entry: dict[str, Any] | None) -> str:
