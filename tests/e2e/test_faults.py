@@ -306,6 +306,7 @@ def test_a_storm_of_faults(repository, library, tmp_path, record_reliability):
         assert process.returncode == 0, said
         client.embed(images.paths[:1])
     images.check_file(output)
+    assert injected.total() >= 3
     record_reliability(
         "faults_storm", faults=injected.total(), **injected, requests=500, lost=images.lost, twice=images.twice
     )

@@ -74,23 +74,24 @@ class Traffic:
 
     def __init__(self, url, images, clients=4):
         self._images, self._over = images, threading.Event()
-        self.sent = 0
+        self.sent: list[int] = []  # lists, for threads lose no append; each image by its index
         self.lost: list[EmbeddingError] = []
-        self.wrong = 0
+        self.wrong: list[int] = []
         self._client = EmbeddingClient(url, timeout_s=GENEROUS_S)
         self._expected = self._client.embed(images)
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(clients)]
 
     def _run(self, number):
         while not self._over.is_set():
-            index = (self.sent + number) % len(self._images)
-            self.sent += 1
+            index = (len(self.sent) + number) % len(self._images)
+            self.sent.append(index)
             try:
                 got = self._client.embed([self._images[index]])
             except EmbeddingError as error:
                 self.lost.append(error)
             else:
-                self.wrong += np.abs(got - self._expected[index]).max() > SAME_IMAGE_MAX_ABS
+                if np.abs(got - self._expected[index]).max() > SAME_IMAGE_MAX_ABS:
+                    self.wrong.append(index)
 
     def __enter__(self):
         for thread in self._threads:
@@ -120,19 +121,19 @@ def test_a_lost_model_turns_readiness_off_and_a_new_server_comes(
     assert is_ready(options)
     lost = next(pid for pid in stubs(server_pid()) if instance in Path(f"/proc/{pid}/cmdline").read_text())
     with Traffic(options.grpc_url, [photo.read_bytes() for photo in demo_photos]) as traffic:
-        wait_until(lambda: traffic.sent > 8)
+        wait_until(lambda: len(traffic.sent) > 8)
         os.kill(lost, number)
         not_ready_s = wait_until(lambda: not is_ready(options))
         ready_s = not_ready_s + wait_until(lambda: is_ready(options))
-        before = traffic.sent
-        wait_until(lambda: traffic.sent > before + 8)
-    assert (traffic.lost, traffic.wrong) == ([], 0)
+        before = len(traffic.sent)
+        wait_until(lambda: len(traffic.sent) > before + 8)
+    assert (traffic.lost, traffic.wrong) == ([], [])
     assert f"(process {lost}) {words}; a new server takes its place in " in options.log.read_text()
     assert not Path(f"/proc/{lost}").exists()
     record_reliability(
         fault,
         faults=1,
-        requests=traffic.sent,
+        requests=len(traffic.sent),
         lost=len(traffic.lost),
         not_ready_after_s=round(not_ready_s, 1),
         ready_again_after_s=round(ready_s, 1),

@@ -172,7 +172,6 @@ def ask_http(port: int, method: str, route: str, **headers: str) -> int:
 
 
 @pytest.mark.promise
-@pytest.mark.promise
 def test_a_stranger_can_embed_and_read_health_and_metrics_and_nothing_else(server, record_reliability):
     """Over both protocols, every method and route, without a key and with wrong ones."""
     options, methods, refused = server.options, 0, 0

@@ -1,5 +1,7 @@
 """What the soak takes for right, and what for a problem."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -58,9 +60,11 @@ def test_what_nobody_expected_is_a_problem_and_ends_no_client(monkeypatch):
     monkeypatch.setattr(soak_traffic, "BAD_REQUESTS", {})
     traffic = Traffic("grpc://localhost:1", PHOTOGRAPHS, clients=1, bad_share=0.0, seed=0)
     traffic.start()
-    while len(traffic.ended) < 3:
-        pass
+    deadline = time.monotonic() + 60
+    while len(traffic.ended) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert traffic.stop() == 0
+    assert len(traffic.ended) >= 3
     assert {(one.lost, one.problem) for one in traffic.ended} == {(1, "KeyError: 'surprise'")}
 
 
