@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_preprocess import SIDE_PX, Limits, RefusedImage, open_pixels, pixels_of
+from clip_preprocess import SIDE_PX, Limits, PixelBudget, RefusedImage, open_pixels, pixels_of
 
 LIMITS = Limits(
     max_image_bytes=1 << 20,
@@ -100,6 +100,28 @@ def test_bombs_are_refused_by_their_header(size):
 
 def test_a_sliver_is_refused_before_it_is_blown_up():
     assert refusal(encoded(Image.new("RGB", (65_500, 1)), "PNG")).code == "too_many_pixels"
+
+
+@pytest.mark.parametrize(("size", "cost"), [((30, 20), 224 * 336), ((400, 300), 400 * 300)])
+def test_a_requests_images_share_its_pixels_and_one_that_finds_too_few_takes_none(size, cost):
+    """Of an image that is enlarged, those count to which it is."""
+    image, small = encoded(Image.new("RGB", size)), encoded(Image.new("RGB", (1, 1)))
+    budget = PixelBudget(2 * cost + 224 * 224)
+    for _ in range(2):
+        pixels_of(image, LIMITS, budget=budget)
+    with pytest.raises(RefusedImage, match=f"after {2 * cost} pixels of the same request") as caught:
+        pixels_of(image, LIMITS, budget=budget)
+    assert caught.value.code == "too_many_pixels"
+    pixels_of(small, LIMITS, budget=budget)
+
+
+def test_an_image_that_cannot_be_decoded_has_cost_its_pixels_too():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
+    budget = PixelBudget(300 * 300)
+    with pytest.raises(RefusedImage, match="truncated"):
+        pixels_of(encoded(noise, "JPEG")[:-1000], LIMITS, budget=budget)
+    with pytest.raises(RefusedImage, match="too_many_pixels"):
+        pixels_of(encoded(noise, "JPEG"), LIMITS, budget=budget)
 
 
 def test_formats_that_are_not_listed_are_not_read():

@@ -47,6 +47,25 @@ class Limits:
         )
 
 
+@dataclass
+class PixelBudget:
+    """How many pixels the images of one request may have together, whatever each may have alone."""
+
+    max_request_pixels: int
+    taken: int = 0
+
+    def take(self, size: tuple[int, int]) -> None:
+        """For an image of this size, or of the one it is resized to; RefusedImage, and none, where too few are left."""
+        pixels = max(width * height for width, height in (size, _resized_size(*size)))
+        if self.taken + pixels > self.max_request_pixels:
+            raise RefusedImage(
+                "too_many_pixels",
+                f"{size[0]} x {size[1]} px, after {self.taken} pixels of the same request; "
+                f"at most {self.max_request_pixels} are accepted in one: send fewer images at a time",
+            )
+        self.taken += pixels
+
+
 def open_pixels(parameters: Mapping[str, str], device_id: int = 0) -> Callable[[bytes], np.ndarray]:
     """`pixels_of` as the parameters of `config.pbtxt` say. Raises ValueError for a mode that cannot be had."""
     limits = Limits.of(parameters)
@@ -68,6 +87,7 @@ def pixels_of(
     *,
     fast: bool = False,
     decode: Callable[[bytes], np.ndarray | None] | None = None,
+    budget: PixelBudget | None = None,
 ) -> np.ndarray:
     """The image as (224, 224, 3) uint8, RGB, height x width x channel, 0..255.
 
@@ -80,9 +100,11 @@ def pixels_of(
     fast` says of your own weights.
 
     `decode` is asked first for the (height, width, 3) uint8 RGB of an RGB JPEG; what it gives None for, Pillow decodes
-    or refuses.
+    or refuses. `budget` is what the image's request has left.
     """
     image = _opened(image_bytes, limits)
+    if budget:
+        budget.take(image.size)
     try:
         with warnings.catch_warnings():  # what Pillow has to say about odd palettes and metadata
             warnings.simplefilter("ignore")

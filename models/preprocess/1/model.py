@@ -8,7 +8,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from PIL import AvifImagePlugin, Image
 
-from clip_preprocess import SIDE_PX, RefusedImage, open_pixels
+from clip_preprocess import SIDE_PX, PixelBudget, RefusedImage, open_pixels
 
 # A gRPC status travels in HTTP/2 trailers, which clients cut off at 8 KiB by default.
 _MAX_MESSAGE_CHARS = 4000
@@ -31,6 +31,7 @@ class TritonPythonModel:
         value = {key: parameter["string_value"] for key, parameter in parameters.items()}
         try:
             self._pixels_of = open_pixels(value, int(args["model_instance_device_id"]))
+            self._max_request_pixels = int(value["max_request_pixels"])
         except ValueError as error:
             raise pb_utils.TritonModelException(f"preprocess: {error}") from None
         os.nice(_NICENESS)
@@ -49,11 +50,11 @@ class TritonPythonModel:
         try:
             images = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy().reshape(-1)
             pixels = np.empty((len(images), SIDE_PX, SIDE_PX, 3), np.uint8)
-            refused = []
+            budget, refused = PixelBudget(self._max_request_pixels), []
             for index, image_bytes in enumerate(images):
                 faulthandler.dump_traceback_later(_LONGEST_DECODE_S, exit=True)
                 try:
-                    pixels[index] = self._pixels_of(image_bytes)
+                    pixels[index] = self._pixels_of(image_bytes, budget=budget)
                 except RefusedImage as error:
                     refused.append((index, error))
                 finally:
