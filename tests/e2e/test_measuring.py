@@ -74,7 +74,8 @@ def test_plain_perf_analyzer_takes_the_input_that_perf_wrote(server, repository,
     run(CLIP_TOOLS, "perf", "--models", repository, "--write-input", source)
     address = server.options.grpc_url.removeprefix("grpc://")
     model = ["-m", "clip_ensemble", "-i", "grpc", "-u", address, "--shape", "image_bytes:1", "--input-data", source]
-    printed = run(PERF_ANALYZER, *model, "--request-count", 10)
+    key = [f"-H{name}:{value}" for name, value in server.options.access.grpc_headers().items()]  # it asks for metadata
+    printed = run(PERF_ANALYZER, *model, *key, "--request-count", 10)
     assert "Throughput:" in printed
 
 

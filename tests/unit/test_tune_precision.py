@@ -175,7 +175,7 @@ def test_the_verb_writes_the_result_and_its_curve_and_applies_nothing_untrained(
     monkeypatch.setattr("clip_tools.engines.reference.reference", lambda *_: expected)
     output = repository_copy / "tuned.json"
     arguments = ["--onnx", str(path), "--output", str(output), "--models", str(repository_copy), "--rounds", "1"]
-    options = ["--pretrained", "random:0", "--worst-cosine", "0.9", "--apply", "mixed"]
+    options = ["--model", "ViT-B-32", "--pretrained", "random:0", "--worst-cosine", "0.9", "--apply", "mixed"]
     done = CliRunner().invoke(app, ["tune-precision", *arguments, *options])
     assert isinstance(done.exception, ToolError) and "untrained weights" in str(done.exception)
     result = json.loads(output.read_text())
