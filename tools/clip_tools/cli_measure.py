@@ -132,8 +132,8 @@ def perf(
     write_input: Annotated[
         Path | None,
         typer.Option(
-            help="Only write perf_analyzer's input JSON to this file, and run nothing. For a server of clip-tools serve, "
-            "plain perf-analyzer also needs -H triton-grpc-protocol-clip-admin-key:$CLIP_ADMIN_KEY."
+            help="Only write perf_analyzer's input JSON to this file, and run nothing. At a server of clip-tools serve "
+            "plain perf-analyzer needs -H triton-grpc-protocol-clip-admin-key:$CLIP_ADMIN_KEY."
         ),
     ] = None,
     models: Models = MODELS,
