@@ -1,6 +1,8 @@
 """What ends a server that no longer embeds, and what starts the next one."""
 
+import os
 import shutil
+import signal as signals
 import subprocess
 import threading
 import time
@@ -13,7 +15,7 @@ from clip_tools.errors import ToolError
 from clip_tools.serving import supervisor, watchdog
 from clip_tools.serving.process import TritonProcess
 from clip_tools.serving.supervisor import Supervisor
-from clip_tools.serving.watchdog import ImageProbe, Watchdog, stubs
+from clip_tools.serving.watchdog import ImageProbe, Watchdog, decoding_cpu_s, stubs
 
 LONG_S = 60.0
 
@@ -36,9 +38,6 @@ def stub(tmp_path):
 
 @pytest.mark.parametrize(("signal", "words"), [("SIGKILL", "has ended"), ("SIGSTOP", "is stopped")])
 def test_a_python_models_process_that_is_gone_or_stands_still_is_named(stub, signal, words):
-    import os
-    import signal as signals
-
     os.kill(stub.pid, getattr(signals, signal))
     dog = Watchdog(os.getpid(), probe=lambda: None)
     found = dog.watch(lambda seconds: threading.Event().wait(seconds / 10))
@@ -47,11 +46,36 @@ def test_a_python_models_process_that_is_gone_or_stands_still_is_named(stub, sig
 
 
 def test_a_well_one_is_left_alone_until_the_server_ends(stub):
-    import os
-
-    assert stubs(os.getpid()) == {stub.pid: "S"}
+    assert {pid: one.state for pid, one in stubs(os.getpid()).items()} == {stub.pid: "S"}
     looks = iter([False, False, False, True])
     assert Watchdog(os.getpid(), probe=lambda: None).watch(lambda _: next(looks)) is None
+
+
+def test_a_process_with_a_name_that_is_no_text_is_passed_over(tmp_path):
+    """The kernel shows names as they are, of everyone's processes."""
+    binary = os.fsencode(tmp_path) + b"/\xff\xfe"
+    shutil.copy(shutil.which("sleep"), binary)
+    process = subprocess.Popen([binary, "600"])
+    try:
+        assert stubs(os.getpid()) == {}
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize(("instance", "counts"), [("preprocess_0_1", True), ("clip_onnx_0_0", False)])
+def test_the_cpu_time_of_preprocess_alone_is_a_sign_of_life(tmp_path, instance, counts):
+    binary = tmp_path / "triton_python_backend_stub"
+    shutil.copy(shutil.which("sh"), binary)
+    process = subprocess.Popen([binary, "-c", "while :; do :; done", instance, "last"])
+    try:
+        deadline = time.monotonic() + LONG_S
+        while stubs(os.getpid())[process.pid].cpu_s < 0.05:
+            assert time.monotonic() < deadline
+        assert (decoding_cpu_s(os.getpid()) > 0) is counts
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(("answers", "is_broken"), [(["no", "no"], True), (["no", None, "no", None], False)])
@@ -68,6 +92,18 @@ def test_two_failed_probes_in_a_row_are_a_broken_server(monkeypatch, answers, is
 
     found = Watchdog(1 << 22, probe).watch(lambda _: asked.wait(0.01) and next(left, "over") == "over")
     assert found == ("a test image is not embedded: no" if is_broken else None)
+
+
+def test_a_probe_that_fails_itself_is_one_that_failed(monkeypatch):
+    monkeypatch.setattr(watchdog, "PROBE_EVERY_S", 0.001)
+    monkeypatch.setattr(watchdog, "PROBE_AGAIN_S", 0.001)
+
+    def probe():
+        raise ValueError("not foreseen")
+
+    deadline = time.monotonic() + LONG_S
+    found = Watchdog(1 << 22, probe).watch(lambda _: threading.Event().wait(0.01) or time.monotonic() > deadline)
+    assert found == "a test image is not embedded: ValueError: not foreseen"
 
 
 class Client:
@@ -111,6 +147,16 @@ def test_a_server_that_is_only_busy_is_not_broken(tmp_path, error):
     assert str(error) in probe()
 
 
+@pytest.mark.parametrize("error", [ServerOverloadedError("full"), DeadlineExceededError("slow")])
+def test_a_server_that_decodes_something_dear_is_not_broken(tmp_path, error):
+    """Its images may all take long: nothing is embedded, but its CPU time goes on."""
+    cpu_s = [5.0]
+    probe = ImageProbe(Client(error), b"image", metrics(tmp_path / "metrics", 7), lambda: cpu_s[0])
+    cpu_s[0] += LONG_S
+    assert probe() is None
+    assert str(error) in probe()
+
+
 def test_an_error_of_the_server_is_one_however_busy_it_is(tmp_path):
     client = Client(ServerError("Stub process is not healthy"))
     probe = ImageProbe(client, b"image", metrics(tmp_path / "metrics", 7))
@@ -123,10 +169,18 @@ def test_without_metrics_a_deadline_is_no_sign_of_life(tmp_path):
     assert probe() == "slow"
 
 
+def test_without_metrics_a_full_queue_is_one_but_not_where_there_were_some(tmp_path):
+    client = Client(ServerOverloadedError("full"))
+    assert ImageProbe(client, b"image", (tmp_path / "none").as_uri())() is None
+    probe = ImageProbe(client, b"image", metrics(tmp_path / "metrics", 7))
+    (tmp_path / "metrics").unlink()
+    assert "full" in probe()
+
+
 class Server:
     """One that embeds at once, until `life` seconds are over; or that cannot start."""
 
-    def __init__(self, script="sleep 600", *, failure=None, broken=None):
+    def __init__(self, script="exec sleep 600", *, failure=None, broken=None):
         self.script, self.failure, self.broken = script, failure, broken
         self.stopped = None
 
@@ -173,6 +227,23 @@ def test_each_server_that_breaks_or_cannot_start_has_a_successor_that_waits_long
     assert waits == [0.01, 0.02, 0.04, 0.04][: len(waits)]
     assert [one.stopped for one in servers[:2]] == [True, True]
     assert next(one for one in reversed(servers) if one.stopped is not None).stopped is False
+
+
+def test_it_is_tried_for_as_long_as_it_takes(monkeypatch):
+    monkeypatch.setattr(supervisor, "FIRST_WAIT_S", 1e-9)
+    monkeypatch.setattr(supervisor, "LONGEST_WAIT_S", 1e-6)
+    servers = [Server(broken="broken"), *(Server(failure="port taken") for _ in range(1100)), Server()]
+    left, said = iter(servers), []
+
+    def say(line):
+        said.append(line)
+        if len(said) > len(servers):
+            keeper.stop()
+
+    keeper = Supervisor(lambda: next(left), say, "it embeds")
+    keeper.run()
+    assert next(left, None) is None
+    assert "it embeds" in said[-1]
 
 
 def test_a_first_server_that_does_not_start_is_the_error():

@@ -22,7 +22,7 @@ from clip_tools.serving.manifests import check_manifests
 from clip_tools.serving.process import EXIT_TIMEOUT_S, TritonProcess
 from clip_tools.serving.supervisor import Supervisor
 from clip_tools.serving.tritonserver import command, find_installation
-from clip_tools.serving.watchdog import PROBE_DEADLINE_S, ImageProbe, Watchdog
+from clip_tools.serving.watchdog import PROBE_DEADLINE_S, ImageProbe, Watchdog, decoding_cpu_s
 
 if TYPE_CHECKING:
     from clip_embed import EmbeddingClient
@@ -51,13 +51,12 @@ class ServeOptions:
     def grpc_url(self) -> str:
         """Where this machine's clients reach it."""
         scheme = "grpcs" if self.access.tls else "grpc"
-        return f"{scheme}://{'localhost' if self.host in ('0.0.0.0', '::') else self.host}:{self.grpc_port}"  # noqa: S104
+        return f"{scheme}://{_reached_at(self.host)}:{self.grpc_port}"
 
     @property
     def http_url(self) -> str:
         """The same over HTTP."""
-        host = self.http_host
-        return f"http://{'localhost' if host in ('0.0.0.0', '::') else host}:{self.http_port}"  # noqa: S104
+        return f"http://{_reached_at(self.http_host)}:{self.http_port}"
 
     @property
     def http_host(self) -> str:
@@ -67,7 +66,16 @@ class ServeOptions:
     @property
     def metrics_url(self) -> str:
         """Its metrics."""
-        return f"http://{'localhost' if self.host in ('0.0.0.0', '::') else self.host}:{self.metrics_port}/metrics"  # noqa: S104
+        return f"http://{_reached_at(self.host)}:{self.metrics_port}/metrics"
+
+
+def _reached_at(host: str) -> str:
+    """The host of a URL, for this machine's clients of a server that listens there."""
+    if host == "0.0.0.0":  # noqa: S104
+        return "localhost"
+    if host == "::":
+        return "[::1]"  # libevhtp takes IPv6 alone there
+    return f"[{host}]" if ":" in host else host
 
 
 @dataclass
@@ -121,12 +129,13 @@ class EmbeddedServer:
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
             *options.access.flags(),
         ]
-        for name, host, port in (
-            ("http", options.http_host, options.http_port),
-            ("grpc", options.host, options.grpc_port),
-            ("metrics", options.host, options.metrics_port),
+        for name, host, port, ipv6 in (  # of an IPv6 address: libevhtp's way to write it, and gRPC's
+            ("http", options.http_host, options.http_port, "ipv6:{}"),
+            ("grpc", options.host, options.grpc_port, "[{}]"),
+            ("metrics", options.host, options.metrics_port, "ipv6:{}"),
         ):
-            flags += [f"--{name}-address={host}", f"--{name}-port={port}"]
+            address = ipv6.format(host) if ":" in host else host
+            flags += [f"--{name}-address={address}", f"--{name}-port={port}"]
         if options.config_name:
             flags.append(f"--model-config-name={options.config_name}")
         if not Path("/dev/nvidiactl").exists():
@@ -147,28 +156,35 @@ class EmbeddedServer:
 
     def wait_until_it_embeds(self) -> None:
         """Return once `clip_ensemble` embedded an image. Raises ToolError when the server ends or takes too long."""
-        process, image = self.process, probe_image()
+        from clip_embed import DeadlineExceededError, EmbeddingError, ServerOverloadedError
+
+        process, wrong = self.process, ""
         deadline = time.monotonic() + self.options.ready_timeout_s
+        probe = ImageProbe(partial(self.client, timeout_s=60), probe_image(), self.options.metrics_url)
         with self.client(timeout_s=60) as client:
             while time.monotonic() < deadline:
                 process.raise_if_ended()
                 if process.is_stopping:
                     raise ToolError(f"the server was stopped before {ENSEMBLE} was loaded")
                 if client.is_ready():
-                    wrong = ImageProbe(partial(self.client, timeout_s=60), image, self.options.metrics_url)()
-                    if wrong is None:
+                    try:
+                        probe.ask()
                         return
-                    raise ToolError(f"{ENSEMBLE} is loaded but does not embed: {wrong}")
+                    except (ServerOverloadedError, DeadlineExceededError) as error:
+                        wrong = f"{ENSEMBLE} is loaded and has no room: {error}; "  # others have waited for it
+                    except EmbeddingError as error:
+                        raise ToolError(f"{ENSEMBLE} is loaded but does not embed: {error}") from error
                 time.sleep(0.1)
         raise ToolError(
-            f"the server was not ready after {self.options.ready_timeout_s:.0f} s; its last words: "
+            f"{wrong}the server was not ready after {self.options.ready_timeout_s:.0f} s; its last words: "
             + process.last_words()
         )
 
     def watchdog(self) -> Watchdog:
         """What tells when it no longer embeds."""
         new_client = partial(self.client, timeout_s=PROBE_DEADLINE_S)
-        return Watchdog(self.pid, ImageProbe(new_client, probe_image(), self.options.metrics_url))
+        cpu_s = partial(decoding_cpu_s, self.pid)
+        return Watchdog(self.pid, ImageProbe(new_client, probe_image(), self.options.metrics_url, cpu_s))
 
     def client(self, *, timeout_s: float) -> "EmbeddingClient":
         """A client of this server, which asks once."""

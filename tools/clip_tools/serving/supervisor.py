@@ -78,16 +78,15 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until `stop`. Raises ToolError when the first server does not come to embed."""
-        starts_in_a_row = 0
+        next_wait_s = FIRST_WAIT_S
         while not self._asked.is_set():
             began, wait_s = time.monotonic(), 0.0
             server = self._server = self._new_server()
             try:
                 why = self._serve(server)
                 if not self._asked.is_set():
-                    starts_in_a_row = 0 if time.monotonic() - began > WELL_AFTER_S else starts_in_a_row
-                    wait_s = min(FIRST_WAIT_S * 2**starts_in_a_row, LONGEST_WAIT_S)
-                    starts_in_a_row += 1
+                    wait_s = FIRST_WAIT_S if time.monotonic() - began > WELL_AFTER_S else next_wait_s
+                    next_wait_s = min(2 * wait_s, LONGEST_WAIT_S)
                     self._say(f"{why}; a new server takes its place in {wait_s:g} s")
             finally:
                 server.stop(is_broken=not self._asked.is_set())

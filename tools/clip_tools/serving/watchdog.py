@@ -6,13 +6,15 @@ stopped and goes on takes the whole server down when it answers late. So the cur
 """
 
 import contextlib
+import os
 import re
 import threading
+import time
 import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from clip_embed import EmbeddingClient
@@ -23,6 +25,7 @@ PROBE_EVERY_S = 10.0
 PROBE_AGAIN_S = 1.0  # after one that failed
 PROBE_DEADLINE_S = 20.0
 FAILED_PROBES = 2  # in a row
+BUSY_SHARE = 0.1  # of a core, on which a decoder may have to wait its turn
 
 Probe = Callable[[], str | None]
 """Asks the server to embed, and says what is wrong; None: nothing."""
@@ -65,7 +68,10 @@ class Watchdog:
     def _probe_until(self, over: threading.Event) -> None:
         failed = 0
         while not over.wait(PROBE_AGAIN_S if failed else PROBE_EVERY_S):
-            wrong = self._probe()
+            try:
+                wrong = self._probe()
+            except Exception as error:  # whatever it is: who no longer looks must not seem content
+                wrong = f"{type(error).__name__}: {error}"
             failed = failed + 1 if wrong else 0
             if failed == FAILED_PROBES:
                 self._probe_failed = f"a test image is not embedded: {wrong}"
@@ -74,24 +80,41 @@ class Watchdog:
     def _broken_stubs(self) -> dict[int, str]:
         """By process id, the processes of Python models that are gone or stand still, in words."""
         broken = {}
-        for pid, state in stubs(self._pid).items():
-            with contextlib.suppress(OSError, IndexError):  # of a process that has ended nothing can be read any more
-                self._names[pid] = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-3]
-            if state in _WRONG:
-                broken[pid] = f"{self._names.get(pid, 'a Python model')} (process {pid}) {_WRONG[state]}"
+        for pid, stub in stubs(self._pid).items():
+            if stub.instance:
+                self._names[pid] = stub.instance
+            if stub.state in _WRONG:
+                broken[pid] = f"{self._names.get(pid, 'a Python model')} (process {pid}) {_WRONG[stub.state]}"
         return broken
 
 
-def stubs(server_pid: int) -> dict[int, str]:
-    """The processes of a server's Python models, with their states as proc(5) has them."""
+class Stub(NamedTuple):
+    """A Python model's process: which instance it is, empty once it has ended; its state as proc(5) has it; and the
+    CPU time that it has taken."""
+
+    instance: str
+    state: str
+    cpu_s: float
+
+
+def stubs(server_pid: int) -> dict[int, Stub]:
+    """The processes of a server's Python models, by their ids."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
-            state, parent = rest.split()[:2]
-            if name == _STUB and int(parent) == server_pid:
-                found[int(stat.parent.name)] = state
+            name, _, rest = stat.read_text(errors="replace").partition("(")[2].rpartition(")")
+            fields = rest.split()  # from proc(5)'s third on
+            if name == _STUB and int(fields[1]) == server_pid:
+                ticks = int(fields[11]) + int(fields[12])
+                words = (stat.parent / "cmdline").read_text(errors="replace").split("\0")
+                instance = words[-3] if len(words) > 2 else ""
+                found[int(stat.parent.name)] = Stub(instance, fields[0], ticks / os.sysconf("SC_CLK_TCK"))
     return found
+
+
+def decoding_cpu_s(server_pid: int) -> float:
+    """The CPU time that the processes of a server's `preprocess` have taken."""
+    return sum(stub.cpu_s for stub in stubs(server_pid).values() if stub.instance.startswith("preprocess"))
 
 
 class ImageProbe:
@@ -99,33 +122,64 @@ class ImageProbe:
 
     Args:
         new_client: makes a client, one for each image, whose connection is new as well.
-        metrics_url: the server's metrics, which tell whether it does.
+        metrics_url: the server's metrics, which tell whether it does; None, or ones that it never had: a full queue is
+            taken for a sign of life.
+        cpu_s: the CPU time that its `preprocess` has taken. While that goes on, it decodes something dear; one that
+            hangs ends by itself.
     """
 
-    def __init__(self, new_client: Callable[[], "EmbeddingClient"], image: bytes, metrics_url: str) -> None:
-        self._new_client, self._image, self._metrics_url = new_client, image, metrics_url
+    def __init__(
+        self,
+        new_client: Callable[[], "EmbeddingClient"],
+        image: bytes,
+        metrics_url: str | None,
+        cpu_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self._new_client, self._image, self._metrics_url, self._cpu_s = new_client, image, metrics_url, cpu_s
         self._served = self._count()
+        self._seen_s, self._seen_cpu_s = time.monotonic(), cpu_s()
 
     def __call__(self) -> str | None:
-        from clip_embed import DeadlineExceededError, EmbeddingError, ServerOverloadedError
+        from clip_embed import EmbeddingError
 
-        before = self._served
+        try:
+            self.ask()
+        except EmbeddingError as error:
+            return str(error)
+        return None
+
+    def ask(self) -> None:
+        """Return when the server embedded the image, or is only busy. Raises EmbeddingError when neither is so."""
+        from clip_embed import DeadlineExceededError, ServerOverloadedError
+
         try:
             with self._new_client() as client:
                 client.embed([self._image])
-        except EmbeddingError as error:
-            self._served = self._count()
-            if isinstance(error, ServerOverloadedError | DeadlineExceededError) and self._served > before:
-                return None
-            return str(error)
-        self._served = self._count()
-        return None
+        except ServerOverloadedError:
+            if not self._was_busy() and self._served is not None:
+                raise
+        except DeadlineExceededError:
+            if not self._was_busy():
+                raise
+        else:
+            self._was_busy()
 
-    def _count(self) -> int:
-        """How many requests `clip_ensemble` has embedded; 0 where the server does not say."""
+    def _was_busy(self) -> bool:
+        """Whether it has embedded something since the last time, or its `preprocess` has worked on."""
+        served, now_s, cpu_s = self._count(), time.monotonic(), self._cpu_s()
+        has_served = (served or 0) > (self._served or 0)
+        has_worked = cpu_s - self._seen_cpu_s > BUSY_SHARE * (now_s - self._seen_s)
+        self._served = self._served if served is None else served
+        self._seen_s, self._seen_cpu_s = now_s, cpu_s
+        return has_served or has_worked
+
+    def _count(self) -> int | None:
+        """How many requests `clip_ensemble` has embedded; None where the server does not say."""
+        if self._metrics_url is None:
+            return None
         try:
             with urllib.request.urlopen(self._metrics_url, timeout=5) as answer:  # noqa: S310
                 found = _SERVED.search(answer.read().decode())
         except (OSError, HTTPException):
-            return 0
+            return None
         return int(found[1]) if found else 0
