@@ -50,7 +50,7 @@ EXPOSE 8000 8001 8002
 
 # It embeds an image. The first start builds the plan, which takes minutes.
 HEALTHCHECK --start-period=600s --interval=15s --timeout=15s --retries=3 \
-  CMD ["python3", "-m", "clip_tools", "health"]
+  CMD ["python3", "-m", "clip_tools", "health", "--metrics-url=http://localhost:8002/metrics"]
 
 # NVIDIA's own entry point first: it checks the driver and sets up CUDA's forward compatibility.
 ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "python3", "-m", "clip_tools.container.entrypoint"]

@@ -1,0 +1,108 @@
+"""`clip-tools serve` and `health` where they need no server: URLs, a first image that waits, what no client can use."""
+
+import sys
+
+import pytest
+
+from clip_embed import DeadlineExceededError, ServerError, ServerOverloadedError
+from clip_embed.target import parse_url
+from clip_tools.errors import ToolError
+from clip_tools.serving.health import check_health
+from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+
+
+@pytest.mark.parametrize(
+    ("host", "reached_at"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "localhost"), ("::", "[::1]"), ("::1", "[::1]")],  # noqa: S104
+)
+def test_urls_name_a_host_that_this_machine_reaches(host, reached_at):
+    options = ServeOptions(host=host)
+    assert options.grpc_url == f"grpc://{reached_at}:8001"
+    assert options.http_url == f"http://{reached_at}:8000"
+    assert options.metrics_url == f"http://{reached_at}:8002/metrics"
+    assert parse_url(options.grpc_url).address == f"{reached_at}:8001"
+
+
+def test_an_ipv6_address_is_written_as_each_part_of_triton_reads_it():
+    flags = EmbeddedServer(ServeOptions(host="::1"))._flags()
+    assert {"--http-address=ipv6:::1", "--grpc-address=[::1]", "--metrics-address=ipv6:::1"} < set(flags)
+    assert "--grpc-address=127.0.0.1" in EmbeddedServer(ServeOptions())._flags()
+
+
+class Process:
+    is_stopping = False
+
+    def raise_if_ended(self):
+        pass
+
+    def last_words(self):
+        return "none"
+
+
+class Client:
+    """Fails with each error in turn, then embeds."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def is_ready(self):
+        return True
+
+    def embed(self, _images):
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+def started(monkeypatch, client, **options):
+    monkeypatch.setattr(EmbeddedServer, "client", lambda _self, *, timeout_s: client)
+    nobody = ServeOptions(metrics_port=1, **options)
+    server = EmbeddedServer(nobody)
+    server._process = Process()
+    return server
+
+
+def test_a_first_image_that_others_are_before_is_sent_again(monkeypatch):
+    client = Client(DeadlineExceededError("slow"), DeadlineExceededError("slow"))
+    started(monkeypatch, client).wait_until_it_embeds()
+    assert not client.errors
+
+
+def test_a_first_image_that_never_has_its_turn_is_said_so(monkeypatch):
+    server = started(monkeypatch, Client(*[DeadlineExceededError("slow")] * 1000), ready_timeout_s=0.3)
+    with pytest.raises(ToolError, match=r"loaded and has no room: slow; the server was not ready after"):
+        server.wait_until_it_embeds()
+
+
+def test_a_first_image_that_fails_otherwise_is_not_sent_again(monkeypatch):
+    client = Client(ServerError("no such tensor"), ServerOverloadedError("not reached"))
+    with pytest.raises(ToolError, match="loaded but does not embed: no such tensor"):
+        started(monkeypatch, client).wait_until_it_embeds()
+    assert len(client.errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "words"),
+    [
+        ("ftp://localhost", {}, "expected grpc://HOST:PORT"),
+        ("grpc://localhost:1", {"CLIP_CA_FILE": "ca.pem"}, "this URL is not encrypted"),
+    ],
+)
+def test_what_no_client_can_use_is_the_callers_mistake(monkeypatch, url, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ToolError, match=words) as caught:
+        check_health(url, 1)
+    assert caught.value.exit_code == 2
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(ToolError, match="an http:// URL needs httpx") as caught:
+        check_health("http://localhost:1", 1)
+    assert caught.value.exit_code == 2
