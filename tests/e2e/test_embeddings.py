@@ -1,5 +1,6 @@
 """What the real server answers: open_clip's own embeddings, in order, whatever the batch and whoever the neighbours."""
 
+import io
 import json
 import shutil
 import threading
@@ -12,6 +13,7 @@ import pytest
 import tritonclient.grpc as triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from clip_embed import EmbeddingClient, InvalidImageError
 from clip_tools.repository import read_config
@@ -89,6 +91,18 @@ def test_64_bad_images_are_all_named_in_one_message(server):
     with EmbeddingClient(server.options.grpc_url, batch_size=64) as client, pytest.raises(InvalidImageError) as caught:
         client.embed([b"no image " + b"x" * 99] * 64)
     assert [failure.index for failure in caught.value.failures] == list(range(64))
+
+
+def test_a_request_of_more_pixels_than_one_may_have_names_those_beyond(server):
+    """1000 million together; each image alone is within its own limit."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, "BMP")
+    no_pixels = bytearray(buffer.getvalue()[:54])
+    no_pixels[18:26] = (9900).to_bytes(4, "little") * 2
+    with EmbeddingClient(server.options.grpc_url, batch_size=64) as client, pytest.raises(InvalidImageError) as caught:
+        client.embed([bytes(no_pixels)] * 12)
+    assert [failure.code for failure in caught.value.failures] == ["truncated"] * 10 + ["too_many_pixels"] * 2
+    assert "send fewer images" in caught.value.failures[-1].reason
 
 
 def test_one_bad_image_among_many_in_the_same_dynamic_batch_fails_alone(server, repository, images, oracle):
