@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 from clip_tools.errors import ToolError
 from clip_tools.serving.hidden_arguments import popen
 
+DRAIN_S = 30  # as long as a request may wait in a queue
 EXIT_TIMEOUT_S = 30  # Triton's own default: how long it waits for requests in flight
 _LOG_LINES_KEPT = 2000  # tritonserver's own help, printed after a bad flag, has over 500
 _PYTHON_BACKENDS = ("python", "onnxruntime", "tensorrt")
@@ -98,15 +99,21 @@ class TritonProcess:
         if why := self.why_it_ended():
             raise ToolError(why)
 
-    def terminate(self) -> None:
-        """Ask it to finish what is in flight and end; a second time: kill it."""
+    def terminate(self, drain: Callable[[], None] | None = None) -> None:
+        """Ask it to end, once `drain` has let it answer what it has taken; a second time: kill it. Does not wait."""
         if self._process.poll() is not None:
             return
         if self.is_stopping:
             _kill_group(self.pid)
         else:
             self.is_stopping = True
-            self._process.terminate()
+            threading.Thread(target=self._drain_and_terminate, args=(drain,), daemon=True).start()
+
+    def _drain_and_terminate(self, drain: Callable[[], None] | None) -> None:
+        with contextlib.suppress(Exception):  # it is broken, or its models may not be changed: it ends as it can
+            if drain:
+                drain()
+        self._process.terminate()
 
     def stop(self, *, is_broken: bool = False) -> None:
         """End it and everything it started, when the requests in flight are answered. Safe to call twice.
@@ -117,7 +124,7 @@ class TritonProcess:
             self.terminate()
         try:
             if not is_broken:
-                self.wait(EXIT_TIMEOUT_S + 5)
+                self.wait(DRAIN_S + EXIT_TIMEOUT_S + 5)
             elif self._drained.wait(_BROKEN_DRAIN_S):
                 self.wait(_LAST_ANSWERS_S)
         finally:

@@ -18,8 +18,9 @@ from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, Model, check_files, deployment
 from clip_tools.serving import keyring
 from clip_tools.serving.access import Access, exposure
+from clip_tools.serving.drain import drain
 from clip_tools.serving.manifests import check_manifests
-from clip_tools.serving.process import EXIT_TIMEOUT_S, TritonProcess
+from clip_tools.serving.process import DRAIN_S, EXIT_TIMEOUT_S, TritonProcess
 from clip_tools.serving.supervisor import Supervisor
 from clip_tools.serving.tritonserver import command, find_installation
 from clip_tools.serving.watchdog import PROBE_DEADLINE_S, ImageProbe, Watchdog, decoding_cpu_s
@@ -200,11 +201,13 @@ class EmbeddedServer:
     def terminate(self) -> None:
         """Ask the server to finish what is in flight and end; a second time: kill it."""
         if self._process is not None:
-            self._process.terminate()
+            self._process.terminate(partial(drain, self.options.http_url, self.options.access.http_headers(), DRAIN_S))
 
     def stop(self, *, is_broken: bool = False) -> None:
         """End the server and everything it started. Safe to call twice; see `TritonProcess.stop`."""
         if self._process is not None:
+            if not (is_broken or self._process.is_stopping):
+                self.terminate()
             self._process.stop(is_broken=is_broken)
             for url in (self.options.grpc_url, self.options.http_url):
                 keyring.forget(url, self.options.access)
