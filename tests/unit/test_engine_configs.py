@@ -52,13 +52,6 @@ def test_onnx_is_the_default_under_a_name():
     assert [model.config for model in deployment(MODELS, "onnx")] == [model.config for model in deployment(MODELS)]
 
 
-def test_bulk_is_the_default_but_for_the_waiting():
-    bulk, default = read_config(MODELS, "clip_onnx", "bulk"), read_config(MODELS, "clip_onnx")
-    bulk.dynamic_batching.ClearField("preferred_batch_size")
-    bulk.dynamic_batching.ClearField("max_queue_delay_microseconds")
-    assert bulk == default
-
-
 @pytest.mark.parametrize(
     ("name", "model", "file"),
     [
