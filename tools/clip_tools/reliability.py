@@ -39,7 +39,9 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
     ),
     "Too much": (
         Promise(
-            "overload", "Ten times the load it can bear costs no throughput; the rest is told so, and nothing hangs."
+            "overload",
+            "Of ten times the load it can bear, what is too much is refused at once and nothing hangs. "
+            "The load is sent on the server's own cores, which costs throughput; CPU time shows the rest.",
         ),
         Promise("faults_half_open", "Clients that are slow or hold a half-sent request keep nobody else waiting."),
         Promise("soak", "Good and bad traffic from many clients for long: no memory, file or thread more."),
