@@ -62,13 +62,16 @@ def test_the_fp16_graph_passes_its_gate(fp16_model: Path, weights: Weights, demo
         assert not verify(Engine(file=fp16_model), weights, demo_photos, precision="fp32").passed
 
 
-@pytest.mark.parametrize(
+broken_weights = pytest.mark.parametrize(
     ("name", "change"),
     [
         ("visual.positional_embedding", lambda value: np.roll(value, 1, axis=0)),
         ("visual.proj", lambda value: np.full_like(value, np.nan)),
     ],
 )
+
+
+@broken_weights
 def test_a_broken_graph_fails(
     onnx_model: Path, weights: Weights, demo_photos: list[Path], tmp_path: Path, name: str, change
 ) -> None:
@@ -79,13 +82,7 @@ def test_a_broken_graph_fails(
     assert "worst cosine" in verdict.failures[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("visual.positional_embedding", lambda value: np.roll(value, 1, axis=0)),
-        ("visual.proj", lambda value: np.full_like(value, np.nan)),
-    ],
-)
+@broken_weights
 def test_a_broken_export_is_refused_by_its_own_comparison(
     oracle: Oracle, onnx_model: Path, demo_photos: list[Path], tmp_path: Path, name: str, change
 ) -> None:

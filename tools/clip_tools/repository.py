@@ -21,6 +21,11 @@ class Model:
     file: Path | None
 
 
+def graph_name(precision: str) -> str:
+    """The file name of the exported graph of a precision: `model.onnx` for FP32, `model.fp16.onnx` and so on."""
+    return "model.onnx" if precision == "fp32" else f"model.{precision}.onnx"
+
+
 def config_names(models: Path) -> list[str]:
     """The named configurations of this repository, which `--model-config-name` may choose from."""
     return sorted({path.stem for path in models.glob("*/configs/*.pbtxt")})

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clip_tools.container.settings import Settings
-from clip_tools.container.start import exported_dir, graph_name
+from clip_tools.container.start import exported_dir
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError
+from clip_tools.repository import graph_name
 
 Say = Callable[[str], None]
 

@@ -18,11 +18,12 @@ from clip_tools.container.build import Say, ensure_plan, export
 from clip_tools.container.served import ContainerServer, options_in
 from clip_tools.container.served_repository import write_served_repository
 from clip_tools.container.settings import Settings
-from clip_tools.container.start import Found, Start, graph_name, look, plan_start
+from clip_tools.container.start import Found, Start, look, plan_start
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
-from clip_tools.repository import ENSEMBLE
+from clip_tools.repository import ENSEMBLE, graph_name
 from clip_tools.serving.manifests import wrong_file
+from clip_tools.serving.serve import repository_flags
 from clip_tools.serving.supervisor import Supervisor
 
 
@@ -51,7 +52,7 @@ def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS
     if plan is not None:
         files |= {f"clip_trt/1/{path.name}": path for path in (plan, *plan.parent.glob("*.json"))}
     write_served_repository(models, folder, files=files, max_batch=None if settings.skip_build else settings.max_batch)
-    return server_command(folder, start.config_name)
+    return ["tritonserver", *repository_flags(folder, start.config_name)]
 
 
 def _make_graphs(settings: Settings, found: Found, say: Say) -> tuple[Start, dict[str, Path]]:
@@ -67,18 +68,6 @@ def _make_graphs(settings: Settings, found: Found, say: Say) -> tuple[Start, dic
 def served_folder() -> Path:
     """Where the repository that is served is written: the image's CLIP_MODELS, so that `clip-tools swap` reads it."""
     return Path(tempfile.gettempdir()) / "clip-embed-served"
-
-
-def server_command(repository: Path, config_name: str | None) -> list[str]:
-    """tritonserver's flags: explicit control, so that only the ensemble's models load and `clip-tools swap` works."""
-    command = [
-        "tritonserver",
-        f"--model-repository={repository}",
-        "--model-control-mode=explicit",
-        f"--load-model={ENSEMBLE}",
-        "--exit-timeout-secs=30",
-    ]
-    return [*command, f"--model-config-name={config_name}"] if config_name else command
 
 
 def _say(line: str) -> None:

@@ -10,7 +10,7 @@ from clip_tools.container.settings import USAGE, Settings
 from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
-from clip_tools.repository import config_names, deployment
+from clip_tools.repository import config_names, deployment, graph_name
 
 _MOUNT = "mount the folder with it at CLIP_ONNX_DIR (-v $PWD/models/clip_onnx/1:/onnx:ro)"
 
@@ -32,11 +32,6 @@ class Start:
     exports: tuple[str, ...]
     graph: str | None
     config_name: str | None
-
-
-def graph_name(precision: str) -> str:
-    """The file name of the exported graph of a precision."""
-    return "model.onnx" if precision == "fp32" else f"model.{precision}.onnx"
 
 
 def plan_start(settings: Settings, found: Found) -> Start:

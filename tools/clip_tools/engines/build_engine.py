@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from clip_tools.engines.tensorrt_library import load_tensorrt
 from clip_tools.errors import ToolError
 from clip_tools.gpu import Gpu, find_gpu
 from clip_tools.paths import CACHE, MODELS
+from clip_tools.repository import graph_name
 
 __all__ = ["PLAN_PATH", "EngineManifest", "EngineOptions", "build_engine", "default_onnx", "stale_reason"]
 
@@ -38,7 +40,7 @@ _PARSER_ERRORS_SHOWN = 5
 
 def default_onnx(precision: str, models: Path = MODELS) -> Path:
     """The exported graph of a precision: `model.onnx` for FP32, `model.fp16.onnx` and so on for the others."""
-    return models / "clip_onnx" / "1" / ("model.onnx" if precision == "fp32" else f"model.{precision}.onnx")
+    return models / "clip_onnx" / "1" / graph_name(precision)
 
 
 def build_engine(onnx_path: Path, output: Path, options: EngineOptions) -> EngineManifest:
@@ -260,6 +262,8 @@ def _write(
     census: Census,
     build_s: float,
 ) -> EngineManifest:
+    from clip_tools.engines.export_onnx import put_in_place
+
     source = _onnx_manifest(onnx_path)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as folder:
@@ -269,19 +273,11 @@ def _write(
             sha256=sha256_of(draft),
             onnx=onnx_path.name,
             onnx_sha256=sha256_of(onnx_path),
-            runtime=options.runtime,
             runtime_version=trt.__version__,
             cuda=gpu.cuda if gpu else None,
             gpu=gpu.name if gpu and not targets else None,
             compute_capability=gpu.compute_capability if gpu and not targets else None,
-            targets=targets,
-            precision=options.precision,
-            min_batch=options.min_batch,
-            opt_batch=options.opt_batch,
-            max_batch=options.max_batch,
-            workspace_mib=options.workspace_mib,
-            version_compatible=options.version_compatible,
-            hardware_compatible=options.hardware_compatible,
+            **{**asdict(options), "targets": targets},
             matrices=dict(census.matrices),
             matrices_with_weights=dict(census.with_weights),
             build_s=round(build_s, 2),
@@ -291,12 +287,7 @@ def _write(
             model=source.get("model"),
             trained=source.get("trained"),
         )
-        # The old manifest goes first: a crash between the two leaves a plan without one, never with a wrong one.
-        engine_manifest_path(output).unlink(missing_ok=True)
-        draft.replace(output)
-        text = Path(folder) / "manifest.json"
-        text.write_text(manifest.to_json() + "\n")
-        text.replace(engine_manifest_path(output))
+        put_in_place(draft, manifest, output, engine_manifest_path(output))
     return manifest
 
 

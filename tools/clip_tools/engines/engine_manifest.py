@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from clip_tools.digest import sha256_of
@@ -100,17 +100,7 @@ class EngineManifest:
     @property
     def options(self) -> EngineOptions:
         """How to build it again."""
-        return EngineOptions(
-            runtime=self.runtime,
-            precision=self.precision,
-            min_batch=self.min_batch,
-            opt_batch=self.opt_batch,
-            max_batch=self.max_batch,
-            workspace_mib=self.workspace_mib,
-            version_compatible=self.version_compatible,
-            hardware_compatible=self.hardware_compatible,
-            targets=self.targets,
-        )
+        return EngineOptions(**{one.name: getattr(self, one.name) for one in fields(EngineOptions)})
 
 
 def engine_manifest_path(plan_path: Path) -> Path:

@@ -9,12 +9,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.oracle import IMAGE_SIZE_PX, Oracle, Weights, load_oracle
 from clip_tools.paths import MODELS
+
+if TYPE_CHECKING:
+    from clip_tools.engines.engine_manifest import EngineManifest
 
 MODEL_PATH = MODELS / "clip_onnx" / "1" / "model.onnx"
 MAX_BATCH = 64
@@ -131,14 +134,18 @@ def describe(
     )
 
 
-def put_in_place(draft: Path, manifest: Manifest, output: Path) -> None:
-    """Move a file that has passed to `output`, and its manifest beside it; the draft's folder is on the same disk."""
+def put_in_place(draft: Path, manifest: "Manifest | EngineManifest", output: Path, beside: Path | None = None) -> None:
+    """Move a file that has passed to `output`, and its manifest to `beside`, by default the model's `manifest_path`.
+
+    The draft's folder is on the same disk.
+    """
     # The old manifest goes first: a crash between the two leaves a model without one, never with a wrong one.
-    manifest_path(output).unlink(missing_ok=True)
+    beside = beside or manifest_path(output)
+    beside.unlink(missing_ok=True)
     draft.replace(output)
     text = draft.with_name("manifest.json")
     text.write_text(manifest.to_json() + "\n")
-    text.replace(manifest_path(output))
+    text.replace(beside)
 
 
 def write_graph(oracle: Oracle, path: Path) -> None:

@@ -128,7 +128,9 @@ class _EmbeddingCaller(_Caller):
         self._client.close()
 
 
-class _TensorGrpcCaller(_Caller):
+class _GrpcCaller(_Caller):
+    """Asks one model of the server itself: one tensor in, one out."""
+
     def __init__(self, arm: Arm, workload: Workload, url: str) -> None:
         import tritonclient.grpc as triton
 
@@ -136,16 +138,20 @@ class _TensorGrpcCaller(_Caller):
         self._triton = triton
         self._client = triton.InferenceServerClient(url.removeprefix("grpc://"))
 
-    def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
-        tensors = client_tensors(self._images(indices))
-        tensor = self._triton.InferInput(TENSOR_INPUT, list(tensors.shape), "FP32")
-        tensor.set_data_from_numpy(tensors)
-        answer = self._client.infer(TENSOR_MODEL, [tensor], client_timeout=TIMEOUT_S)
-        embeddings: npt.NDArray[np.generic] = answer.as_numpy("embedding")
-        return embeddings
+    def _infer(self, model: str, name: str, data: "npt.NDArray[Any]", datatype: str, output: str) -> Any:
+        tensor = self._triton.InferInput(name, list(data.shape), datatype)
+        tensor.set_data_from_numpy(data)
+        return self._client.infer(model, [tensor], client_timeout=TIMEOUT_S).as_numpy(output)
 
     def close(self) -> None:
         self._client.close()
+
+
+class _TensorGrpcCaller(_GrpcCaller):
+    def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
+        tensors = client_tensors(self._images(indices))
+        embeddings: npt.NDArray[np.generic] = self._infer(TENSOR_MODEL, TENSOR_INPUT, tensors, "FP32", "embedding")
+        return embeddings
 
 
 class _JsonHttpCaller(_Caller):
@@ -170,21 +176,12 @@ class _JsonHttpCaller(_Caller):
         self._http.close()
 
 
-class _PreprocessCaller(_Caller):
-    def __init__(self, arm: Arm, workload: Workload, url: str) -> None:
-        import tritonclient.grpc as triton
-
-        super().__init__(arm, workload)
-        self._triton = triton
-        self._client = triton.InferenceServerClient(url.removeprefix("grpc://"))
-
+class _PreprocessCaller(_GrpcCaller):
     def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
         import numpy as np
 
-        tensor = self._triton.InferInput("image_bytes", [len(indices), 1], "BYTES")
-        tensor.set_data_from_numpy(np.array([[image] for image in self._images(indices)], dtype=object))
-        answer = self._client.infer("preprocess", [tensor], client_timeout=TIMEOUT_S)
-        pixels: npt.NDArray[np.generic] = answer.as_numpy("pixels")
+        images = np.array([[image] for image in self._images(indices)], dtype=object)
+        pixels: npt.NDArray[np.generic] = self._infer("preprocess", "image_bytes", images, "BYTES", "pixels")
         return pixels
 
     def check(self, indices: list[int], answer: "npt.NDArray[np.generic]") -> float:
@@ -198,9 +195,6 @@ class _PreprocessCaller(_Caller):
         if difference > (0 if self._arm.config_name is None else 0.05):
             raise ToolError(f"{self._arm.name}: pixels differ from open_clip's by {255 * difference:.2f} in the mean")
         return 1 - difference
-
-    def close(self) -> None:
-        self._client.close()
 
 
 def client_tensors(images: list[bytes]) -> "npt.NDArray[np.float32]":

@@ -123,11 +123,7 @@ class EmbeddedServer:
     def _flags(self) -> list[str]:
         options = self.options
         flags = [
-            f"--model-repository={options.models}",
-            # Explicit: only what the ensemble needs is loaded, and `clip-tools swap` can change it.
-            "--model-control-mode=explicit",
-            f"--load-model={ENSEMBLE}",
-            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            *repository_flags(options.models, options.config_name),
             *options.access.flags(),
         ]
         for name, host, port, ipv6 in (  # of an IPv6 address: libevhtp's way to write it, and gRPC's
@@ -137,8 +133,6 @@ class EmbeddedServer:
         ):
             address = ipv6.format(host) if ":" in host else host
             flags += [f"--{name}-address={address}", f"--{name}-port={port}"]
-        if options.config_name:
-            flags.append(f"--model-config-name={options.config_name}")
         if not Path("/dev/nvidiactl").exists():
             flags.append("--allow-gpu-metrics=false")
         return flags
@@ -211,6 +205,18 @@ class EmbeddedServer:
             self._process.stop(is_broken=is_broken)
             for url in (self.options.grpc_url, self.options.http_url):
                 keyring.forget(url, self.options.access)
+
+
+def repository_flags(models: Path, config_name: str | None) -> list[str]:
+    """tritonserver's flags for a repository, also in the container."""
+    flags = [
+        f"--model-repository={models}",
+        # Explicit: only what the ensemble needs is loaded, and `clip-tools swap` can change it.
+        "--model-control-mode=explicit",
+        f"--load-model={ENSEMBLE}",
+        f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+    ]
+    return [*flags, f"--model-config-name={config_name}"] if config_name else flags
 
 
 def check_plans(models: Sequence[Model], *, rebuild: bool = False) -> None:
