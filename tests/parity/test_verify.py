@@ -187,7 +187,7 @@ def test_a_variant_is_written_with_its_manifest(beside: Path, weights: Weights, 
     assert Manifest.read(beside / "model.fp16.onnx").sha256 == manifest.sha256
     assert (beside / "manifest.fp16.json").is_file()
     assert manifest.precision == "fp16"
-    assert manifest.matrices == {"fp16": 74}
+    assert manifest.matrices == {"fp16": 75}
     assert manifest.trained == (weights.seed is None)
     assert manifest.gate["counts_for_nothing"]
     assert Manifest.read(beside / "model.onnx").precision == "fp32"

@@ -324,6 +324,23 @@ def test_a_graph_of_another_form_is_not_turned(block: "onnx.ModelProto") -> None
     assert rotate(block) is block
 
 
+@pytest.mark.parametrize(("axis", "turns"), [(1, True), (2, False)])
+def test_a_stream_may_pass_through_a_choice_of_tokens_and_not_of_channels(
+    tower: "onnx.ModelProto", axis: int, turns: bool
+) -> None:
+    """A channel of the turned stream is a mixture of them all."""
+    sliced = onnx.ModelProto()
+    sliced.CopyFrom(tower)
+    nodes = {node.name: node for node in sliced.graph.node}
+    bounds = {"slice_from": 0, "slice_to": 1, "slice_axis": axis}
+    for name, value in bounds.items():
+        sliced.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), name))
+    nodes["norm_2"].input[0] = "chosen"
+    at = list(sliced.graph.node).index(nodes["norm_2"])
+    sliced.graph.node.insert(at, onnx.helper.make_node("Slice", ["stream", *bounds], ["chosen"], name="choose"))
+    assert (rotate(sliced) is not sliced) == turns
+
+
 def test_the_rotation_keeps_lengths_and_means() -> None:
     """Which is why LayerNorm commutes with it."""
     turn = mean_keeping_rotation(48)

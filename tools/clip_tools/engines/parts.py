@@ -27,7 +27,8 @@ def layers(model: "onnx.ModelProto") -> list[Layer]:
     """The graph as layers, one for each product with weights; between two of them it is cut where least crosses.
 
     Attention is one layer, from its first product to its last: OpenVINO 2025.4 refuses to compile in BF16 a part that
-    ends before the last one (`BrgemmCPU node has incompatible input element types`).
+    ends before the last one (`BrgemmCPU node has incompatible input element types`). Where a query has a product of its
+    own, beside that of keys and values, both are in it.
     """
     nodes = list(model.graph.node)
     constants = {tensor.name for tensor in model.graph.initializer}
@@ -40,6 +41,8 @@ def layers(model: "onnx.ModelProto") -> list[Layer]:
     for before, after in itertools.pairwise(weighted):
         if any(before < index < after for index in products):
             continue  # attention's own products
+        if not _follows(nodes, before, after):
+            continue  # a query's, and its keys' and values'
         # Where as few numbers cross, the later place: a LayerNorm goes with the product that reads it.
         cuts.append(min(range(before + 1, after + 1), key=lambda at: (crossing[at], -at)))
         ends.append(before)
@@ -76,6 +79,15 @@ def cut(model: "onnx.ModelProto", at: Sequence[int]) -> "list[onnx.ModelProto]":
         onnx.checker.check_model(part)
         found.append(part)
     return found
+
+
+def _follows(nodes: Sequence[Any], before: int, after: int) -> bool:
+    """Whether what node `after` reads depends on what node `before` makes."""
+    made = set(nodes[before].output)
+    for node in nodes[before + 1 : after + 1]:
+        if made.intersection(node.input):
+            made.update(node.output)
+    return not made.isdisjoint(nodes[after].input)
 
 
 def _values(model: "onnx.ModelProto") -> dict[str, Any]:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float64]
 
 ROTATION = "rotation"  # the constant's name, and its product's
-_MOVERS = ("Transpose", "Reshape", "Gather")  # those that an exported tower has beside its linear layers
+_PICKERS = ("Slice", "Gather")  # of the class token
+_MOVERS = ("Transpose", "Reshape", *_PICKERS)  # those that an exported tower has beside its linear layers
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ def _find_stream(graph: Graph) -> _Stream | None:
                     return None
                 writers.append(writer)
                 waiting.append(node.output[0])
+            elif node.input[0] == tensor and _picks_tokens(graph, node):
+                waiting.append(node.output[0])
             else:
                 return None
     return _Stream(first.output[0], tuple(writers), tuple(readers)) if readers else None
@@ -178,6 +181,13 @@ def _before(graph: Graph, makers: dict[str, Any], users: dict[str, list[Any]], t
             return None
         tensor = node.input[0]
     return None
+
+
+def _picks_tokens(graph: Graph, node: Any) -> bool:
+    """Whether it picks from axis 1, which is the tokens', so that what comes out has every channel of the stream."""
+    if node.op_type == "Slice":
+        return len(node.input) > 3 and node.input[3] in graph.constants and graph.array(node.input[3]).tolist() == [1]
+    return node.op_type == "Gather" and any(a.name == "axis" and a.i == 1 for a in node.attribute)
 
 
 def _is_matrix(graph: Graph, name: str) -> bool:
