@@ -35,9 +35,10 @@ _OPTIONS = [
 
 def _open(module: Any, target: Target, credentials: Credentials) -> Any:
     """A channel of `grpc` or of `grpc.aio`."""
+    options = [*_OPTIONS, ("grpc.enable_http_proxy", 0 if target.is_local else 1)]
     if target.is_secure:
-        return module.secure_channel(target.address, credentials.grpc_credentials(), options=_OPTIONS)
-    return module.insecure_channel(target.address, options=_OPTIONS)
+        return module.secure_channel(target.address, credentials.grpc_credentials(), options=options)
+    return module.insecure_channel(target.address, options=options)
 
 
 def _infer_call(channel: Any) -> Any:

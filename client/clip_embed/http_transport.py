@@ -29,6 +29,7 @@ class AsyncHttpTransport:
         self._http = httpx.AsyncClient(
             base_url=target.address,
             verify=credentials.ssl_context() if target.is_secure else True,
+            trust_env=not target.is_local,  # whose proxy is meant
             timeout=None,  # noqa: S113  httpx limits each read and write; a whole request is limited in _request
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
             # Triton gzips for whoever accepts it, which costs its time and saves nothing: these floats do not shrink.

@@ -1,5 +1,6 @@
 """What a URL names: a server, and how it is spoken to."""
 
+import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,12 +16,16 @@ Backend = Literal["triton", "pytorch"]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server: `address` is host:port for gRPC and the base URL for HTTP; `url` is how messages name it."""
+    """A server: `address` is host:port for gRPC and the base URL for HTTP; `url` is how messages name it.
+
+    `is_local`: it is this machine's own, so the environment's proxy, which is another machine, cannot reach it.
+    """
 
     url: str
     is_http: bool
     is_secure: bool
     address: str
+    is_local: bool = False
     backend: Backend = "triton"
 
 
@@ -47,7 +52,8 @@ def parse_url(url: str, *, backend: Backend = "triton") -> Target:
         raise ValueError(f"{url!r}: a gRPC server is HOST:PORT, such as {DEFAULT_URL}")
     if backend == "pytorch" and not is_http:
         raise ValueError(f"{url!r}: the pytorch backend speaks HTTP alone; expected http://HOST:PORT")
-    return Target(full, is_http, parts.scheme in ("https", "grpcs"), full if is_http else parts.netloc, backend)
+    is_secure = parts.scheme in ("https", "grpcs")
+    return Target(full, is_http, is_secure, full if is_http else parts.netloc, _is_local(host), backend)
 
 
 def parse_urls(urls: str | Iterable[str], *, backend: Backend = "triton") -> tuple[Target, ...]:
@@ -63,3 +69,10 @@ def parse_urls(urls: str | Iterable[str], *, backend: Backend = "triton") -> tup
             f"expected the URL of a server, or of several and none twice, came {', '.join(given) or 'none'}"
         )
     return targets
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

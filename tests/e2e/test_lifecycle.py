@@ -44,8 +44,12 @@ def wait_for(stream, words: str) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_says_ready_stops_on_a_signal_and_leaves_nothing(repository, tmp_path, number):
+    """Also where the environment has a proxy, which cannot reach this machine's own server."""
     options = options_for(repository, tmp_path / "log")
-    with subprocess.Popen(serve_command(options, "--log-verbose=0"), stderr=subprocess.PIPE, text=True) as process:
+    environment = os.environ | {"http_proxy": "http://127.0.0.1:9"}
+    with subprocess.Popen(
+        serve_command(options, "--log-verbose=0"), stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         wait_for(process.stderr, "ready after")
         children = psutil.Process(process.pid).children(recursive=True)
         assert any("tritonserver" in child.name() for child in children)

@@ -83,6 +83,13 @@ def test_order_holds_for_any_batching(url, count, batch_size, max_in_flight, lim
         assert np.array_equal(client.embed(images), expected)
 
 
+def test_the_environments_proxy_is_not_asked_for_this_machine(url, monkeypatch):
+    """It is another machine, whose localhost is not ours."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with EmbeddingClient(url, retry=None) as client:
+        assert client.embed([b"a"]).shape == (1, 512)
+
+
 def test_no_images_give_no_rows_and_no_request(client, brain):
     assert client.embed([]).shape == (0, 512)
     assert client.embed([]).dtype == np.float32

@@ -626,3 +626,4 @@ def test_where_it_listens_is_read_off_the_servers_flags():
     options = options_in(["tritonserver", "--grpc-port=1", "--http-port", "2", "--grpc-port=3", "--log-verbose=1"])
     assert (options.grpc_url, options.http_url) == ("grpc://localhost:3", "http://localhost:2")
     assert options.metrics_url == "http://localhost:8002/metrics"
+    assert options_in(["tritonserver", "--grpc-address=[::1]"]).grpc_url == "grpc://[::1]:8001"

@@ -13,7 +13,7 @@ try:
 except ImportError:
     sys.exit("clip-tools: typer is not installed: pip install 'clip-embed[cli]'")
 
-from clip_tools import cli_engine, cli_measure
+from clip_tools import cli_engine, cli_measure, proxy
 
 app = typer.Typer(
     name="clip-tools",
@@ -156,6 +156,7 @@ def swap(
 
 def main() -> None:
     """Run the command; a user's mistake is one line on stderr and an exit code."""
+    proxy.leave_this_machine_out()
     try:
         app()
     except ToolError as error:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from clip_tools import proxy
 from clip_tools.container.build import Say, ensure_plan, export
 from clip_tools.container.served import ContainerServer, options_in
 from clip_tools.container.served_repository import write_served_repository
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     """Prepare, then serve until SIGTERM. What cannot be had ends the container with one line and an exit code."""
     # As process 1 nothing ends a build but a handler: the kernel ignores a signal's default action there.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    proxy.leave_this_machine_out()
     try:
         settings = Settings.from_environment(os.environ)
         options = options_in(arguments, settings.keys)

@@ -40,7 +40,7 @@ def options_in(command: Sequence[str], keys: Mapping[str, str] | None = None) ->
                 exit_code=USAGE,
             )
     return ServeOptions(
-        host=flags.get("grpc-address", "0.0.0.0"),  # noqa: S104
+        host=flags.get("grpc-address", "0.0.0.0").strip("[]"),  # noqa: S104  gRPC brackets an IPv6 address
         http_port=int(flags.get("http-port", "8000")),
         grpc_port=int(flags.get("grpc-port", "8001")),
         metrics_port=int(flags.get("metrics-port", "8002")),

@@ -14,7 +14,6 @@ from clip_tools.repository import ENSEMBLE
 
 _ANSWER_S = 5.0  # for the server to answer about its models: one that hangs is not waited for
 _POLL_S = 0.05
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # this machine's own server: no proxy
 
 
 def drain(http_url: str, headers: Mapping[str, str], timeout_s: float) -> None:
@@ -37,6 +36,6 @@ def _is_unloading(model: Mapping[str, Any]) -> bool:
 
 def _post(url: str, headers: Mapping[str, str]) -> bytes:
     request = urllib.request.Request(url, b"{}", dict(headers))  # noqa: S310
-    with _OPENER.open(request, timeout=_ANSWER_S) as answer:
+    with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:  # noqa: S310
         body: bytes = answer.read()
     return body
