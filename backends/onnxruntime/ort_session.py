@@ -95,6 +95,7 @@ def _openvino(precision: str, threads: int) -> tuple[str, dict[str, str]]:
     device = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         device["INFERENCE_NUM_THREADS"] = str(threads)
+        device["ENABLE_CPU_PINNING"] = "NO"  # else each instance's threads sit on the same first cores
     return "OpenVINOExecutionProvider", {"device_type": "CPU", "load_config": json.dumps({"CPU": device})}
 
 

@@ -48,7 +48,9 @@ def test_threads_reach_onnx_runtime_and_openvino():
     config = accelerated("cpu", "openvino") | {"parameters": {"intra_op_thread_count": {"string_value": "3"}}}
     plan = session_plan(config, "CPU", 0)
     assert plan.intra_op_threads == 3
-    assert json.loads(plan.providers[0][1]["load_config"])["CPU"]["INFERENCE_NUM_THREADS"] == "3"
+    device = json.loads(plan.providers[0][1]["load_config"])["CPU"]
+    assert device["INFERENCE_NUM_THREADS"] == "3"
+    assert device["ENABLE_CPU_PINNING"] == "NO"  # two instances of one thread, pinned, shared a core: half as fast
 
 
 def test_tensorrt_comes_before_cuda_with_triton_s_parameter_names():
