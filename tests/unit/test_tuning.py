@@ -118,7 +118,11 @@ def hill(variant: Variant) -> sweep.Point:
 
 
 START = Variant(preprocess_instances=2, engine_instances=1, engine_threads=0, max_batch=64, queue_delay_us=0)
-AXES = {"preprocess_instances": (1, 2, 3, 4), "max_batch": (8, 16, 64), "queue_delay_us": (0, 1000)}
+AXES = {
+    "preprocess_instances": tuple({"preprocess_instances": count} for count in (1, 2, 3, 4)),
+    "max_batch": tuple({"max_batch": limit} for limit in (8, 16, 64)),
+    "queue_delay_us": tuple({"queue_delay_us": delay} for delay in (0, 1000)),
+}
 
 
 def test_the_sweep_climbs_axis_by_axis_and_measures_nothing_twice():

@@ -319,7 +319,7 @@ def tell_applied(paths: list[Path], name: str) -> None:
 @app.command()
 def sweep(
     axes: Annotated[str, typer.Option(help="What to vary, in this order.")] = (
-        "preprocess_instances,engine_instances,engine_threads,max_batch,queue_delay_us"
+        "preprocess_instances,engine,max_batch,queue_delay_us"
     ),
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
     images: Images = "640x480",

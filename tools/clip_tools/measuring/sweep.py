@@ -17,14 +17,25 @@ from clip_tools.measuring.workload import VGA
 from clip_tools.paths import MODELS, RESULTS
 from clip_tools.repository import ENSEMBLE
 
-# 0 is ONNX Runtime's own choice of threads: every core. Beyond the cores there is nothing to find.
+Axis = tuple[dict[str, int], ...]  # the values of an axis, each as the fields of a Variant that it sets
+
+
+def _each(name: str, *values: int) -> Axis:
+    return tuple({name: value} for value in dict.fromkeys(values))
+
+
+def _engines(cores: int) -> Axis:
+    """Instances and the threads of each, which mean nothing apart; 0 threads are ONNX Runtime's choice: every core."""
+    shared = dict.fromkeys([(1, 0), (2, 0), (2, max(1, cores // 2)), (cores, 1)])
+    return tuple({"engine_instances": instances, "engine_threads": threads} for instances, threads in shared)
+
+
 _CORES = len(os.sched_getaffinity(0))
-AXES: dict[str, tuple[int, ...]] = {
-    "preprocess_instances": tuple(dict.fromkeys((1, 2, min(_CORES, 4), min(_CORES, 4) + 1))),
-    "engine_instances": (1, 2),
-    "engine_threads": tuple(dict.fromkeys((0, 1, _CORES))),
-    "max_batch": (8, 16, 32, 64),
-    "queue_delay_us": (0, 500, 2000, 5000),
+AXES: dict[str, Axis] = {
+    "preprocess_instances": _each("preprocess_instances", 1, 2, min(_CORES, 4), min(_CORES, 4) + 1),
+    "engine": _engines(_CORES),
+    "max_batch": _each("max_batch", 8, 16, 32, 64),
+    "queue_delay_us": _each("queue_delay_us", 0, 500, 2000, 5000),
 }
 
 
@@ -32,7 +43,7 @@ AXES: dict[str, tuple[int, ...]] = {
 class SweepOptions:
     """What to search, and how each point is measured: by perf_analyzer, on a server of its own."""
 
-    axes: dict[str, tuple[int, ...]] = field(default_factory=lambda: AXES)
+    axes: dict[str, Axis] = field(default_factory=lambda: AXES)
     start: Variant | None = None  # None: the deployment as it is committed
     images: str = VGA
     concurrency: int = 16
@@ -57,9 +68,7 @@ class Point:
 Measure = Callable[[Variant], Point]
 
 
-def search(
-    start: Variant, axes: dict[str, tuple[int, ...]], measure: Measure, *, passes: int = 2
-) -> tuple[Variant, list[Point]]:
+def search(start: Variant, axes: dict[str, Axis], measure: Measure, *, passes: int = 2) -> tuple[Variant, list[Point]]:
     """(the best variant, every point measured): axis by axis, the others held at the best so far.
 
     A value has to be better by more than noise to replace the one before, so of equals the first stands. It ends after
@@ -75,9 +84,9 @@ def search(
     best = look(start)
     for _ in range(passes):
         before = best
-        for axis, values in axes.items():
+        for values in axes.values():
             for value in values:
-                changed: dict[str, Any] = {axis: value}
+                changed: dict[str, Any] = dict(value)
                 point = look(replace(best.variant, **changed))
                 if point.throughput > best.throughput * (1 + SMALLEST_CHANGE):
                     best = point
@@ -195,6 +204,6 @@ def apply(result: dict[str, Any], name: str, models: Path = MODELS) -> list[Path
     return written
 
 
-def axes_of(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+def axes_of(names: Sequence[str]) -> dict[str, Axis]:
     """The axes of these names, in their order. Raises KeyError for one that is none."""
     return {name: AXES[name] for name in names}
