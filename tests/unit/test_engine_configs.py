@@ -6,6 +6,7 @@ import shutil
 import pytest
 from google.protobuf import json_format
 
+from clip_tools.engines.verify import Engine, has_exact_pixels
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import check_files, config_names, deployment, read_config
@@ -31,6 +32,12 @@ def buckets(config) -> list[int]:
 def test_the_readmes_table_names_every_configuration_and_no_other():
     named = re.findall(r"^\| `([a-z0-9-]+)` \|", SECTION, re.MULTILINE)
     assert sorted(named) == config_names(MODELS)
+
+
+def test_which_configurations_verify_holds_to_open_clips_own_pixels():
+    near = [name for name in config_names(MODELS) if not has_exact_pixels(Engine(config_name=name, models=MODELS))]
+    assert near == ["fast", "gpu-decode"]
+    assert has_exact_pixels(Engine(models=MODELS))
 
 
 def test_the_readmes_commands_are_verbs_and_options_that_exist():

@@ -7,7 +7,16 @@ import pytest
 
 from clip_tools.engines.calibration import Calibration, calibrate, check_count, split
 from clip_tools.engines.export_variant import holds_with_margin
-from clip_tools.engines.gates import GATES, Agreement, agreement, counts_for_nothing, failures, gates_table
+from clip_tools.engines.gates import (
+    GATES,
+    Agreement,
+    Gate,
+    agreement,
+    counts_for_nothing,
+    failures,
+    gate_of,
+    gates_table,
+)
 from clip_tools.engines.gptq import curvature, fit_weights, round_weights
 from clip_tools.engines.onnx_runner import NATIVE, TWIN, run_onnx
 from clip_tools.engines.precision import (
@@ -412,7 +421,7 @@ def test_a_quarter_of_the_images_is_held_out(count: int, seen: int, held_out: in
 def test_a_mix_must_hold_with_a_margin(worst: float, mean: float, unchanged: float, holds: bool) -> None:
     """Half of the error that INT8's gate allows; all four would pass the gate itself."""
     found = Agreement(128, worst, mean, worst, 0.1, unchanged, unchanged)
-    assert not failures(found, "int8", trained=True)
+    assert not failures(found, GATES["int8"], trained=True)
     assert holds_with_margin(found, "int8") == holds
 
 
@@ -448,7 +457,7 @@ def test_a_nan_is_no_agreement() -> None:
     found = agreement(broken, expected, tuple("abcdefgh"))
     assert found.worst_cosine == -1
     assert found.worst_images[0] == "d"
-    assert failures(found, "int8", trained=True)
+    assert failures(found, GATES["int8"], trained=True)
 
 
 def test_neighbours_are_compared_as_sets_of_the_nearest() -> None:
@@ -470,11 +479,18 @@ def test_a_gate_says_what_is_under_it_and_when_it_counts_for_nothing() -> None:
     expected = np.eye(120, 512, dtype=np.float32)
     turned = np.roll(expected, 1, axis=1) * 0.1 + expected
     found = agreement(turned, expected)
-    assert "worst cosine 0.995" in failures(found, "fp16", trained=True)[0]
-    assert not [line for line in failures(found, "int8", trained=False) if "neighbours" in line]
+    assert "worst cosine 0.995" in failures(found, GATES["fp16"], trained=True)[0]
+    assert not [line for line in failures(found, GATES["int8"], trained=False) if "neighbours" in line]
     assert counts_for_nothing(120, trained=True) is None
     assert "untrained" in (counts_for_nothing(120, trained=False) or "")
     assert "99 images" in (counts_for_nothing(99, trained=True) or "")
+
+
+def test_near_pixels_are_held_to_the_lower_of_two_gates() -> None:
+    """In FP32 what `fast` may cost, in BF16 what either may."""
+    assert gate_of("fp32") == GATES["fp32"]
+    assert gate_of("fp32", exact_pixels=False) == Gate(0.995, 0.999)
+    assert gate_of("bf16", exact_pixels=False) == Gate(0.99, 0.999)
 
 
 def test_the_readme_has_the_gates_as_the_code_has_them() -> None:

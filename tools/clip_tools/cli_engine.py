@@ -182,7 +182,7 @@ def verify(
     if verdict.counts_for_nothing:
         sys.stderr.write(f"this counts for nothing: {verdict.counts_for_nothing}\n")
     if not verdict.passed:
-        raise ToolError(f"{verdict.engine} is under the gate of {verdict.precision}: {'; '.join(verdict.failures)}")
+        raise ToolError(f"{verdict.engine} is under the gate of {verdict.gate_name}: {'; '.join(verdict.failures)}")
 
 
 @app.command("tune-precision")

@@ -20,7 +20,7 @@ def results_table(folder: Path = RESULTS) -> str:
         cells = (
             found["model"],
             found["engine"].removeprefix("clip_ensemble, configuration "),
-            found["precision"],
+            found["gate_name"],
             f"{agreement['worst_cosine']:.5f}",
             f"{agreement['mean_cosine']:.5f}",
             f"{agreement['top1_agreement']:.1%}",

@@ -66,7 +66,7 @@ def export_variant(
         run: OnnxRun = run_onnx(graph, expected.pixels, advance=tell)
         found = agreement(run.embeddings, expected.embeddings, expected.names)
         trained = weights.seed is None
-        if under := failures(found, precision, trained=trained):
+        if under := failures(found, GATES[precision], trained=trained):
             mix = f", {calibrated['layers']} of {calibrated['of_layers']} layers," if calibrated else ""
             raise ToolError(
                 f"the {precision} graph of {weights.model}{mix} fails its gate on {found.images} photographs: "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from clip_tools.digest import sha256_of
 from clip_tools.engines.engine_manifest import EngineManifest
 from clip_tools.engines.export_onnx import Manifest
-from clip_tools.engines.gates import GATES, Agreement, agreement, cosines, counts_for_nothing, failures
+from clip_tools.engines.gates import Agreement, Gate, agreement, cosines, counts_for_nothing, failures, gate_of
 from clip_tools.engines.onnx_runner import run_onnx
 from clip_tools.engines.precision import Precision, precision_of
 from clip_tools.engines.reference import Reference, reference
@@ -47,13 +47,15 @@ class Engine:
 class Verdict:
     """The agreement, what it was held to, and whether it passed.
 
-    `how` says what computed it. `counts_for_nothing` is why a passed gate proves nothing, None when it counts.
-    `cosines` are those of the images, in their order.
+    `exact_pixels`: they are to be open_clip's own. `how` says what computed it. `counts_for_nothing` is why a passed
+    gate proves nothing, None when it counts. `cosines` are those of the images, in their order.
     """
 
     engine: str
     sha256: str | None
     precision: Precision
+    exact_pixels: bool
+    gate: Gate
     model: str
     trained: bool
     how: str
@@ -64,6 +66,11 @@ class Verdict:
     cosines: tuple[float, ...]
 
     @property
+    def gate_name(self) -> str:
+        """How the gate is called in the report."""
+        return self.precision if self.exact_pixels else f"{self.precision}, near pixels"
+
+    @property
     def passed(self) -> bool:
         """Whether nothing is under the gate."""
         return not self.failures
@@ -72,7 +79,7 @@ class Verdict:
         """For JSON; without the cosine of each image."""
         fields = asdict(self)
         del fields["cosines"]
-        return fields | {"gate": asdict(GATES[self.precision]), "passed": self.passed}
+        return fields | {"gate_name": self.gate_name, "passed": self.passed}
 
 
 def find_engine(name: str | None, url: str | None, models: Path = MODELS) -> Engine:
@@ -119,16 +126,19 @@ def verify(
     advance("open_clip in FP32", len(images), len(images))
     embeddings, how = _embed(engine, images, expected, advance)
     found = agreement(embeddings, expected.embeddings, expected.names)
-    trained = weights.seed is None
+    trained, exact_pixels = weights.seed is None, has_exact_pixels(engine)
+    gate = gate_of(held_to, exact_pixels=exact_pixels)
     return Verdict(
         engine=engine.title,
         sha256=sha256_of(file) if file and file.is_file() else None,
         precision=held_to,
+        exact_pixels=exact_pixels,
+        gate=gate,
         model=weights.model,
         trained=trained,
         how=how,
         agreement=found,
-        failures=tuple(failures(found, held_to, trained=trained)),
+        failures=tuple(failures(found, gate, trained=trained)),
         counts_for_nothing=counts_for_nothing(len(images), trained=trained),
         images_sha256=expected.images_sha256,
         cosines=tuple(float(value) for value in cosines(embeddings, expected.embeddings)),
@@ -157,6 +167,14 @@ def _precision(engine: Engine, file: Path | None) -> Precision:
     import onnx
 
     return precision_of(_load(onnx, file))
+
+
+def has_exact_pixels(engine: Engine) -> bool:
+    """Whether its preprocess is to give open_clip's own; a running server, which does not say, is held to it."""
+    if engine.file or engine.url:
+        return True
+    parameters = [model.config.parameters for model in deployment(engine.models, engine.config_name)]
+    return all(found["mode"].string_value == "exact" for found in parameters if "mode" in found)
 
 
 def _load(onnx: Any, file: Path) -> Any:
@@ -293,11 +311,11 @@ def verdict_table(verdict: Verdict) -> Any:
     """The figures beside what the gate asks for, as a rich table."""
     from rich.table import Table
 
-    gate, found = GATES[verdict.precision], verdict.agreement
+    gate, found = verdict.gate, verdict.agreement
     table = Table(title=f"{verdict.engine} against open_clip in FP32: {verdict.model}", title_justify="left")
     table.add_column("")
     table.add_column(f"{found.images} images", justify="right")
-    table.add_column(f"gate of {verdict.precision}", justify="right")
+    table.add_column(f"gate of {verdict.gate_name}", justify="right")
     for title, value, least in (
         ("worst cosine", f"{found.worst_cosine:.6f}", gate.worst_cosine),
         ("mean cosine", f"{found.mean_cosine:.6f}", gate.mean_cosine),
@@ -319,13 +337,13 @@ def draw_histogram(verdict: Verdict, picture: Path) -> None:
     except ImportError as error:
         raise missing_extra("server", error) from error
     distances = np.clip(1 - np.nan_to_num(np.array(verdict.cosines), nan=-1.0), 1e-8, None)
-    allowed = 1 - GATES[verdict.precision].worst_cosine
+    allowed = 1 - verdict.gate.worst_cosine
     low, high = min(distances.min(), allowed) / 2, max(distances.max(), allowed) * 2
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.hist(distances, bins=np.geomspace(low, high, 40).tolist(), color="#4c72b0")
     axes.set_xscale("log")
-    axes.axvline(allowed, color="#c44e52", label=f"gate of {verdict.precision}: worst cosine {1 - allowed:g}")
+    axes.axvline(allowed, color="#c44e52", label=f"gate of {verdict.gate_name}: worst cosine {1 - allowed:g}")
     axes.set_xlabel("1 - cosine to open_clip in FP32")
     axes.set_ylabel("images")
     axes.set_title(f"{verdict.engine}, {verdict.model}, {len(distances)} images", loc="left", size=10)

@@ -8,7 +8,7 @@ from typing import Any
 from clip_tools.measuring import plots
 from clip_tools.measuring.noise import Ratio, paired_ratio
 from clip_tools.measuring.sections import Section, markdown_table
-from clip_tools.measuring.targets import Cell, NotMeasured, Verdict, check, values
+from clip_tools.measuring.targets import BUSIEST, Cell, NotMeasured, Verdict, check, values
 
 BASELINE = "pytorch"
 
@@ -131,6 +131,19 @@ def _bound_text(result: dict[str, Any]) -> str:
         f"The bound: preprocess alone takes {preprocess_ms:.2f} ms an image on one core, the engine alone "
         f"{engine_ms:.2f} ms on all {cores} at its best batch; "
         f"{cores} cores / ({preprocess_ms:.2f} + {cores} x {engine_ms:.2f}) ms = {bound:.1f} images/s.\n"
+        + _served_work_text(result, cores)
+    )
+
+
+def _served_work_text(result: dict[str, Any], cores: int) -> str:
+    """What the server spent where it is held against the bound, which gives all cores to preprocess and engine."""
+    try:
+        rates, busy = (statistics.median(values(result, BUSIEST, key)) for key in ("throughput", "server_cores_busy"))
+    except (NotMeasured, KeyError):
+        return ""
+    return (
+        f"Served at {rates:.1f} images/s, all the server's processes had {busy:.2f} of the {cores} cores, "
+        f"{1000 * busy / rates:.1f} ms an image; the rest was the client's, which shares them, and idle.\n"
     )
 
 
