@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_tools import photos, reliability
+from clip_tools import photos, proxy, reliability
 from clip_tools.demo import weights_from_environment
 from clip_tools.engines.export_onnx import export_onnx, is_exported, manifest_path
 from clip_tools.measuring.services import free_ports
@@ -22,6 +22,8 @@ from clip_tools.serving.serve import EmbeddedServer, ServeOptions
 # What the server's own Python finds beside a model.
 sys.path += [str(MODELS / "preprocess" / "1"), str(BACKENDS / "onnxruntime"), str(BACKENDS / "tensorrt")]
 import clip_preprocess
+
+proxy.leave_this_machine_out()
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,7 @@ def parse_urls(urls: str | Iterable[str], *, backend: Backend = "triton") -> tup
 
 def _is_local(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return host.rstrip(".") == "localhost"
+    return address.is_loopback or address.is_unspecified

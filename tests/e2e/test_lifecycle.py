@@ -46,7 +46,7 @@ def wait_for(stream, words: str) -> str:
 def test_serve_says_ready_stops_on_a_signal_and_leaves_nothing(repository, tmp_path, number):
     """Also where the environment has a proxy, which cannot reach this machine's own server."""
     options = options_for(repository, tmp_path / "log")
-    environment = os.environ | {"http_proxy": "http://127.0.0.1:9"}
+    environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
     with subprocess.Popen(
         serve_command(options, "--log-verbose=0"), stderr=subprocess.PIPE, text=True, env=environment
     ) as process:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_tools.engines.calibration import calibrate
 from clip_tools.engines.class_token import with_short_last_block
 from clip_tools.engines.export_onnx import compare, write_graph
 from clip_tools.engines.gates import cosines
 from clip_tools.engines.mix import Engine
 from clip_tools.engines.onnx_runner import run_onnx
 from clip_tools.engines.precision import fold_normalisation, split_gemm
+from clip_tools.engines.quantize import linear_layers, prepare
 from clip_tools.engines.rotation import ROTATION, rotate
 from clip_tools.engines.tune_precision import embed
 from clip_tools.oracle import Oracle
@@ -139,3 +141,12 @@ def test_the_stream_is_turned_through_the_class_tokens_slice(short, tmp_path):
         assert ROTATION in {node.name for node in turned.graph.node}
         before, after = run_onnx(prepared, pixels).embeddings, run_onnx(turned, pixels).embeddings
         assert np.abs(before - after).max() < 1e-5  # FP32 in another order
+
+
+def test_eight_bits_leave_out_what_sees_the_class_token_alone(short, tmp_path):
+    """Of the last block all but its keys and values: there is one row an image to fit to, and no work to save."""
+    prepared = prepare(short, "int8")
+    layers = calibrate(prepared, coarse_noise(8), "int8", folder=tmp_path).layers
+    nodes = [node.name for node in linear_layers(prepared)]
+    assert len(nodes) == 4 + 5
+    assert [name in layers for name in nodes] == [True] * 4 + [False, True, False, False, False]

@@ -86,6 +86,8 @@ def test_order_holds_for_any_batching(url, count, batch_size, max_in_flight, lim
 def test_the_environments_proxy_is_not_asked_for_this_machine(url, monkeypatch):
     """It is another machine, whose localhost is not ours."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     with EmbeddingClient(url, retry=None) as client:
         assert client.embed([b"a"]).shape == (1, 512)
 

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from clip_tools import cli
 from clip_tools.digest import sha256_of
+from clip_tools.engines.export_onnx import GRAPH, describe
 from clip_tools.errors import ToolError
+from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment
 from clip_tools.serving.manifests import check_manifests, wrong_file
@@ -64,6 +67,17 @@ def test_a_file_without_a_manifest_is_said_to_be_unchecked(models):
     check_manifests(deployment(models), said.append)
     (line,) = said
     assert "model.onnx has no manifest.json" in line
+
+
+@pytest.mark.parametrize(("graph", "lines"), [(GRAPH, 0), (GRAPH - 1, 1)])
+def test_an_earlier_versions_graph_is_served_and_said_to_be_slower(models, graph, lines):
+    file = models / "clip_onnx" / "1" / "model.onnx"
+    manifest = describe(file, Weights("ViT-B-32", "random:0"), "fp32", 1.0, 0.0)
+    file.with_name("manifest.json").write_text(replace(manifest, graph=graph).to_json())
+    said = []
+    check_manifests(deployment(models), said.append)
+    assert len(said) == lines
+    assert all("`clip-tools export-onnx` makes a faster one" in line for line in said)
 
 
 @pytest.mark.parametrize(("name", "file"), [("onnx", "clip_onnx/1/model.onnx"), ("trt", "clip_trt/1/model.plan")])

@@ -125,6 +125,21 @@ AXES = {
 }
 
 
+@pytest.mark.parametrize("cores", [1, 2, 6, 64])
+def test_the_sweeps_engines_share_the_cores_and_are_few(cores):
+    """Each instance holds the weights anew."""
+    tried = [replace(START, **engine) for engine in sweep._engines(cores)]
+    assert START in tried
+    assert len(set(tried)) == len(tried)
+    assert all(one.engine_instances <= 4 for one in tried)
+    assert all(one.engine_instances * one.engine_threads <= max(cores, 2) for one in tried)
+
+
+def test_every_axis_is_one_of_a_variants_settings():
+    for axis in sweep.axes_of(["preprocess_instances", "engine", "max_batch", "queue_delay_us"]).values():
+        assert all(replace(START, **value) for value in axis)
+
+
 def test_the_sweep_climbs_axis_by_axis_and_measures_nothing_twice():
     seen = []
 

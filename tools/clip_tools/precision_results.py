@@ -20,7 +20,7 @@ def results_table(folder: Path = RESULTS) -> str:
         cells = (
             found["model"],
             found["engine"].removeprefix("clip_ensemble, configuration "),
-            found["gate_name"],
+            found.get("gate_name", found["precision"]),
             f"{agreement['worst_cosine']:.5f}",
             f"{agreement['mean_cosine']:.5f}",
             f"{agreement['top1_agreement']:.1%}",

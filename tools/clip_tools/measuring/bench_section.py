@@ -138,12 +138,14 @@ def _bound_text(result: dict[str, Any]) -> str:
 def _served_work_text(result: dict[str, Any], cores: int) -> str:
     """What the server spent where it is held against the bound, which gives all cores to preprocess and engine."""
     try:
-        rates, busy = (statistics.median(values(result, BUSIEST, key)) for key in ("throughput", "server_cores_busy"))
+        rates, busy = (values(result, BUSIEST, key) for key in ("throughput", "server_cores_busy"))
     except (NotMeasured, KeyError):
         return ""
+    spent_ms = statistics.median(1000 * cores_busy / rate for cores_busy, rate in zip(busy, rates, strict=True))
     return (
-        f"Served at {rates:.1f} images/s, all the server's processes had {busy:.2f} of the {cores} cores, "
-        f"{1000 * busy / rates:.1f} ms an image; the rest was the client's, which shares them, and idle.\n"
+        f"Served at {statistics.median(rates):.1f} images/s, the server's processes had {statistics.median(busy):.2f} "
+        f"of the {cores} cores over the whole run, its warm-up too: some {spent_ms:.0f} ms an image. The rest was the "
+        "client's, which shares the cores, and idle.\n"
     )
 
 

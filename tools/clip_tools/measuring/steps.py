@@ -2,9 +2,9 @@
 
 import os
 import re
-import urllib.request
 from dataclasses import dataclass
 
+from clip_tools.proxy import DIRECT
 from clip_tools.serving.keyring import access_of
 
 _PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
@@ -69,5 +69,5 @@ def read_metrics(text: str) -> dict[str, float]:
 
 def metrics(host: str, port: int) -> dict[str, float]:
     """The server's Prometheus metrics now."""
-    with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
+    with DIRECT.open(f"http://{host}:{port}/metrics", timeout=10) as answer:
         return read_metrics(answer.read().decode())

@@ -26,7 +26,8 @@ def _each(name: str, *values: int) -> Axis:
 
 def _engines(cores: int) -> Axis:
     """Instances and the threads of each, which mean nothing apart; 0 threads are ONNX Runtime's choice: every core."""
-    shared = dict.fromkeys([(1, 0), (2, 0), (2, max(1, cores // 2)), (cores, 1)])
+    most = min(cores, 4)
+    shared = dict.fromkeys([(1, 0), (2, 0), (2, max(1, cores // 2)), (most, max(1, cores // most))])
     return tuple({"engine_instances": instances, "engine_threads": threads} for instances, threads in shared)
 
 

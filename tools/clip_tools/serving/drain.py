@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+from clip_tools.proxy import DIRECT
 from clip_tools.repository import ENSEMBLE
 
 _ANSWER_S = 5.0  # for the server to answer about its models: one that hangs is not waited for
@@ -36,6 +37,6 @@ def _is_unloading(model: Mapping[str, Any]) -> bool:
 
 def _post(url: str, headers: Mapping[str, str]) -> bytes:
     request = urllib.request.Request(url, b"{}", dict(headers))  # noqa: S310
-    with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:  # noqa: S310
+    with DIRECT.open(request, timeout=_ANSWER_S) as answer:
         body: bytes = answer.read()
     return body

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from clip_tools.digest import sha256_of
-from clip_tools.engines.export_onnx import manifest_path
+from clip_tools.engines.export_onnx import GRAPH, Manifest, manifest_path
 from clip_tools.errors import ToolError
 from clip_tools.repository import Model, build_command
 
@@ -30,6 +30,7 @@ def check_manifests(
 ) -> None:
     """Raises ToolError for a file that is not its manifest's, with what to do; says, on stderr, which have none.
 
+    And which are of an earlier version's form: they are right, and slower than they could be.
     A plan's manifest `serve.check_plans` looks at, with what else a plan must fit.
     """
     for model in models:
@@ -42,4 +43,9 @@ def check_manifests(
         if not manifest_path(model.file).is_file():
             (say or sys.stderr.write)(
                 f"{model.name}: {model.file} has no {manifest_path(model.file).name}, so its sha256 is not checked\n"
+            )
+        if (made := Manifest.read(model.file)) and made.graph < GRAPH:
+            (say or sys.stderr.write)(
+                f"{model.name}: {model.file} is an earlier version's: `{build_command(model)}` makes a faster one that "
+                "gives the same vectors\n"
             )

@@ -10,11 +10,12 @@ import os
 import re
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+
+from clip_tools.proxy import DIRECT
 
 if TYPE_CHECKING:
     from clip_embed import EmbeddingClient
@@ -178,7 +179,7 @@ class ImageProbe:
         if self._metrics_url is None:
             return None
         try:
-            with urllib.request.urlopen(self._metrics_url, timeout=5) as answer:  # noqa: S310
+            with DIRECT.open(self._metrics_url, timeout=5) as answer:
                 found = _SERVED.search(answer.read().decode())
         except (OSError, HTTPException):
             return None
