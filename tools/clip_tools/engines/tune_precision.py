@@ -248,8 +248,8 @@ def tune_precision(
 
     if not is_exported(model_path, weights):
         raise ToolError(
-            f"{model_path} is not today's export of {weights.model}, {weights.pretrained}: make it with `clip-tools "
-            f"export-onnx --model {weights.model} --pretrained {weights.pretrained}`"
+            f"{model_path} is not this version's export of {weights.model}, {weights.pretrained}: make it with "
+            f"`clip-tools export-onnx --model {weights.model} --pretrained {weights.pretrained}`"
         )
     tuning = tune(onnx.load(str(model_path)), expected, worst_cosine=worst_cosine, rounds=rounds, advance=advance)
     trained = weights.seed is None
