@@ -3,6 +3,7 @@
 import os
 import urllib.request
 
+import httpx
 import pytest
 
 from clip_embed.target import parse_url
@@ -24,10 +25,10 @@ def test_this_machine_is_added_to_what_needs_no_proxy(monkeypatch, given, kept):
     monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
     proxy.leave_this_machine_out()
     for name in ("no_proxy", "NO_PROXY"):
-        assert os.environ[name].split(",") == [*kept, "localhost", "127.0.0.1", "::1", "[::1]"]
+        assert os.environ[name].split(",") == [*kept, "localhost", "127.0.0.1", "::1"]
     assert urllib.request.proxy_bypass("localhost:8000")
-    assert urllib.request.proxy_bypass("[::1]:8000")
     assert not urllib.request.proxy_bypass("hub.example")
+    httpx.Client().close()  # which refuses a list that it cannot read
 
 
 def test_where_nothing_goes_to_the_proxy_it_stays_so(monkeypatch):

@@ -3,7 +3,7 @@
 import os
 import urllib.request
 
-_LOOPBACK = "localhost,127.0.0.1,::1,[::1]"
+_LOOPBACK = "localhost,127.0.0.1,::1"  # httpx cannot read `[::1]` here
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Opens URLs of this machine's own server, whatever its address."""
