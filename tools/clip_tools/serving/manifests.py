@@ -33,6 +33,7 @@ def check_manifests(
     And which are of an earlier version's form: they are right, and slower than they could be.
     A plan's manifest `serve.check_plans` looks at, with what else a plan must fit.
     """
+    tell = say or sys.stderr.write
     for model in models:
         if model.file is None or model.config.backend not in backends:
             continue
@@ -41,11 +42,9 @@ def check_manifests(
                 f"{model.name}: {wrong}; it is damaged or was exchanged: make it again with `{build_command(model)}`"
             )
         if not manifest_path(model.file).is_file():
-            (say or sys.stderr.write)(
-                f"{model.name}: {model.file} has no {manifest_path(model.file).name}, so its sha256 is not checked\n"
-            )
+            tell(f"{model.name}: {model.file} has no {manifest_path(model.file).name}, so its sha256 is not checked\n")
         if (made := Manifest.read(model.file)) and made.graph < GRAPH:
-            (say or sys.stderr.write)(
+            tell(
                 f"{model.name}: {model.file} is an earlier version's: `{build_command(model)}` makes a faster one that "
                 "gives the same vectors\n"
             )
