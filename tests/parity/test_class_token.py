@@ -146,7 +146,7 @@ def test_the_stream_is_turned_through_the_class_tokens_slice(short, tmp_path):
 def test_eight_bits_leave_out_what_sees_the_class_token_alone(short, tmp_path):
     """Of the last block all but its keys and values: there is one row an image to fit to, and no work to save."""
     prepared = prepare(short, "int8")
-    layers = calibrate(prepared, coarse_noise(8), "int8", folder=tmp_path).layers
+    layers = calibrate(prepared, coarse_noise(6), coarse_noise(2), "int8", folder=tmp_path).layers
     nodes = [node.name for node in linear_layers(prepared)]
     assert len(nodes) == 4 + 5
     assert [name in layers for name in nodes] == [True] * 4 + [False, True, False, False, False]

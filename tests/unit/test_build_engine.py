@@ -14,7 +14,7 @@ from clip_tools.cli import app
 from clip_tools.engines import engine_manifest
 from clip_tools.engines.build_engine import EngineManifest, EngineOptions, build_engine, stale_reason
 from clip_tools.engines.census import Census, count_engine
-from clip_tools.engines.precision import lower
+from clip_tools.engines.precision import count_weights, lower
 from clip_tools.errors import ToolError
 from clip_tools.gpu import Gpu
 from clip_tools.repository import deployment
@@ -77,7 +77,7 @@ def test_the_exported_graph_becomes_an_engine_of_the_precision_asked_for(onnx_mo
     plan = tmp_path / "model.plan"
     manifest = build_engine(graph, plan, EngineOptions(runtime="tensorrt-rtx", precision="fp16"))
     assert manifest.matrices == {"fp16": 75}  # 12 x (4 linear, 2 of attention), the last query, patches, projection
-    assert manifest.matrices_with_weights == {"fp16": 51}
+    assert manifest.weights == {"fp16": count_weights(onnx.load(str(onnx_model)))}
     assert EngineManifest.read(plan) == manifest
     assert plan.stat().st_size == manifest.size_bytes
     assert stale_reason(plan, onnx_path=graph) is None
@@ -198,7 +198,7 @@ BUILT = EngineManifest(
     version_compatible=False,
     hardware_compatible=False,
     matrices={"fp16": 75},
-    matrices_with_weights={"fp16": 51},
+    weights={"fp16": 87_800_000},
     build_s=60.0,
     size_bytes=4,
     date="",
@@ -257,21 +257,21 @@ def test_the_command_that_builds_again_says_what_is_not_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("matrices", "with_weights", "precision", "complaint"),
+    ("matrices", "weights", "precision", "complaint"),
     [
         ({"fp16": 75}, {"fp16": 51}, "fp16", None),
         ({"fp16": 73, "fp32": 1}, {"fp16": 49, "fp32": 1}, "fp16", "73 in fp16, 1 in fp32"),
         ({"int8": 44, "fp16": 30}, {"int8": 44, "fp16": 6}, "int8", None),
-        ({"int8": 20, "fp16": 54}, {"int8": 20, "fp16": 30}, "int8", "40% of those with weights are int8"),
+        ({"int8": 20, "fp16": 54}, {"int8": 20, "fp16": 30}, "int8", "40% of the weights are multiplied in int8"),
         ({"int8": 44, "fp32": 30}, {"int8": 44, "fp32": 6}, "int8", "30 in fp32"),
         ({}, {}, "fp32", "no matrix multiplication"),
     ],
 )
 def test_the_census_finds_what_was_not_asked_for(
-    matrices: dict[str, int], with_weights: dict[str, int], precision: str, complaint: str | None
+    matrices: dict[str, int], weights: dict[str, int], precision: str, complaint: str | None
 ) -> None:
     """A few matrices of another precision are another engine; an eight-bit one may leave attention in FP16."""
-    found = Census(matrices, with_weights).complaint(precision)
+    found = Census(matrices, weights).complaint(precision)
     assert found is None if complaint is None else complaint in (found or "")
 
 

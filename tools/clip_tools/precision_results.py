@@ -11,8 +11,8 @@ RESULTS = ROOT / "docs" / "results" / "precision"
 def results_table(folder: Path = RESULTS) -> str:
     """One line for each file: what ran, on which weights, and whether it passed."""
     lines = [
-        "| weights | engine | gate | worst cosine | mean cosine | nearest neighbour unchanged | |",
-        "|---|---|---|---|---|---|---|",
+        "| weights | engine | gate | worst cosine | mean cosine | nearest neighbour the same | ties aside | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
@@ -24,6 +24,7 @@ def results_table(folder: Path = RESULTS) -> str:
             f"{agreement['worst_cosine']:.5f}",
             f"{agreement['mean_cosine']:.5f}",
             f"{agreement['top1_agreement']:.1%}",
+            f"{agreement['neighbours_kept']:.1%}",
             f"[{'passed' if found['passed'] else 'failed'}](docs/results/precision/{path.name})",
         )
         lines.append(f"| {' | '.join(cells)} |")

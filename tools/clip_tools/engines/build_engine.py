@@ -8,7 +8,7 @@ import datetime
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -279,7 +279,7 @@ def _write(
             compute_capability=gpu.compute_capability if gpu and not targets else None,
             **{**asdict(options), "targets": targets},
             matrices=dict(census.matrices),
-            matrices_with_weights=dict(census.with_weights),
+            weights=dict(census.weights),
             build_s=round(build_s, 2),
             size_bytes=len(plan),
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -315,9 +315,8 @@ def census_table(manifest: EngineManifest) -> Any:
     from rich.table import Table
 
     table = Table(title=f"Matrix multiplications in {manifest.precision}", title_justify="left")
-    for title in ("precision", "all", "with weights"):
+    for title in ("precision", "multiplications", "weights"):
         table.add_column(title, justify="left" if title == "precision" else "right")
-    weights: Mapping[str, int] = manifest.matrices_with_weights
     for name, count in manifest.matrices.items():
-        table.add_row(name, str(count), str(weights.get(name, 0)))
+        table.add_row(name, str(count), f"{manifest.weights.get(name, 0):,}")
     return table

@@ -8,9 +8,11 @@ import hashlib
 import json
 import tempfile
 import zipfile
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +33,16 @@ if TYPE_CHECKING:
 CALIBRATIONS = CACHE / "calibrations"
 ADVISED_IMAGES, MIN_IMAGES = 500, 100
 _FEWEST_IMAGES = 8  # even when forced: of these, two are left to choose a mix on
-_VERSION = 5  # of what is computed below: an older result is not taken from the cache
+_VERSION = 6  # of what is computed below: an older result is not taken from the cache
 _MOST_IMAGES = 512  # of more than these, every so many: the layers' inputs are held in memory
 _HELD_OUT = 4  # one image in so many
 _ROWS = 12288  # of each layer at random, in all, beside the class tokens: four times the widest layer's channels
-_COST_IMAGES = 16
-# Of these layers; fewer than half of all products with weights would be no eight-bit engine (census.py). In a ViT-B
-# these are 45 of 52, so 26 are the least.
-_SHARES = (1.0, 0.9, 0.8, 0.7, 0.63, 0.58)
+_COST_IMAGES = 32
+# Of the graph's weights; with fewer than half of them it would be no eight-bit engine (census.py). The linear layers
+# that can be rounded hold nine tenths.
+_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
-_PARTS = ("shift", "smooth", "scale", "weight_scales", "levels", "bias")  # of a layer, as they are kept
+_PARTS = ("centre", "smooth", "weight_scales", "levels", "bias")  # of a layer, as they are kept
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 
@@ -52,11 +54,15 @@ class Calibration:
     layers: dict[str, QuantisedLayer]
     costs: dict[str, float]
 
-    def mixes(self) -> list[dict[str, QuantisedLayer]]:
-        """The layers to quantise, from all of them down to the cheapest half."""
-        by_cost = sorted(self.costs, key=lambda name: self.costs[name])
-        chosen = [set(by_cost[: max(1, round(share * len(by_cost)))]) for share in _SHARES]
-        return [{name: layer for name, layer in self.layers.items() if name in names} for names in chosen]
+    def mixes(self, weights: int) -> list[dict[str, QuantisedLayer]]:
+        """The layers to quantise, from all of them down to those with half of the graph's so many weights.
+
+        Those that cost least for their size come first.
+        """
+        by_cost = sorted(self.costs, key=lambda name: self.costs[name] / self.layers[name].levels.size)
+        held = list(accumulate((self.layers[name].levels.size for name in by_cost), initial=0))
+        counts = [bisect_left(held, share * weights) for share in _SHARES]
+        return [{name: self.layers[name] for name in self.layers if name in set(by_cost[:count])} for count in counts]
 
 
 def check_count(images: int, *, force: bool) -> str | None:
@@ -90,20 +96,24 @@ def split(pixels: "Pixels") -> "tuple[Pixels, Pixels]":
 def calibrate(
     model: "onnx.ModelProto",
     pixels: "Pixels",
+    held_out: "Pixels",
     kind: Eight,
     *,
     folder: Path = CALIBRATIONS,
     advance: Advance = lambda what, done, total: None,
 ) -> Calibration:
-    """The calibration of a prepared FP32 graph on (N, 224, 224, 3) uint8 pixels; from the cache when both are known."""
+    """The calibration of a prepared FP32 graph on (N, 224, 224, 3) uint8 pixels; from the cache when all are known.
+
+    What a layer costs is seen on the held-out images: on those that it was fitted to it costs less.
+    """
     digest = hashlib.sha256(f"{_VERSION} {kind} {_ROWS} {_COST_IMAGES}".encode())
     digest.update(model.SerializeToString(deterministic=True))
-    digest.update(pixels.tobytes())
+    digest.update(pixels.tobytes() + held_out.tobytes())
     path = folder / f"{digest.hexdigest()[:24]}.npz"
     if (kept := _read(path)) is not None:
         return kept
     layers = _quantise_layers(model, pixels, kind, advance)
-    made = Calibration(layers, _costs(model, layers, pixels, kind, advance))
+    made = Calibration(layers, _costs(model, layers, held_out, kind, advance))
     _keep(made, path)
     return made
 
@@ -123,19 +133,21 @@ def _quantise_layers(
 
 
 def watch(inputs: "list[Floats]", sizes: Sequence[int]) -> LayerStatistics:
-    """What came into a layer in each batch; `sizes` are the batches' numbers of images."""
+    """Of what came into a layer in each batch; `sizes` are the batches' numbers of images."""
     import numpy as np
 
+    # The axis that counts images; of (R, K) rows, which do not say which token they are, the rows'.
+    axes = [1 if value.ndim == 3 and len(value) != size else 0 for value, size in zip(inputs, sizes, strict=True)]
+    count = sum(value.shape[axis] for value, axis in zip(inputs, axes, strict=True))
+    centre = sum(value.sum(axis=axis, keepdims=True) for value, axis in zip(inputs, axes, strict=True)) / count
     random = np.random.default_rng(0)
-    flat = [value.reshape(-1, value.shape[-1]) for value in inputs]
-    rows = [
-        rows[random.choice(len(rows), min(len(rows), round(_ROWS * size / sum(sizes))), replace=False)]
-        for rows, size in zip(flat, sizes, strict=True)
-    ]
-    rows += [_class_tokens(value, size) for value, size in zip(inputs, sizes, strict=True)]
-    least = np.min([value.min(axis=0) for value in flat], axis=0)
-    largest = np.max([value.max(axis=0) for value in flat], axis=0)
-    return LayerStatistics(least, largest, np.concatenate(rows))
+    rows = []
+    for value, size in zip(inputs, sizes, strict=True):
+        varying = value - centre
+        flat = varying.reshape(-1, value.shape[-1])
+        wanted = min(len(flat), round(_ROWS * size / sum(sizes)))
+        rows += [flat[random.choice(len(flat), wanted, replace=False)], _class_tokens(varying, size)]
+    return LayerStatistics(centre, np.concatenate(rows))
 
 
 def _class_tokens(value: Any, batch: int) -> Any:
@@ -185,6 +197,4 @@ def _read(path: Path) -> Calibration | None:
             parts = {name: {part: kept[f"{name}|{part}"] for part in _PARTS} for name in costs}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    return Calibration(
-        {name: QuantisedLayer(**found | {"scale": float(found["scale"])}) for name, found in parts.items()}, costs
-    )
+    return Calibration({name: QuantisedLayer(**found) for name, found in parts.items()}, costs)

@@ -5,6 +5,7 @@ TensorRT 11 on there is no other way, and an FP32 graph becomes an FP32 engine w
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,30 +20,31 @@ _MOVING_LAYERS = ("SHUFFLE", "IDENTITY", "CAST", "SLICE", "SQUEEZE", "UNSQUEEZE"
 
 @dataclass(frozen=True)
 class Census:
-    """How many matrix multiplications run in each precision: all of them, and those whose second factor is a weight.
+    """How many matrix multiplications run in each precision, a convolution counting as one, and how many weights.
 
-    A convolution counts as one with a weight.
+    A weight is a number of a constant second factor; a token meets each of them once, so they are also the work.
     """
 
     matrices: Mapping[str, int]
-    with_weights: Mapping[str, int]
+    weights: Mapping[str, int]
 
     def complaint(self, precision: Precision) -> str | None:
         """Why this is not an engine of that precision, in a sentence; None when it is.
 
-        FP32, FP16 and BF16 must be what every matrix runs in. INT8 and FP8 mean that at least half of the products with
-        weights do, and that the rest is FP16 or BF16: attention's own products and the layers that would fail the gate.
+        FP32, FP16 and BF16 must be what every matrix runs in. INT8 and FP8 mean that at least half of the weights are
+        multiplied in it, and that the rest is FP16 or BF16: attention's own products and the layers that would fail the
+        gate.
         """
         found = ", ".join(f"{count} in {name}" for name, count in self.matrices.items()) or "none"
         if not self.matrices:
             return "the network has no matrix multiplication at all: is it an image tower?"
         if precision in ("int8", "fp8"):
             strangers = set(self.matrices) - {precision, "fp16", "bf16"}
-            share = self.with_weights.get(precision, 0) / max(1, sum(self.with_weights.values()))
+            share = self.weights.get(precision, 0) / max(1, sum(self.weights.values()))
             if strangers or share < 0.5:
                 return (
-                    f"asked for {precision}, and of the matrix multiplications run {found}; {share:.0%} of those with "
-                    f"weights are {precision}, where half is the least"
+                    f"asked for {precision}, and of the matrix multiplications run {found}; {share:.0%} of the weights "
+                    f"are multiplied in {precision}, where half is the least"
                 )
             return None
         return None if set(self.matrices) == {precision} else f"asked for {precision}, and the matrices run {found}"
@@ -52,17 +54,21 @@ def count_network(network: Any, trt: Any) -> Census:
     """The census of an `INetworkDefinition`, before or after the build."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     makers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
+    kernels = {"CONVOLUTION": trt.IConvolutionLayer, "DECONVOLUTION": trt.IDeconvolutionLayer}
     matrices: Counter[str] = Counter()
-    with_weights: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
     for layer in layers:
         if layer.type.name not in _MATRIX_LAYERS:
             continue
         factors = [layer.get_input(i) for i in range(layer.num_inputs) if layer.get_input(i) is not None][:2]
         name = _precision_of(factors, makers)
         matrices[name] += 1
-        if len(factors) == 1 or _comes_from_constant(factors[1], makers):
-            with_weights[name] += 1
-    return Census(dict(matrices.most_common()), dict(with_weights.most_common()))
+        if len(factors) == 1 and layer.type.name in kernels:
+            layer.__class__ = kernels[layer.type.name]  # how one asks a layer of TensorRT's Python API for its own
+            weights[name] += int(layer.kernel.size)
+        elif len(factors) > 1 and _comes_from_constant(factors[1], makers):
+            weights[name] += math.prod(factors[1].shape)
+    return Census(dict(matrices.most_common()), dict(weights.most_common()))
 
 
 def count_engine(inspector_json: str) -> dict[str, int]:

@@ -55,8 +55,9 @@ class EngineManifest:
     """`manifest.json` beside a plan.
 
     `compute_capability` and `gpu` are of the GPU that it was built on, None when it was built without one. `matrices`
-    counts the matrix multiplications by precision, `engine_layers` the engine's layers by the type that they write,
-    where the runtime can tell. `trained` and `model` are the ONNX manifest's; None: it had none.
+    counts the matrix multiplications by precision, `weights` the numbers that they have as constant factors, and
+    `engine_layers` the engine's layers by the type that they write, where the runtime can tell. `trained` and `model`
+    are the ONNX manifest's; None: it had none.
     """
 
     sha256: str
@@ -76,7 +77,7 @@ class EngineManifest:
     version_compatible: bool
     hardware_compatible: bool
     matrices: dict[str, int]
-    matrices_with_weights: dict[str, int]
+    weights: dict[str, int]
     build_s: float
     size_bytes: int
     date: str

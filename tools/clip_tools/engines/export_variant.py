@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,16 @@ from clip_tools.engines.export_onnx import (
     put_in_place,
     write_graph,
 )
-from clip_tools.engines.gates import GATES, Agreement, agreement, counts_for_nothing, failures
+from clip_tools.engines.gates import (
+    GATES,
+    Agreement,
+    agreement,
+    counts_for_nothing,
+    failures,
+    likely_neighbours_kept,
+)
 from clip_tools.engines.onnx_runner import OnnxRun, run_onnx
-from clip_tools.engines.precision import Precision, count_matrices, lower
+from clip_tools.engines.precision import Precision, count_matrices, count_weights, lower
 from clip_tools.engines.reference import image_pixels, reference
 from clip_tools.errors import ToolError
 from clip_tools.oracle import Oracle, Weights, load_oracle
@@ -25,7 +32,7 @@ if TYPE_CHECKING:
     import onnx
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
-# Of the error that the gate allows, what a mix may show on images that no scale was taken from: other images, those of
+# Of the error that the gate allows, what a mix may show on images that no layer was fitted to: other images, those of
 # the gate among them, may show more. Set before any was measured, and by no result.
 _MARGIN = 0.5
 _COMPARED_IN_FP32 = 8  # photographs on which a graph that is only a step on the way meets PyTorch
@@ -111,25 +118,30 @@ def _in_precision(
 ) -> "tuple[onnx.ModelProto, dict[str, Any]]":
     """(The graph in that precision, what it was calibrated on).
 
-    An eight-bit graph has as many eight-bit layers as hold, with a margin, on calibration images that no scale was
-    taken from, and never fewer than half; the rest is FP16. Whether that is enough is for the gate to say.
+    An eight-bit graph has as many eight-bit layers as hold, with a margin, on calibration images that no layer was
+    fitted to, and never less than half of its weights in them; the rest is FP16. Whether that is enough is for the gate
+    to say.
     """
     if precision in ("fp16", "bf16"):
         return lower(full, precision), {}
     if precision not in ("int8", "fp8"):
         raise ToolError(f"--precision {precision}: the FP32 graph is no variant", exit_code=2)
+    import numpy as np
+
     from clip_tools.engines.calibration import calibrate, split
     from clip_tools.engines.quantize import prepare, quantize
 
     prepared = prepare(full, precision)
     seen, held_out = split(image_pixels(oracle, images))
-    calibration = calibrate(prepared, seen, precision, advance=advance)
-    exact = run_onnx(prepared, held_out).embeddings
-    mixes = calibration.mixes()
+    calibration = calibrate(prepared, seen, held_out, precision, advance=advance)
+    exact = run_onnx(prepared, np.concatenate([seen, held_out])).embeddings
+    weights = count_weights(prepared)
+    mixes = calibration.mixes(weights)
     first, last = 0, len(mixes) - 1  # the first that holds lies between them, or none does and the last must
     while first < last:
         middle = (first + last) // 2
-        found = agreement(run_onnx(quantize(prepared, mixes[middle], precision), held_out).embeddings, exact)
+        got, wanted = run_onnx(quantize(prepared, mixes[middle], precision), held_out).embeddings, exact[len(seen) :]
+        found = replace(agreement(got, wanted), neighbours_kept=likely_neighbours_kept(got, wanted, exact))
         first, last = (first, middle) if holds_with_margin(found, precision) else (middle + 1, last)
         advance("choosing the layers", len(mixes) - 1 - (last - first), len(mixes) - 1)
     graph = lower(quantize(prepared, mixes[first], precision), "fp16")
@@ -138,6 +150,7 @@ def _in_precision(
         "held_out": len(held_out),
         "layers": len(mixes[first]),
         "of_layers": len(calibration.layers),
+        "share_of_weights": round(sum(layer.levels.size for layer in mixes[first].values()) / weights, 4),
     }
 
 
@@ -149,6 +162,6 @@ def holds_with_margin(found: Agreement, precision: Precision) -> bool:
         for got, least in (
             (found.worst_cosine, gate.worst_cosine),
             (found.mean_cosine, gate.mean_cosine),
-            (found.top1_agreement, gate.top1_agreement),
+            (found.neighbours_kept, gate.neighbours_kept),
         )
     )

@@ -1,5 +1,6 @@
 """How near an engine must be to open_clip in FP32 before it is served: the one home of these numbers."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
 
 # Below it a percentile or a share of unchanged neighbours says little: one of 100 is one per cent.
 MIN_IMAGES = 100
+# Of similarities this far apart or less, which is the greater is no property of the model: an engine at the edge of
+# FP32's own gate is 0.0045 off, over 512 numbers 0.0002 in any one direction, so the difference of two similarities, in
+# which the errors of three images meet, has a standard deviation of 0.0003 to 0.0004. This is three of them.
+TIE = 0.001
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
@@ -21,7 +26,7 @@ class Gate:
 
     worst_cosine: float
     mean_cosine: float = 0.0
-    top1_agreement: float = 0.0
+    neighbours_kept: float = 0.0
 
 
 GATES: dict[Precision, Gate] = {
@@ -47,6 +52,7 @@ class Agreement:
 
     Cosines are in [-1, 1]; `max_abs` is the largest difference of one element. `top1_agreement` is the share of images
     whose nearest neighbour in the folder is the same one, `top5_agreement` the mean share of the five nearest that are.
+    `neighbours_kept` is `top1_agreement` with ties aside: by open_clip the new neighbour is at most `TIE` less similar.
     """
 
     images: int
@@ -56,6 +62,7 @@ class Agreement:
     max_abs: float
     top1_agreement: float
     top5_agreement: float
+    neighbours_kept: float
     worst_images: tuple[str, ...] = ()
 
 
@@ -80,17 +87,38 @@ def agreement(
     cosine = cosines(got, reference)
     broken = not np.isfinite(cosine).all()
     shown = np.where(np.isfinite(cosine), cosine, -1.0)  # NaN must not hide as "not under the gate"
-    top = {count: _same_neighbours(got, reference, count) for count in (1, 5)}
+    near = _similarities(got), _similarities(reference)
     return Agreement(
         images=len(got),
         worst_cosine=_rounded(shown.min()),
         mean_cosine=_rounded(shown.mean()),
         p1_cosine=_rounded(np.percentile(shown, 1)),
         max_abs=float("inf") if broken else float(f"{np.abs(got - reference).max():.3g}"),
-        top1_agreement=0.0 if broken else round(top[1], 4),
-        top5_agreement=0.0 if broken else round(top[5], 4),
+        top1_agreement=0.0 if broken else round(_same_neighbours(*near, 1), 4),
+        top5_agreement=0.0 if broken else round(_same_neighbours(*near, 5), 4),
+        neighbours_kept=0.0 if broken else round(_neighbours_kept(*near), 4),
         worst_images=tuple(names[index] for index in np.argsort(shown)[:3]) if names else (),
     )
+
+
+def likely_neighbours_kept(
+    got: "npt.NDArray[np.float32]", reference: "npt.NDArray[np.float32]", folder: "npt.NDArray[np.float32]"
+) -> float:
+    """The share of a folder's images that would keep their nearest neighbour, ties aside, were all as far off as these.
+
+    `got` (N, 512) are an engine's embeddings, `reference` the exact ones of the same images and `folder` those of all
+    images. Counting the changes of N images tells little where one in a hundred may change; this takes the spread of
+    the similarities' errors, as normal ones, against what the nearest of each image is ahead of the others.
+    """
+    import numpy as np
+
+    off = (got.astype(np.float64) @ got.T) - (reference.astype(np.float64) @ reference.T)
+    others = ~np.eye(len(off), dtype=bool)
+    spread = np.sqrt(2 * np.mean([row[kept].var() for row, kept in zip(off, others, strict=True)]))  # of two of them
+    similar = _similarities(folder)
+    ahead = similar.max(axis=1, keepdims=True) - similar
+    stays = np.vectorize(math.erfc)(-ahead / max(spread, 1e-12) / math.sqrt(2)) / 2
+    return float(np.where(ahead > TIE, stays, 1).prod(axis=1).mean())
 
 
 def failures(found: Agreement, gate: Gate, *, trained: bool) -> list[str]:
@@ -103,7 +131,7 @@ def failures(found: Agreement, gate: Gate, *, trained: bool) -> list[str]:
         for name, got, least in (
             ("worst cosine", found.worst_cosine, gate.worst_cosine),
             ("mean cosine", found.mean_cosine, gate.mean_cosine),
-            ("share of unchanged nearest neighbours", found.top1_agreement, gate.top1_agreement if trained else 0.0),
+            ("share of nearest neighbours kept", found.neighbours_kept, gate.neighbours_kept if trained else 0.0),
         )
         if not got >= least
     ]
@@ -120,13 +148,13 @@ def counts_for_nothing(images: int, *, trained: bool) -> str | None:
 
 def gates_table() -> str:
     """The gates as the README's table."""
-    lines = ["| precision | worst cosine | mean cosine | nearest neighbour unchanged |", "|---|---|---|---|"]
+    lines = ["| precision | worst cosine | mean cosine | nearest neighbour kept, ties aside |", "|---|---|---|---|"]
     gates: list[tuple[str, Gate]] = [*GATES.items(), ("any, near pixels", NEAR_PIXELS)]
     for name, gate in gates:
         cells = (
             f">= {gate.worst_cosine}",
             f">= {gate.mean_cosine}" if gate.mean_cosine else "",
-            f">= {gate.top1_agreement:.0%}" if gate.top1_agreement else "",
+            f">= {gate.neighbours_kept:.0%}" if gate.neighbours_kept else "",
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -134,24 +162,35 @@ def gates_table() -> str:
 
 def _rounded(value: float) -> float:
     """Seven digits, towards zero agreement: rounding never lifts a value over its gate."""
-    import math
-
     return math.floor(float(value) * 1e7) / 1e7
 
 
-def _same_neighbours(got: "npt.NDArray[np.float32]", reference: "npt.NDArray[np.float32]", count: int) -> float:
+def _similarities(rows: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float64]":
+    """(N, N) float64: of each pair of rows; -inf of a row with itself."""
+    import numpy as np
+
+    wide = rows.astype(np.float64)
+    similar: npt.NDArray[np.float64] = np.nan_to_num(wide @ wide.T)
+    np.fill_diagonal(similar, -np.inf)
+    return similar
+
+
+def _same_neighbours(got: "npt.NDArray[np.float64]", reference: "npt.NDArray[np.float64]", count: int) -> float:
+    """The mean share of the `count` nearest that are the same, of two matrices of similarities."""
     import numpy as np
 
     count = min(count, len(got) - 1)
     if count < 1:
         return 1.0
+    nearest = (np.argsort(-similar, axis=1, kind="stable")[:, :count] for similar in (got, reference))
+    return float(np.mean([len(set(a) & set(b)) / count for a, b in zip(*nearest, strict=True)]))
 
-    def nearest(rows: "npt.NDArray[np.float32]") -> "npt.NDArray[np.int64]":
-        wide = rows.astype(np.float64)
-        similar = np.nan_to_num(wide @ wide.T)
-        np.fill_diagonal(similar, -np.inf)
-        order: npt.NDArray[np.int64] = np.argsort(-similar, axis=1, kind="stable")[:, :count]
-        return order
 
-    pairs = zip(nearest(got), nearest(reference), strict=True)
-    return float(np.mean([len(set(a) & set(b)) / count for a, b in pairs]))
+def _neighbours_kept(got: "npt.NDArray[np.float64]", reference: "npt.NDArray[np.float64]") -> float:
+    """The share of rows whose nearest by `got` is the nearest by `reference` or tied with it."""
+    import numpy as np
+
+    if len(got) < 2:
+        return 1.0
+    now = reference[np.arange(len(got)), got.argmax(axis=1)]
+    return float(np.mean(now >= reference.max(axis=1) - TIE))

@@ -386,6 +386,14 @@ def count_matrices(model: "onnx.ModelProto") -> dict[str, int]:
     return dict(counts.most_common())
 
 
+def count_weights(model: "onnx.ModelProto") -> int:
+    """How many numbers the matrix multiplications and convolutions have as constant factors."""
+    import math
+
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+    return sum(sizes.get(node.input[1], 0) for node in model.graph.node if node.op_type in (*MATRIX_OPS, "Gemm"))
+
+
 def precision_of(model: "onnx.ModelProto") -> Precision:
     """What the graph is called by its matrices: INT8 or FP8 where any is, else the lowest that is there."""
     found = count_matrices(model)

@@ -4,9 +4,12 @@ Static and symmetric, one scale for a layer's activations and, in INT8, one for 
 what TensorRT's eight-bit kernels take. Plain INT8 ranges lose this model (cosine 0.63 was seen), so
 
 - the residual stream is turned until no channel stands out (rotation.py),
-- each input channel is shifted to the middle of its range (Outlier Suppression+, arXiv:2304.09145),
-- what makes its range wide is moved into the weights (SmoothQuant, arXiv:2211.10438), and the range may be clipped,
-  as the error of the layer's product on calibration rows has it,
+- each token's mean over the images is taken away first and comes back in the bias: of the class token, of which alone
+  the embedding is made, a tenth or less is left to be rounded,
+- what makes a channel's range wide is moved into the weights (SmoothQuant, arXiv:2211.10438), as the error of the
+  layer's product on calibration rows has it,
+- each row is divided by its largest number before it is rounded and its product multiplied by it, so that every row has
+  all levels and none is clipped, whatever the image,
 - the weights are fitted to the rounded inputs and then rounded so that later ones mend earlier ones (gptq.py), and
 - the mean error that remains goes into the bias (arXiv:1906.04721).
 
@@ -30,34 +33,35 @@ if TYPE_CHECKING:
 
 Eight = Literal["int8", "fp8"]
 
-_INT8_MAX, _FP8_MAX = 127.0, 448.0
+_TOP: dict[Eight, float] = {"int8": 127.0, "fp8": 448.0}
+_LEAST = 1e-6  # that a row is divided by: the first layer's class token is the same in all images, and nothing is left
 # Tried for each layer; the best product wins. One alone: 0.5 gave B-16 a mean cosine of 0.9878, 0.7 0.9887.
 _SMOOTHINGS = (0.4, 0.55, 0.7, 0.85)
-_REACHES = (1.0, 0.85, 0.7)  # of the widest input: what lies beyond is clipped
 _ROWS_TO_CHOOSE = 1536  # of the rows: enough to tell two ranges apart, not to fit weights
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What came into a linear layer: (K,) least and largest of each channel, and (R, K) rows as a sample."""
+    """What came into a linear layer: the mean of each token over the images, and `x - centre` of some rows, (R, K).
 
-    least: "Floats"
-    largest: "Floats"
+    `centre` broadcasts against the layer's input: (T, 1, K), (1, T, K), or (1, K) where tokens cannot be told apart.
+    """
+
+    centre: "Floats"
     rows: "Floats"
 
 
 @dataclass(frozen=True)
 class QuantisedLayer:
-    """A linear layer in eight bits: `(x - shift) / smooth` is rounded to multiples of `scale`.
+    """A linear layer in eight bits: each row of `(x - centre) / smooth` is divided by its largest and rounded.
 
-    `shift` and `smooth` are (K,), `weight_scales` (N,) or (), `bias`, which is added to the product, (N,), all float32;
-    scales are exact in FP16. `levels` are the (K, N) weights in multiples of their scale: int8, or float8_e4m3fn's bits
-    as int8.
+    `centre` (..., K) is that of `LayerStatistics`, `smooth` (K,). The product is multiplied by what its row was divided
+    by, and `bias` (..., N) is added. `weight_scales` are (N,) or (), all float32 and scales exact in FP16. `levels` are
+    the (K, N) weights in multiples of their scale: int8, or float8_e4m3fn's bits as int8.
     """
 
-    shift: "Floats"
+    centre: "Floats"
     smooth: "Floats"
-    scale: float
     weight_scales: "Floats"
     levels: "npt.NDArray[np.int8]"
     bias: "Floats"
@@ -90,41 +94,32 @@ def fit(statistics: LayerStatistics, weight: "Floats", kind: Eight) -> Quantised
     size = np.linalg.norm(rows @ wide, axis=1)
     shares = (1 / np.maximum(size, 0.1 * np.median(size)))[:, None].astype(np.float32)
     some = np.random.default_rng(0).permutation(len(rows))[:_ROWS_TO_CHOOSE]
-    shift, smooth, scale = _choose_range(statistics, rows[some], shares[some], wide, kind)
-    even = (rows - shift) / smooth
-    seen = _round(even, np.float32(scale), kind)
+    smooth = _choose_smoothing(rows[some], shares[some], wide, kind)
+    even = rows / smooth
+    seen = _round(even, kind)
     curved = curvature(seen * shares)
     moved = fit_weights(wide * smooth[:, None], even * shares, seen * shares, curved)
     weight_scales = _weight_scales(moved, kind)
     levels = round_weights(moved / weight_scales, curved, lambda steps: _to_grid(steps, kind))
-    errors = (rows - shift) @ wide - seen @ (levels * weight_scales)
-    bias = shift @ wide + np.average(errors, axis=0, weights=shares[:, 0] ** 2).astype(np.float32)
-    return QuantisedLayer(shift, smooth, scale, weight_scales, _bits(levels, kind), bias)
+    error = np.average(rows @ wide - seen @ (levels * weight_scales), axis=0, weights=shares[:, 0] ** 2)
+    bias = statistics.centre @ wide + error.astype(np.float32)
+    return QuantisedLayer(statistics.centre, smooth, weight_scales, _bits(levels, kind), bias)
 
 
-def _choose_range(
-    statistics: LayerStatistics, rows: "Floats", shares: "Floats", weight: "Floats", kind: Eight
-) -> "tuple[Floats, Floats, float]":
-    """(shift, smooth, scale) with the least error of the product, its weights rounded plainly."""
-    import numpy as np
+def _choose_smoothing(rows: "Floats", shares: "Floats", weight: "Floats", kind: Eight) -> "Floats":
+    """What to divide the channels by, (K,), for the least error of the product, its weights rounded plainly."""
 
     exact = rows @ weight
-    top = _INT8_MAX if kind == "int8" else _FP8_MAX
-    best: tuple[float, Floats, Floats, float] | None = None
-    for shift, smooth in _candidates(statistics, weight, kind):
-        widest = float((np.maximum(statistics.largest - shift, shift - statistics.least) / smooth).max())
+    best: tuple[float, Floats] | None = None
+    for smooth in _candidates(rows, weight, kind):
         moved = weight * smooth[:, None]
         weight_scales = _weight_scales(moved, kind)
-        rounded = _to_grid(moved / weight_scales, kind) * weight_scales
-        wanted = exact - shift @ weight
-        for reach in _REACHES if kind == "int8" else (1.0,):
-            scale = float(_half(np.asarray(max(widest * reach, 1e-6) / top)))
-            error = wanted - _round((rows - shift) / smooth, np.float32(scale), kind) @ rounded
-            loss = float((((error - error.mean(axis=0)) * shares) ** 2).mean())
-            if best is None or loss < best[0]:
-                best = loss, shift, smooth, scale
+        error = exact - _round(rows / smooth, kind) @ (_to_grid(moved / weight_scales, kind) * weight_scales)
+        loss = float((((error - error.mean(axis=0)) * shares) ** 2).mean())
+        if best is None or loss < best[0]:
+            best = loss, smooth
     assert best is not None  # noqa: S101
-    return best[1:]
+    return best[1]
 
 
 def quantize(model: "onnx.ModelProto", layers: Mapping[str, QuantisedLayer], kind: Eight) -> "onnx.ModelProto":
@@ -137,60 +132,53 @@ def quantize(model: "onnx.ModelProto", layers: Mapping[str, QuantisedLayer], kin
     if kind == "fp8":
         zero = "zero_fp8"
         graph.constants[zero] = helper.make_tensor(zero, TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
-    nodes = []
+    scale = graph.add_constant("unit_scale", _unit_scale(kind))
+    last_axis = graph.add_constant("last_axis", np.array([-1]))
+    least = graph.add_constant("least_size", np.asarray(_LEAST, np.float32))
+    nodes: list[onnx.NodeProto] = []
+
+    def add(made: str, operator: str, inputs: list[str], **attributes: Any) -> str:
+        nodes.append(helper.make_node(operator, inputs, [made], name=made, **attributes))
+        return made
+
     for node in graph.nodes:
         if node.name not in layers:
             nodes.append(node)
             continue
-        layer, name = layers[node.name], node.name
-        data = node.input[0]
-        if layer.shift.any():
-            graph.add_constant(f"{name}.shift", layer.shift)
-            nodes.append(helper.make_node("Sub", [data, f"{name}.shift"], [f"{name}.centred"], name=f"{name}.sub"))
-            data = f"{name}.centred"
+        layer, name, data = layers[node.name], node.name, node.input[0]
+        data = add(f"{name}.centred", "Sub", [data, graph.add_constant(f"{name}.centre", layer.centre)])
         if (layer.smooth != 1).any():
-            graph.add_constant(f"{name}.smooth", 1 / layer.smooth)
-            nodes.append(helper.make_node("Mul", [data, f"{name}.smooth"], [f"{name}.even"], name=f"{name}.mul"))
-            data = f"{name}.even"
-        graph.add_constant(f"{name}.scale", np.asarray(layer.scale, np.float32))
-        graph.add_constant(f"{name}.weight_scale", layer.weight_scales)
-        graph.constants[f"{name}.weight"] = _eight_bit_tensor(f"{name}.weight", layer.levels, kind)
-        axis: dict[str, Any] = {"axis": 1} if layer.weight_scales.ndim else {}
-        nodes += [
-            helper.make_node("QuantizeLinear", [data, f"{name}.scale", zero], [f"{name}.q"], name=f"{name}.quantize"),
-            helper.make_node(
-                "DequantizeLinear", [f"{name}.q", f"{name}.scale", zero], [f"{name}.dq"], name=f"{name}.dequantize"
-            ),
-            helper.make_node(
-                "DequantizeLinear",
-                [f"{name}.weight", f"{name}.weight_scale"],
-                [f"{name}.weight_dq"],
-                name=f"{name}.weight_dequantize",
-                **axis,
-            ),
-            helper.make_node("MatMul", [f"{name}.dq", f"{name}.weight_dq"], [f"{name}.product"], name=name),
-        ]
-        graph.add_constant(f"{name}.bias", layer.bias)
-        nodes.append(
-            helper.make_node("Add", [f"{name}.product", f"{name}.bias"], list(node.output), name=f"{name}.add")
-        )
+            data = add(f"{name}.even", "Mul", [data, graph.add_constant(f"{name}.smooth", 1 / layer.smooth)])
+        largest = add(f"{name}.largest", "ReduceMax", [add(f"{name}.absolute", "Abs", [data]), last_axis])
+        size = add(f"{name}.size", "Max", [largest, least])
+        unit = add(f"{name}.unit", "Div", [data, size])
+        rounded = add(f"{name}.rounded", "QuantizeLinear", [unit, scale, zero])
+        data = add(f"{name}.steps", "DequantizeLinear", [rounded, scale, zero])
+        graph.constants[f"{name}.levels"] = _eight_bit_tensor(f"{name}.levels", layer.levels, kind)
+        scales = graph.add_constant(f"{name}.weight_scales", layer.weight_scales)
+        axis = {"axis": 1} if layer.weight_scales.ndim else {}
+        weight = add(f"{name}.weight", "DequantizeLinear", [f"{name}.levels", scales], **axis)
+        nodes.append(helper.make_node("MatMul", [data, weight], [f"{name}.product"], name=name))
+        sized = add(f"{name}.sized", "Mul", [f"{name}.product", size])
+        bias = graph.add_constant(f"{name}.bias", layer.bias)
+        nodes.append(helper.make_node("Add", [sized, bias], list(node.output), name=f"{name}.add"))
     graph.nodes = nodes
     return graph.finish()
 
 
-def _candidates(statistics: LayerStatistics, weight: Any, kind: Eight) -> "list[tuple[Any, Any]]":
-    """(shift, smooth) pairs to try, none first; FP8 needs neither."""
+def _candidates(rows: "Floats", weight: "Floats", kind: Eight) -> "list[Floats]":
+    """What to divide the channels by, nothing first; FP8 needs no more."""
     import numpy as np
 
-    found = [(np.zeros(len(weight), np.float32), np.ones(len(weight), np.float32))]
+    found = [np.ones(len(weight), np.float32)]
     if kind == "fp8":
         return found
-    middle = (statistics.least + statistics.largest) / 2
-    reach = np.maximum(statistics.largest - middle, middle - statistics.least).clip(1e-5)
+    size = np.linalg.norm(rows, axis=1, keepdims=True)
+    reach = np.abs(rows / size.clip(np.median(size) * 0.01)).max(axis=0).clip(1e-5)
     column = np.abs(weight).max(axis=1).clip(1e-5)
     for strength in _SMOOTHINGS:
         smooth = reach**strength / column ** (1 - strength)
-        found.append((middle, np.asarray(smooth / np.exp(np.log(smooth).mean()), np.float32)))
+        found.append(np.asarray(smooth / np.exp(np.log(smooth).mean()), np.float32))
     return found
 
 
@@ -204,17 +192,22 @@ def _half(value: Any) -> Any:
 def _weight_scales(weight: Any, kind: Eight) -> Any:
     import numpy as np
 
-    top = _INT8_MAX if kind == "int8" else _FP8_MAX
-    return _half(np.abs(weight).max(axis=0 if kind == "int8" else None).clip(1e-7) / top)
+    return _half(np.abs(weight).max(axis=0 if kind == "int8" else None).clip(1e-7) / _TOP[kind])
 
 
-def _round(values: Any, scale: Any, kind: Eight) -> Any:
-    """The values as the eight-bit type holds them."""
+def _unit_scale(kind: Eight) -> Any:
+    """What a row whose largest number is one is rounded to multiples of."""
     import numpy as np
 
-    if kind == "int8":  # of an activation -128 is one level more
-        return np.clip(np.rint(values / scale), -_INT8_MAX - 1, _INT8_MAX) * scale
-    return _to_grid(values / scale, kind) * scale
+    return _half(np.asarray(1 / _TOP[kind]))
+
+
+def _round(rows: Any, kind: Eight) -> Any:
+    """(R, K) rows as the eight-bit type holds them, each against its largest number."""
+    import numpy as np
+
+    scale = _unit_scale(kind) * np.abs(rows).max(axis=1, keepdims=True).clip(_LEAST)
+    return _to_grid(rows / scale, kind) * scale
 
 
 def _to_grid(steps: Any, kind: Eight) -> Any:
@@ -222,9 +215,8 @@ def _to_grid(steps: Any, kind: Eight) -> Any:
     import ml_dtypes
     import numpy as np
 
-    if kind == "int8":
-        return np.clip(np.rint(steps), -_INT8_MAX, _INT8_MAX)
-    return np.clip(steps, -_FP8_MAX, _FP8_MAX).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    within = np.clip(steps, -_TOP[kind], _TOP[kind])
+    return np.rint(within) if kind == "int8" else within.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 def _bits(levels: Any, kind: Eight) -> Any:

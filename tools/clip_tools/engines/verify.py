@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from clip_tools.digest import sha256_of
 from clip_tools.engines.engine_manifest import EngineManifest
 from clip_tools.engines.export_onnx import Manifest
-from clip_tools.engines.gates import Agreement, Gate, agreement, cosines, counts_for_nothing, failures, gate_of
+from clip_tools.engines.gates import TIE, Agreement, Gate, agreement, cosines, counts_for_nothing, failures, gate_of
 from clip_tools.engines.onnx_runner import run_onnx
 from clip_tools.engines.precision import Precision, precision_of
 from clip_tools.engines.reference import Reference, reference
@@ -321,7 +321,8 @@ def verdict_table(verdict: Verdict) -> Any:
         ("mean cosine", f"{found.mean_cosine:.6f}", gate.mean_cosine),
         ("1st percentile", f"{found.p1_cosine:.6f}", 0.0),
         ("largest difference", f"{found.max_abs:.2g}", 0.0),
-        ("nearest neighbour unchanged", f"{found.top1_agreement:.1%}", gate.top1_agreement),
+        ("nearest neighbour the same", f"{found.top1_agreement:.1%}", 0.0),
+        (f"or within {TIE} of it", f"{found.neighbours_kept:.1%}", gate.neighbours_kept),
         ("of the nearest five", f"{found.top5_agreement:.1%}", 0.0),
     ):
         table.add_row(title, value, f">= {least}" if least else "")
