@@ -205,6 +205,13 @@ BUILT = EngineManifest(
 )
 
 
+def test_an_earlier_versions_manifest_is_still_read(tmp_path: Path) -> None:
+    """It has a field that is no more and lacks one: its plan is as good as it was."""
+    fields = {name: value for name, value in json.loads(BUILT.to_json()).items() if name != "weights"}
+    (tmp_path / "manifest.json").write_text(json.dumps({**fields, "matrices_with_weights": {"fp16": 51}}))
+    assert EngineManifest.read(tmp_path / "model.plan") == dataclasses.replace(BUILT, weights={})
+
+
 @pytest.mark.parametrize(
     ("changes", "version", "gpu", "reason"),
     [

@@ -1,7 +1,8 @@
 """The linear layers of a graph in eight bits, as a set of images has them, and what each costs; kept by content.
 
-Layer after layer: what comes into one has passed all earlier ones in eight bits, so that it can make up for them. The
-last quarter of the images is not looked at: on it a mix of eight-bit and FP16 layers is chosen (export_variant.py).
+Layer after layer: what comes into one has passed all earlier ones in eight bits, so that it can make up for them. No
+layer is fitted to the last quarter of the images: on it they are weighed, and a mix of eight-bit and FP16 layers is
+chosen (export_variant.py).
 """
 
 import hashlib
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 CALIBRATIONS = CACHE / "calibrations"
 ADVISED_IMAGES, MIN_IMAGES = 500, 100
 _FEWEST_IMAGES = 8  # even when forced: of these, two are left to choose a mix on
-_VERSION = 6  # of what is computed below: an older result is not taken from the cache
+_VERSION = 7  # of what is computed below: an older result is not taken from the cache
 _MOST_IMAGES = 512  # of more than these, every so many: the layers' inputs are held in memory
 _HELD_OUT = 4  # one image in so many
 _ROWS = 12288  # of each layer at random, in all, beside the class tokens: four times the widest layer's channels
@@ -42,7 +43,7 @@ _COST_IMAGES = 32
 # that can be rounded hold nine tenths.
 _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
-_PARTS = ("centre", "smooth", "weight_scales", "levels", "bias")  # of a layer, as they are kept
+_PARTS = ("centre", "weight_scales", "levels", "bias")  # of a layer, as they are kept
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 
@@ -61,8 +62,8 @@ class Calibration:
         """
         by_cost = sorted(self.costs, key=lambda name: self.costs[name] / self.layers[name].levels.size)
         held = list(accumulate((self.layers[name].levels.size for name in by_cost), initial=0))
-        counts = [bisect_left(held, share * weights) for share in _SHARES]
-        return [{name: self.layers[name] for name in self.layers if name in set(by_cost[:count])} for count in counts]
+        counts = dict.fromkeys(min(bisect_left(held, share * weights), len(by_cost)) for share in _SHARES)
+        return [{name: self.layers[name] for name in self.layers if name in by_cost[:count]} for count in counts]
 
 
 def check_count(images: int, *, force: bool) -> str | None:
@@ -108,7 +109,9 @@ def calibrate(
     """
     digest = hashlib.sha256(f"{_VERSION} {kind} {_ROWS} {_COST_IMAGES}".encode())
     digest.update(model.SerializeToString(deterministic=True))
-    digest.update(pixels.tobytes() + held_out.tobytes())
+    for images in (pixels, held_out):
+        digest.update(f"{len(images)} ".encode())
+        digest.update(images.tobytes())
     path = folder / f"{digest.hexdigest()[:24]}.npz"
     if (kept := _read(path)) is not None:
         return kept
@@ -137,9 +140,9 @@ def watch(inputs: "list[Floats]", sizes: Sequence[int]) -> LayerStatistics:
     import numpy as np
 
     # The axis that counts images; of (R, K) rows, which do not say which token they are, the rows'.
-    axes = [1 if value.ndim == 3 and len(value) != size else 0 for value, size in zip(inputs, sizes, strict=True)]
-    count = sum(value.shape[axis] for value, axis in zip(inputs, axes, strict=True))
-    centre = sum(value.sum(axis=axis, keepdims=True) for value, axis in zip(inputs, axes, strict=True)) / count
+    first = inputs[0].ndim < 3 or all(len(value) == size for value, size in zip(inputs, sizes, strict=True))
+    axis = 0 if first else 1
+    centre = sum(value.sum(axis=axis, keepdims=True) for value in inputs) / sum(value.shape[axis] for value in inputs)
     random = np.random.default_rng(0)
     rows = []
     for value, size in zip(inputs, sizes, strict=True):

@@ -22,7 +22,7 @@ _MOVING_LAYERS = ("SHUFFLE", "IDENTITY", "CAST", "SLICE", "SQUEEZE", "UNSQUEEZE"
 class Census:
     """How many matrix multiplications run in each precision, a convolution counting as one, and how many weights.
 
-    A weight is a number of a constant second factor; a token meets each of them once, so they are also the work.
+    A weight is a number of a constant second factor. All but a few meet every token once: they stand for the work.
     """
 
     matrices: Mapping[str, int]

@@ -77,10 +77,10 @@ class EngineManifest:
     version_compatible: bool
     hardware_compatible: bool
     matrices: dict[str, int]
-    weights: dict[str, int]
     build_s: float
     size_bytes: int
     date: str
+    weights: dict[str, int] = field(default_factory=dict)
     engine_layers: dict[str, int] = field(default_factory=dict)
     model: str | None = None
     trained: bool | None = None
@@ -89,8 +89,9 @@ class EngineManifest:
     def read(cls, plan_path: Path) -> "EngineManifest | None":
         """The manifest beside the plan; None when there is none or it is no plan's."""
         try:
-            fields = json.loads(engine_manifest_path(plan_path).read_text())
-            return cls(**{**fields, "targets": tuple(fields["targets"])})
+            found = json.loads(engine_manifest_path(plan_path).read_text())
+            known = {one.name: found[one.name] for one in fields(cls) if one.name in found}  # earlier ones had others
+            return cls(**{**known, "targets": tuple(found["targets"])})
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

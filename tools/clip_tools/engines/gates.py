@@ -108,13 +108,17 @@ def likely_neighbours_kept(
 
     `got` (N, 512) are an engine's embeddings, `reference` the exact ones of the same images and `folder` those of all
     images. Counting the changes of N images tells little where one in a hundred may change; this takes the spread of
-    the similarities' errors, as normal ones, against what the nearest of each image is ahead of the others.
+    the similarities' errors, as normal ones, against what the nearest of each image is ahead of the others. Of fewer
+    than three images nothing can be told: 0.
     """
     import numpy as np
 
+    if len(got) < 3:
+        return 0.0
     off = (got.astype(np.float64) @ got.T) - (reference.astype(np.float64) @ reference.T)
     others = ~np.eye(len(off), dtype=bool)
-    spread = np.sqrt(2 * np.mean([row[kept].var() for row, kept in zip(off, others, strict=True)]))  # of two of them
+    variances = [row[kept].var(ddof=1) for row, kept in zip(off, others, strict=True)]
+    spread = np.sqrt(2 * np.mean(variances))  # of the difference of two
     similar = _similarities(folder)
     ahead = similar.max(axis=1, keepdims=True) - similar
     stays = np.vectorize(math.erfc)(-ahead / max(spread, 1e-12) / math.sqrt(2)) / 2

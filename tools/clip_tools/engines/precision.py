@@ -387,7 +387,7 @@ def count_matrices(model: "onnx.ModelProto") -> dict[str, int]:
 
 
 def count_weights(model: "onnx.ModelProto") -> int:
-    """How many numbers the matrix multiplications and convolutions have as constant factors."""
+    """How many numbers the matrix multiplications and convolutions of a graph without Q/DQ have as constant factors."""
     import math
 
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}

@@ -1,19 +1,18 @@
 """An FP32 graph with explicit Q/DQ pairs around its linear layers, in INT8 or FP8.
 
-Static and symmetric, one scale for a layer's activations and, in INT8, one for each output channel of its weights:
+Symmetric, with one constant scale for a layer's activations and, in INT8, one for each output channel of its weights:
 what TensorRT's eight-bit kernels take. Plain INT8 ranges lose this model (cosine 0.63 was seen), so
 
-- the residual stream is turned until no channel stands out (rotation.py),
-- each token's mean over the images is taken away first and comes back in the bias: of the class token, of which alone
-  the embedding is made, a tenth or less is left to be rounded,
-- what makes a channel's range wide is moved into the weights (SmoothQuant, arXiv:2211.10438), as the error of the
-  layer's product on calibration rows has it,
+- in INT8 the residual stream is turned until no channel stands out (rotation.py),
+- each token's mean over the images is taken away first, where a layer's input tells tokens apart, and comes back in the
+  bias: of the class token, of which alone the embedding is made, a quarter to a hundredth is left to be rounded,
 - each row is divided by its largest number before it is rounded and its product multiplied by it, so that every row has
   all levels and none is clipped, whatever the image,
 - the weights are fitted to the rounded inputs and then rounded so that later ones mend earlier ones (gptq.py), and
 - the mean error that remains goes into the bias (arXiv:1906.04721).
 
-The patch embedding, attention's own products, the rotation and the last projection stay as they are.
+The patch embedding, attention's own products, the rotation, the last projection and what is computed for the class
+token alone stay as they are.
 """
 
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from clip_tools.engines.gptq import curvature, fit_weights, round_weights
 from clip_tools.engines.precision import Graph, fold_normalisation, split_gemm
 from clip_tools.engines.rotation import ROTATION, rotate
+from clip_tools.errors import ToolError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,9 +35,7 @@ Eight = Literal["int8", "fp8"]
 
 _TOP: dict[Eight, float] = {"int8": 127.0, "fp8": 448.0}
 _LEAST = 1e-6  # that a row is divided by: the first layer's class token is the same in all images, and nothing is left
-# Tried for each layer; the best product wins. One alone: 0.5 gave B-16 a mean cosine of 0.9878, 0.7 0.9887.
-_SMOOTHINGS = (0.4, 0.55, 0.7, 0.85)
-_ROWS_TO_CHOOSE = 1536  # of the rows: enough to tell two ranges apart, not to fit weights
+_STILL = 1e-4  # of the rows' usual length: shorter ones are rounding noise
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,14 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class QuantisedLayer:
-    """A linear layer in eight bits: each row of `(x - centre) / smooth` is divided by its largest and rounded.
+    """A linear layer in eight bits: each row of `x - centre` is divided by its largest number and rounded.
 
-    `centre` (..., K) is that of `LayerStatistics`, `smooth` (K,). The product is multiplied by what its row was divided
-    by, and `bias` (..., N) is added. `weight_scales` are (N,) or (), all float32 and scales exact in FP16. `levels` are
-    the (K, N) weights in multiples of their scale: int8, or float8_e4m3fn's bits as int8.
+    `centre` (..., K) is that of `LayerStatistics`. The product is multiplied by what its row was divided by, and `bias`
+    (..., N) is added. `weight_scales` are (N,) or (), float32 and exact in FP16. `levels` are the (K, N) weights in
+    multiples of their scale: int8, or float8_e4m3fn's bits as int8.
     """
 
     centre: "Floats"
-    smooth: "Floats"
     weight_scales: "Floats"
     levels: "npt.NDArray[np.int8]"
     bias: "Floats"
@@ -86,40 +83,27 @@ def linear_layers(model: "onnx.ModelProto") -> list[Any]:
 def fit(statistics: LayerStatistics, weight: "Floats", kind: Eight) -> QuantisedLayer:
     """One layer in eight bits; `weight` is (K, N). By the squared error of the product, each row against its own size.
 
-    Without that a few large rows, tokens that a ViT keeps for itself, would hide the error of all others.
+    Without that a few large rows, tokens that a ViT keeps for itself, would hide the error of all others. Rows of which
+    the centre leaves nothing are left out: the first layer's class token, and what is white in every image.
+    Raises ToolError when no row is left.
     """
     import numpy as np
 
     wide, rows = weight.astype(np.float32), statistics.rows
+    length = np.linalg.norm(rows, axis=1)
+    rows = rows[length > _STILL * np.sqrt(np.mean(length**2))]
+    if not len(rows):
+        raise ToolError("the images to calibrate on are all the same: give different ones")
     size = np.linalg.norm(rows @ wide, axis=1)
     shares = (1 / np.maximum(size, 0.1 * np.median(size)))[:, None].astype(np.float32)
-    some = np.random.default_rng(0).permutation(len(rows))[:_ROWS_TO_CHOOSE]
-    smooth = _choose_smoothing(rows[some], shares[some], wide, kind)
-    even = rows / smooth
-    seen = _round(even, kind)
+    seen = _round(rows, kind)
     curved = curvature(seen * shares)
-    moved = fit_weights(wide * smooth[:, None], even * shares, seen * shares, curved)
+    moved = fit_weights(wide, rows * shares, seen * shares, curved)
     weight_scales = _weight_scales(moved, kind)
     levels = round_weights(moved / weight_scales, curved, lambda steps: _to_grid(steps, kind))
     error = np.average(rows @ wide - seen @ (levels * weight_scales), axis=0, weights=shares[:, 0] ** 2)
     bias = statistics.centre @ wide + error.astype(np.float32)
-    return QuantisedLayer(statistics.centre, smooth, weight_scales, _bits(levels, kind), bias)
-
-
-def _choose_smoothing(rows: "Floats", shares: "Floats", weight: "Floats", kind: Eight) -> "Floats":
-    """What to divide the channels by, (K,), for the least error of the product, its weights rounded plainly."""
-
-    exact = rows @ weight
-    best: tuple[float, Floats] | None = None
-    for smooth in _candidates(rows, weight, kind):
-        moved = weight * smooth[:, None]
-        weight_scales = _weight_scales(moved, kind)
-        error = exact - _round(rows / smooth, kind) @ (_to_grid(moved / weight_scales, kind) * weight_scales)
-        loss = float((((error - error.mean(axis=0)) * shares) ** 2).mean())
-        if best is None or loss < best[0]:
-            best = loss, smooth
-    assert best is not None  # noqa: S101
-    return best[1]
+    return QuantisedLayer(statistics.centre, weight_scales, _bits(levels, kind), bias)
 
 
 def quantize(model: "onnx.ModelProto", layers: Mapping[str, QuantisedLayer], kind: Eight) -> "onnx.ModelProto":
@@ -147,8 +131,6 @@ def quantize(model: "onnx.ModelProto", layers: Mapping[str, QuantisedLayer], kin
             continue
         layer, name, data = layers[node.name], node.name, node.input[0]
         data = add(f"{name}.centred", "Sub", [data, graph.add_constant(f"{name}.centre", layer.centre)])
-        if (layer.smooth != 1).any():
-            data = add(f"{name}.even", "Mul", [data, graph.add_constant(f"{name}.smooth", 1 / layer.smooth)])
         largest = add(f"{name}.largest", "ReduceMax", [add(f"{name}.absolute", "Abs", [data]), last_axis])
         size = add(f"{name}.size", "Max", [largest, least])
         unit = add(f"{name}.unit", "Div", [data, size])
@@ -164,22 +146,6 @@ def quantize(model: "onnx.ModelProto", layers: Mapping[str, QuantisedLayer], kin
         nodes.append(helper.make_node("Add", [sized, bias], list(node.output), name=f"{name}.add"))
     graph.nodes = nodes
     return graph.finish()
-
-
-def _candidates(rows: "Floats", weight: "Floats", kind: Eight) -> "list[Floats]":
-    """What to divide the channels by, nothing first; FP8 needs no more."""
-    import numpy as np
-
-    found = [np.ones(len(weight), np.float32)]
-    if kind == "fp8":
-        return found
-    size = np.linalg.norm(rows, axis=1, keepdims=True)
-    reach = np.abs(rows / size.clip(np.median(size) * 0.01)).max(axis=0).clip(1e-5)
-    column = np.abs(weight).max(axis=1).clip(1e-5)
-    for strength in _SMOOTHINGS:
-        smooth = reach**strength / column ** (1 - strength)
-        found.append(np.asarray(smooth / np.exp(np.log(smooth).mean()), np.float32))
-    return found
 
 
 def _half(value: Any) -> Any:

@@ -1,9 +1,10 @@
 """The same tower with its residual stream turned, so that no channel stands out where eight bits must hold them all.
 
-A few channels of a trained ViT are tens of times the others, and one scale for a layer's input spends its levels on
-them. An orthogonal matrix spreads them over all channels (QuaRot, arXiv:2404.00456). Here it costs one product behind
-the first norm: every other norm reads the turned stream and gives the turned result, because the matrix also keeps the
-mean (it maps ones to ones), and its inverse is already in the weights behind the norm. So are the norms' own weights.
+A few channels of a trained ViT are tens of times the others, and one scale for a row of a layer's input spends its
+levels on them. An orthogonal matrix spreads them over all channels (QuaRot, arXiv:2404.00456). Here it costs one
+product behind the first norm: every other norm reads the turned stream and gives the turned result, because the matrix
+also keeps the mean (it maps ones to ones), and its inverse is already in the weights behind the norm. So are the norms'
+own weights.
 """
 
 from dataclasses import dataclass
