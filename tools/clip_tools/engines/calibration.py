@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -43,7 +43,7 @@ _COST_IMAGES = 32
 # that can be rounded hold nine tenths.
 _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
-_PARTS = ("centre", "weight_scales", "levels", "bias")  # of a layer, as they are kept
+_PARTS = tuple(part.name for part in fields(QuantisedLayer))  # as they are kept
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 
