@@ -162,6 +162,6 @@ def holds_with_margin(found: Agreement, precision: Precision) -> bool:
         for got, least in (
             (found.worst_cosine, gate.worst_cosine),
             (found.mean_cosine, gate.mean_cosine),
-            (found.neighbours_kept, gate.neighbours_kept),
+            (found.neighbours_kept, gate.top1_agreement),  # between tied ones no mix can be chosen
         )
     )

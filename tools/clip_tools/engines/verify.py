@@ -321,8 +321,8 @@ def verdict_table(verdict: Verdict) -> Any:
         ("mean cosine", f"{found.mean_cosine:.6f}", gate.mean_cosine),
         ("1st percentile", f"{found.p1_cosine:.6f}", 0.0),
         ("largest difference", f"{found.max_abs:.2g}", 0.0),
-        ("nearest neighbour the same", f"{found.top1_agreement:.1%}", 0.0),
-        (f"or within {TIE} of it", f"{found.neighbours_kept:.1%}", gate.neighbours_kept),
+        ("nearest neighbour the same", f"{found.top1_agreement:.1%}", gate.top1_agreement),
+        (f"or within {TIE} of it", f"{found.neighbours_kept:.1%}", 0.0),
         ("of the nearest five", f"{found.top5_agreement:.1%}", 0.0),
     ):
         table.add_row(title, value, f">= {least}" if least else "")
