@@ -13,6 +13,8 @@ import pytest
 from clip_tools import photos, proxy, reliability
 from clip_tools.demo import weights_from_environment
 from clip_tools.engines.export_onnx import export_onnx, is_exported, manifest_path
+from clip_tools.engines.sample import FILE as SAMPLE
+from clip_tools.engines.sample import Sample
 from clip_tools.measuring.services import free_ports
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import BACKENDS, CACHE, MODELS, RESULTS
@@ -71,7 +73,7 @@ def onnx_model(weights: Weights, demo_photos: list[Path]) -> Path:
     """model.onnx of the weights, exported once and kept; never the one in models/, which is the user's."""
     name = hashlib.sha256(f"{weights} {weights.checkpoint_sha256}".encode()).hexdigest()[:12]
     path = CACHE / "models" / name / "model.onnx"
-    if not is_exported(path, weights):
+    if not is_exported(path, weights) or Sample.read(path) is None:
         export_onnx(weights, [photo.read_bytes() for photo in demo_photos], path)
     return path
 
@@ -80,8 +82,9 @@ def onnx_model(weights: Weights, demo_photos: list[Path]) -> Path:
 def repository(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model repository as it is committed, with the tests' model in it."""
     folder = tmp_path_factory.mktemp("repository") / "models"
-    shutil.copytree(MODELS, folder, ignore=shutil.ignore_patterns("*.onnx", "*.plan", "manifest.json", "__pycache__"))
-    for path in (onnx_model, manifest_path(onnx_model)):
+    built = shutil.ignore_patterns("*.onnx", "*.plan", "manifest*.json", SAMPLE, "__pycache__")
+    shutil.copytree(MODELS, folder, ignore=built)
+    for path in (onnx_model, manifest_path(onnx_model), onnx_model.with_name(SAMPLE)):
         (folder / "clip_onnx" / "1" / path.name).symlink_to(path)
     return folder
 

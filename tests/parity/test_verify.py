@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 from clip_tools.cli import app
 from clip_tools.engines import export_variant as exporting
 from clip_tools.engines.build_engine import EngineOptions
+from clip_tools.engines.engine import Engine, find_engine
 from clip_tools.engines.engine_manifest import stale_reason
 from clip_tools.engines.export_onnx import Manifest, compare, manifest_path
 from clip_tools.engines.export_variant import export_variant
 from clip_tools.engines.precision import lower
-from clip_tools.engines.verify import Engine, find_engine, verify
+from clip_tools.engines.verify import verify
 from clip_tools.errors import ToolError
 from clip_tools.oracle import Oracle, Weights
 from clip_tools.serving.serve import EmbeddedServer

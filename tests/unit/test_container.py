@@ -1,5 +1,6 @@
 """What the container decides before it serves, and the files it is built from. Docker itself runs nowhere here."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from clip_tools.container.start import Found, Start, look, plan_start
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import config_names, deployment, read_config
+from clip_tools.serving.proof import WrongVectors
 
 GRAPHS = {"model.onnx": Path("/onnx/model.onnx"), "model.fp16.onnx": Path("/onnx/model.fp16.onnx")}
 FOUND = Found(onnx=GRAPHS, can_export=False, gpu="NVIDIA L4, 8.9", onnx_engine_file="model.onnx")
@@ -505,6 +507,39 @@ def test_tls_of_tritonserver_itself_is_refused_before_anything_is_built(flag, mo
     assert "deploy/compose.tls.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_plan_whose_vectors_are_wrong_stops_the_container_or_gives_way_to_onnx(fallback, monkeypatch, capsys):
+    """As one does that cannot be built."""
+    starts = []
+
+    class PlanIsWrong:
+        def __init__(self, new_server, say, _ready_line):
+            self.options = new_server().options
+
+        def stopping_on_signals(self):
+            return contextlib.nullcontext()
+
+        def run(self):
+            starts.append(self.options)
+            if self.options.config_name == "trt":
+                raise WrongVectors("worst cosine 0.5 is under 0.999")
+
+    def prepare(settings, _folder, _say):
+        return ["tritonserver", *([] if settings.skip_build else ["--model-config-name=trt"])]
+
+    monkeypatch.setattr(entrypoint, "prepare", prepare)
+    monkeypatch.setattr(entrypoint, "Supervisor", PlanIsWrong)
+    monkeypatch.setattr(entrypoint.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("TRT_FALLBACK", str(int(fallback)))
+    with contextlib.nullcontext() if fallback else pytest.raises(SystemExit):
+        entrypoint.main([])
+    assert [one.config_name for one in starts] == (["trt", None] if fallback else ["trt"])
+    assert all(one.check_vectors and one.models == entrypoint.served_folder() for one in starts)
+    said = capsys.readouterr().err
+    assert "worst cosine 0.5 is under 0.999" in said
+    assert ("serving the ONNX model" in said) == fallback
+
+
 @pytest.mark.parametrize("changes", [{}, {"skip_build": True}, {"fallback": True}])
 def test_a_graph_that_is_not_its_manifests_is_neither_served_nor_built_of(container, tmp_path, changes):
     module = engines()
@@ -627,3 +662,4 @@ def test_where_it_listens_is_read_off_the_servers_flags():
     assert (options.grpc_url, options.http_url) == ("grpc://localhost:3", "http://localhost:2")
     assert options.metrics_url == "http://localhost:8002/metrics"
     assert options_in(["tritonserver", "--grpc-address=[::1]"]).grpc_url == "grpc://[::1]:8001"
+    assert options_in([]).grpc_port == 8001  # the container's arguments, as a rule

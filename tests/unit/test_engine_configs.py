@@ -6,7 +6,7 @@ import shutil
 import pytest
 from google.protobuf import json_format
 
-from clip_tools.engines.verify import Engine, has_exact_pixels
+from clip_tools.engines.engine import Engine, has_exact_pixels
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import check_files, config_names, deployment, read_config

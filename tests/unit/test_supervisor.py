@@ -183,8 +183,8 @@ def test_without_metrics_a_full_queue_is_one_but_not_where_there_were_some(tmp_p
 class Server:
     """One that embeds at once, until `life` seconds are over; or that cannot start."""
 
-    def __init__(self, script="exec sleep 600", *, failure=None, broken=None):
-        self.script, self.failure, self.broken = script, failure, broken
+    def __init__(self, script="exec sleep 600", *, failure=None, broken=None, remark=None):
+        self.script, self.failure, self.broken, self.remark = script, failure, broken, remark
         self.stopped = None
 
     def start(self):
@@ -194,6 +194,7 @@ class Server:
 
     def wait_until_it_embeds(self):
         self.process.raise_if_ended()
+        return self.remark
 
     def watchdog(self):
         return self
@@ -213,7 +214,11 @@ class Server:
 def test_each_server_that_breaks_or_cannot_start_has_a_successor_that_waits_longer(monkeypatch):
     monkeypatch.setattr(supervisor, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(supervisor, "LONGEST_WAIT_S", 0.04)
-    servers = [Server(broken="its stub is gone"), Server(failure="port taken"), Server("exit 3")]
+    servers = [
+        Server(broken="its stub is gone", remark="its vectors are right"),
+        Server(failure="port taken"),
+        Server("exit 3"),
+    ]
     servers += [Server(broken="again"), Server()]
     left, said = iter(servers), []
 
@@ -224,6 +229,8 @@ def test_each_server_that_breaks_or_cannot_start_has_a_successor_that_waits_long
 
     keeper = Supervisor(lambda: next(left), say, "it embeds")
     keeper.run()
+    assert said[0] == "its vectors are right"
+    assert "ready after" in said[1]
     reasons = [line.partition(";")[0] for line in said if "a new server" in line]
     assert reasons[:2] == ["its stub is gone", "port taken"]
     waits = [float(line.split()[-2]) for line in said if "a new server" in line]

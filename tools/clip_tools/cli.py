@@ -7,6 +7,7 @@ from typing import Annotated
 
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
+from clip_tools.serving.proof import CHECK_VECTORS
 
 try:
     import typer
@@ -34,6 +35,13 @@ ConfigName = Annotated[
     typer.Option("--model-config-name", help="A named configuration of the whole deployment, such as cpu-bf16."),
 ]
 
+CheckVectors = Annotated[
+    bool,
+    typer.Option(
+        envvar=CHECK_VECTORS, help="Hold the engine's vectors to open_clip's, on photographs kept by its export."
+    ),
+]
+
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
@@ -50,6 +58,7 @@ def serve(
     rebuild_stale: Annotated[
         bool, typer.Option("--rebuild-stale", help="Build a TensorRT plan again that does not fit what is here.")
     ] = False,
+    check_vectors: CheckVectors = True,
     tls_cert: Annotated[
         Path | None, typer.Option(help="The server's certificate, PEM: gRPC is encrypted, HTTP for this machine alone.")
     ] = None,
@@ -80,6 +89,7 @@ def serve(
             ready_timeout_s=ready_timeout_s,
             arguments=tuple(context.args),
             rebuild_stale=rebuild_stale,
+            check_vectors=check_vectors,
             access=Access.from_environment(os.environ, tls),
         )
     )
@@ -107,6 +117,7 @@ def demo(
     grpc_port: Port = 8001,
     metrics_port: Port = 8002,
     config_name: ConfigName = None,
+    check_vectors: CheckVectors = True,
     picture: Annotated[Path | None, typer.Option(help="Where the heat map goes.")] = None,
 ) -> None:
     """Serve, embed the demo photographs over gRPC, show how alike they are, and stop."""
@@ -121,6 +132,7 @@ def demo(
             grpc_port=grpc_port,
             metrics_port=metrics_port,
             log=verb.LOG,
+            check_vectors=check_vectors,
         ),
         picture=picture or verb.PICTURE,
     )
@@ -137,6 +149,7 @@ def swap(
     allow_other_weights: Annotated[
         bool, typer.Option("--allow-other-weights", help="Let the vectors change: the target is another model.")
     ] = False,
+    check_vectors: CheckVectors = True,
 ) -> None:
     """Move a running server to another engine without losing a request; undo everything when a step fails.
 
@@ -149,7 +162,13 @@ def swap(
 
     here = [model for model in deployment(models, name) if model.file and model.file.is_file()]
     check_manifests(here, backends=("onnxruntime", "tensorrt"))
-    options = verb.SwapOptions(name, models=models, settle_s=settle_s, allow_other_weights=allow_other_weights)
+    options = verb.SwapOptions(
+        name,
+        models=models,
+        settle_s=settle_s,
+        allow_other_weights=allow_other_weights,
+        check_vectors=check_vectors,
+    )
     with GrpcModelControl(url) as control:
         verb.swap(control, options, say=lambda line: typer.echo(line, err=True))
 

@@ -160,10 +160,11 @@ def verify(
 
     from clip_tools import photos
     from clip_tools.engines import verify as verb
+    from clip_tools.engines.engine import find_engine
     from clip_tools.measuring.fingerprint import fingerprint
     from clip_tools.oracle import Weights
 
-    found = verb.find_engine(engine, url, models)
+    found = find_engine(engine, url, models)
     given = Weights()
     weights = Weights(model or given.model, pretrained or given.pretrained) if model or pretrained else None
     held_to = checked_precision(precision) if precision else None

@@ -141,6 +141,8 @@ def demo(options: ServeOptions, *, picture: Path) -> None:
         server = EmbeddedServer(options)
         server.__enter__()
     try:
+        if server.remark:
+            talk.print(server.remark, highlight=False)
         with EmbeddingClient(options.grpc_url) as client:
             embeddings = client.embed(images)
     finally:

@@ -16,16 +16,20 @@ from pathlib import Path
 
 from clip_tools import proxy
 from clip_tools.container.build import Say, ensure_plan, export
-from clip_tools.container.served import ContainerServer, options_in
+from clip_tools.container.served import ContainerServer, flags_in, options_in
 from clip_tools.container.served_repository import write_served_repository
 from clip_tools.container.settings import Settings
 from clip_tools.container.start import Found, Start, look, plan_start
+from clip_tools.engines.sample import FILE as SAMPLE
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, graph_name
 from clip_tools.serving.manifests import wrong_file
-from clip_tools.serving.serve import repository_flags
+from clip_tools.serving.proof import WrongVectors
+from clip_tools.serving.serve import ServeOptions, repository_flags
 from clip_tools.serving.supervisor import Supervisor
+
+_FALLBACK = "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead"
 
 
 def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS) -> list[str]:
@@ -45,11 +49,12 @@ def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS
         if settings.skip_build or not settings.fallback:
             raise
         say(f"TensorRT plan: {error}")
-        say("TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead")
+        say(_FALLBACK)
         start, graphs = _make_graphs(dataclasses.replace(settings, skip_build=True), found, say)
     files = {f"clip_onnx/1/{name}": path for name, path in graphs.items()}
     for graph in graphs.values():
-        files |= {f"clip_onnx/1/{path.name}": path for path in graph.parent.glob("*.json")}
+        beside = (*graph.parent.glob("*.json"), *graph.parent.glob(SAMPLE))
+        files |= {f"clip_onnx/1/{path.name}": path for path in beside}
     if plan is not None:
         files |= {f"clip_trt/1/{path.name}": path for path in (plan, *plan.parent.glob("*.json"))}
     write_served_repository(models, folder, files=files, max_batch=None if settings.skip_build else settings.max_batch)
@@ -84,20 +89,33 @@ def main(arguments: Sequence[str]) -> None:
     try:
         settings = Settings.from_environment(os.environ)
         options = options_in(arguments, settings.keys)
-        folder = served_folder()
-        shutil.rmtree(folder, ignore_errors=True)
-        command = [*prepare(settings, folder, _say), *arguments]
-        if settings.cache_dir.is_dir():  # ort-trt keeps its engines in .cache, relative to where the server starts
-            with contextlib.suppress(OSError):
-                os.chdir(settings.cache_dir)
-                Path(".cache/ort-trt").mkdir(parents=True, exist_ok=True)
-        _say(f"starting {' '.join(command)}")
-        supervisor = Supervisor(lambda: ContainerServer(options, command), _say, f"{ENSEMBLE} embeds")
-        with supervisor.stopping_on_signals():
-            supervisor.run()
+        try:
+            _serve(settings, options, arguments)
+        except WrongVectors as error:
+            if settings.skip_build or not settings.fallback:
+                raise
+            _say(f"TensorRT plan: {error}")
+            _say(_FALLBACK)
+            _serve(dataclasses.replace(settings, skip_build=True), options, arguments)
     except ToolError as error:
         _say(str(error))
         sys.exit(error.exit_code)
+
+
+def _serve(settings: Settings, options: ServeOptions, arguments: Sequence[str]) -> None:
+    folder = served_folder()
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [*prepare(settings, folder, _say), *arguments]
+    config_name = flags_in(command).get("model-config-name")
+    proven = dataclasses.replace(options, models=folder, config_name=config_name, check_vectors=settings.check_vectors)
+    if settings.cache_dir.is_dir():  # ort-trt keeps its engines in .cache, relative to where the server starts
+        with contextlib.suppress(OSError):
+            os.chdir(settings.cache_dir)
+            Path(".cache/ort-trt").mkdir(parents=True, exist_ok=True)
+    _say(f"starting {' '.join(command)}")
+    supervisor = Supervisor(lambda: ContainerServer(proven, command), _say, f"{ENSEMBLE} embeds")
+    with supervisor.stopping_on_signals():
+        supervisor.run()
 
 
 if __name__ == "__main__":

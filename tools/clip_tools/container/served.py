@@ -15,7 +15,7 @@ READY_TIMEOUT_S = 3600.0  # ort-trt builds an engine for each batch while it loa
 
 @dataclass
 class ContainerServer(EmbeddedServer):
-    """`options` say where `command` lets it listen."""
+    """`options` say where `command` lets it listen, and what it serves."""
 
     command: Sequence[str] = ()
 
@@ -52,7 +52,7 @@ def options_in(command: Sequence[str], keys: Mapping[str, str] | None = None) ->
 def flags_in(command: Sequence[str]) -> Mapping[str, str]:
     """`--name=value` and `--name value` by name; the last one of a name counts, as in Triton."""
     flags = {}
-    for word, following in zip(command, [*command[1:], ""], strict=True):
+    for word, following in zip(command, [*command[1:], ""], strict=False):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             flags[name] = value if equals else following

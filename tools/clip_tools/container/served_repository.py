@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from clip_tools.engines.sample import FILE as SAMPLE
 from clip_tools.repository import read_config
 
-_BUILT = ("*.onnx", "*.onnx.data", "*.plan", "manifest.json", "__pycache__")
+_BUILT = ("*.onnx", "*.onnx.data", "*.plan", "manifest*.json", SAMPLE, "__pycache__")
 
 
 def write_served_repository(models: Path, folder: Path, *, files: dict[str, Path], max_batch: int | None) -> None:

@@ -9,6 +9,7 @@ from clip_tools.engines.precision import Precision
 from clip_tools.engines.tensorrt_library import RUNTIMES, Runtime
 from clip_tools.errors import ToolError
 from clip_tools.serving.access import keys_in
+from clip_tools.serving.proof import CHECK_VECTORS
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 USAGE = 2  # exit code
@@ -29,6 +30,7 @@ class Settings:
     checkpoint: str | None = None
     onnx_dir: Path = Path("/onnx")
     cache_dir: Path = Path("/var/cache/clip-embed")
+    check_vectors: bool = True
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -47,6 +49,7 @@ class Settings:
             checkpoint=read.text("CLIP_CHECKPOINT"),
             onnx_dir=Path(read.text("CLIP_ONNX_DIR") or "/onnx"),
             cache_dir=Path(read.text("CLIP_CACHE_DIR") or "/var/cache/clip-embed"),
+            check_vectors=read.flag(CHECK_VECTORS, default="1"),
             keys=keys_in(environment),
         )
         if settings.opt_batch > settings.max_batch:
@@ -82,8 +85,8 @@ class _Reader:
             raise ToolError(f"{name}={value}: expected a whole number from 1", exit_code=USAGE)
         return int(value)
 
-    def flag(self, name: str) -> bool:
-        value = self.text(name) or "0"
+    def flag(self, name: str, default: str = "0") -> bool:
+        value = self.text(name) or default
         if value not in ("0", "1"):
-            raise ToolError(f"{name}={value}: expected 1, or 0 or nothing", exit_code=USAGE)
+            raise ToolError(f"{name}={value}: expected 1 or 0; without it: {default}", exit_code=USAGE)
         return value == "1"

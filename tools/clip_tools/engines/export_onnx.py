@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from clip_tools.digest import sha256_of
 from clip_tools.engines.class_token import with_short_last_block
+from clip_tools.engines.precision import Precision
+from clip_tools.engines.sample import keep_sample
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.oracle import IMAGE_SIZE_PX, Oracle, Weights, load_oracle
 from clip_tools.paths import MODELS
@@ -49,7 +51,7 @@ class Manifest:
     pretrained: str
     checkpoint_sha256: str | None
     trained: bool
-    precision: str
+    precision: Precision
     opset: int
     max_batch: int
     worst_cosine: float
@@ -94,7 +96,7 @@ def is_exported(model_path: Path, weights: Weights) -> bool:
 
 
 def export_onnx(weights: Weights, photographs: Sequence[bytes], output: Path = MODEL_PATH) -> Manifest:
-    """Export, compare with PyTorch, then put model and manifest in place. Raises ToolError on any drift.
+    """Export, compare with PyTorch, then put model, manifest and sample in place. Raises ToolError on any drift.
 
     The graph: `pixels` (batch, 224, 224, 3) uint8 RGB -> `embedding` (batch, 512) float32 with L2 norm 1. The layout
     change, `(x / 255 - mean) / std`, the tower, the projection and the norm are all in it. Nothing is in place until
@@ -110,11 +112,12 @@ def export_onnx(weights: Weights, photographs: Sequence[bytes], output: Path = M
         worst_cosine, max_abs_difference = compare(oracle, draft, photographs)
         manifest = describe(draft, weights, "fp32", worst_cosine, max_abs_difference)
         put_in_place(draft, manifest, output)
+    keep_sample(output, weights, photographs, oracle)
     return manifest
 
 
 def describe(
-    draft: Path, weights: Weights, precision: str, worst_cosine: float, max_abs_difference: float, **further: Any
+    draft: Path, weights: Weights, precision: Precision, worst_cosine: float, max_abs_difference: float, **further: Any
 ) -> Manifest:
     """The manifest of a file that was just exported from these weights."""
     return Manifest(

@@ -25,6 +25,7 @@ from clip_tools.engines.gates import (
 from clip_tools.engines.onnx_runner import OnnxRun, run_onnx
 from clip_tools.engines.precision import Precision, count_matrices, count_weights, lower
 from clip_tools.engines.reference import image_pixels, reference
+from clip_tools.engines.sample import PHOTOGRAPHS, keep_sample
 from clip_tools.errors import ToolError
 from clip_tools.oracle import Oracle, Weights, load_oracle
 
@@ -47,7 +48,7 @@ def export_variant(
     calibration: Sequence[Path] = (),
     advance: Advance = lambda what, done, total: None,
 ) -> Manifest:
-    """Write the graph of a lower precision to `output`, with its manifest. Raises ToolError under its gate.
+    """Write the graph of a lower precision to `output`, with its manifest and sample. Raises ToolError under its gate.
 
     `photographs` are what it is held against open_clip on, at least `gates.MIN_IMAGES` for the gate to count;
     `calibration` is for INT8 and FP8. Takes the FP32 graph beside `output` when it is of these weights.
@@ -95,6 +96,7 @@ def export_variant(
             calibration=calibrated,
         )
         put_in_place(draft, manifest, output)
+    keep_sample(output, weights, [photograph.read_bytes() for photograph in photographs[:PHOTOGRAPHS]], oracle)
     return manifest
 
 

@@ -46,6 +46,11 @@ def gate_of(precision: Precision, *, exact_pixels: bool = True) -> Gate:
     return min(gates, key=lambda gate: gate.worst_cosine)
 
 
+def gate_name(precision: Precision, *, exact_pixels: bool = True) -> str:
+    """How that gate is called."""
+    return precision if exact_pixels else f"{precision}, near pixels"
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How far embeddings agree with open_clip's own in FP32, over the same images.

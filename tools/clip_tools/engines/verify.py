@@ -8,39 +8,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools.digest import sha256_of
+from clip_tools.engines.engine import Engine, graph_of, has_exact_pixels, precision_of_engine
 from clip_tools.engines.engine_manifest import EngineManifest
-from clip_tools.engines.export_onnx import Manifest
-from clip_tools.engines.gates import TIE, Agreement, Gate, agreement, cosines, counts_for_nothing, failures, gate_of
+from clip_tools.engines.gates import (
+    TIE,
+    Agreement,
+    Gate,
+    agreement,
+    cosines,
+    counts_for_nothing,
+    failures,
+    gate_name,
+    gate_of,
+)
 from clip_tools.engines.onnx_runner import run_onnx
-from clip_tools.engines.precision import Precision, precision_of
+from clip_tools.engines.precision import Precision
 from clip_tools.engines.reference import Reference, reference
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.oracle import Weights
-from clip_tools.paths import MODELS
-from clip_tools.repository import config_names, deployment
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What is verified: a file (.onnx, .plan), a named configuration to serve here (""; the default), or a URL."""
-
-    file: Path | None = None
-    config_name: str | None = None
-    url: str | None = None
-    models: Path = MODELS
-
-    @property
-    def title(self) -> str:
-        """How it is called in the report."""
-        if self.file:
-            return self.file.name
-        return self.url or f"clip_ensemble, configuration {self.config_name or 'by default'}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,7 @@ class Verdict:
     @property
     def gate_name(self) -> str:
         """How the gate is called in the report."""
-        return self.precision if self.exact_pixels else f"{self.precision}, near pixels"
+        return gate_name(self.precision, exact_pixels=self.exact_pixels)
 
     @property
     def passed(self) -> bool:
@@ -80,26 +71,6 @@ class Verdict:
         fields = asdict(self)
         del fields["cosines"]
         return fields | {"gate_name": self.gate_name, "passed": self.passed}
-
-
-def find_engine(name: str | None, url: str | None, models: Path = MODELS) -> Engine:
-    """The engine that `--engine` or `--url` names. Raises ToolError when there is none, or not exactly one is given."""
-    if (name is None) == (url is None):
-        raise ToolError("expected either --engine or --url", exit_code=2)
-    if name is None:
-        return Engine(url=url, models=models)
-    if Path(name).suffix in (".onnx", ".plan"):
-        if not Path(name).is_file():
-            raise ToolError(f"--engine {name}: no such file", exit_code=2)
-        return Engine(file=Path(name), models=models)
-    known = config_names(models)
-    if name not in ("default", *known):
-        raise ToolError(
-            f"--engine {name}: expected a .onnx or .plan file, or a configuration to serve: default, "
-            f"{', '.join(known)}",
-            exit_code=2,
-        )
-    return Engine(config_name=None if name == "default" else name, models=models)
 
 
 def verify(
@@ -115,8 +86,8 @@ def verify(
     `precision` None takes that of the engine's manifest, or of the graph itself; for a URL it is FP32. Raises ToolError
     when the engine cannot be run, or is of other weights than given.
     """
-    file = engine.file if engine.file or engine.url else _served_file(engine)
-    held_to = precision or _precision(engine, file)
+    file = engine.runs
+    held_to = precision or precision_of_engine(engine)
     if weights is None and file is None:  # a running server's are taken for this checkout's; others fail by far
         weights = _weights(None, engine.models / "clip_onnx" / "1" / "model.onnx")
     else:
@@ -145,48 +116,10 @@ def verify(
     )
 
 
-def _served_file(engine: Engine) -> Path | None:
-    """The file that the engine of this configuration runs."""
-    files = [m.file for m in deployment(engine.models, engine.config_name) if m.config.backend != "python"]
-    return next((file for file in files if file is not None), None)
-
-
-def _precision(engine: Engine, file: Path | None) -> Precision:
-    if file is None:
-        return "fp32"
-    if engine.file is None:  # as served: the same graph may run in BF16
-        for model in deployment(engine.models, engine.config_name):
-            accelerators = model.config.optimization.execution_accelerators.cpu_execution_accelerator
-            if any(accelerator.name == "openvino_bf16" for accelerator in accelerators):
-                return "bf16"
-    if file.suffix == ".plan":
-        manifest = EngineManifest.read(file)
-        if manifest is None:
-            raise ToolError(f"{file} has no manifest that says its precision: give it with --precision", exit_code=2)
-        return manifest.precision
-    import onnx
-
-    return precision_of(_load(onnx, file))
-
-
-def has_exact_pixels(engine: Engine) -> bool:
-    """Whether its preprocess is to give open_clip's own; a running server, which does not say, is held to it."""
-    if engine.file or engine.url:
-        return True
-    parameters = [model.config.parameters for model in deployment(engine.models, engine.config_name)]
-    return all(found["mode"].string_value == "exact" for found in parameters if "mode" in found)
-
-
-def _load(onnx: Any, file: Path) -> Any:
-    try:
-        return onnx.load(str(file))
-    except Exception as error:  # protobuf's own
-        raise ToolError(f"{file} is no ONNX file: {' '.join(str(error).split())[:200]}") from error
-
-
 def _weights(given: Weights | None, file: Path | None) -> Weights:
     """The weights to compare with: those given, else the manifest's; refused when the two are known to differ."""
-    manifest = _onnx_manifest(file)
+    known = graph_of(file) if file else None
+    manifest = known[1] if known else None
     if given is not None:
         made_of = manifest and (manifest.checkpoint_sha256 or manifest.pretrained)
         if manifest and made_of != (given.checkpoint_sha256 or given.pretrained):
@@ -212,20 +145,6 @@ def _weights(given: Weights | None, file: Path | None) -> Weights:
         "CLIP_CHECKPOINT",
         exit_code=2,
     )
-
-
-def _onnx_manifest(file: Path | None) -> Manifest | None:
-    """The manifest of the graph: the file itself, or the one that a plan was built of."""
-    if file is None:
-        return None
-    if file.suffix == ".plan":
-        plan = EngineManifest.read(file)
-        if plan is None:
-            return None
-        file = file.parents[2] / "clip_onnx" / "1" / plan.onnx
-        return Manifest.read(file) if file.is_file() and sha256_of(file) == plan.onnx_sha256 else None
-    manifest = Manifest.read(file)
-    return manifest if manifest and manifest.sha256 == sha256_of(file) else None
 
 
 def _embed(

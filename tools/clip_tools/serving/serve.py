@@ -13,6 +13,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_tools.engines.engine import Engine
+from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, Model, check_files, deployment
@@ -21,11 +23,15 @@ from clip_tools.serving.access import Access, exposure
 from clip_tools.serving.drain import drain
 from clip_tools.serving.manifests import check_manifests
 from clip_tools.serving.process import DRAIN_S, EXIT_TIMEOUT_S, TritonProcess
+from clip_tools.serving.proof import check_vectors
 from clip_tools.serving.supervisor import Supervisor
 from clip_tools.serving.tritonserver import command, find_installation
 from clip_tools.serving.watchdog import PROBE_DEADLINE_S, ImageProbe, Watchdog, decoding_cpu_s
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from clip_embed import EmbeddingClient
 
 
@@ -34,6 +40,7 @@ class ServeOptions:
     """What to serve and where. `arguments` go to tritonserver as they are; `log` None means stderr.
 
     `rebuild_stale` builds a TensorRT plan again that does not fit what is here; else such a plan is refused.
+    `check_vectors` holds what is served to open_clip's embeddings of the export's sample before it is called ready.
     """
 
     models: Path = MODELS
@@ -46,6 +53,7 @@ class ServeOptions:
     arguments: tuple[str, ...] = ()
     log: Path | None = None
     rebuild_stale: bool = False
+    check_vectors: bool = False
     access: Access = field(default_factory=Access)
 
     @property
@@ -81,15 +89,19 @@ def _reached_at(host: str) -> str:
 
 @dataclass
 class EmbeddedServer:
-    """A running tritonserver that has embedded an image, as a context manager. Leaves no process behind."""
+    """A running tritonserver that has embedded an image, as a context manager. Leaves no process behind.
+
+    `remark` is what `check_vectors` had to say as it was entered.
+    """
 
     options: ServeOptions
+    remark: str | None = field(default=None, init=False)
     _process: TritonProcess | None = field(default=None, init=False)
 
     def __enter__(self) -> "EmbeddedServer":
         try:
             self.start()
-            self.wait_until_it_embeds()
+            self.remark = self.wait_until_it_embeds()
         except BaseException:
             self.stop()
             raise
@@ -149,8 +161,11 @@ class EmbeddedServer:
         """The process id of tritonserver."""
         return self.process.pid
 
-    def wait_until_it_embeds(self) -> None:
-        """Return once `clip_ensemble` embedded an image. Raises ToolError when the server ends or takes too long."""
+    def wait_until_it_embeds(self) -> str | None:
+        """Return once `clip_ensemble` embedded an image, with what `check_vectors` has to say.
+
+        Raises ToolError when the server ends or takes too long, or does not give open_clip's vectors.
+        """
         from clip_embed import DeadlineExceededError, EmbeddingError, ServerOverloadedError
 
         process, wrong = self.process, ""
@@ -164,7 +179,7 @@ class EmbeddedServer:
                 if client.is_ready():
                     try:
                         probe.ask()
-                        return
+                        return self._held_to_open_clip() if self.options.check_vectors else None
                     except (ServerOverloadedError, DeadlineExceededError) as error:
                         wrong = f"{ENSEMBLE} is loaded and has no room: {error}; "  # others have waited for it
                     except EmbeddingError as error:
@@ -174,6 +189,21 @@ class EmbeddedServer:
             f"{wrong}the server was not ready after {self.options.ready_timeout_s:.0f} s; its last words: "
             + process.last_words()
         )
+
+    def _held_to_open_clip(self) -> str:
+        """How near its vectors are, in words. Raises ToolError when they are under the gate."""
+        from clip_embed import EmbeddingError
+
+        def embed(sample: Sample) -> "npt.NDArray[np.float32]":
+            with self.client(timeout_s=60) as client:
+                return client.embed(sample.files)
+
+        try:
+            return check_vectors(Engine(models=self.options.models, config_name=self.options.config_name), embed)
+        except EmbeddingError as error:
+            if error.retryable and not self.process.is_stopping:  # others have waited for it
+                return f"its vectors were not held to open_clip's: {error}"
+            raise ToolError(f"{ENSEMBLE} does not embed the photographs of the export: {error}") from error
 
     def watchdog(self) -> Watchdog:
         """What tells when it no longer embeds."""

@@ -28,8 +28,8 @@ class Server(Protocol):
     def start(self) -> None:
         """Start the process. Raises ToolError with the reason when it cannot be."""
 
-    def wait_until_it_embeds(self) -> None:
-        """Raises ToolError with the reason when it does not."""
+    def wait_until_it_embeds(self) -> str | None:
+        """What is to be said of it then. Raises ToolError with the reason when it does not."""
 
     def watchdog(self) -> Watchdog:
         """What looks after it from then on."""
@@ -99,11 +99,13 @@ class Supervisor:
             server.start()
             if self._asked.is_set():  # while there was nothing to tell it to
                 server.terminate()
-            server.wait_until_it_embeds()
+            remark = server.wait_until_it_embeds()
         except ToolError as error:
             if self._was_ready or self._asked.is_set():
                 return str(error)
             raise
         self._was_ready = True
+        if remark:
+            self._say(remark)
         self._say(f"ready after {time.monotonic() - began:.1f} s: {self._ready_line}")
         return server.watchdog().watch(server.process.wait) or server.process.why_it_ended() or "the server was ended"

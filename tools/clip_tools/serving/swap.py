@@ -3,13 +3,16 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_tools.engines.engine import Engine
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, deployment
 from clip_tools.serving.model_control import ModelControl
+from clip_tools.serving.proof import check_vectors
 from clip_tools.serving.serve import probe_image
 
 if TYPE_CHECKING:
@@ -26,12 +29,16 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class SwapOptions:
-    """What to swap to. `name` is a named configuration; `models` is this side's copy of the server's repository."""
+    """What to swap to. `name` is a named configuration; `models` is this side's copy of the server's repository.
+
+    `check_vectors` holds the new engine to open_clip's embeddings of the export's sample.
+    """
 
     name: str
     models: Path = MODELS
     settle_s: float = 2.0
     allow_other_weights: bool = False
+    check_vectors: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,10 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
             steps.append(
                 Step(f"{model.name} embeds", lambda name=model.name: check_embeds(control, name, like))  # type: ignore[misc]
             )
+            if options.check_vectors:
+                steps.append(
+                    Step(f"{model.name} held to open_clip", partial(_check_vectors, control, options, model.name))
+                )
     if not same_configuration(before, ensemble.config):
         steps.append(
             Step(
@@ -150,6 +161,12 @@ def _load(control: ModelControl, name: str, config: Any, old: Any | None) -> Ste
     return Step(
         f"{name} loaded anew, in place", lambda: control.load(name, config), undo=lambda: control.load(name, old)
     )
+
+
+def _check_vectors(control: ModelControl, options: SwapOptions, model: str) -> str:
+    """Of the engine alone, on open_clip's own pixels: the ensemble does not go through it yet."""
+    engine = Engine(models=options.models, config_name=options.name)
+    return check_vectors(engine, lambda sample: control.embed_pixels(model, sample.pixels), exact_pixels=True)
 
 
 def _check_ensemble(control: ModelControl) -> None:

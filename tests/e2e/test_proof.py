@@ -1,0 +1,85 @@
+"""A server proves its vectors before it is called ready, and a swap the new engine's before it goes through."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from tests.conftest import options_for
+from tests.e2e.test_lifecycle import serve_command, wait_for
+
+from clip_embed import EmbeddingClient
+from clip_tools.digest import sha256_of
+from clip_tools.engines.export_onnx import Manifest, manifest_path
+from clip_tools.errors import ToolError
+from clip_tools.serving.model_control import GrpcModelControl
+from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.swap import SwapOptions, swap
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
+
+
+@pytest.fixture(scope="module")
+def models(repository, tmp_path_factory):
+    """The repository with a second model, `clip_wrong`, to which the configuration `wrong` leads: the graph with its
+    positions in another order, which its manifest calls right."""
+    folder = tmp_path_factory.mktemp("proof") / "models"
+    shutil.copytree(repository, folder, symlinks=True)
+    shutil.copytree(folder / "clip_onnx", folder / "clip_wrong", symlinks=True)
+    shutil.rmtree(folder / "clip_wrong" / "configs")
+    route = (folder / "clip_ensemble" / "config.pbtxt").read_text()
+    (folder / "clip_ensemble" / "configs" / "wrong.pbtxt").write_text(route.replace('"clip_onnx"', '"clip_wrong"'))
+    path = folder / "clip_wrong" / "1" / "model.onnx"
+    manifest, graph = Manifest.read(path), onnx.load(str(path))
+    tensor = next(one for one in graph.graph.initializer if one.name == "visual.positional_embedding")
+    wrong = np.roll(onnx.numpy_helper.to_array(tensor), 7, axis=0)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(wrong, tensor.name))
+    for built in (path, manifest_path(path)):
+        built.unlink()  # links to the session's own
+    onnx.save(graph, str(path))
+    manifest_path(path).write_text(dataclasses.replace(manifest, sha256=sha256_of(path)).to_json())
+    return folder
+
+
+def test_serve_says_how_near_its_vectors_are(repository, tmp_path):
+    with subprocess.Popen(
+        serve_command(options_for(repository, tmp_path / "log")), stderr=subprocess.PIPE, text=True
+    ) as process:
+        line = wait_for(process.stderr, "open_clip's")
+        process.terminate()
+        process.stderr.read()
+    assert "its vectors are open_clip's: worst cosine 0.99999" in line or "worst cosine 1.00000" in line
+    assert "on 10 photographs (fp32: at least 0.99999)" in line
+
+
+def test_vectors_that_are_not_open_clips_are_not_served(models, tmp_path):
+    """Triton calls that model ready, and it embeds. Whoever wants it all the same can have it."""
+    command = serve_command(options_for(models, tmp_path / "log"), "--model-config-name=wrong")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "the vectors of clip_ensemble, configuration wrong are not open_clip's: worst cosine 0." in last
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"CLIP_CHECK_VECTORS": "0"}
+    ) as process:
+        wait_for(process.stderr, "ready after")
+        process.terminate()
+        process.stderr.read()
+        assert process.wait(timeout=60) == 0
+
+
+def test_no_server_is_swapped_to_them(models, demo_photos, tmp_path):
+    """Nobody gets one of them: the engine is asked before the ensemble goes through it."""
+    said, served = [], options_for(models, tmp_path / "log")
+    image = demo_photos[0].read_bytes()
+    with EmbeddedServer(served), EmbeddingClient(served.grpc_url) as client:
+        before = client.embed([image])
+        with GrpcModelControl(served.grpc_url) as control:
+            options = SwapOptions("wrong", models=models, allow_other_weights=True, check_vectors=True)
+            with pytest.raises(ToolError, match=r"\(clip_wrong held to open_clip\): the vectors .*; everything is as"):
+                swap(control, options, said.append)
+            assert "clip_wrong" not in control.ready_models()
+        assert np.array_equal(client.embed([image]), before)
+    assert not [line for line in said if "clip_ensemble goes through" in line]

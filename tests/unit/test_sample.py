@@ -1,0 +1,135 @@
+"""What a server and a new engine are held to before they are used: the sample that an export keeps beside its graph."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from clip_tools.digest import sha256_of
+from clip_tools.engines.engine import Engine, graph_of
+from clip_tools.engines.engine_manifest import EngineManifest
+from clip_tools.engines.export_onnx import describe, manifest_path
+from clip_tools.engines.sample import FILE, Sample
+from clip_tools.oracle import Weights
+from clip_tools.paths import MODELS
+from clip_tools.serving.proof import WrongVectors, check_vectors
+
+WEIGHTS = Weights("ViT-B-32", "laion2b_s34b_b79k")
+
+
+def write_graph(folder, name="model.onnx", precision="fp32", weights=WEIGHTS):
+    """A file that its manifest calls an exported graph."""
+    path = folder / "clip_onnx" / "1" / name
+    path.write_bytes(name.encode())
+    manifest_path(path).write_text(describe(path, weights, precision, 1.0, 0.0).to_json())
+    return path
+
+
+@pytest.fixture
+def sample():
+    random = np.random.default_rng(0)
+    embeddings = random.normal(size=(10, 512)).astype(np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    files = tuple(b"\xff\xd8" + bytes(length) for length in range(10))  # of different lengths, zeros at the end
+    pixels = random.integers(0, 256, (10, 224, 224, 3), dtype=np.uint8)
+    return Sample((WEIGHTS.model, WEIGHTS.pretrained), files, pixels, embeddings)
+
+
+@pytest.fixture
+def models(tmp_path, sample):
+    """The repository with the graphs of two precisions and their sample."""
+    folder = tmp_path / "models"
+    built = shutil.ignore_patterns("*.onnx", "*.plan", "manifest*", FILE, "__pycache__")
+    shutil.copytree(MODELS, folder, ignore=built)
+    for name, precision in (("model.onnx", "fp32"), ("model.fp16.onnx", "fp16")):
+        graph = write_graph(folder, name, precision)
+    sample.write(graph)
+    return folder
+
+
+def off_by(cosine):
+    """An engine whose vectors have this cosine to open_clip's."""
+
+    def embed(sample):
+        other = np.roll(sample.embeddings, 1, axis=1)
+        other -= (other * sample.embeddings).sum(axis=1, keepdims=True) * sample.embeddings
+        other /= np.linalg.norm(other, axis=1, keepdims=True)
+        return (cosine * sample.embeddings + np.sqrt(1 - cosine**2) * other).astype(np.float32)
+
+    return embed
+
+
+def test_a_sample_comes_back_as_it_was_kept(models, sample):
+    kept = Sample.read(models / "clip_onnx" / "1" / "model.onnx")
+    assert (kept.weights, kept.files) == (sample.weights, sample.files)
+    assert np.array_equal(kept.pixels, sample.pixels)
+    assert np.array_equal(kept.embeddings, sample.embeddings)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", None])
+def test_one_that_cannot_be_read_is_none(models, content):
+    path = models / "clip_onnx" / "1" / FILE
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert Sample.read(path.with_name("model.onnx")) is None
+    said = check_vectors(Engine(models=models), off_by(0.0))
+    assert f"were not held to open_clip's: {path.parent} has no {FILE} of these weights" in said
+    assert "`clip-tools export-onnx` writes" in said
+
+
+@pytest.mark.parametrize(
+    ("config_name", "cosine", "gate"),
+    [
+        (None, 0.99998, "worst cosine 0.99998 is under 0.99999, the gate of fp32,"),
+        ("ort-fp16", 0.998, "worst cosine 0.99800 is under 0.999, the gate of fp16,"),
+        ("cpu-bf16", 0.98, "worst cosine 0.98000 is under 0.99;.* the gate of bf16,"),
+        ("fast", 0.994, "worst cosine 0.99400 is under 0.995;.* the gate of fp32, near pixels,"),
+    ],
+)
+def test_each_configuration_is_held_to_its_own_gate(models, config_name, cosine, gate):
+    engine = Engine(models=models, config_name=config_name)
+    with pytest.raises(WrongVectors, match=rf"are not open_clip's: {gate} on 10 photographs.*CLIP_CHECK_VECTORS=0"):
+        check_vectors(engine, off_by(cosine))
+    assert "its vectors are open_clip's: worst cosine 0.9999" in check_vectors(engine, off_by(0.999995))
+
+
+def test_an_engine_that_is_given_the_very_pixels_has_no_such_excuse(models):
+    fast = Engine(models=models, config_name="fast")
+    assert "near pixels" in check_vectors(fast, off_by(0.9995))
+    with pytest.raises(WrongVectors, match="the gate of fp32, on"):
+        check_vectors(fast, off_by(0.9995), exact_pixels=True)
+
+
+def test_vectors_that_are_no_numbers_are_wrong(models):
+    with pytest.raises(WrongVectors, match="worst cosine -1"):
+        check_vectors(Engine(models=models), lambda sample: sample.embeddings * np.nan)
+
+
+def test_a_sample_of_other_weights_vouches_for_nothing(models):
+    write_graph(models, weights=dataclasses.replace(WEIGHTS, pretrained="openai"))
+    assert "were not held to open_clip's" in check_vectors(Engine(models=models), off_by(1.0))
+
+
+def test_a_plan_is_held_to_the_sample_of_its_graph(models):
+    """Which is known by its sum."""
+    graph, plan = models / "clip_onnx" / "1" / "model.fp16.onnx", models / "clip_trt" / "1" / "model.plan"
+    plan.write_bytes(b"plan")
+    fields = {
+        "sha256": sha256_of(plan),
+        "onnx": graph.name,
+        "onnx_sha256": sha256_of(graph),
+        "precision": "fp16",
+        "targets": [],
+    }
+    unknown = {field.name: None for field in dataclasses.fields(EngineManifest) if field.name not in fields}
+    plan.with_name("manifest.json").write_text(json.dumps({**unknown, **fields}))
+    engine = Engine(models=models, config_name="trt")
+    with pytest.raises(WrongVectors, match=r"under 0.999, the gate of fp16"):
+        check_vectors(engine, off_by(0.998))
+    assert "(fp16: at least 0.999)" in check_vectors(engine, off_by(0.9995))
+    graph.write_bytes(b"another")
+    assert graph_of(plan) is None
+    assert "were not held" in check_vectors(engine, off_by(1.0))

@@ -1,0 +1,80 @@
+"""The sample of an export: a few photographs and what open_clip makes of them in FP32, kept beside the graph.
+
+By it a server is proven before it is called ready, and an engine before a server is swapped to it (serving/proof.py),
+where neither open_clip nor PyTorch is installed.
+"""
+
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clip_tools.oracle import Oracle, Weights
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from clip_tools.engines.export_onnx import Manifest
+
+FILE = "sample.npz"
+PHOTOGRAPHS = 10  # at most; ours are 1.3 MB
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What open_clip makes of the photographs, in their order.
+
+    `weights` says of which: the architecture, and the checkpoint's sha256 or the tag. `files` are the encoded images,
+    `pixels` (N, 224, 224, 3) uint8 RGB, `embeddings` (N, 512) float32 with L2 norm 1.
+    """
+
+    weights: tuple[str, str]
+    files: tuple[bytes, ...]
+    pixels: "npt.NDArray[np.uint8]"
+    embeddings: "npt.NDArray[np.float32]"
+
+    @classmethod
+    def read(cls, graph: Path) -> "Sample | None":
+        """The one beside a graph; None when there is none that can be read."""
+        import numpy as np
+
+        try:
+            with graph.with_name(FILE).open("rb") as file, np.load(file) as kept:
+                sizes = kept["sizes"].cumsum()
+                files = tuple(part.tobytes() for part in np.split(kept["files"], sizes[:-1]))
+                model, checkpoint = kept["weights"].tolist()
+                return cls((model, checkpoint), files, kept["pixels"], kept["embeddings"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def is_of(self, manifest: "Manifest") -> bool:
+        """Whether the graph with this manifest was made of the same weights."""
+        return self.weights == (manifest.model, manifest.checkpoint_sha256 or manifest.pretrained)
+
+    def write(self, graph: Path) -> None:
+        """Put it beside a graph."""
+        import numpy as np
+
+        with tempfile.TemporaryDirectory(dir=graph.parent, prefix=".sample-") as folder:
+            draft = Path(folder) / FILE
+            np.savez(
+                draft,
+                weights=np.array(self.weights),
+                files=np.frombuffer(b"".join(self.files), np.uint8),
+                sizes=np.array([len(one) for one in self.files]),
+                pixels=self.pixels,
+                embeddings=self.embeddings,
+            )
+            draft.replace(graph.with_name(FILE))
+
+
+def keep_sample(graph: Path, weights: Weights, photographs: Sequence[bytes], oracle: Oracle) -> None:
+    """Write the first of these photographs beside the graph, with the oracle's pixels and embeddings of them."""
+    import numpy as np
+
+    some = tuple(photographs[:PHOTOGRAPHS])
+    known = (weights.model, weights.checkpoint_sha256 or weights.pretrained)
+    Sample(known, some, np.stack([oracle.pixels(one) for one in some]), oracle.embed(some)).write(graph)

@@ -1,0 +1,51 @@
+"""Whether what is served gives open_clip's vectors, on the sample that was kept beside the exported graph."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from clip_tools.engines.engine import Engine, graph_of, has_exact_pixels, precision_of_engine
+from clip_tools.engines.gates import agreement, failures, gate_name, gate_of
+from clip_tools.engines.sample import FILE, Sample
+from clip_tools.errors import ToolError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+CHECK_VECTORS = "CLIP_CHECK_VECTORS"  # 0: not
+
+
+class WrongVectors(ToolError):
+    """What is served is under the gate of its precision."""
+
+
+def check_vectors(
+    engine: Engine, embed: "Callable[[Sample], npt.NDArray[np.float32]]", *, exact_pixels: bool | None = None
+) -> str:
+    """How near `embed`'s vectors are to open_clip's, or why nobody can tell, in words.
+
+    `exact_pixels`: whether they are made of open_clip's own pixels; None: if the configuration's `preprocess` gives
+    these. Raises WrongVectors when they are under the gate of the engine's precision.
+    """
+    known = graph_of(engine.runs) if engine.runs else None
+    sample = Sample.read(known[0]) if known else None
+    if known is None or sample is None or not sample.is_of(known[1]):
+        beside = (known[0] if known else engine.runs or engine.models).parent
+        return (
+            f"its vectors were not held to open_clip's: {beside} has no {FILE} of these weights, which "
+            "`clip-tools export-onnx` writes"
+        )
+    exact = has_exact_pixels(engine) if exact_pixels is None else exact_pixels
+    precision = precision_of_engine(engine, known[1])
+    gate, title = gate_of(precision, exact_pixels=exact), gate_name(precision, exact_pixels=exact)
+    found = agreement(embed(sample), sample.embeddings)
+    if under := failures(found, gate, trained=False):  # of ten images the neighbours tell nothing
+        raise WrongVectors(
+            f"the vectors of {engine.title} are not open_clip's: {'; '.join(under)}, the gate of {title}, on "
+            f"{found.images} photographs. Make its engine again or take another; `clip-tools verify` shows more; "
+            f"{CHECK_VECTORS}=0 serves it as it is"
+        )
+    return (
+        f"its vectors are open_clip's: worst cosine {found.worst_cosine:.5f} on {found.images} photographs "
+        f"({title}: at least {gate.worst_cosine})"
+    )
