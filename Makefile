@@ -78,4 +78,4 @@ lock: setup ## resolve the requirements anew (needs the package index)
 	@./requirements/lock.sh $(BIN)/uv
 
 clean: ## remove what was built; the environment and the photographs stay
-	rm -rf .cache/demo .cache/models .pytest_cache .ruff_cache .mypy_cache models/clip_onnx/1/model.onnx models/clip_onnx/1/manifest.json
+	rm -rf .cache/demo .cache/models .pytest_cache .ruff_cache .mypy_cache models/clip_onnx/1/model.onnx models/clip_onnx/1/manifest.json models/clip_onnx/1/sample.npz

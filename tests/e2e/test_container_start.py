@@ -62,6 +62,13 @@ def embed_when_ready(process: subprocess.Popen, url: str, images: list[bytes], l
         return client.embed(images)
 
 
+def wait_for(log: Path, words: str) -> None:
+    deadline = time.monotonic() + 120
+    while words not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
 def test_onnx_only_serves_what_is_mounted_and_ends_on_sigterm(start, server, demo_photos):
     images = [path.read_bytes() for path in demo_photos[:3]]
     process, grpc, http, log = start(SKIP_TRT_BUILD="1")
@@ -69,6 +76,8 @@ def test_onnx_only_serves_what_is_mounted_and_ends_on_sigterm(start, server, dem
     with EmbeddingClient(server.options.grpc_url) as client:
         assert (client.embed(images) * got).sum(axis=1).min() >= 0.99999  # FP32 in another process
     assert httpx.get(f"{http}/v2/models/clip_ensemble/ready").status_code == 200  # the image's health check
+    wait_for(log, "ready after")
+    assert "its vectors are open_clip's" in log.read_text()  # those of the sample that is mounted with the graph
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
 
@@ -78,6 +87,7 @@ def test_the_server_is_started_anew_when_a_models_process_is_lost(start, demo_ph
     images = [demo_photos[0].read_bytes()]
     process, grpc, _, log = start(SKIP_TRT_BUILD="1")
     expected = embed_when_ready(process, grpc, images, log)
+    wait_for(log, "ready after")
     health = [sys.executable, "-m", "clip_tools", "health", f"--url={grpc}"]
     assert subprocess.run(health, timeout=60, check=False).returncode == 0
     (server,) = psutil.Process(process.pid).children()

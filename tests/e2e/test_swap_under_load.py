@@ -143,7 +143,7 @@ def test_an_engine_that_does_not_load_leaves_everything_as_before(swapping, cont
     if done.returncode == 0:
         pytest.skip("this machine has a GPU and runs the plan")
     assert done.returncode == 1
-    assert "failed at step 1 of 5 (clip_trt loaded): clip_trt: a plan needs an NVIDIA GPU" in done.stderr
+    assert "failed at step 1 of 7 (clip_trt loaded): clip_trt: a plan needs an NVIDIA GPU" in done.stderr
     assert done.stderr.rstrip().endswith("everything is as before")
     assert load.errors == []
     assert sorted(control.ready_models()) == ["clip_ensemble", "clip_onnx", "preprocess"]

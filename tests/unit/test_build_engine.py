@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from clip_tools.cli import app
 from clip_tools.engines import engine_manifest
-from clip_tools.engines.build_engine import EngineManifest, EngineOptions, build_engine, stale_reason
+from clip_tools.engines.build_engine import EngineManifest, EngineOptions, _configure, build_engine, stale_reason
 from clip_tools.engines.census import Census, count_engine
 from clip_tools.engines.precision import count_weights, lower
+from clip_tools.engines.tensorrt_library import load_tensorrt
 from clip_tools.errors import ToolError
 from clip_tools.gpu import Gpu
 from clip_tools.repository import deployment
@@ -82,6 +83,15 @@ def test_the_exported_graph_becomes_an_engine_of_the_precision_asked_for(onnx_mo
     assert plan.stat().st_size == manifest.size_bytes
     assert stale_reason(plan, onnx_path=graph) is None
     assert "was built of another model.fp16.onnx" in (stale_reason(plan, onnx_path=onnx_model) or "")
+
+
+@rtx
+def test_fp32_is_not_tf32() -> None:
+    """Which TensorRT takes by default: FP32 with FP16's mantissa."""
+    trt = load_tensorrt("tensorrt-rtx")
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    config, _ = _configure(trt, builder, EngineOptions(runtime="tensorrt-rtx"), None)
+    assert not config.get_flag(trt.BuilderFlag.TF32)
 
 
 @rtx

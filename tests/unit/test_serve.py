@@ -2,11 +2,20 @@
 
 import sys
 
+import numpy as np
 import pytest
 
-from clip_embed import DeadlineExceededError, ServerError, ServerOverloadedError
+from clip_embed import (
+    DeadlineExceededError,
+    InvalidImageError,
+    ServerError,
+    ServerOverloadedError,
+    ServerUnavailableError,
+)
 from clip_embed.target import parse_url
+from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError
+from clip_tools.serving import serve
 from clip_tools.serving.health import check_health
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions
 
@@ -40,7 +49,7 @@ class Process:
 
 
 class Client:
-    """Fails with each error in turn, then embeds."""
+    """Fails with each error in turn, embeds where there is none, and from then on."""
 
     def __init__(self, *errors):
         self.errors = list(errors)
@@ -55,8 +64,9 @@ class Client:
         return True
 
     def embed(self, _images):
-        if self.errors:
-            raise self.errors.pop(0)
+        if self.errors and (error := self.errors.pop(0)):
+            raise error
+        return np.ones((1, 512), np.float32)
 
 
 def started(monkeypatch, client, **options):
@@ -84,6 +94,34 @@ def test_a_first_image_that_fails_otherwise_is_not_sent_again(monkeypatch):
     with pytest.raises(ToolError, match="loaded but does not embed: no such tensor"):
         started(monkeypatch, client).wait_until_it_embeds()
     assert len(client.errors) == 1
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """A sample of three photographs, of which the vectors only have to come."""
+    sample = Sample(("m", "p"), (b"a", b"b", b"c"), np.zeros((3, 224, 224, 3), np.uint8), np.zeros((3, 512)))
+    monkeypatch.setattr(serve, "check_vectors", lambda _, embed: f"its vectors are {embed(sample).shape}")
+
+
+def test_a_photograph_of_the_sample_waits_for_room_as_well(monkeypatch, three):
+    """After the first image, and without sending those again that had their turn."""
+    client = Client(None, None, ServerOverloadedError("full"), DeadlineExceededError("slow"))
+    assert started(monkeypatch, client, check_vectors=True).wait_until_it_embeds() == "its vectors are (3, 512)"
+    assert not client.errors
+
+
+@pytest.mark.parametrize(
+    "errors", [[ServerOverloadedError("full")] * 1000, [InvalidImageError("too_many_pixels")]], ids=["full", "limits"]
+)
+def test_a_server_that_has_no_room_for_the_sample_or_refuses_it_serves_unproven(monkeypatch, three, errors):
+    server = started(monkeypatch, Client(None, *errors), check_vectors=True, ready_timeout_s=0.3)
+    assert server.wait_until_it_embeds() == f"its vectors were not held to open_clip's: {errors[0]}"
+
+
+def test_a_server_that_is_lost_meanwhile_is_not_ready(monkeypatch, three):
+    lost = Client(None, ServerUnavailableError("connection refused"))
+    with pytest.raises(ToolError, match="loaded but does not embed: connection refused"):
+        started(monkeypatch, lost, check_vectors=True).wait_until_it_embeds()
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,20 @@ def test_a_first_server_that_does_not_start_is_the_error():
         Supervisor(lambda: Server(failure="port taken"), print, "").run()
 
 
+def test_a_stop_while_the_first_one_fails_is_a_stop():
+    """And not the error for which another would be started."""
+
+    class Failing(Server):
+        def stop(self, *, is_broken):
+            keeper.stop()
+
+        def terminate(self):
+            pass
+
+    keeper = Supervisor(lambda: Failing(failure="its vectors are wrong"), print, "")
+    keeper.run()
+
+
 def test_a_stop_ends_the_wait_for_the_next_one(monkeypatch):
     monkeypatch.setattr(supervisor, "FIRST_WAIT_S", LONG_S)
     began = time.monotonic()

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
+from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, read_config
+from clip_tools.serving import swap as swapping
 from clip_tools.serving.model_control import GrpcModelControl, reason_in
+from clip_tools.serving.proof import WrongVectors
 from clip_tools.serving.swap import SwapOptions, becomes_idle, plan_swap, same_configuration, swap
 
 
@@ -103,6 +106,43 @@ def test_a_name_that_changes_preprocess_alone_leaves_the_engine_alone():
     assert server.log == ["load preprocess", "ask clip_ensemble"]
     swapped(server, "onnx")
     assert server.models["preprocess"] == read_config(MODELS, "preprocess")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "step"),
+    [
+        ("trt", "engine", "3 of 7 (clip_trt held to open_clip)"),
+        ("trt", "ensemble", "6 of 7 (clip_ensemble held to open_clip)"),
+        ("fast", "ensemble", "3 of 3 (clip_ensemble held to open_clip)"),
+    ],
+)
+def test_what_does_not_give_open_clips_vectors_is_taken_back(monkeypatch, name, wrong, step):
+    """The engine alone, on the very pixels; then all of it, also where only `preprocess` changed."""
+
+    def check(engine, _embed, *, exact_pixels):
+        assert engine.config_name == name
+        if wrong == ("engine" if exact_pixels else "ensemble"):
+            raise WrongVectors("worst cosine 0.5")
+        return "right"
+
+    monkeypatch.setattr(swapping, "check_vectors", check)
+    server = FakeServer()
+    before = dict(server.models)
+    with pytest.raises(ToolError) as caught:
+        swapped(server, name, check_vectors=True)
+    assert f"step {step}: worst cosine 0.5; everything is as before" in str(caught.value)
+    assert server.models == before
+
+
+def test_the_vectors_are_asked_for_one_by_one(monkeypatch):
+    """An engine may take no batch; both ways."""
+    random, seen = np.random.default_rng(0), []
+    pixels = random.integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
+    sample = Sample(("m", "p"), (b"a", b"b", b"c"), pixels, np.zeros((3, 512), np.float32))
+    monkeypatch.setattr(swapping, "check_vectors", lambda _, embed, **__: seen.append(embed(sample)) or "right")
+    said = swapped(FakeServer(), "trt", check_vectors=True)
+    assert [found.shape for found in seen] == [(3, 512), (3, 512)]
+    assert "3/7 clip_trt held to open_clip: right" in said[2]
 
 
 def test_what_runs_already_is_left_alone():

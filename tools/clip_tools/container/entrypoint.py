@@ -20,6 +20,7 @@ from clip_tools.container.served import ContainerServer, flags_in, options_in
 from clip_tools.container.served_repository import write_served_repository
 from clip_tools.container.settings import Settings
 from clip_tools.container.start import Found, Start, look, plan_start
+from clip_tools.engines.export_onnx import manifest_path
 from clip_tools.engines.sample import FILE as SAMPLE
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
@@ -51,10 +52,9 @@ def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS
         say(f"TensorRT plan: {error}")
         say(_FALLBACK)
         start, graphs = _make_graphs(dataclasses.replace(settings, skip_build=True), found, say)
-    files = {f"clip_onnx/1/{name}": path for name, path in graphs.items()}
-    for graph in graphs.values():
-        beside = (*graph.parent.glob("*.json"), *graph.parent.glob(SAMPLE))
-        files |= {f"clip_onnx/1/{path.name}": path for path in beside}
+    served = graphs[start.graph or found.onnx_engine_file]
+    built = [*graphs.values(), *map(manifest_path, graphs.values()), served.with_name(SAMPLE)]
+    files = {f"clip_onnx/1/{path.name}": path for path in built if path.is_file()}
     if plan is not None:
         files |= {f"clip_trt/1/{path.name}": path for path in (plan, *plan.parent.glob("*.json"))}
     write_served_repository(models, folder, files=files, max_batch=None if settings.skip_build else settings.max_batch)

@@ -47,8 +47,8 @@ class Settings:
             config_name=read.text("CLIP_CONFIG_NAME"),
             model=read.text("CLIP_MODEL"),
             checkpoint=read.text("CLIP_CHECKPOINT"),
-            onnx_dir=Path(read.text("CLIP_ONNX_DIR") or "/onnx"),
-            cache_dir=Path(read.text("CLIP_CACHE_DIR") or "/var/cache/clip-embed"),
+            onnx_dir=Path(read.text("CLIP_ONNX_DIR") or "/onnx").absolute(),
+            cache_dir=Path(read.text("CLIP_CACHE_DIR") or "/var/cache/clip-embed").absolute(),
             check_vectors=read.flag(CHECK_VECTORS, default="1"),
             keys=keys_in(environment),
         )

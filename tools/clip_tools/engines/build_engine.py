@@ -155,6 +155,7 @@ def _configure(trt: Any, builder: Any, options: EngineOptions, gpu: Gpu | None) 
     profile.set_shape(_INPUT, *((batch, *_ROW) for batch in (options.min_batch, options.opt_batch, options.max_batch)))
     config.add_optimization_profile(profile)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can tell the census
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and FP32 with FP16's mantissa
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
     if options.version_compatible:

@@ -136,7 +136,7 @@ def failures(found: Agreement, gate: Gate, *, trained: bool) -> list[str]:
     The neighbours of untrained embeddings lie within rounding of each other, so there only the cosines are looked at.
     """
     return [
-        f"{name} {got:.5f} is under {least}"
+        f"{name} {math.floor(got * 1e5 + 1e-6) / 1e5:.5f} is under {least}"  # never rounded up to it
         for name, got, least in (
             ("worst cosine", found.worst_cosine, gate.worst_cosine),
             ("mean cosine", found.mean_cosine, gate.mean_cosine),

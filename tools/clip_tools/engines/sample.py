@@ -5,7 +5,6 @@ where neither open_clip nor PyTorch is installed.
 """
 
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +45,10 @@ class Sample:
                 sizes = kept["sizes"].cumsum()
                 files = tuple(part.tobytes() for part in np.split(kept["files"], sizes[:-1]))
                 model, checkpoint = kept["weights"].tolist()
-                return cls((model, checkpoint), files, kept["pixels"], kept["embeddings"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                found = cls((model, checkpoint), files, kept["pixels"], kept["embeddings"])
+        except Exception:  # a damaged archive has many
             return None
+        return found if len(files) == len(found.pixels) == len(found.embeddings) else None
 
     def is_of(self, manifest: "Manifest") -> bool:
         """Whether the graph with this manifest was made of the same weights."""

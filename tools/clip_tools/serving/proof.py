@@ -27,23 +27,27 @@ def check_vectors(
     `exact_pixels`: whether they are made of open_clip's own pixels; None: if the configuration's `preprocess` gives
     these. Raises WrongVectors when they are under the gate of the engine's precision.
     """
-    known = graph_of(engine.runs) if engine.runs else None
-    sample = Sample.read(known[0]) if known else None
-    if known is None or sample is None or not sample.is_of(known[1]):
-        beside = (known[0] if known else engine.runs or engine.models).parent
+    not_held = "its vectors were not held to open_clip's"
+    file = engine.runs
+    known = graph_of(file) if file else None
+    if file is None or known is None:
+        return f"{not_held}: of {file} no manifest says what it was made of"
+    graph, made = known
+    sample = Sample.read(graph)
+    if sample is None or not sample.is_of(made):
         return (
-            f"its vectors were not held to open_clip's: {beside} has no {FILE} of these weights, which "
-            "`clip-tools export-onnx` writes"
+            f"{not_held}: {graph.resolve().parent} has no {FILE} of these weights, which `clip-tools export-onnx` "
+            f"writes: export {made.model}, {made.pretrained}, again"
         )
     exact = has_exact_pixels(engine) if exact_pixels is None else exact_pixels
-    precision = precision_of_engine(engine, known[1])
+    precision = precision_of_engine(engine, made)
     gate, title = gate_of(precision, exact_pixels=exact), gate_name(precision, exact_pixels=exact)
     found = agreement(embed(sample), sample.embeddings)
     if under := failures(found, gate, trained=False):  # of ten images the neighbours tell nothing
         raise WrongVectors(
             f"the vectors of {engine.title} are not open_clip's: {'; '.join(under)}, the gate of {title}, on "
-            f"{found.images} photographs. Make its engine again or take another; `clip-tools verify` shows more; "
-            f"{CHECK_VECTORS}=0 serves it as it is"
+            f"{found.images} photographs. Make {file.resolve()} again or take another engine; "
+            f"`clip-tools verify` shows more; {CHECK_VECTORS}=0 serves it as it is"
         )
     return (
         f"its vectors are open_clip's: worst cosine {found.worst_cosine:.5f} on {found.images} photographs "

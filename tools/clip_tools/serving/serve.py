@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_tools.engines.engine import Engine
-from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, Model, check_files, deployment
@@ -179,10 +178,11 @@ class EmbeddedServer:
                 if client.is_ready():
                     try:
                         probe.ask()
-                        return self._held_to_open_clip() if self.options.check_vectors else None
+                        return self._held_to_open_clip(client, deadline) if self.options.check_vectors else None
                     except (ServerOverloadedError, DeadlineExceededError) as error:
                         wrong = f"{ENSEMBLE} is loaded and has no room: {error}; "  # others have waited for it
                     except EmbeddingError as error:
+                        process.raise_if_ended()
                         raise ToolError(f"{ENSEMBLE} is loaded but does not embed: {error}") from error
                 time.sleep(0.1)
         raise ToolError(
@@ -190,20 +190,31 @@ class EmbeddedServer:
             + process.last_words()
         )
 
-    def _held_to_open_clip(self) -> str:
-        """How near its vectors are, in words. Raises ToolError when they are under the gate."""
-        from clip_embed import EmbeddingError
+    def _held_to_open_clip(self, client: "EmbeddingClient", deadline: float) -> str:
+        """How near its vectors are, in words. Raises ToolError when they are under the gate.
 
-        def embed(sample: Sample) -> "npt.NDArray[np.float32]":
-            with self.client(timeout_s=60) as client:
-                return client.embed(sample.files)
+        Others may be waiting for it too, so that there is not always room.
+        """
+        import numpy as np
+
+        from clip_embed import DeadlineExceededError, InvalidImageError, ServerOverloadedError
+
+        def embed_one(image: bytes) -> "npt.NDArray[np.float32]":
+            while True:
+                try:
+                    return client.embed([image])
+                except (ServerOverloadedError, DeadlineExceededError):
+                    if self.process.is_stopping or time.monotonic() > deadline:
+                        raise
+                time.sleep(0.1)
 
         try:
-            return check_vectors(Engine(models=self.options.models, config_name=self.options.config_name), embed)
-        except EmbeddingError as error:
-            if error.retryable and not self.process.is_stopping:  # others have waited for it
-                return f"its vectors were not held to open_clip's: {error}"
-            raise ToolError(f"{ENSEMBLE} does not embed the photographs of the export: {error}") from error
+            return check_vectors(
+                Engine(models=self.options.models, config_name=self.options.config_name),
+                lambda sample: np.concatenate([embed_one(image) for image in sample.files]),
+            )
+        except (ServerOverloadedError, DeadlineExceededError, InvalidImageError) as error:
+            return f"its vectors were not held to open_clip's: {error}"
 
     def watchdog(self) -> Watchdog:
         """What tells when it no longer embeds."""

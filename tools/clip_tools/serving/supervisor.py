@@ -78,6 +78,13 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until `stop`. Raises ToolError when the first server does not come to embed."""
+        try:
+            self._run()
+        except ToolError:
+            if not self._asked.is_set():  # it may have been while that server ended
+                raise
+
+    def _run(self) -> None:
         next_wait_s = FIRST_WAIT_S
         while not self._asked.is_set():
             began, wait_s = time.monotonic(), 0.0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools.engines.engine import Engine
+from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, deployment
@@ -143,6 +144,8 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
         )
     if steps:
         steps.append(Step(f"{ENSEMBLE} embeds", lambda: _check_ensemble(control)))
+        if options.check_vectors:
+            steps.append(Step(f"{ENSEMBLE} held to open_clip", partial(_check_vectors, control, options)))
     in_use = {model.name for model in wanted} | _used_by_others(control, ready)
     for name in present:
         if name not in in_use:
@@ -163,10 +166,17 @@ def _load(control: ModelControl, name: str, config: Any, old: Any | None) -> Ste
     )
 
 
-def _check_vectors(control: ModelControl, options: SwapOptions, model: str) -> str:
-    """Of the engine alone, on open_clip's own pixels: the ensemble does not go through it yet."""
+def _check_vectors(control: ModelControl, options: SwapOptions, model: str | None = None) -> str:
+    """Of the engine `model` alone, on open_clip's own pixels, or of the whole ensemble; an image at a time."""
+    import numpy as np
+
+    def embed(sample: Sample) -> "npt.NDArray[np.float32]":
+        if model is None:
+            return np.concatenate([control.embed_image(image) for image in sample.files])
+        return np.concatenate([control.embed_pixels(model, pixels[None]) for pixels in sample.pixels])
+
     engine = Engine(models=options.models, config_name=options.name)
-    return check_vectors(engine, lambda sample: control.embed_pixels(model, sample.pixels), exact_pixels=True)
+    return check_vectors(engine, embed, exact_pixels=True if model else None)
 
 
 def _check_ensemble(control: ModelControl) -> None:
