@@ -142,7 +142,7 @@ def demo(options: ServeOptions, *, picture: Path) -> None:
         server.__enter__()
     try:
         if server.remark:
-            talk.print(server.remark, highlight=False)
+            talk.print(server.remark, highlight=False, soft_wrap=True)
         with EmbeddingClient(options.grpc_url) as client:
             embeddings = client.embed(images)
     finally:
