@@ -7,12 +7,12 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
 from clip_tools.engines.build_engine import EngineOptions, build_engine
+from clip_tools.engines.gates import GATES
 from clip_tools.engines.tensorrt_library import RUNTIMES, installed_version
 from clip_tools.gpu import find_gpu
 from clip_tools.serving.serve import EmbeddedServer
 
-# DESIGN's gate of FP16: a plan of the FP32 graph multiplies in TF32, which has as many bits of mantissa.
-MIN_COSINE = 0.999
+MIN_COSINE = GATES["fp32"].worst_cosine  # which TF32, with FP16's mantissa, would miss
 
 
 RUNTIME = next((name for name in RUNTIMES if installed_version(name)), None)

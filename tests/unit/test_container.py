@@ -1,6 +1,7 @@
 """What the container decides before it serves, and the files it is built from. Docker itself runs nowhere here."""
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -194,9 +195,9 @@ def container(tmp_path, monkeypatch):
     def install(module) -> None:
         monkeypatch.setitem(sys.modules, "clip_tools.engines.build_engine", module)
 
-    def start(**changes) -> tuple[list[str], Path]:
+    def start(*, with_plan=True, **changes) -> tuple[list[str], Path]:
         folder = tmp_path / f"served{next(starts)}"
-        return entrypoint.prepare(replace(settings, **changes), folder, said.append), folder
+        return entrypoint.prepare(replace(settings, **changes), folder, said.append, with_plan=with_plan), folder
 
     return SimpleNamespace(start=start, said=said, install=install)
 
@@ -221,6 +222,36 @@ def test_the_first_start_builds_and_the_second_takes_the_plan_out_of_the_volume(
     assert "taken from" in container.said[-1]
 
 
+@pytest.mark.parametrize(("precision", "of"), [("fp32", "onnx"), ("fp16", "exported")])
+def test_each_graph_has_its_own_manifest_and_the_one_that_is_served_its_sample(container, tmp_path, precision, of):
+    """Where one is mounted and the other was exported before."""
+    container.install(engines())
+    exported = container_build.exported_dir(Settings(cache_dir=tmp_path / "cache"))
+    exported.mkdir(parents=True)
+    (tmp_path / "onnx" / "model.fp16.onnx").rename(exported / "model.fp16.onnx")
+    for folder in (exported, tmp_path / "onnx"):
+        for name, graph in (("manifest.json", "model.onnx"), ("manifest.fp16.json", "model.fp16.onnx")):
+            (folder / name).write_text(json.dumps({"sha256": sha256_of_text(graph), "folder": str(folder)}))
+        (folder / "sample.npz").write_text(str(folder))
+    _, served = container.start(precision=precision)
+    beside = {path.name: path.resolve().parent for path in (served / "clip_onnx" / "1").iterdir() if path.is_symlink()}
+    onnx = tmp_path / "onnx"
+    assert beside == {
+        "model.onnx": onnx,
+        "manifest.json": onnx,
+        "model.fp16.onnx": exported,
+        "manifest.fp16.json": exported,
+        "sample.npz": {"onnx": onnx, "exported": exported}[of],
+    }
+
+
+def test_without_the_plan_its_batches_stay(container):
+    """Whether it cannot be built or its vectors are wrong: TRT_MAX_BATCH says what a request may hold."""
+    command, folder = container.start(max_batch=8, with_plan=False)
+    assert "--model-config-name=trt" not in command
+    assert read_config(folder, "clip_ensemble").max_batch_size == 8
+
+
 def test_a_stale_plan_is_built_anew_and_the_reason_is_said(container):
     module = engines(stale=lambda _plan, **_: "it was built for driver 1")
     container.install(module)
@@ -228,6 +259,10 @@ def test_a_stale_plan_is_built_anew_and_the_reason_is_said(container):
     container.start()
     assert len(module.built) == 2
     assert any("it was built for driver 1" in line for line in container.said)
+
+
+def sha256_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fail() -> None:
@@ -499,7 +534,7 @@ def test_the_containers_keys_close_it_too_and_are_shown_nowhere():
 
 @pytest.mark.parametrize("flag", ["--grpc-use-ssl=true", "--grpc-use-ssl-mutual=true"])
 def test_tls_of_tritonserver_itself_is_refused_before_anything_is_built(flag, monkeypatch, capsys):
-    monkeypatch.setattr(entrypoint, "prepare", lambda *_: pytest.fail("it came to the build"))
+    monkeypatch.setattr(entrypoint, "prepare", lambda *_, **__: pytest.fail("it came to the build"))
     monkeypatch.setattr(entrypoint.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         entrypoint.main([flag, "--grpc-server-cert=c"])
@@ -524,8 +559,8 @@ def test_a_plan_whose_vectors_are_wrong_stops_the_container_or_gives_way_to_onnx
             if self.options.config_name == "trt":
                 raise WrongVectors("worst cosine 0.5 is under 0.999")
 
-    def prepare(settings, _folder, _say):
-        return ["tritonserver", *([] if settings.skip_build else ["--model-config-name=trt"])]
+    def prepare(_settings, _folder, _say, *, with_plan):
+        return ["tritonserver", *(["--model-config-name=trt"] if with_plan else [])]
 
     monkeypatch.setattr(entrypoint, "prepare", prepare)
     monkeypatch.setattr(entrypoint, "Supervisor", PlanIsWrong)

@@ -38,6 +38,11 @@ def test_an_ipv6_address_is_written_as_each_part_of_triton_reads_it():
     assert "--grpc-address=127.0.0.1" in EmbeddedServer(ServeOptions())._flags()
 
 
+def raise_(error):
+    if error:
+        raise error
+
+
 class Process:
     is_stopping = False
 
@@ -114,14 +119,28 @@ def test_a_photograph_of_the_sample_waits_for_room_as_well(monkeypatch, three):
     "errors", [[ServerOverloadedError("full")] * 1000, [InvalidImageError("too_many_pixels")]], ids=["full", "limits"]
 )
 def test_a_server_that_has_no_room_for_the_sample_or_refuses_it_serves_unproven(monkeypatch, three, errors):
-    server = started(monkeypatch, Client(None, *errors), check_vectors=True, ready_timeout_s=0.3)
+    monkeypatch.setattr(serve, "_CHECK_S", 0.3)
+    server = started(monkeypatch, Client(None, *errors), check_vectors=True)
     assert server.wait_until_it_embeds() == f"its vectors were not held to open_clip's: {errors[0]}"
 
 
 def test_a_server_that_is_lost_meanwhile_is_not_ready(monkeypatch, three):
-    lost = Client(None, ServerUnavailableError("connection refused"))
-    with pytest.raises(ToolError, match="loaded but does not embed: connection refused"):
-        started(monkeypatch, lost, check_vectors=True).wait_until_it_embeds()
+    """And says why it ended, when it has."""
+    for ended, words in ((False, "loaded but does not embed: connection refused"), (True, "out of memory")):
+        server = started(monkeypatch, Client(None, ServerUnavailableError("connection refused")), check_vectors=True)
+        if ended:
+            looks = iter([None, ToolError("out of memory")])
+            monkeypatch.setattr(server._process, "raise_if_ended", lambda: raise_(next(looks)), raising=False)  # noqa: B023
+        with pytest.raises(ToolError, match=words):
+            server.wait_until_it_embeds()
+
+
+def test_a_stop_meanwhile_is_no_ready_server(monkeypatch, three):
+    server = started(monkeypatch, Client(None, ServerOverloadedError("full")), check_vectors=True)
+    stops = iter([False, True])
+    monkeypatch.setattr(Process, "is_stopping", property(lambda _: next(stops)))
+    with pytest.raises(ToolError, match="was stopped before its vectors were held"):
+        server.wait_until_it_embeds()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ class FakeServer:
         self.models = {model.name: model.config for model in deployment(MODELS, name)}
         self.fails, self.log, self.weights = set(fails), [], {}
         self.counts: list[int] = []
+        self.batches: list[int] = []
 
     def configuration(self, model):
         if model not in self.models:
@@ -46,6 +47,7 @@ class FakeServer:
             raise ToolError("the connection was lost")
 
     def embed_pixels(self, model, pixels):
+        self.batches.append(len(pixels))
         if f"embed {model}" in self.fails:
             return np.zeros((len(pixels), 512), np.float32)
         vector = np.zeros((len(pixels), 512), np.float32)
@@ -134,14 +136,32 @@ def test_what_does_not_give_open_clips_vectors_is_taken_back(monkeypatch, name, 
     assert server.models == before
 
 
+@pytest.mark.parametrize("words", ["Exceeds maximum queue size", "Request timeout expired"])
+def test_a_server_without_room_is_asked_again(monkeypatch, words):
+    """It is a busy one that is swapped."""
+    server, refused = FakeServer(), [words, words]
+    embed_image = server.embed_image
+
+    def embed_or_refuse(image):
+        if refused:
+            raise ToolError(refused.pop())
+        return embed_image(image)
+
+    monkeypatch.setattr(server, "embed_image", embed_or_refuse)
+    assert "5/5 clip_onnx unloaded" in swapped(server, "trt")[-1]
+    assert not refused
+
+
 def test_the_vectors_are_asked_for_one_by_one(monkeypatch):
     """An engine may take no batch; both ways."""
     random, seen = np.random.default_rng(0), []
     pixels = random.integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
     sample = Sample(("m", "p"), (b"a", b"b", b"c"), pixels, np.zeros((3, 512), np.float32))
     monkeypatch.setattr(swapping, "check_vectors", lambda _, embed, **__: seen.append(embed(sample)) or "right")
-    said = swapped(FakeServer(), "trt", check_vectors=True)
+    server = FakeServer()
+    said = swapped(server, "trt", check_vectors=True)
     assert [found.shape for found in seen] == [(3, 512), (3, 512)]
+    assert server.batches == [2, 2, 1, 1, 1]  # whether it is of the same weights; whether it embeds; the sample
     assert "3/7 clip_trt held to open_clip: right" in said[2]
 
 

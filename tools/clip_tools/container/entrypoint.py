@@ -33,25 +33,27 @@ from clip_tools.serving.supervisor import Supervisor
 _FALLBACK = "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead"
 
 
-def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS) -> list[str]:
+def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS, with_plan: bool = True) -> list[str]:
     """Make everything and write the repository into `folder`; the command line of the server, without the user's flags.
 
-    A plan that cannot be had is the error, unless TRT_FALLBACK=1: then it is said, and clip_onnx serves.
+    A plan that cannot be had is the error, unless TRT_FALLBACK=1: then it is said, and clip_onnx serves, in the plan's
+    batches; `with_plan` false is that from the start.
     """
     found = look(settings, models)
+    without = dataclasses.replace(settings, skip_build=True)
     plan: Path | None = None
     try:
-        start, graphs = _make_graphs(settings, found, say)
+        start, graphs = _make_graphs(settings if with_plan else without, found, say)
         if start.graph is not None:
             if "model.onnx" not in graphs:
                 say("model.onnx is not mounted: this server cannot be swapped to `onnx`, nor fall back to it")
             plan = ensure_plan(settings, graphs[start.graph], found.gpu, say)
     except ToolError as error:
-        if settings.skip_build or not settings.fallback:
+        if settings.skip_build or not settings.fallback or not with_plan:
             raise
         say(f"TensorRT plan: {error}")
         say(_FALLBACK)
-        start, graphs = _make_graphs(dataclasses.replace(settings, skip_build=True), found, say)
+        start, graphs = _make_graphs(without, found, say)
     served = graphs[start.graph or found.onnx_engine_file]
     built = [*graphs.values(), *map(manifest_path, graphs.values()), served.with_name(SAMPLE)]
     files = {f"clip_onnx/1/{path.name}": path for path in built if path.is_file()}
@@ -96,16 +98,16 @@ def main(arguments: Sequence[str]) -> None:
                 raise
             _say(f"TensorRT plan: {error}")
             _say(_FALLBACK)
-            _serve(dataclasses.replace(settings, skip_build=True), options, arguments)
+            _serve(settings, options, arguments, with_plan=False)
     except ToolError as error:
         _say(str(error))
         sys.exit(error.exit_code)
 
 
-def _serve(settings: Settings, options: ServeOptions, arguments: Sequence[str]) -> None:
+def _serve(settings: Settings, options: ServeOptions, arguments: Sequence[str], *, with_plan: bool = True) -> None:
     folder = served_folder()
     shutil.rmtree(folder, ignore_errors=True)
-    command = [*prepare(settings, folder, _say), *arguments]
+    command = [*prepare(settings, folder, _say, with_plan=with_plan), *arguments]
     config_name = flags_in(command).get("model-config-name")
     proven = dataclasses.replace(options, models=folder, config_name=config_name, check_vectors=settings.check_vectors)
     if settings.cache_dir.is_dir():  # ort-trt keeps its engines in .cache, relative to where the server starts

@@ -25,7 +25,7 @@ from clip_tools.engines.gates import (
 from clip_tools.engines.onnx_runner import OnnxRun, run_onnx
 from clip_tools.engines.precision import Precision, count_matrices, count_weights, lower
 from clip_tools.engines.reference import image_pixels, reference
-from clip_tools.engines.sample import PHOTOGRAPHS, keep_sample
+from clip_tools.engines.sample import keep_sample
 from clip_tools.errors import ToolError
 from clip_tools.oracle import Oracle, Weights, load_oracle
 
@@ -96,7 +96,7 @@ def export_variant(
             calibration=calibrated,
         )
         put_in_place(draft, manifest, output)
-    keep_sample(output, weights, [photograph.read_bytes() for photograph in photographs[:PHOTOGRAPHS]], oracle)
+    keep_sample(output, weights, (photograph.read_bytes() for photograph in photographs), oracle)
     return manifest
 
 

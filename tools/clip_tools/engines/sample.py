@@ -4,9 +4,12 @@ By it a server is proven before it is called ready, and an engine before a serve
 where neither open_clip nor PyTorch is installed.
 """
 
+import itertools
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 FILE = "sample.npz"
 PHOTOGRAPHS = 10  # at most; ours are 1.3 MB
+_MOST_BYTES, _MOST_PIXELS = 8 << 20, 50_000_000  # of each
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,21 @@ class Sample:
             draft.replace(graph.with_name(FILE))
 
 
-def keep_sample(graph: Path, weights: Weights, photographs: Sequence[bytes], oracle: Oracle) -> None:
-    """Write the first of these photographs beside the graph, with the oracle's pixels and embeddings of them."""
+def keep_sample(graph: Path, weights: Weights, photographs: Iterable[bytes], oracle: Oracle) -> None:
+    """Write the first of these photographs beside the graph, with the oracle's pixels and embeddings of them.
+
+    Those that are far larger than others are passed over: every server takes the rest.
+    """
     import numpy as np
 
-    some = tuple(photographs[:PHOTOGRAPHS])
+    some = tuple(itertools.islice(filter(_is_small, photographs), PHOTOGRAPHS))
+    if not some:
+        return
     known = (weights.model, weights.checkpoint_sha256 or weights.pretrained)
     Sample(known, some, np.stack([oracle.pixels(one) for one in some]), oracle.embed(some)).write(graph)
+
+
+def _is_small(photograph: bytes) -> bool:
+    from PIL import Image
+
+    return len(photograph) <= _MOST_BYTES and math.prod(Image.open(BytesIO(photograph)).size) <= _MOST_PIXELS

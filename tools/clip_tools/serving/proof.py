@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from clip_tools.engines.engine import Engine, graph_of, has_exact_pixels, precision_of_engine
-from clip_tools.engines.gates import agreement, failures, gate_name, gate_of
+from clip_tools.engines.gates import Gate, agreement, failures, gate_name, gate_of
 from clip_tools.engines.sample import FILE, Sample
 from clip_tools.errors import ToolError
 
@@ -25,13 +25,13 @@ def check_vectors(
     """How near `embed`'s vectors are to open_clip's, or why nobody can tell, in words.
 
     `exact_pixels`: whether they are made of open_clip's own pixels; None: if the configuration's `preprocess` gives
-    these. Raises WrongVectors when they are under the gate of the engine's precision.
+    these. Raises WrongVectors when the worst cosine is under the gate of the engine's precision.
     """
     not_held = "its vectors were not held to open_clip's"
     file = engine.runs
     known = graph_of(file) if file else None
     if file is None or known is None:
-        return f"{not_held}: of {file} no manifest says what it was made of"
+        return f"{not_held}: the graph of {file} and its manifest are not both here"
     graph, made = known
     sample = Sample.read(graph)
     if sample is None or not sample.is_of(made):
@@ -43,7 +43,8 @@ def check_vectors(
     precision = precision_of_engine(engine, made)
     gate, title = gate_of(precision, exact_pixels=exact), gate_name(precision, exact_pixels=exact)
     found = agreement(embed(sample), sample.embeddings)
-    if under := failures(found, gate, trained=False):  # of ten images the neighbours tell nothing
+    # The mean and the neighbours of ten images or fewer tell little.
+    if under := failures(found, Gate(gate.worst_cosine), trained=False):
         raise WrongVectors(
             f"the vectors of {engine.title} are not open_clip's: {'; '.join(under)}, the gate of {title}, on "
             f"{found.images} photographs. Make {file.resolve()} again or take another engine; "

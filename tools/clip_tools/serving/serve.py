@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from clip_embed import EmbeddingClient
 
+_CHECK_S = 30.0  # how long the sample may wait for room
+
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -178,7 +180,7 @@ class EmbeddedServer:
                 if client.is_ready():
                     try:
                         probe.ask()
-                        return self._held_to_open_clip(client, deadline) if self.options.check_vectors else None
+                        return self._held_to_open_clip(client) if self.options.check_vectors else None
                     except (ServerOverloadedError, DeadlineExceededError) as error:
                         wrong = f"{ENSEMBLE} is loaded and has no room: {error}; "  # others have waited for it
                     except EmbeddingError as error:
@@ -190,7 +192,7 @@ class EmbeddedServer:
             + process.last_words()
         )
 
-    def _held_to_open_clip(self, client: "EmbeddingClient", deadline: float) -> str:
+    def _held_to_open_clip(self, client: "EmbeddingClient") -> str:
         """How near its vectors are, in words. Raises ToolError when they are under the gate.
 
         Others may be waiting for it too, so that there is not always room.
@@ -199,13 +201,17 @@ class EmbeddedServer:
 
         from clip_embed import DeadlineExceededError, InvalidImageError, ServerOverloadedError
 
+        deadline = time.monotonic() + _CHECK_S
+
         def embed_one(image: bytes) -> "npt.NDArray[np.float32]":
             while True:
                 try:
                     return client.embed([image])
                 except (ServerOverloadedError, DeadlineExceededError):
-                    if self.process.is_stopping or time.monotonic() > deadline:
+                    if time.monotonic() > deadline:
                         raise
+                if self.process.is_stopping:
+                    raise ToolError("the server was stopped before its vectors were held to open_clip's")
                 time.sleep(0.1)
 
         try:

@@ -26,6 +26,7 @@ MIN_COSINE_OF_SAME_WEIGHTS = 0.8
 
 _DRAIN_LIMIT_S = 60.0
 _POLL_S = 0.1
+_NO_ROOM = ("Exceeds maximum queue size", "Request timeout expired")  # Triton's words
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,9 @@ def _check_vectors(control: ModelControl, options: SwapOptions, model: str | Non
 
     def embed(sample: Sample) -> "npt.NDArray[np.float32]":
         if model is None:
-            return np.concatenate([control.embed_image(image) for image in sample.files])
-        return np.concatenate([control.embed_pixels(model, pixels[None]) for pixels in sample.pixels])
+            return np.concatenate([_when_there_is_room(partial(control.embed_image, image)) for image in sample.files])
+        one_by_one = (partial(control.embed_pixels, model, pixels[None]) for pixels in sample.pixels)
+        return np.concatenate([_when_there_is_room(ask) for ask in one_by_one])
 
     engine = Engine(models=options.models, config_name=options.name)
     return check_vectors(engine, embed, exact_pixels=True if model else None)
@@ -182,9 +184,21 @@ def _check_vectors(control: ModelControl, options: SwapOptions, model: str | Non
 def _check_ensemble(control: ModelControl) -> None:
     import numpy as np
 
-    got = control.embed_image(probe_image())
+    got = _when_there_is_room(partial(control.embed_image, probe_image()))
     if got.shape != (1, 512) or not np.isclose(np.linalg.norm(got), 1, atol=1e-2):
         raise ToolError(f"{ENSEMBLE} answers {got.shape}, norm {np.linalg.norm(got):.3f}, where a unit vector was due")
+
+
+def _when_there_is_room(ask: "Callable[[], npt.NDArray[np.float32]]") -> "npt.NDArray[np.float32]":
+    """The answer, also of a server so busy that it refuses some: then a swap is what helps."""
+    deadline = time.monotonic() + _DRAIN_LIMIT_S
+    while True:
+        try:
+            return ask()
+        except ToolError as error:
+            if not any(words in str(error) for words in _NO_ROOM) or time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_S)
 
 
 def _used_by_others(control: ModelControl, ready: set[str]) -> set[str]:
