@@ -89,6 +89,17 @@ def repository(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+def with_second_model(repository: Path, models: Path, name: str) -> Path:
+    """The repository at `models`, with `clip_onnx` again as `clip_NAME`, to which the configuration NAME leads."""
+    shutil.copytree(repository, models, symlinks=True)
+    shutil.copytree(models / "clip_onnx", models / f"clip_{name}", symlinks=True)
+    shutil.rmtree(models / f"clip_{name}" / "configs")
+    route = (models / "clip_ensemble" / "config.pbtxt").read_text()
+    named = models / "clip_ensemble" / "configs" / f"{name}.pbtxt"
+    named.write_text(route.replace('"clip_onnx"', f'"clip_{name}"'))
+    return models
+
+
 def options_for(models: Path, log: Path, **changes: object) -> ServeOptions:
     """Options for a server of its own, on free ports."""
     http, grpc, metrics = free_ports(3)

@@ -1,13 +1,12 @@
-"""A server proves its vectors before it is called ready, and a swap the new engine's before it goes through."""
+"""A server proves its vectors before `serve` calls it ready, and a swap those of the new engine."""
 
 import dataclasses
 import os
-import shutil
 import subprocess
 
 import numpy as np
 import pytest
-from tests.conftest import options_for
+from tests.conftest import options_for, with_second_model
 from tests.e2e.test_lifecycle import serve_command, wait_for
 
 from clip_embed import EmbeddingClient
@@ -23,14 +22,8 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'c
 
 @pytest.fixture(scope="module")
 def models(repository, tmp_path_factory):
-    """The repository with a second model, `clip_wrong`, to which the configuration `wrong` leads: the graph with its
-    positions in another order, which its manifest calls right."""
-    folder = tmp_path_factory.mktemp("proof") / "models"
-    shutil.copytree(repository, folder, symlinks=True)
-    shutil.copytree(folder / "clip_onnx", folder / "clip_wrong", symlinks=True)
-    shutil.rmtree(folder / "clip_wrong" / "configs")
-    route = (folder / "clip_ensemble" / "config.pbtxt").read_text()
-    (folder / "clip_ensemble" / "configs" / "wrong.pbtxt").write_text(route.replace('"clip_onnx"', '"clip_wrong"'))
+    """`wrong` leads to the graph with its positions in another order, which its manifest calls right."""
+    folder = with_second_model(repository, tmp_path_factory.mktemp("proof") / "models", "wrong")
     path = folder / "clip_wrong" / "1" / "model.onnx"
     manifest, graph = Manifest.read(path), onnx.load(str(path))
     tensor = next(one for one in graph.graph.initializer if one.name == "visual.positional_embedding")

@@ -1,6 +1,5 @@
 """A real server changes its engine under load, and keeps it when the new one does not load."""
 
-import shutil
 import subprocess
 import sys
 import threading
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.conftest import options_for
+from tests.conftest import options_for, with_second_model
 from tests.small_graph import write_small_graph
 
 from clip_embed import EmbeddingClient
@@ -31,12 +30,7 @@ MIN_COSINE_BF16 = 0.9
 @pytest.fixture(scope="module")
 def models(repository, tmp_path_factory) -> Path:
     """The repository with a second ONNX model, `clip_copy`, to which the configuration `copy` leads."""
-    folder = tmp_path_factory.mktemp("swap") / "models"
-    shutil.copytree(repository, folder, symlinks=True)
-    shutil.copytree(folder / "clip_onnx", folder / "clip_copy", symlinks=True)
-    shutil.rmtree(folder / "clip_copy" / "configs")
-    route = (folder / "clip_ensemble" / "config.pbtxt").read_text()
-    (folder / "clip_ensemble" / "configs" / "copy.pbtxt").write_text(route.replace('"clip_onnx"', '"clip_copy"'))
+    folder = with_second_model(repository, tmp_path_factory.mktemp("swap") / "models", "copy")
     # A real plan, which no machine without a GPU can run; of a small graph, since it is never asked.
     pytest.importorskip("tensorrt_rtx", reason="pip install 'clip-embed[rtx]'")
     plan = folder / "clip_trt" / "1" / "model.plan"
