@@ -35,7 +35,7 @@ COPY client/clip_embed /opt/clip/client/clip_embed
 # /onnx: the exported graphs, mounted. /var/cache/clip-embed: the volume with what the first start made.
 RUN install -d -o 1000 -g 1000 /onnx /var/cache/clip-embed \
     && ln -s /var/cache/clip-embed /opt/clip/.cache \
-    && chmod -R a+rX /opt/clip
+    && chmod -R u+w,a+rX /opt/clip
 
 # CLIP_MODELS: where the entry point writes what is served, for `python3 -m clip_tools swap` in the container.
 ENV PYTHONPATH=/opt/clip/tools:/opt/clip/client \

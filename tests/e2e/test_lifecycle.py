@@ -17,7 +17,7 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
 from clip_tools.errors import ToolError
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions, _warning_if_untrained
+from clip_tools.serving.serve import EmbeddedServer, ServeOptions, warning_if_untrained
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
 TRITONSERVER = Path(sys.executable).with_name("tritonserver")
@@ -72,7 +72,7 @@ def test_a_signal_while_the_models_load_ends_it_too(repository, tmp_path):
 
 
 def test_untrained_weights_are_said_to_be_untrained(repository, weights):
-    words = _warning_if_untrained(ServeOptions(models=repository))
+    words = warning_if_untrained(ServeOptions(models=repository))
     assert ("UNTRAINED" in words) == (weights.seed is not None)
 
 

@@ -326,9 +326,13 @@ def test_a_second_container_waits_for_the_first_ones_build(tmp_path):
 
 def test_a_volume_that_cannot_be_written_names_the_user(container, monkeypatch):
     container.install(engines())
-    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError("read-only")))
-    with pytest.raises(ToolError, match=r"cannot be written .*read-only.*give the volume to user"):
-        container.start()
+    for error, words in (
+        (PermissionError(13, "read-only"), r"cannot be written .*read-only.*give the volume to user"),
+        (OSError(28, "No space left"), r"cannot be written .*No space left.*make room"),
+    ):
+        monkeypatch.setattr(Path, "mkdir", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(ToolError, match=words):
+            container.start()
 
 
 def test_tensorrts_version_is_compared_with_the_servers_down_to_the_fourth_number(monkeypatch):
@@ -564,6 +568,7 @@ def test_a_plan_whose_vectors_are_wrong_stops_the_container_or_gives_way_to_onnx
 
     monkeypatch.setattr(entrypoint, "prepare", prepare)
     monkeypatch.setattr(entrypoint, "Supervisor", PlanIsWrong)
+    monkeypatch.setattr(entrypoint, "warning_if_untrained", lambda _: "")
     monkeypatch.setattr(entrypoint.signal, "signal", lambda *_: None)
     monkeypatch.setenv("TRT_FALLBACK", str(int(fallback)))
     with contextlib.nullcontext() if fallback else pytest.raises(SystemExit):
@@ -698,3 +703,65 @@ def test_where_it_listens_is_read_off_the_servers_flags():
     assert options.metrics_url == "http://localhost:8002/metrics"
     assert options_in(["tritonserver", "--grpc-address=[::1]"]).grpc_url == "grpc://[::1]:8001"
     assert options_in([]).grpc_port == 8001  # the container's arguments, as a rule
+
+
+FAKE_DRIVER = """
+#include <string.h>
+#include <unistd.h>
+static pid_t who = 0;  /* as CUDA's: in a child of the process that called cuInit it is not initialised (3) */
+static int state(void) { return who == getpid() ? 0 : 3; }
+int cuInit(unsigned flags) { if (!who) who = getpid(); return state(); }
+int cuDeviceGetCount(int *count) { *count = 1; return state(); }
+int cuDeviceGet(int *device, int index) { *device = index; return state(); }
+int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "NVIDIA L4", size); return state(); }
+int cuDeviceGetAttribute(int *value, int which, int device) { *value = which == 75 ? 8 : 9; return state(); }
+int cuDriverGetVersion(int *version) { *version = 13020; return 0; }
+"""
+ASKED_AGAIN_IN_A_FORK = """
+from clip_tools.container.build import _in_a_process
+from clip_tools.gpu import find_gpu
+print(find_gpu(), flush=True)
+_in_a_process(lambda: print(find_gpu(), flush=True))
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, for a driver that is pretended")
+def test_the_gpu_is_still_there_in_the_fork_that_builds(tmp_path):
+    """The entry point looks for it first, and CUDA does not outlive a fork."""
+    (tmp_path / "cuda.c").write_text(FAKE_DRIVER)
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), str(tmp_path / "cuda.c")], check=True
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED_AGAIN_IN_A_FORK],
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["Gpu(name='NVIDIA L4', compute_capability='8.9', cuda='13.2')"] * 2
+
+
+@pytest.mark.parametrize("flags", [["--http-port=abc"], ["--http-port"], ["--grpc-port=-1"]])
+def test_a_port_that_is_none_is_a_wrong_use(flags):
+    with pytest.raises(ToolError, match=r"-port: expected a whole number, came '") as caught:
+        options_in(flags)
+    assert caught.value.exit_code == 2
+
+
+def test_what_cannot_be_read_is_one_line(monkeypatch, capsys):
+    def prepare(*_, **__):
+        raise PermissionError(13, "Permission denied", "/onnx/model.onnx")
+
+    monkeypatch.setattr(entrypoint, "prepare", prepare)
+    monkeypatch.setattr(entrypoint.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        entrypoint.main([])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Permission denied: '/onnx/model.onnx': what is mounted is to be readable by user" in line
+
+
+def test_the_best_batch_is_never_over_the_largest():
+    assert Settings.from_environment({"TRT_MAX_BATCH": "4"}).opt_batch == 4
+    assert Settings.from_environment({"TRT_MAX_BATCH": "32"}).opt_batch == 16

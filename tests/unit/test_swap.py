@@ -161,7 +161,7 @@ def test_the_vectors_are_asked_for_one_by_one(monkeypatch):
     server = FakeServer()
     said = swapped(server, "trt", check_vectors=True)
     assert [found.shape for found in seen] == [(3, 512), (3, 512)]
-    assert server.batches == [2, 2, 1, 1, 1]  # whether it is of the same weights; whether it embeds; the sample
+    assert set(server.batches) == {1}
     assert "3/7 clip_trt held to open_clip: right" in said[2]
 
 

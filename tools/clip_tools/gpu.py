@@ -1,7 +1,10 @@
 """The GPU of this machine, as its driver names it. Needs the driver alone: no CUDA toolkit, torch or TensorRT."""
 
 import ctypes
-from dataclasses import dataclass
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
 
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 
@@ -16,11 +19,21 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | None:
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves; None without one, or without a working driver."""
+    """The first GPU that CUDA_VISIBLE_DEVICES leaves; None without one, or without a working driver.
+
+    A process of its own asks: in the fork of one that has, CUDA does not work (triton-lang/triton#10443), and the
+    container builds its plan in a fork.
+    """
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
+    asked = subprocess.run([sys.executable, "-m", "clip_tools.gpu"], capture_output=True, text=True, check=False)
+    return Gpu(**json.loads(asked.stdout)) if asked.returncode == 0 else None
+
+
+def _ask_driver() -> Gpu | None:
+    cuda = ctypes.CDLL("libcuda.so.1")
     count, device, version = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     name = ctypes.create_string_buffer(256)
     major, minor = ctypes.c_int(), ctypes.c_int()
@@ -40,3 +53,10 @@ def find_gpu() -> Gpu | None:
         f"{major.value}.{minor.value}",
         f"{version.value // 1000}.{version.value % 1000 // 10}",
     )
+
+
+if __name__ == "__main__":
+    found = _ask_driver()
+    if found is None:
+        sys.exit(1)
+    sys.stdout.write(json.dumps(asdict(found)))

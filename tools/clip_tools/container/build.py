@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import ctypes.util
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -67,9 +68,9 @@ def ensure_plan(settings: Settings, graph: Path, gpu: str | None, say: Say) -> P
     except ToolError:
         raise
     except OSError as error:
-        raise ToolError(
-            f"{settings.cache_dir} cannot be written ({error}): give the volume to user {os.getuid()}"
-        ) from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room in it" if is_full else f"give the volume to user {os.getuid()}"
+        raise ToolError(f"{settings.cache_dir} cannot be written ({error}): {advice}") from error
     except Exception as error:
         raise ToolError(f"{settings.runtime} {version} failed: {type(error).__name__}: {error}") from error
     return plan

@@ -27,7 +27,7 @@ from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, graph_name
 from clip_tools.serving.manifests import wrong_file
 from clip_tools.serving.proof import WrongVectors
-from clip_tools.serving.serve import ServeOptions, repository_flags
+from clip_tools.serving.serve import ServeOptions, repository_flags, warning_if_untrained
 from clip_tools.serving.supervisor import Supervisor
 
 _FALLBACK = "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead"
@@ -102,6 +102,11 @@ def main(arguments: Sequence[str]) -> None:
     except ToolError as error:
         _say(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        _say(f"{error}: what is mounted is to be readable by user {os.getuid()}, and the volume his")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _serve(settings: Settings, options: ServeOptions, arguments: Sequence[str], *, with_plan: bool = True) -> None:
@@ -115,7 +120,8 @@ def _serve(settings: Settings, options: ServeOptions, arguments: Sequence[str], 
             os.chdir(settings.cache_dir)
             Path(".cache/ort-trt").mkdir(parents=True, exist_ok=True)
     _say(f"starting {' '.join(command)}")
-    supervisor = Supervisor(lambda: ContainerServer(proven, command), _say, f"{ENSEMBLE} embeds")
+    ready_line = f"{ENSEMBLE} embeds\n{warning_if_untrained(proven)}".strip()
+    supervisor = Supervisor(lambda: ContainerServer(proven, command), _say, ready_line)
     with supervisor.stopping_on_signals():
         supervisor.run()
 

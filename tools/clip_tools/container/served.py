@@ -10,6 +10,7 @@ from clip_tools.serving.access import Access
 from clip_tools.serving.process import TritonProcess
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions
 
+_PORTS = {"http": "8000", "grpc": "8001", "metrics": "8002"}  # Triton's own
 READY_TIMEOUT_S = 3600.0  # ort-trt builds an engine for each batch while it loads; not measured
 
 
@@ -29,9 +30,13 @@ class ContainerServer(EmbeddedServer):
 def options_in(command: Sequence[str], keys: Mapping[str, str] | None = None) -> ServeOptions:
     """Where a tritonserver with this command line listens: what its flags say, and Triton's own defaults.
 
-    Raises ToolError for TLS: the container's own health check asks without.
+    Raises ToolError for a port that is none, and for TLS: the container's own health check asks without.
     """
     flags = flags_in(command)
+    ports = {name: flags.get(f"{name}-port", default) for name, default in _PORTS.items()}
+    for name, port in ports.items():
+        if not (port.isascii() and port.isdigit()):
+            raise ToolError(f"--{name}-port: expected a whole number, came '{port}'", exit_code=USAGE)
     for name in ("grpc-use-ssl", "grpc-use-ssl-mutual"):
         if name in flags:
             raise ToolError(
@@ -41,9 +46,9 @@ def options_in(command: Sequence[str], keys: Mapping[str, str] | None = None) ->
             )
     return ServeOptions(
         host=flags.get("grpc-address", "0.0.0.0").strip("[]"),  # noqa: S104  gRPC brackets an IPv6 address
-        http_port=int(flags.get("http-port", "8000")),
-        grpc_port=int(flags.get("grpc-port", "8001")),
-        metrics_port=int(flags.get("metrics-port", "8002")),
+        http_port=int(ports["http"]),
+        grpc_port=int(ports["grpc"]),
+        metrics_port=int(ports["metrics"]),
         ready_timeout_s=READY_TIMEOUT_S,
         access=Access(**(keys or {}), tls=None),
     )

@@ -37,10 +37,11 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
         """Raises ToolError with the variable, what was expected and what came."""
         read = _Reader(environment)
+        max_batch = read.number("TRT_MAX_BATCH", 64)
         settings = cls(
             precision=cast(Precision, read.one_of("TRT_PRECISION", PRECISIONS, "fp16")),
-            opt_batch=read.number("TRT_OPT_BATCH", 16),
-            max_batch=read.number("TRT_MAX_BATCH", 64),
+            opt_batch=read.number("TRT_OPT_BATCH", min(16, max_batch)),
+            max_batch=max_batch,
             skip_build=read.flag("SKIP_TRT_BUILD"),
             fallback=read.flag("TRT_FALLBACK"),
             runtime=cast(Runtime, read.one_of("TRT_RUNTIME", RUNTIMES, "tensorrt")),

@@ -29,6 +29,7 @@ _REASONS = tuple(
     map(
         re.compile,
         (
+            r"what\(\):\s*(.*)",
             r"^E.*failed to load '.*?' version \d+: (?:\w+: )?(.*?)(?:\\n.*)?$",
             r"error: (.*)",
             r"(unrecognized option .*)",
@@ -92,7 +93,11 @@ class TritonProcess:
         if self._process.poll() is None or self.is_stopping:
             return None
         self._reader.join(timeout=5)
-        return f"tritonserver ended with exit code {self._process.returncode}: {self.last_words()}"
+        code = self._process.returncode
+        if code == -signal.SIGKILL:
+            return "tritonserver was killed (SIGKILL): is there too little memory?"
+        end = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return f"tritonserver ended {end}: {self.last_words()}"
 
     def raise_if_ended(self) -> None:
         """Raises ToolError when it ended by itself."""

@@ -337,7 +337,7 @@ def _owner(port: int) -> str:
     return ""
 
 
-def _warning_if_untrained(options: ServeOptions) -> str:
+def warning_if_untrained(options: ServeOptions) -> str:
     """A line for whoever would fill an index with vectors that mean nothing; empty for trained weights."""
     from clip_tools.engines.export_onnx import Manifest
 
@@ -352,7 +352,7 @@ def serve(options: ServeOptions) -> None:
     """Serve in the foreground until a signal comes. Raises ToolError when the server cannot start."""
     ready_line = (
         f"{ENSEMBLE} embeds at {options.grpc_url} and {options.http_url} (metrics on port {options.metrics_port}); "
-        f"Ctrl-C stops it\n{_warning_if_untrained(options)}"
+        f"Ctrl-C stops it\n{warning_if_untrained(options)}"
     ).strip()
     if warning := exposure(options.host, options.access):
         sys.stderr.write(f"clip-tools: {warning}\n")

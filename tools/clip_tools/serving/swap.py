@@ -86,7 +86,7 @@ def check_embeds(control: ModelControl, model: str, like: "npt.NDArray[np.float3
     """Raises ToolError unless `model` gives unit vectors for two images; with `like`, the same weights' as those."""
     import numpy as np
 
-    got = control.embed_pixels(model, probe_pixels())
+    got = _embed_probe(control, model)
     if got.shape != (2, 512) or not np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-2):
         raise ToolError(f"{model} answers {got.shape}, norm {np.linalg.norm(got):.3f}, where two unit vectors were due")
     if like is not None and (cosine := float((got * like).sum(axis=1).min())) < MIN_COSINE_OF_SAME_WEIGHTS:
@@ -94,6 +94,13 @@ def check_embeds(control: ModelControl, model: str, like: "npt.NDArray[np.float3
             f"{model} was built from other weights: its vectors have cosine {cosine:.2f} to those served now, and an "
             "index that holds both is worthless; build it from the same export, or give --allow-other-weights"
         )
+
+
+def _embed_probe(control: ModelControl, model: str) -> "npt.NDArray[np.float32]":
+    """One by one, since an engine may take no batch."""
+    import numpy as np
+
+    return np.concatenate([control.embed_pixels(model, pixels[None]) for pixels in probe_pixels()])
 
 
 def probe_pixels() -> "npt.NDArray[np.uint8]":
@@ -119,7 +126,7 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
     present = [step.model_name for step in before.ensemble_scheduling.step if step.model_name in ready]
     like = None
     if present and not options.allow_other_weights:
-        like = control.embed_pixels(present[-1], probe_pixels())
+        like = _embed_probe(control, present[-1])
     steps: list[Step] = []
     for model in wanted:
         old = control.configuration(model.name) if model.name in ready else None
