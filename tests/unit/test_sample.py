@@ -117,8 +117,10 @@ def test_the_mean_of_so_few_is_not_asked(models):
     assert "its vectors are open_clip's" in check_vectors(Engine(models=models, config_name="fast"), off_by(0.9965))
 
 
-def test_photographs_far_larger_than_others_are_not_kept(tmp_path):
-    """Which a server might refuse."""
+@pytest.mark.parametrize("bound", [4_000_000, 40_000_000, None])
+def test_photographs_far_larger_than_others_are_not_kept(tmp_path, monkeypatch, bound):
+    """Which a server might refuse; whatever Pillow's own bound is: over it it warns, over twice as much it fails."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", bound)
 
     def png(width, height, more=0):
         buffer = BytesIO()

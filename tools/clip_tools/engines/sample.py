@@ -7,6 +7,7 @@ where neither open_clip nor PyTorch is installed.
 import itertools
 import math
 import tempfile
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
@@ -92,4 +93,10 @@ def keep_sample(graph: Path, weights: Weights, photographs: Iterable[bytes], ora
 def _is_small(photograph: bytes) -> bool:
     from PIL import Image
 
-    return len(photograph) <= _MOST_BYTES and math.prod(Image.open(BytesIO(photograph)).size) <= _MOST_PIXELS
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            pixels = math.prod(Image.open(BytesIO(photograph)).size)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # over Pillow's own bound
+        return False
+    return len(photograph) <= _MOST_BYTES and pixels <= _MOST_PIXELS
