@@ -12,7 +12,7 @@ import pytest
 
 from clip_tools import photos, proxy, reliability
 from clip_tools.demo import weights_from_environment
-from clip_tools.engines.export_onnx import export_onnx, is_exported, manifest_path
+from clip_tools.engines.export_onnx import export_onnx, is_exported, manifest_path, write_graph
 from clip_tools.engines.sample import FILE as SAMPLE
 from clip_tools.engines.sample import Sample
 from clip_tools.measuring.services import free_ports
@@ -75,6 +75,14 @@ def onnx_model(weights: Weights, demo_photos: list[Path]) -> Path:
     path = CACHE / "models" / name / "model.onnx"
     if not is_exported(path, weights) or Sample.read(path) is None:
         export_onnx(weights, [photo.read_bytes() for photo in demo_photos], path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def gpu_model(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tower in the form for GPUs, FP32, of which the lower precisions are made."""
+    path = tmp_path_factory.mktemp("gpu") / "gpu.onnx"
+    write_graph(oracle, path, "gpu")
     return path
 
 

@@ -26,7 +26,7 @@ def models(repository, tmp_path_factory):
     folder = with_second_model(repository, tmp_path_factory.mktemp("proof") / "models", "wrong")
     path = folder / "clip_wrong" / "1" / "model.onnx"
     manifest, graph = Manifest.read(path), onnx.load(str(path))
-    tensor = next(one for one in graph.graph.initializer if one.name == "visual.positional_embedding")
+    tensor = next(one for one in graph.graph.initializer if one.name == "position")
     wrong = np.roll(onnx.numpy_helper.to_array(tensor), 7, axis=0)
     tensor.CopyFrom(onnx.numpy_helper.from_array(wrong, tensor.name))
     for built in (path, manifest_path(path)):

@@ -25,10 +25,10 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'c
 
 
 @pytest.fixture(scope="module")
-def fp16_model(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fp16_model(gpu_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The session's graph in FP16."""
     path = tmp_path_factory.mktemp("fp16") / "model.fp16.onnx"
-    onnx.save(lower(onnx.load(str(onnx_model)), "fp16"), str(path))
+    onnx.save(lower(onnx.load(str(gpu_model)), "fp16"), str(path))
     return path
 
 
@@ -66,8 +66,8 @@ def test_the_fp16_graph_passes_its_gate(fp16_model: Path, weights: Weights, demo
 broken_weights = pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("visual.positional_embedding", lambda value: np.roll(value, 1, axis=0)),
-        ("visual.proj", lambda value: np.full_like(value, np.nan)),
+        ("position", lambda value: np.roll(value, 1, axis=0)),
+        ("projection_weight", lambda value: np.full_like(value, np.nan)),
     ],
 )
 
@@ -118,7 +118,7 @@ def test_the_command_writes_table_json_and_picture_and_exits_1_under_the_gate(
     assert data["agreement"]["images"] == 10
     assert "worst cosine" in result.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
-    broken = changed(onnx_model, tmp_path, "visual.positional_embedding", lambda value: value[::-1].copy())
+    broken = changed(onnx_model, tmp_path, "position", lambda value: value[::-1].copy())
     output = tmp_path / "result.json"
     result = CliRunner().invoke(app, ["verify", "--engine", str(broken), *given, "--output", str(output)])
     assert isinstance(result.exception, ToolError)
@@ -201,7 +201,7 @@ def test_a_variant_under_its_gate_is_not_written(
 
     def lower_wrongly(model, half):
         graph = lower(model, half)
-        tensor = next(t for t in graph.graph.initializer if t.name.startswith("visual.positional_embedding"))
+        tensor = next(t for t in graph.graph.initializer if t.name == "position")
         tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor)[::-1].copy(), tensor.name))
         return graph
 

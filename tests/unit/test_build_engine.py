@@ -71,10 +71,12 @@ def repository(small: "onnx.ModelProto", tmp_path: Path) -> Path:
 
 
 @rtx
-def test_the_exported_graph_becomes_an_engine_of_the_precision_asked_for(onnx_model: Path, tmp_path: Path) -> None:
+def test_the_exported_graph_becomes_an_engine_of_the_precision_asked_for(
+    gpu_model: Path, onnx_model: Path, tmp_path: Path
+) -> None:
     """NVIDIA's own parser takes the real graph, and every one of its matrices runs in FP16."""
     graph = tmp_path / "model.fp16.onnx"
-    onnx.save(lower(onnx.load(str(onnx_model)), "fp16"), str(graph))
+    onnx.save(lower(onnx.load(str(gpu_model)), "fp16"), str(graph))
     plan = tmp_path / "model.plan"
     manifest = build_engine(graph, plan, EngineOptions(runtime="tensorrt-rtx", precision="fp16"))
     assert manifest.matrices == {"fp16": 75}  # 12 x (4 linear, 2 of attention), the last query, patches, projection

@@ -128,6 +128,7 @@ def _parse(trt: Any, builder: Any, log: Any, onnx_path: Path) -> tuple[Any, Any]
             f"{onnx_path}: TensorRT's parser refuses {shown}{more}. Export it anew with `clip-tools export-onnx`; if "
             "it is your own graph, replace these nodes or take a newer TensorRT"
         )
+    _let_attention_be_decomposed(trt, network)
     tensors = {
         "input": [network.get_input(index) for index in range(network.num_inputs)],
         "output": [network.get_output(index) for index in range(network.num_outputs)],
@@ -140,6 +141,15 @@ def _parse(trt: Any, builder: Any, log: Any, onnx_path: Path) -> tuple[Any, Any]
     if tuple(tensors["input"][0].shape)[1:] != _ROW:
         raise ToolError(f"{onnx_path}: expected pixels of shape (N, 224, 224, 3), came {tensors['input'][0].shape}")
     return network, parser
+
+
+def _let_attention_be_decomposed(trt: Any, network: Any) -> None:
+    """Without this the build fails where a GPU has no attention kernel for the graph's type and head width."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name == "ATTENTION_INPUT":
+            layer.__class__ = trt.IAttentionInputLayer  # how one asks a layer of TensorRT's Python API for its own
+            layer.attention.decomposable = True
 
 
 def _parser_error(error: Any) -> str:

@@ -14,13 +14,14 @@ from typing import Any
 from clip_tools.engines.precision import Precision
 
 _NAMES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8", "FP4": "fp4", "INT4": "int4"}
-_MATRIX_LAYERS = ("MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "EINSUM")
+# How many products a layer is; an attention is an input layer, which has query and key, and an output layer.
+_MATRIX_LAYERS = {"MATRIX_MULTIPLY": 1, "CONVOLUTION": 1, "DECONVOLUTION": 1, "EINSUM": 1, "ATTENTION_INPUT": 2}
 _MOVING_LAYERS = ("SHUFFLE", "IDENTITY", "CAST", "SLICE", "SQUEEZE", "UNSQUEEZE")
 
 
 @dataclass(frozen=True)
 class Census:
-    """How many matrix multiplications run in each precision, a convolution counting as one, and how many weights.
+    """How many matrix multiplications run in each precision, and how many weights; attention is two, a convolution one.
 
     A weight is a number of a constant second factor. All but a few meet every token once: they stand for the work.
     """
@@ -62,7 +63,7 @@ def count_network(network: Any, trt: Any) -> Census:
             continue
         factors = [layer.get_input(i) for i in range(layer.num_inputs) if layer.get_input(i) is not None][:2]
         name = _precision_of(factors, makers)
-        matrices[name] += 1
+        matrices[name] += _MATRIX_LAYERS[layer.type.name]
         if len(factors) == 1 and layer.type.name in kernels:
             layer.__class__ = kernels[layer.type.name]  # how one asks a layer of TensorRT's Python API for its own
             weights[name] += int(layer.kernel.size)

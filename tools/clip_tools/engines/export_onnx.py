@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools.digest import sha256_of
-from clip_tools.engines.class_token import with_short_last_block
 from clip_tools.engines.precision import Precision
 from clip_tools.engines.sample import keep_sample
+from clip_tools.engines.vit_graph import OPSETS, Form, is_plain_vit, vit_graph
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.oracle import IMAGE_SIZE_PX, Oracle, Weights, load_oracle
 from clip_tools.paths import MODELS
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 
 MODEL_PATH = MODELS / "clip_onnx" / "1" / "model.onnx"
 MAX_BATCH = 64
-OPSET = 20
-# The form of the graph: 1 had the pixels' layout changed before their type, which TensorRT cannot; 2 had every token in
-# the last block.
-GRAPH = 3
+# The version of the graph's form: 1 changed the pixels' layout before their type, which TensorRT cannot; 2 computed
+# every token in the last block; 3 had a convolution and 602 nodes.
+GRAPH = 4
 
 # The exported graph is the same arithmetic in FP32, in another order: the worst of 121 photographs read 0.9999999 in
 # cosine, and 1.3e-6 in an element, 5.3e-5 with weights that are touchier (docs/results/precision/b-*-fp32.json). Four
@@ -120,6 +119,8 @@ def describe(
     draft: Path, weights: Weights, precision: Precision, worst_cosine: float, max_abs_difference: float, **further: Any
 ) -> Manifest:
     """The manifest of a file that was just exported from these weights."""
+    import onnx
+
     return Manifest(
         sha256=sha256_of(draft),
         model=weights.model,
@@ -127,7 +128,7 @@ def describe(
         checkpoint_sha256=weights.checkpoint_sha256,
         trained=weights.seed is None,
         precision=precision,
-        opset=OPSET,
+        opset=max(opset.version for opset in onnx.load(str(draft)).opset_import if not opset.domain),
         max_batch=MAX_BATCH,
         worst_cosine=round(worst_cosine, 8),
         max_abs_difference=float(f"{max_abs_difference:.2e}"),
@@ -154,9 +155,17 @@ def put_in_place(draft: Path, manifest: "Manifest | EngineManifest", output: Pat
     text.replace(beside)
 
 
-def write_graph(oracle: Oracle, path: Path) -> None:
-    """Write the FP32 graph of the oracle's model; nothing is compared yet."""
+def write_graph(oracle: Oracle, path: Path, form: Form = "portable") -> None:
+    """Write the FP32 graph of the oracle's model; nothing is compared yet.
+
+    A plain ViT's is written by `vit_graph` in this form, any other tower's by torch.onnx.export as it comes.
+    """
+    import onnx
     import torch
+
+    if is_plain_vit(oracle.model.visual):
+        onnx.save(vit_graph(oracle.model.visual, oracle.mean, oracle.std, form), str(path))
+        return
 
     class PixelsToEmbedding(torch.nn.Module):  # type: ignore[misc, unused-ignore]
         """uint8 NHWC in, unit-norm embedding out."""
@@ -166,7 +175,7 @@ def write_graph(oracle: Oracle, path: Path) -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.visual = with_short_last_block(oracle.model.visual)
+            self.visual = oracle.model.visual
             self.register_buffer("mean", torch.tensor(oracle.mean).view(1, 3, 1, 1))
             self.register_buffer("std", torch.tensor(oracle.std).view(1, 3, 1, 1))
 
@@ -190,7 +199,7 @@ def write_graph(oracle: Oracle, path: Path) -> None:
                 input_names=["pixels"],
                 output_names=["embedding"],
                 dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}},
-                opset_version=OPSET,
+                opset_version=OPSETS["portable"],
                 verbose=False,
             )
     finally:

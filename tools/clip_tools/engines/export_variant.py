@@ -10,7 +10,6 @@ from clip_tools.engines.export_onnx import (
     Manifest,
     compare,
     describe,
-    is_exported,
     put_in_place,
     write_graph,
 )
@@ -51,7 +50,7 @@ def export_variant(
     """Write the graph of a lower precision to `output`, with its manifest and sample. Raises ToolError under its gate.
 
     `photographs` are what it is held against open_clip on, at least `gates.MIN_IMAGES` for the gate to count;
-    `calibration` is for INT8 and FP8. Takes the FP32 graph beside `output` when it is of these weights.
+    `calibration` is for INT8 and FP8.
     """
     import onnx
 
@@ -59,7 +58,7 @@ def export_variant(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         draft = Path(folder) / output.name
-        full = _fp32_graph(oracle, weights, photographs, output, Path(folder))
+        full = _fp32_graph(oracle, photographs, Path(folder))
         graph, calibrated = _in_precision(full, precision, oracle, calibration, advance)
         onnx.checker.check_model(graph, full_check=True)
         onnx.save(graph, str(draft))
@@ -100,17 +99,12 @@ def export_variant(
     return manifest
 
 
-def _fp32_graph(
-    oracle: Oracle, weights: Weights, photographs: Sequence[Path], output: Path, folder: Path
-) -> "onnx.ModelProto":
-    """The FP32 graph beside `output` when it is of these weights; else a fresh one that agrees with PyTorch."""
+def _fp32_graph(oracle: Oracle, photographs: Sequence[Path], folder: Path) -> "onnx.ModelProto":
+    """The FP32 graph in the form for GPUs, which agrees with PyTorch."""
     import onnx
 
-    beside = output.with_name("model.onnx")
-    if is_exported(beside, weights):
-        return onnx.load(str(beside))
     path = folder / "fp32.onnx"
-    write_graph(oracle, path)
+    write_graph(oracle, path, "gpu")
     compare(oracle, path, [photograph.read_bytes() for photograph in photographs[:_COMPARED_IN_FP32]])
     return onnx.load(str(path))
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from clip_tools.engines.gptq import curvature, fit_weights, round_weights
 from clip_tools.engines.precision import Graph, fold_normalisation, split_gemm
 from clip_tools.engines.rotation import ROTATION, rotate
+from clip_tools.engines.vit_graph import PATCH_EMBEDDING
 from clip_tools.errors import ToolError
 
 if TYPE_CHECKING:
@@ -74,10 +75,10 @@ def prepare(model: "onnx.ModelProto", kind: Eight) -> "onnx.ModelProto":
 
 
 def linear_layers(model: "onnx.ModelProto") -> list[Any]:
-    """The nodes that multiply by a weight inside the transformer, in order: all but the last, the projection."""
+    """The nodes that multiply by a weight inside the transformer, in order: not the patches' and the projection's."""
     weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     nodes = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights - {ROTATION}]
-    return nodes[:-1]
+    return [node for node in nodes[:-1] if node.name != PATCH_EMBEDDING]
 
 
 def fit(statistics: LayerStatistics, weight: "Floats", kind: Eight) -> QuantisedLayer:

@@ -1,0 +1,198 @@
+"""The graph that is written of a plain ViT: few nodes, no convolution, and open_clip's own answer in both forms."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_tools.engines.calibration import calibrate
+from clip_tools.engines.export_onnx import compare, write_graph
+from clip_tools.engines.gates import cosines
+from clip_tools.engines.mix import Engine
+from clip_tools.engines.onnx_runner import run_onnx
+from clip_tools.engines.precision import count_matrices, lower, twin
+from clip_tools.engines.quantize import linear_layers, prepare
+from clip_tools.engines.rotation import ROTATION, rotate
+from clip_tools.engines.tune_precision import embed
+from clip_tools.engines.vit_graph import OPSETS, is_plain_vit
+from clip_tools.oracle import Oracle
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
+open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'clip-embed[export]'")
+torch = pytest.importorskip("torch")
+
+WIDTH = 64
+MLP_WIDTH = 4 * WIDTH
+BLOCK = ("attention", "mlp up", "mlp down")
+
+
+def small_tower(**changes) -> "torch.nn.Module":
+    """open_clip's ViT in small, two blocks over 49 patches and the class token; no weight is 0 or 1 by default."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 224, "patch_size": 32, "width": WIDTH, "layers": 2, "heads": 2, "mlp_ratio": 4.0}
+    tower = open_clip.transformer.VisionTransformer(**(sizes | changes), output_dim=512).eval()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(torch.randn_like(parameter) / 8)
+    return tower
+
+
+def oracle_of(tower: "torch.nn.Module") -> Oracle:
+    def encode_image(images, normalize):
+        assert normalize
+        return torch.nn.functional.normalize(tower(images), dim=-1)
+
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    transform = open_clip.image_transform(224, is_train=False, mean=mean, std=std)
+    return Oracle(SimpleNamespace(visual=tower, encode_image=encode_image), transform, mean, std)
+
+
+def exported(tower: "torch.nn.Module", folder: Path, form: str = "portable") -> "onnx.ModelProto":
+    """The tower's graph, compared with open_clip's own answer as every export is."""
+    path, file = folder / "model.onnx", io.BytesIO()
+    Image.fromarray(coarse_noise(1)[0]).save(file, "PNG")
+    oracle = oracle_of(tower)
+    write_graph(oracle, path, form)
+    compare(oracle, path, [file.getvalue()])
+    return onnx.load(str(path))
+
+
+def coarse_noise(count: int) -> np.ndarray:
+    return np.kron(np.random.default_rng(0).integers(0, 256, (count, 7, 7, 3)), np.ones((1, 32, 32, 1))).astype(
+        np.uint8
+    )
+
+
+def tokens_of_each_mlp(model: "onnx.ModelProto") -> list[int]:
+    """How many tokens of a picture each block's first MLP product has, in order."""
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in onnx.shape_inference.infer_shapes(model).graph.value_info
+    }
+    made = [shapes[node.output[0]] for node in model.graph.node if node.op_type == "MatMul"]
+    return [shape[1] if len(shape) == 3 else 1 for shape in made if shape[-1] == MLP_WIDTH]
+
+
+FORMS = list(OPSETS)
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory) -> "onnx.ModelProto":
+    return exported(small_tower(), tmp_path_factory.mktemp("portable"))
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory) -> "onnx.ModelProto":
+    return exported(small_tower(), tmp_path_factory.mktemp("gpu"), "gpu")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"final_ln_after_pool": True},
+        {"ls_init_value": 0.5},
+        {"act_layer": open_clip.transformer.QuickGELU},
+        {"act_layer": lambda: torch.nn.GELU(approximate="tanh")},
+        {"no_ln_pre": True},
+        {"layers": 1},
+        {"patch_size": 16},
+    ],
+    ids=str,
+)
+def test_every_plain_vit_gives_open_clips_answer(changes, form, tmp_path):
+    """`exported` compares it with PyTorch at several batch sizes, and fails where it drifts."""
+    tower = small_tower(**changes)
+    assert is_plain_vit(tower)
+    graph = exported(tower, tmp_path, form)
+    assert "Conv" not in {node.op_type for node in graph.graph.node}
+    onnx.checker.check_model(graph, full_check=True)
+
+
+def test_the_real_graph_holds_what_it_computes(onnx_model, gpu_model, weights):
+    """No convolution, for which CUDA would seek an algorithm at each new batch size, and no shapes at run time."""
+    for path, most in ((onnx_model, 260), (gpu_model, 230)):
+        graph = onnx.load(str(path)).graph
+        assert len(graph.node) <= most
+        assert not {"Conv", "Shape", "Slice", "Expand", "Concat"} & {node.op_type for node in graph.node}
+    operators = [node.op_type for node in onnx.load(str(gpu_model)).graph.node]
+    assert operators.count("Attention") == 12
+    assert "Attention" not in [node.op_type for node in onnx.load(str(onnx_model)).graph.node]  # OpenVINO has none
+
+
+def test_the_last_block_computes_one_token(gpu):
+    assert tokens_of_each_mlp(gpu) == [50, 1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pool_type": "avg"},
+        {"attentional_pool": True, "attn_pooler_heads": 2},
+        {"output_tokens": True},
+        {"scale_heads": True},
+    ],
+)
+def test_a_tower_that_reads_more_or_is_built_otherwise_is_no_plain_vit(changes):
+    assert not is_plain_vit(small_tower(**changes))
+
+
+def test_another_tower_is_exported_by_torch_with_every_token(tmp_path):
+    graph = exported(small_tower(pool_type="avg"), tmp_path)
+    assert tokens_of_each_mlp(graph) == [50, 50]
+    assert "Conv" in {node.op_type for node in graph.graph.node}
+
+
+@pytest.mark.parametrize(("half", "off"), [("fp16", 2e-3), ("bf16", 2e-2)])
+def test_a_low_attention_is_its_two_products_with_rounded_shares(gpu, half, off):
+    """The twin has no Attention in a low type, counts the same products, and is near the FP32 graph and not equal."""
+    lowered = lower(gpu, half)
+    assert count_matrices(lowered) == {half: 2 * (4 + 2) + 1 + 2}
+    assert "Attention" not in {node.op_type for node in twin(lowered).graph.node}
+    pixels = coarse_noise(4)
+    difference = np.abs(run_onnx(lowered, pixels).embeddings - run_onnx(gpu, pixels).embeddings).max()
+    assert 1e-6 < difference < off
+
+
+def test_fp16_adds_no_bias_to_the_residual_stream(gpu):
+    """Query, key, value and the MLP's first layer get theirs in FP16, what goes to the stream in FP32."""
+    lowered = onnx.shape_inference.infer_shapes(lower(gpu, "fp16"))
+    types = {value.name: value.type.tensor_type.elem_type for value in lowered.graph.value_info}
+    for node in lowered.graph.node:
+        if node.op_type == "Add" and node.name.endswith("_sum"):
+            low = node.name.endswith(("_qkv_sum", "_query_sum", "_key_value_sum", "_up_sum"))
+            assert types[node.output[0]] == (onnx.TensorProto.FLOAT16 if low else onnx.TensorProto.FLOAT), node.name
+
+
+def test_attention_with_a_query_of_its_own_is_one_layer_and_each_layer_may_be_bf16(portable, tmp_path):
+    """OpenVINO refuses in BF16 what ends inside an attention; what passes between two blocks is the stream alone."""
+    engine, pixels = Engine(portable, tmp_path), coarse_noise(4)
+    blocks = [f"block {block}, {part}" for block in (0, 1) for part in BLOCK]
+    assert [layer.name for layer in engine.layers] == ["patches", *blocks, "projection"]
+    last_block = engine.apart()[4:7]
+    assert [len(part.graph.input) for part in last_block] == [1, 1, 2]  # the MLP's middle goes beside the stream
+    plain = embed(engine.open(["fp32"] * 8), pixels)
+    for lowered in (range(0, 8, 2), range(1, 8, 2)):
+        mixed = embed(engine.open(["bf16" if index in lowered else "fp32" for index in range(8)]), pixels)
+        assert cosines(mixed, plain).min() > 0.99 and np.abs(mixed - plain).max() > 1e-6
+
+
+def test_the_stream_is_turned_through_the_choice_of_the_class_token(gpu):
+    """Before the last block's sums."""
+    pixels = coarse_noise(6)
+    turned = rotate(gpu)
+    assert ROTATION in {node.name for node in turned.graph.node}
+    before, after = run_onnx(gpu, pixels).embeddings, run_onnx(turned, pixels).embeddings
+    assert np.abs(before - after).max() < 1e-5  # FP32 in another order
+
+
+def test_eight_bits_leave_out_what_sees_the_class_token_alone(gpu, tmp_path):
+    """Of the last block all but its keys and values: there is one row an image to fit to, and no work to save."""
+    prepared = prepare(gpu, "int8")
+    layers = calibrate(prepared, coarse_noise(6), coarse_noise(2), "int8", folder=tmp_path).layers
+    left_out = [node.name for node in linear_layers(prepared) if node.name not in layers]
+    assert left_out == ["block_1_query", "block_1_out", "block_1_up", "block_1_down"]
+    assert len(layers) == 4 + 1
