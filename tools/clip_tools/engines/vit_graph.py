@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 # one Gemm. gpu: one node for attention, for which CUDA and TensorRT have flash kernels, and a linear layer as MatMul
 # and Add, which may then have types of their own.
 Form = Literal["portable", "gpu"]
-OPSETS: dict[Form, int] = {"portable": 20, "gpu": 23}  # 23: the first with Attention
+# 23 is the first opset with Attention; of 24 ONNX Runtime 1.24 has no CUDA kernel (microsoft/onnxruntime#28025).
+OPSETS: dict[Form, int] = {"portable": 20, "gpu": 23}
 PATCH_EMBEDDING = "patch_embedding"  # the node
 _QUICK_GELU = 1.702
 
@@ -123,7 +124,8 @@ class _Tower:
         self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(np.asarray(value, np.float32)), name)
         return name
 
-    def integers(self, name: str, values: "tuple[int, ...]") -> str:
+    def integers(self, name: str, values: "tuple[int, ...] | int") -> str:
+        """An int64 constant of that name."""
         import numpy as np
         from onnx import numpy_helper
 
@@ -151,16 +153,10 @@ class _Tower:
         """(batch, width): the first token of each image."""
         if self.form == "portable":
             x = self.reshape(x, (-1, self.tokens, self.width), f"{name}_by_image")
-        return self.node("Gather", [x, self.scalar_zero()], name, axis=1)
-
-    def scalar_zero(self) -> str:
-        import numpy as np
-        from onnx import numpy_helper
-
-        self.constants["first"] = numpy_helper.from_array(np.array(0, np.int64), "first")
-        return "first"
+        return self.node("Gather", [x, self.integers("first", 0)], name, axis=1)
 
     def block(self, x: str, block: Any, name: str, *, last: bool) -> str:
+        """A residual attention block; the last one gives the class token alone, (batch, width)."""
         attention, mlp = block.attn, block.mlp
         width, heads = attention.embed_dim, attention.num_heads
         weight, bias = _array(attention.in_proj_weight).T.copy(), _array(attention.in_proj_bias).copy()
