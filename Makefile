@@ -4,9 +4,12 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+# Which requirements .venv holds, all, gpu or trt: the name of its stamp, so that later targets keep them.
+PINS := $(or $(patsubst $(VENV)/.ready-%,%,$(wildcard $(VENV)/.ready-*)),all)
+PINNED := $(patsubst %,requirements/%.txt,$(if $(filter trt,$(PINS)),gpu tensorrt,$(PINS)))
+READY := $(VENV)/.ready-$(PINS)
 
-.PHONY: help setup setup-gpu demo serve bench test test-long audit soak lint format docs lock clean
+.PHONY: help setup setup-gpu setup-trt demo serve bench test test-long audit soak lint format docs lock clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -14,19 +17,22 @@ help: ## what there is to make
 setup: $(READY) ## the environment, in .venv
 
 # A failed set-up leaves no stamp, so the next make goes on from there.
-$(READY): requirements/all.txt requirements/uv.txt pyproject.toml
+$(READY): $(PINNED) requirements/uv.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found; install Python 3.11, or name another with PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: $(PYTHON) is not Python 3.11, for which requirements/ is pinned" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "setting up $(VENV) (the first time: some GB)" >&2
+	@echo "setting up $(VENV) from $(PINNED) (the first time: some GB)" >&2
+	@rm -f $(VENV)/.ready*
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/uv.txt
-	@$(BIN)/uv pip sync -q --python $(BIN)/python --require-hashes requirements/all.txt
+	@$(BIN)/uv pip sync -q --python $(BIN)/python --require-hashes $(PINNED)
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 
-setup-gpu: setup ## on a GPU host: CUDA and TensorRT in place of OpenVINO
-	@$(BIN)/uv pip uninstall -q --python $(BIN)/python onnxruntime-openvino
-	@$(BIN)/uv pip install --python $(BIN)/python --no-build-isolation -e '.[gpu]'
+setup-gpu: ## the environment of a GPU host: CUDA in place of OpenVINO; `make setup PINS=all` goes back
+	@$(MAKE) --no-print-directory setup PINS=gpu
+
+setup-trt: ## the same and TensorRT, whose package fetches its libraries from NVIDIA
+	@$(MAKE) --no-print-directory setup PINS=trt
 
 demo: setup ## photographs to embeddings through the real server, shown as a table and a picture
 	@$(BIN)/clip-tools demo

@@ -10,6 +10,12 @@ echo uv | "${compile[@]}" --python-version 3.11 - -o requirements/uv.txt
 # The whole environment of a machine without a GPU: what `make` installs.
 "${compile[@]}" --python-version 3.11 pyproject.toml --group dev --extra cpu --extra server --extra export --extra profile --extra http \
   --extra rtx --extra baseline --extra parquet -o requirements/all.txt
+# The whole environment of a GPU host: `make setup-gpu`. What both have is the same version.
+"${compile[@]}" --python-version 3.11 pyproject.toml --group dev --extra gpu --extra server --extra export --extra profile --extra http \
+  --extra rtx --extra baseline --extra parquet --constraint requirements/all.txt -o requirements/gpu.txt
+# What `make setup-trt` adds to it.
+echo 'tensorrt-cu13<11' |
+  "${compile[@]}" --python-version 3.11 --constraint requirements/gpu.txt - -o requirements/tensorrt.txt
 # The client alone.
 "${compile[@]}" --python-version 3.11 pyproject.toml --constraint requirements/all.txt -o requirements/client.txt
 # What the container's Python models and its entry point import beside Triton's own packages (Ubuntu 24.04: Python 3.12).
