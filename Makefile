@@ -4,12 +4,15 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# Which requirements .venv holds, all, gpu or trt: the name of its stamp, so that later targets keep them.
-PINS := $(or $(patsubst $(VENV)/.ready-%,%,$(wildcard $(VENV)/.ready-*)),all)
-PINNED := $(patsubst %,requirements/%.txt,$(if $(filter trt,$(PINS)),gpu tensorrt,$(PINS)))
-READY := $(VENV)/.ready-$(PINS)
+# What .venv is made for, cpu, gpu or trt: its stamp's name says it, so that later targets keep it.
+FOR := $(or $(patsubst $(VENV)/.ready-%,%,$(wildcard $(VENV)/.ready-*)),cpu)
+PINS_cpu := requirements/all.txt
+PINS_gpu := requirements/gpu.txt
+PINS_trt := requirements/gpu.txt requirements/tensorrt.txt
+PINS := $(PINS_$(FOR))
+READY := $(VENV)/.ready-$(FOR)
 
-.PHONY: help setup setup-gpu setup-trt demo serve bench test test-long audit soak lint format docs lock clean
+.PHONY: help setup setup-cpu setup-gpu setup-trt demo serve bench test test-long audit soak lint format docs lock clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -17,22 +20,23 @@ help: ## what there is to make
 setup: $(READY) ## the environment, in .venv
 
 # A failed set-up leaves no stamp, so the next make goes on from there.
-$(READY): $(PINNED) requirements/uv.txt pyproject.toml
+$(READY): $(PINS) requirements/uv.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) was not found; install Python 3.11, or name another with PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: $(PYTHON) is not Python 3.11, for which requirements/ is pinned" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "setting up $(VENV) from $(PINNED) (the first time: some GB)" >&2
+	@echo "setting up $(VENV) from $(PINS) (the first time: some GB)" >&2
 	@rm -f $(VENV)/.ready*
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/uv.txt
-	@$(BIN)/uv pip sync -q --python $(BIN)/python --require-hashes $(PINNED)
+	@$(BIN)/uv pip sync -q --python $(BIN)/python --require-hashes $(PINS)
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 
-setup-gpu: ## the environment of a GPU host: CUDA in place of OpenVINO; `make setup PINS=all` goes back
-	@$(MAKE) --no-print-directory setup PINS=gpu
-
+setup-cpu: ## the environment of a machine without a GPU, which `make setup` makes at first: OpenVINO
+setup-gpu: ## that of a GPU host: CUDA in place of OpenVINO
 setup-trt: ## the same and TensorRT, whose package fetches its libraries from NVIDIA
-	@$(MAKE) --no-print-directory setup PINS=trt
+
+setup-cpu setup-gpu setup-trt:
+	@$(MAKE) --no-print-directory setup FOR=$(@:setup-%=%)
 
 demo: setup ## photographs to embeddings through the real server, shown as a table and a picture
 	@$(BIN)/clip-tools demo

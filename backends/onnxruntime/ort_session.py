@@ -1,6 +1,9 @@
 """What a `config.pbtxt` asks of ONNX Runtime, and the session that does it or says why it cannot."""
 
+import contextlib
+import importlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,10 +23,12 @@ _TENSOR_TYPES = {
 _TENSORRT_PRECISIONS = {"FP32": None, "FP16": "trt_fp16_enable", "BF16": "trt_bf16_enable", "INT8": "trt_int8_enable"}
 
 _INSTALL = {
-    "OpenVINOExecutionProvider": "onnxruntime-openvino (extra `cpu`)",
-    "CUDAExecutionProvider": "onnxruntime-gpu (extra `gpu`)",
-    "TensorrtExecutionProvider": "onnxruntime-gpu and tensorrt (extra `gpu`)",
+    "OpenVINOExecutionProvider": "onnxruntime-openvino (`make setup-cpu`, extra `cpu`)",
+    "CUDAExecutionProvider": "onnxruntime-gpu (`make setup-gpu`, extra `gpu`)",
+    "TensorrtExecutionProvider": "onnxruntime-gpu and TensorRT 10 (`make setup-trt`, extra `trt`)",
 }
+
+_GPU_PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 
 
 class ConfigError(ValueError):
@@ -44,9 +49,20 @@ class SessionPlan:
     graph_level: int = 0
     names: list[str] = field(default_factory=list)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the session computes on a GPU."""
+        return self.providers[0][0] in _GPU_PROVIDERS
 
-def session_plan(config: dict, kind: str, device_id: int) -> SessionPlan:
-    """The plan for one instance of `kind` ("CPU" or "GPU") on `device_id`. Raises ConfigError."""
+
+def session_plan(config: dict, kind: str, device_id: int, *, available: Collection[str] | None = None) -> SessionPlan:
+    """The plan for one instance of `kind` ("CPU" or "GPU") on `device_id`. Raises ConfigError.
+
+    `available` are the providers there are; None: those of this onnxruntime. Without OpenVINO its FP32 is ONNX
+    Runtime's own: the vectors are the same. BF16 has no such stand-in.
+    """
+    if available is None:
+        available = onnxruntime.get_available_providers()
     parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
     intra_op_threads = int(parameters.get("intra_op_thread_count", 0))
     optimization = config.get("optimization") or {}
@@ -72,6 +88,9 @@ def session_plan(config: dict, kind: str, device_id: int) -> SessionPlan:
                 raise ConfigError(
                     f"cpu_execution_accelerator '{accelerator['name']}': expected openvino or openvino_bf16"
                 )
+            if precision == "f32" and "OpenVINOExecutionProvider" not in available:
+                names.append("ONNX Runtime FP32 on the CPU, for this environment has no OpenVINO")
+                continue
             providers.append(_openvino(precision, intra_op_threads))
             names.append(f"OpenVINO {'FP32' if precision == 'f32' else 'BF16'} on the CPU")
             if options := accelerator.get("parameters"):
@@ -200,20 +219,34 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     elif plan.graph_level > 0:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    try:
-        session = onnxruntime.InferenceSession(str(model_path), options, providers=plan.providers)
+    wanted = plan.providers[0][0]
+    _load_libraries(wanted)
+    try:  # with the fallback, a session that fails at a request would go on with the next provider
+        session = onnxruntime.InferenceSession(
+            str(model_path), options, providers=plan.providers, enable_fallback=False
+        )
     except Exception as error:
+        needs = f"; {wanted} needs {_INSTALL[wanted]}" if wanted == "TensorrtExecutionProvider" else ""
         raise ConfigError(
-            f"ONNX Runtime cannot load {model_path}: {' '.join(str(error).split())}; if the file is damaged, make it "
-            f"again with `{_maker(model_path)}`"
+            f"ONNX Runtime cannot load {model_path}: {' '.join(str(error).split())}{needs}; if the file is damaged, "
+            f"make it again with `{_maker(model_path)}`"
         ) from error
-    session.disable_fallback()
-    wanted, got = plan.providers[0][0], session.get_providers()[0]
+    got = session.get_providers()[0]
     if got != wanted:
         raise ConfigError(
-            f"{wanted} is asked for, but ONNX Runtime fell back to {got}: is its driver or library there?"
+            f"{wanted} is asked for, but ONNX Runtime fell back to {got}: is its driver or library there? ONNX "
+            "Runtime's own lines above name what it did not find"
         )
     return session
+
+
+def _load_libraries(provider: str) -> None:
+    """Load what the provider links to out of this environment's wheels, where the system's loader does not look."""
+    if provider in _GPU_PROVIDERS:
+        onnxruntime.preload_dlls()
+    if provider == "TensorrtExecutionProvider":
+        with contextlib.suppress(ImportError):  # a TensorRT of the system is found without its package
+            importlib.import_module("tensorrt")
 
 
 def _maker(model_path: Path) -> str:

@@ -3,13 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 from google.protobuf import json_format
 
+from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
 from clip_tools.repository import read_config
-from ort_session import ConfigError, check_contract, open_session, session_plan
+from ort_session import ConfigError, SessionPlan, check_contract, open_session, session_plan
+
+CPU = ("CPUExecutionProvider", {})
+OPENVINO = ("OpenVINOExecutionProvider", CPU[0])  # the providers of an environment without CUDA
 
 
 def as_triton_gives_it(config_name: str | None = None) -> dict:
@@ -26,9 +31,24 @@ def hint(plan) -> str:
 
 
 def test_the_default_on_a_cpu_is_openvino_in_fp32():
-    plan = session_plan(as_triton_gives_it(), "CPU", 0)
+    plan = session_plan(as_triton_gives_it(), "CPU", 0, available=OPENVINO)
     assert plan.providers[0][0] == "OpenVINOExecutionProvider"
     assert hint(plan) == "f32"
+
+
+def test_without_openvino_its_fp32_is_onnx_runtimes_own_which_the_servers_log_says():
+    """What `make setup-gpu` leaves serves on a machine without a GPU too."""
+    plan = session_plan(accelerated("cpu", "openvino"), "CPU", 0, available=["CUDAExecutionProvider", CPU[0]])
+    assert plan.providers == [CPU]
+    assert plan.names == ["ONNX Runtime FP32 on the CPU, for this environment has no OpenVINO"]
+
+
+def test_without_openvino_bf16_is_refused_with_what_to_install():
+    plan = session_plan(as_triton_gives_it("cpu-bf16"), "CPU", 0, available=[CPU[0]])
+    if plan.providers[0][0] in onnxruntime.get_available_providers():
+        pytest.skip("this environment has OpenVINO")
+    with pytest.raises(ConfigError, match=r"OpenVINOExecutionProvider is asked for.*onnxruntime-openvino"):
+        open_session(Path("model.onnx"), plan)
 
 
 def test_the_default_on_a_gpu_is_cuda_on_the_instances_device():
@@ -46,7 +66,7 @@ def test_without_an_accelerator_it_is_onnx_runtimes_own_cpu_provider():
 
 def test_threads_reach_onnx_runtime_and_openvino():
     config = accelerated("cpu", "openvino") | {"parameters": {"intra_op_thread_count": {"string_value": "3"}}}
-    plan = session_plan(config, "CPU", 0)
+    plan = session_plan(config, "CPU", 0, available=OPENVINO)
     assert plan.intra_op_threads == 3
     device = json.loads(plan.providers[0][1]["load_config"])["CPU"]
     assert device["INFERENCE_NUM_THREADS"] == "3"
@@ -79,6 +99,32 @@ def test_a_provider_that_is_not_there_is_refused_with_what_to_install():
         pytest.skip("this environment has the CUDA provider")
     with pytest.raises(ConfigError, match=r"CUDAExecutionProvider is asked for.*onnxruntime-gpu"):
         open_session(Path("model.onnx"), session_plan({}, "GPU", 0))
+
+
+def test_a_provider_that_cannot_be_used_fails_the_load(onnx_model, capfd):
+    """ONNX Runtime raises nothing and takes the next: for CUDA without a GPU, and OpenVINO without its device."""
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        if find_gpu():
+            pytest.skip("CUDA can be used here")
+        plan = session_plan({}, "GPU", 0)
+    else:
+        plan = SessionPlan([("OpenVINOExecutionProvider", {"device_type": "GPU.9"}), CPU])
+    with pytest.raises(ConfigError, match=rf"{plan.providers[0][0]} is asked for, but ONNX Runtime fell back to CPU"):
+        open_session(onnx_model, plan)
+    assert "Failed to create" in capfd.readouterr().err
+
+
+def test_a_session_whose_provider_fails_at_a_request_stays_on_it(onnx_model):
+    """ONNX Runtime's own wrapper would go on with the CPU provider, and answer from there ever after."""
+    session = open_session(onnx_model, session_plan({}, "CPU", 0))
+
+    class Failing:
+        def run(self, *_):
+            raise onnxruntime.capi.onnxruntime_pybind11_state.EPFail("the GPU is gone")
+
+    session._sess = Failing()
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.EPFail, match="the GPU is gone"):
+        session.run(["embedding"], {"pixels": np.zeros((1, 224, 224, 3), np.uint8)})
 
 
 def test_a_missing_model_file_says_how_to_make_it(tmp_path):

@@ -9,7 +9,10 @@ Runtime = Literal["tensorrt", "tensorrt-rtx"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
 _MODULES: dict[Runtime, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_EXTRAS: dict[Runtime, str] = {"tensorrt": "gpu", "tensorrt-rtx": "rtx"}
+_INSTALL: dict[Runtime, str] = {
+    "tensorrt": "make setup-trt, or pip install 'clip-embed[trt]'",
+    "tensorrt-rtx": "pip install 'clip-embed[rtx]'",
+}
 MIN_VERSION: dict[Runtime, tuple[int, ...]] = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 3)}
 
 
@@ -20,9 +23,7 @@ def load_tensorrt(runtime: Runtime) -> Any:
     try:
         module = importlib.import_module(_MODULES[runtime])
     except ImportError as error:
-        raise ToolError(
-            f"{runtime} is not installed ({error}): pip install 'clip-embed[{_EXTRAS[runtime]}]'", exit_code=2
-        ) from error
+        raise ToolError(f"{runtime} is not installed ({error}): {_INSTALL[runtime]}", exit_code=2) from error
     version = tuple(int(part) for part in module.__version__.split(".")[:2])
     if version < MIN_VERSION[runtime]:
         least = ".".join(map(str, MIN_VERSION[runtime]))

@@ -1,5 +1,6 @@
 """The two steps without a server: `preprocess` and the engine, run in this process exactly as they are served."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -7,11 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_tools.errors import ToolError
+from clip_tools.errors import ToolError, missing_extra
+from clip_tools.gpu import find_gpu
 from clip_tools.paths import BACKENDS, MODELS
 from clip_tools.repository import deployment, read_config
 
@@ -37,23 +39,55 @@ def open_preprocess(models: Path = MODELS, config_name: str | None = None) -> Ca
 
 
 def open_engine(models: Path = MODELS, config_name: str | None = None) -> Any:
-    """The ONNX Runtime session that `backends/onnxruntime` opens for this deployment on a CPU."""
+    """The ONNX Runtime session that `backends/onnxruntime` opens for this deployment on this machine.
+
+    Raises ToolError where it cannot be opened, with the backend's reason.
+    """
+    file, plan = engine_plan(models, config_name)
+    with _backend() as backend:
+        return backend.open_session(file, plan)
+
+
+def engine_plan(models: Path = MODELS, config_name: str | None = None) -> tuple[Path, Any]:
+    """The deployment's ONNX file, and the backend's `SessionPlan` for it on this machine. Raises ToolError for none."""
     from google.protobuf import json_format
 
     model = next((one for one in deployment(models, config_name) if one.config.backend == "onnxruntime"), None)
     if model is None or model.file is None:
         raise ToolError(f"the deployment '{config_name or 'default'}' has no onnxruntime model to run bare")
-    ort_session = _import_from(BACKENDS / "onnxruntime", "ort_session")
     config = json.loads(json_format.MessageToJson(model.config, preserving_proto_field_name=True))
-    return ort_session.open_session(model.file, ort_session.session_plan(config, "CPU", 0))
+    with _backend() as backend:
+        return model.file, backend.session_plan(config, instance_kind(model.config), 0)
 
 
-def throughput_bound(preprocess_s: float, engine_s: float, cores: int) -> float:
+@contextlib.contextmanager
+def _backend() -> Iterator[Any]:
+    """`ort_session` of the backend; what it refuses is a ToolError."""
+    try:
+        backend = _import_from(BACKENDS / "onnxruntime", "ort_session")
+    except ImportError as error:
+        raise missing_extra("cpu", error) from error
+    try:
+        yield backend
+    except backend.ConfigError as error:
+        raise ToolError(str(error)) from error
+
+
+def instance_kind(config: Any) -> str:
+    """Where Triton runs the model on this machine, "GPU" or "CPU": KIND_AUTO is the GPU where there is one."""
+    kinds = {group.Kind.Name(group.kind) for group in config.instance_group} or {"KIND_AUTO"}
+    is_gpu = "KIND_GPU" in kinds or ("KIND_AUTO" in kinds and find_gpu() is not None)
+    return "GPU" if is_gpu else "CPU"
+
+
+def throughput_bound(preprocess_s: float, engine_s: float, cores: int, *, on_gpu: bool = False) -> float:
     """The images a second that no server of these two steps can pass on these cores.
 
     An image costs `preprocess_s` of one core and `engine_s` of all of them, for the engine fills every core while it
-    runs: cores / (preprocess core-seconds + engine core-seconds).
+    runs: cores / (preprocess core-seconds + engine core-seconds). On a GPU it takes none, and the slower step decides.
     """
+    if on_gpu:
+        return min(cores / preprocess_s, 1 / engine_s)
     return cores / (preprocess_s + engine_s * cores)
 
 
@@ -64,6 +98,7 @@ class Worker:
         import numpy as np
 
         self._preprocess = open_preprocess(models, config_name)
+        self._on_gpu = engine_plan(models, config_name)[1].on_gpu
         self._session = open_engine(models, config_name)
         self._batches = tuple(batches)
         self._np = np
@@ -79,7 +114,8 @@ class Worker:
             engine_s[batch] = sum(times) / len(times) / batch
         times = _times(lambda turn: self._preprocess(images[turn % len(images)]), seconds, at_least=len(images))
         cores = len(os.sched_getaffinity(0))
-        return {"cores": cores, "preprocess_s": sum(times) / len(times), "engine_s": engine_s}
+        alone = {"preprocess_s": sum(times) / len(times), "engine_s": engine_s}
+        return {"cores": cores, "on_gpu": self._on_gpu, **alone}
 
     def single(self, images: Sequence[bytes], seconds: float) -> dict[str, Any]:
         """`single_ms`: the time of each image through both steps, one after the other."""
@@ -151,7 +187,10 @@ class BareWorker:
 def main() -> None:
     """Serve rounds over a pipe, for `bench`: a JSON line in asks for one, a JSON line out answers."""
     first = json.loads(sys.stdin.readline())
-    worker = Worker(Path(first["models"]), first["config_name"], first["batches"])
+    try:
+        worker = Worker(Path(first["models"]), first["config_name"], first["batches"])
+    except ToolError as error:
+        sys.exit(f"bare: {error}")
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:

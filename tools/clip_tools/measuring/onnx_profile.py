@@ -5,17 +5,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_tools.errors import ToolError, missing_extra
-from clip_tools.measuring.bare import open_engine
+from clip_tools.measuring.bare import engine_plan, open_engine
 from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.paths import MODELS
-from clip_tools.repository import deployment
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -33,7 +32,8 @@ class Scaling:
 class Operators:
     """ONNX Runtime's own profile of one provider: ms a run by operator, and how many nodes each provider took.
 
-    `fused` is True where a provider took the graph as a whole: its inside cannot be seen from here.
+    `operators_by_provider` says which they are. `fused` is True where a provider took the graph as a whole: its inside
+    cannot be seen from here.
     """
 
     provider: str
@@ -42,6 +42,7 @@ class Operators:
     run_ms: float
     by_operator_ms: dict[str, float]
     nodes_by_provider: dict[str, int]
+    operators_by_provider: dict[str, dict[str, int]]
     fused: bool
 
 
@@ -54,16 +55,17 @@ def onnx_profile(
     seconds: float = 2.0,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """The served session by batch size, and two profiles: of the served provider and of ONNX Runtime's own CPU one.
+    """The served session by batch size, and the profile of its provider.
 
-    The second shows the operators, which OpenVINO runs as one fused node. Raises ToolError for what is missing.
+    Where that runs the graph as one fused node, as OpenVINO does, the profile of ONNX Runtime's own CPU provider too,
+    which shows the operators. Raises ToolError for what is missing.
     """
     try:
         import onnxruntime
     except ImportError as error:
         raise missing_extra("cpu", error) from error
-    model = next(one.file for one in deployment(models, config_name) if one.config.backend == "onnxruntime")
-    if ".part1." in str(model):
+    model, plan = engine_plan(models, config_name)
+    if plan.parts:
         raise ToolError(f"'{config_name}' is a mix of precisions in several files: profile `onnx` or `cpu-bf16` for it")
     tell("creating the served session")
     begin = time.perf_counter()
@@ -74,12 +76,13 @@ def onnx_profile(
     for batch in batches:
         tell(f"batch {batch}")
         scaling.append(_scale(session, batch, seconds))
-    options = dict(zip(providers, (session.get_provider_options()[name] for name in providers), strict=True))
     del session
     profiles = []
-    for provider in dict.fromkeys([providers[0], "CPUExecutionProvider"]):
+    for provider, options in (plan.providers[0], ("CPUExecutionProvider", {})):
         tell(f"operators under {provider}")
-        profiles.append(_operators(onnxruntime, Path(str(model)), provider, options.get(provider, {}), operator_batch))
+        profiles.append(_operators(onnxruntime, model, provider, options, operator_batch))
+        if not profiles[-1].fused:
+            break
     return {
         "kind": "onnx-profile",
         "environment": asdict(fingerprint()),
@@ -123,7 +126,8 @@ def _operators(
         for _ in range(runs + 1):
             session.run(["embedding"], {"pixels": _pixels(batch)})
         events = json.loads(Path(session.end_profiling()).read_text())
-    by_operator_ms, nodes = summarise(events, runs)
+    by_operator_ms, operators = summarise(events, runs)
+    nodes = {provider: sum(counts.values()) for provider, counts in operators.items()}
     runs_ms = [event["dur"] / 1000 for event in events if event.get("name") == "model_run"][1:]
     return Operators(
         provider=provider,
@@ -132,12 +136,13 @@ def _operators(
         run_ms=round(statistics.median(runs_ms), 3),
         by_operator_ms=by_operator_ms,
         nodes_by_provider=nodes,
+        operators_by_provider=operators,
         fused=sum(nodes.values()) <= 2,
     )
 
 
-def summarise(events: Sequence[dict[str, Any]], runs: int) -> tuple[dict[str, float], dict[str, int]]:
-    """(ms a run by operator, most first; nodes by provider) of ONNX Runtime's profile, less its first run.
+def summarise(events: Sequence[dict[str, Any]], runs: int) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
+    """(ms a run by operator, most first; how many of each by provider) of ONNX Runtime's profile, less its first run.
 
     The profile has an event for each node and run: category `Node`, a name that ends in `_kernel_time`, µs.
     """
@@ -153,10 +158,13 @@ def summarise(events: Sequence[dict[str, Any]], runs: int) -> tuple[dict[str, fl
     for name, durations in times.items():
         totals[_short(operator_of[name])] += sum(durations[-runs:]) / runs
     ordered = sorted(totals.items(), key=lambda item: -item[1])
-    nodes: dict[str, int] = defaultdict(int)
-    for provider in provider_of.values():
-        nodes[provider] += 1
-    return {name: round(value, 4) for name, value in ordered}, dict(nodes)
+    operators: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, provider in provider_of.items():
+        operators[provider][_short(operator_of[name])] += 1
+    return (
+        {name: round(value, 4) for name, value in ordered},
+        {provider: dict(counts.most_common()) for provider, counts in operators.items()},
+    )
 
 
 def _short(operator: str) -> str:

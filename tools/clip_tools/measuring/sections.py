@@ -77,6 +77,9 @@ def onnx_section(name: str, result: dict[str, Any]) -> Section:
     }
     for profile in result["operators"]:
         nodes = ", ".join(f"{count} by {provider}" for provider, count in profile["nodes_by_provider"].items())
+        for provider, operators in profile.get("operators_by_provider", {}).items():
+            if provider != profile["provider"]:
+                nodes += f"; {provider}'s are " + ", ".join(f"{count} {name}" for name, count in operators.items())
         total = sum(profile["by_operator_ms"].values()) or 1.0
         parts.append(
             f"{profile['provider']} at batch {profile['batch']}: {profile['run_ms']:.1f} ms a run, session created in "
