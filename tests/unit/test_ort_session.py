@@ -119,10 +119,16 @@ def test_a_session_whose_provider_fails_at_a_request_stays_on_it(onnx_model):
     session = open_session(onnx_model, session_plan({}, "CPU", 0))
 
     class Failing:
+        def __init__(self, inner):
+            self._inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self._inner, name)
+
         def run(self, *_):
             raise onnxruntime.capi.onnxruntime_pybind11_state.EPFail("the GPU is gone")
 
-    session._sess = Failing()
+    session._sess = Failing(session._sess)
     with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.EPFail, match="the GPU is gone"):
         session.run(["embedding"], {"pixels": np.zeros((1, 224, 224, 3), np.uint8)})
 
