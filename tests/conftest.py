@@ -44,6 +44,15 @@ def trained(weights: Weights) -> Weights:
 
 
 @pytest.fixture(scope="session")
+def openvino() -> None:
+    """For tests of what OpenVINO alone runs, which the environment of a GPU host does not have."""
+    import onnxruntime
+
+    if "OpenVINOExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs OpenVINO: make setup-cpu")
+
+
+@pytest.fixture(scope="session")
 def oracle(weights: Weights) -> Oracle:
     """open_clip itself."""
     return load_oracle(weights)

@@ -96,6 +96,7 @@ def test_when_serve_is_killed_the_server_goes_too(repository, tmp_path):
     assert alive == []
 
 
+@pytest.mark.usefixtures("openvino")
 def test_bf16_is_served_by_name_and_is_not_fp32(repository, server, demo_photos, tmp_path):
     """The precision asked for is the one that runs: its vectors are FP32's, but not to the bit.
 
@@ -110,6 +111,7 @@ def test_bf16_is_served_by_name_and_is_not_fp32(repository, server, demo_photos,
     assert 1e-6 < 1 - (fp32 * bf16).sum(axis=1).min() < 0.1
 
 
+@pytest.mark.usefixtures("openvino")
 def test_what_runs_is_printed_at_load(server):
     assert "runs model.onnx with OpenVINO FP32 on the CPU" in server.options.log.read_text()
 

@@ -4,6 +4,7 @@ import io
 import shutil
 
 import numpy as np
+import pytest
 from PIL import Image
 from tests.conftest import options_for
 from tests.small_graph import write_small_transformer
@@ -19,6 +20,7 @@ from clip_tools.serving.serve import EmbeddedServer
 MIX = ("fp32", "fp32", "bf16", "bf16", "fp32")
 
 
+@pytest.mark.usefixtures("openvino")
 def test_an_applied_mix_is_served_under_its_name(tmp_path):
     """What the server answers is what the mix gives bare, and not what FP32 gives."""
     import onnx

@@ -109,6 +109,7 @@ def test_under_load_the_engine_changes_there_and_back_and_no_request_is_lost(swa
     assert np.array_equal(embeddings(swapping, images), before)
 
 
+@pytest.mark.usefixtures("openvino")
 def test_under_load_a_precision_changes_in_place_and_no_request_is_lost(swapping, control, models, demo_photos):
     images = [path.read_bytes() for path in demo_photos]
     before = embeddings(swapping, images)

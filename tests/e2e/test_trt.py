@@ -20,7 +20,7 @@ RUNTIME = next((name for name in RUNTIMES if installed_version(name)), None)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(find_gpu() is None, reason="needs an NVIDIA GPU")
-@pytest.mark.skipif(RUNTIME is None, reason="needs TensorRT: pip install 'clip-embed[gpu]', or [rtx] on an RTX GPU")
+@pytest.mark.skipif(RUNTIME is None, reason="needs TensorRT: make setup-trt, or [rtx] on an RTX GPU")
 def test_a_plan_serves_what_onnx_serves(repository, onnx_model, server, demo_photos, tmp_path):
     models = tmp_path / "models"
     shutil.copytree(repository, models, symlinks=True)

@@ -4,11 +4,25 @@ import pytest
 
 from clip_tools.errors import ToolError
 from clip_tools.measuring.arms import Arm
-from clip_tools.measuring.bare import throughput_bound
-from clip_tools.measuring.bench import BenchOptions, bare_part, in_rounds, plan, quick
+from clip_tools.measuring.bare import instance_kind, open_engine, throughput_bound
+from clip_tools.measuring.bench import (
+    ARMS,
+    BenchOptions,
+    bare_part,
+    complete,
+    default_arms,
+    in_rounds,
+    plan,
+    quick,
+    target_configs,
+)
+from clip_tools.measuring.bench_section import verdicts_text
 from clip_tools.measuring.gpu_samples import GpuSamples, read_sample
 from clip_tools.measuring.load import run_closed_loop, summarise
+from clip_tools.measuring.services import RemoteTriton
 from clip_tools.measuring.targets import TARGETS, Cell, check
+from clip_tools.paths import MODELS
+from clip_tools.repository import read_config
 
 
 def result_with(*cells: tuple[str, int, list[float]], **more) -> dict:
@@ -30,6 +44,34 @@ def test_the_bound_is_the_cores_over_the_core_seconds():
     assert throughput_bound(0.005, 0.020, 2) == pytest.approx(2 / 0.045)
     assert throughput_bound(0.0, 0.020, 2) == pytest.approx(50)  # the engine alone
     assert throughput_bound(0.010, 0.0, 4) == pytest.approx(400)  # four threads that decode
+
+
+def test_on_a_gpu_the_slower_step_is_the_bound():
+    """An engine that takes no core: sixteen cores decode 1,600 images a second, whatever it does beyond that."""
+    assert throughput_bound(0.010, 0.0001, 16, on_gpu=True) == pytest.approx(1600)
+    assert throughput_bound(0.010, 0.001, 16, on_gpu=True) == pytest.approx(1000)
+    bare = [{"cores": 16, "preprocess_s": 0.010, "engine_s": {"8": 0.001}, "on_gpu": True, "single_ms": [9.0]}]
+    verdict = verdict_of("bound", result_with(("ensemble-grpc", 16, [950]), bare=bare))
+    assert verdict.ratio.median == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpu", "expected"), [(0, None, "CPU"), (0, "L4", "GPU"), (2, "L4", "CPU"), (1, None, "GPU")]
+)
+def test_the_engine_alone_runs_where_triton_would_run_it(kind, gpu, expected, monkeypatch):
+    monkeypatch.setattr("clip_tools.measuring.bare.find_gpu", lambda: gpu)
+    config = read_config(MODELS, "clip_onnx")
+    config.instance_group[0].kind = kind  # KIND_AUTO, KIND_CPU, KIND_GPU
+    assert instance_kind(config) == expected
+
+
+def test_what_the_engine_alone_cannot_be_opened_with_is_one_line(monkeypatch):
+    monkeypatch.setattr("clip_tools.measuring.bare.find_gpu", lambda: None)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(ToolError, match=r"OpenVINOExecutionProvider is asked for.*make setup-cpu"):
+        open_engine(MODELS, "cpu-bf16")
+    with pytest.raises(ToolError, match="'trt' has no onnxruntime model"):
+        open_engine(MODELS, "trt")
 
 
 def test_requests_count_by_the_part_that_lies_in_the_window():
@@ -66,7 +108,9 @@ def test_a_request_that_fails_stops_the_run():
         run_closed_loop(refuse, lambda *_: 1.0, 3, batch=1, concurrency=2, seconds=5, warmup_s=0)
 
 
-@pytest.mark.parametrize("name", ["ensemble-grpc", "ensemble-grpc@cpu-bf16", "preprocess:2", "preprocess@fast:3"])
+@pytest.mark.parametrize(
+    "name", ["ensemble-grpc", "ensemble-grpc@cpu-bf16", "preprocess:2", "preprocess@fast:3", "pytorch@fp16"]
+)
 def test_an_arms_name_says_all_of_it(name):
     assert Arm.parse(name).name == name
 
@@ -93,6 +137,54 @@ def test_the_targets_bring_their_own_cells_unless_their_configuration_is_missing
     assert {"ensemble-grpc@cpu-bf16", "perf-analyzer", "preprocess"} <= planned
     assert "preprocess@fast" not in planned
     assert "perf-analyzer" not in {cell.arm for cell in plan(quick(BenchOptions()), ["cpu-bf16"])}
+
+
+def test_a_configuration_whose_provider_is_not_here_is_left_out(monkeypatch):
+    """Of the targets' own: the environment of a GPU host has no OpenVINO."""
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert target_configs(MODELS) == ["fast"]
+
+
+def test_without_arms_those_in_fp16_come_with_a_gpu_and_their_graph(tmp_path):
+    folder = tmp_path / "clip_onnx" / "1"
+    folder.mkdir(parents=True)
+    assert default_arms(tmp_path, has_gpu=True, is_remote=False) == ARMS
+    (folder / "model.fp16.onnx").touch()
+    expected = (*ARMS, "ensemble-grpc@ort-fp16", "pytorch@fp16")
+    assert default_arms(tmp_path, has_gpu=True, is_remote=False) == expected
+    assert default_arms(tmp_path, has_gpu=False, is_remote=False) == ARMS
+
+
+def test_servers_elsewhere_are_asked_and_nothing_is_started_for_the_targets():
+    options = complete(BenchOptions(url="grpc://far:8001", pytorch_url="http://far:8010"))
+    assert options.arms == ("ensemble-grpc", "pytorch")
+    assert not options.for_targets and options.cold_starts == 0
+
+
+@pytest.mark.parametrize("arm", ["json-http", "ensemble-grpc@fast", "perf-analyzer:2"])
+def test_an_arm_that_needs_a_server_of_its_own_cannot_be_asked_elsewhere(arm):
+    with pytest.raises(ToolError, match=f"{arm} needs a server that is started for it"):
+        complete(BenchOptions(arms=(arm,), url="grpc://far:8001"))
+
+
+def test_the_memory_of_a_server_elsewhere_cannot_be_watched():
+    with pytest.raises(ToolError, match="--soak watches a server of this machine"):
+        complete(BenchOptions(url="grpc://far:8001", soak_requests=1000))
+
+
+@pytest.mark.parametrize("url", ["far:8001", "http://far:8000", "grpc://", "grpc://far:8001/v2"])
+def test_a_url_that_is_not_a_grpc_servers_is_refused(url):
+    with pytest.raises(ToolError, match="expected grpc://HOST:PORT"):
+        RemoteTriton(url)
+
+
+def test_a_ratio_across_devices_keeps_no_promise_and_says_so():
+    """3.3 times the PyTorch service would be a CPU's figure against a GPU's."""
+    met = result_with(("ensemble-grpc", 16, [40, 35, 30]), ("pytorch", 16, [10, 10, 10]))
+    assert verdict_of("pytorch", met | {"devices": {"ensemble-grpc": "GPU", "pytorch": "GPU"}}).is_met
+    across = verdict_of("pytorch", met | {"devices": {"ensemble-grpc": "GPU", "pytorch": "CPU"}})
+    assert not across.is_met
+    assert "3.50 (3.00 to 4.00, 3 rounds); GPU against CPU: not one device | missed |" in verdicts_text([across])
 
 
 def test_every_target_measures_what_it_reads():

@@ -156,7 +156,7 @@ def test_options_that_cannot_be_are_refused(repository: Path, changes: dict[str,
 def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It says what to install."""
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    with pytest.raises(ToolError, match=r"tensorrt is not installed .*: pip install 'clip-embed\[gpu\]'"):
+    with pytest.raises(ToolError, match=r"tensorrt is not installed .*: make setup-trt"):
         build_engine(tmp_path / "model.onnx", tmp_path / "model.plan", EngineOptions())
 
 

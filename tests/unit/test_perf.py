@@ -7,8 +7,19 @@ import struct
 import pytest
 
 from clip_tools.errors import ToolError
-from clip_tools.measuring.perf import PerfOptions, arguments, level_of, perf_input, plain_command, read_csv
+from clip_tools.measuring.perf import (
+    PerfOptions,
+    arguments,
+    explain,
+    level_of,
+    perf,
+    perf_input,
+    plain_command,
+    read_csv,
+    run_level,
+)
 from clip_tools.measuring.perf_analyzer import find_perf_analyzer
+from clip_tools.measuring.sections import perf_section
 from clip_tools.paths import MODELS
 from clip_tools.serving.serve import probe_image
 
@@ -48,6 +59,53 @@ def test_a_row_becomes_milliseconds(tmp_path):
     assert level.throughput == 25.3399
     assert level.latency_ms == {"p50": 110.104, "p99": 298.222, "mean": 156.031}
     assert level.server_ms == {"queue": 0.001, "compute infer": 98.4}
+
+
+# What 2.51.0 says with -v, some lines left out, of a throughput that rises; it then writes no CSV.
+NOT_SETTLED = """#!/bin/sh
+echo "  Pass [1] throughput: 548.2 infer/sec. Avg latency: 116000 usec (std 98332 usec). "
+echo "  Pass [2] throughput: 645 infer/sec. Avg latency: 99000 usec (std 128888 usec). "
+echo "  Pass [3] throughput: 1031.4 infer/sec. Avg latency: 62000 usec (std 134338 usec). "
+echo "  Pass [4] throughput: 1153.6 infer/sec. Avg latency: 55000 usec (std 126566 usec). "
+echo "Failed to obtain stable measurement within 4 measurement windows for concurrency 64." >&2
+echo "Failed to obtain stable measurement." >&2
+exit 2
+"""
+
+
+@pytest.fixture
+def perf_analyzer(tmp_path, monkeypatch):
+    """Put a script in the place of perf_analyzer."""
+
+    def put(script: str) -> None:
+        path = tmp_path / "perf_analyzer"
+        path.write_text(script)
+        path.chmod(0o755)
+        monkeypatch.setattr("clip_tools.measuring.perf.find_perf_analyzer", lambda: (path, {}))
+
+    return put
+
+
+def test_a_level_that_does_not_settle_is_a_result_with_its_windows(perf_analyzer, tmp_path, capsys):
+    perf_analyzer(NOT_SETTLED)
+    result = perf(PerfOptions(concurrency=(64,)), tmp_path / "results" / "perf.json")
+    (level,) = result["levels"]
+    assert not level["settled"]
+    assert level["windows"] == (548.2, 645.0, 1031.4, 1153.6)
+    assert level["throughput"] == pytest.approx((645 + 1031.4 + 1153.6) / 3)
+    assert level["latency_ms"] == {"mean": pytest.approx(72)}
+    explain(result)
+    expected = "concurrency 64 has not settled; images/s by window: 548.2, 645.0, 1031.4, 1153.6"
+    assert expected in capsys.readouterr().err
+    words = perf_section("perf", result).text
+    assert f"{expected}." in words and "| 943.3 | not settled |" in words
+    assert (tmp_path / "results" / "perf.svg").is_file()
+
+
+def test_a_perf_analyzer_that_fails_is_an_error_with_its_last_words(perf_analyzer, tmp_path):
+    perf_analyzer("#!/bin/sh\necho 'error: failed to get model metadata'\nexit 99\n")
+    with pytest.raises(ToolError, match=r"perf_analyzer failed \(99\): error: failed to get model metadata"):
+        run_level(PerfOptions(), "concurrency", 1, tmp_path / "input.json")
 
 
 def test_the_printed_command_names_no_machine(tmp_path):

@@ -162,7 +162,7 @@ def test_a_mode_that_is_none_or_cannot_be_had_is_said_so(monkeypatch):
     with pytest.raises(ValueError, match="mode is quick, not exact, fast or nvimgcodec"):
         open_pixels({**PARAMETERS, "mode": "quick"})
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
-    with pytest.raises(ValueError, match=r"needs the package nvidia-nvimgcodec-cu12.*take mode exact or fast"):
+    with pytest.raises(ValueError, match=r"needs the packages nvidia-nvimgcodec-cu13.*take mode exact or fast"):
         open_pixels({**PARAMETERS, "mode": "nvimgcodec"})
 
 

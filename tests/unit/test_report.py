@@ -8,8 +8,10 @@ import pytest
 from clip_tools.docs import generated
 from clip_tools.errors import ToolError
 from clip_tools.measuring.compare import compare, text
+from clip_tools.measuring.onnx_profile import summarise
 from clip_tools.measuring.report import COMMITTED, DOCUMENT, committed_documents, document, readme
 from clip_tools.measuring.results import read, write
+from clip_tools.measuring.sections import onnx_section
 
 ENVIRONMENT = {
     "cpu": "Some CPU",
@@ -78,6 +80,48 @@ def test_the_ratio_in_the_table_is_that_of_the_rounds():
     assert "some 41 ms an image" in words
 
 
+def test_devices_and_the_gpu_are_in_the_table():
+    result = bench_result()
+    result["devices"] = {"ensemble-grpc": "GPU", "pytorch": "CPU"}
+    for row in result["cells"]:
+        if row["arm"] == "ensemble-grpc":
+            row["gpu"] = {"utilisation_percent": 37.0 + row["round"], "memory_mib": 2048.0 + row["round"]}
+    words, _ = document({"one": result}, pictures_at=".")
+    assert "| against pytorch | device | GPU % | GPU MiB |" in words
+    assert "| 3.75 (3.75 to 3.75, 4 rounds), GPU against CPU | GPU | 38 | 2,051 |" in words
+    assert "|  | CPU |  |  |" in words
+
+
+def test_what_is_in_fp16_stands_beside_the_service_in_fp16_too():
+    result = bench_result()
+    rows = [{**row, "arm": f"{row['arm']}@fp16", "throughput": 2 * row["throughput"]} for row in result["cells"]]
+    result["cells"] += [row for row in rows if row["arm"] == "pytorch@fp16"]
+    words, _ = document({"one": result}, pictures_at=".")
+    assert "| against pytorch | against pytorch@fp16 |" in words
+    assert "| 3.75 (3.75 to 3.75, 4 rounds) | 1.88 (1.88 to 1.88, 4 rounds) |" in words
+    assert "| 2.00 (2.00 to 2.00, 4 rounds) |  |" in words
+
+
+def test_the_providers_of_nodes_outside_the_served_one_are_named():
+    """ONNX Runtime keeps what shapes are made of on the CPU; a kernel that a GPU lacks would be there too."""
+    names = [("MatMul", "CUDAExecutionProvider", 2), ("Gather", "CPUExecutionProvider", 1)]
+    events = [
+        {"cat": "Node", "name": f"{op}_{i}_kernel_time", "dur": 10, "args": {"op_name": op, "provider": provider}}
+        for op, provider, count in names
+        for i in range(count)
+    ]
+    _, operators = summarise(events, 1)
+    assert operators == {"CUDAExecutionProvider": {"MatMul": 2}, "CPUExecutionProvider": {"Gather": 1}}
+    profile = {"provider": "CUDAExecutionProvider", "batch": 8, "run_ms": 1.0, "created_s": 1.0, "fused": False}
+    profile |= {"by_operator_ms": {"MatMul": 1.0}, "operators_by_provider": operators}
+    profile |= {"nodes_by_provider": {"CUDAExecutionProvider": 2, "CPUExecutionProvider": 1}}
+    session = {"created_s": 1.0, "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+    scaling = [{"batch": 1, "median_ms": 1.0, "throughput": 1000.0}]
+    result = {"config_name": None, "session": session, "scaling": scaling, "operators": [profile]}
+    words = onnx_section("one", result).text
+    assert "2 by CUDAExecutionProvider, 1 by CPUExecutionProvider; CPUExecutionProvider's are 1 Gather." in words
+
+
 def test_the_committed_documents_are_those_of_the_committed_results():
     """What `make lint` checks too; without results there is nothing to generate."""
     made = committed_documents()
@@ -134,6 +178,12 @@ def test_compare_tells_a_change_from_noise():
     assert (changed.verdict, round(changed.ratio, 2)) == ("faster", 1.3)
     assert comparison.changes["pytorch, 640x480, batch 1, 16 at once, images/s"].verdict == "the same within noise"
     assert comparison.same_machine and comparison.differences == []
+
+
+def test_compare_says_where_an_arm_computed_elsewhere():
+    before, after = bench_result() | {"devices": {"pytorch": "CPU"}}, bench_result() | {"devices": {"pytorch": "GPU"}}
+    comparison = compare(before, after)
+    assert "device of pytorch: CPU -> GPU" in comparison.differences and not comparison.same_machine
 
 
 def test_compare_says_what_else_is_unlike():

@@ -77,6 +77,7 @@ def test_a_layer_is_a_product_with_weights_and_attention_is_one(model):
     assert given == [["pixels"], ["tokens"], ["stream"], ["active", "stream"], ["pooled"]]
 
 
+@pytest.mark.usefixtures("openvino")
 def test_the_parts_give_what_the_whole_gives(model, expected, tmp_path):
     """In FP32; and one layer in BF16 changes it, but not by much."""
     whole = embed(Engine(model, tmp_path).open(["fp32"] * 5), expected.pixels)
@@ -87,6 +88,7 @@ def test_the_parts_give_what_the_whole_gives(model, expected, tmp_path):
     assert 0.99 < mixed.min() < 0.9999999
 
 
+@pytest.mark.usefixtures("openvino")
 def test_tuning_measures_every_layer_and_finds_the_mix_at_the_gates_edge(model, expected):
     """BF16 throughout fails a gate that is set just above it, so the search has to find what passes."""
     first = verb.tune(model, expected, worst_cosine=0.5, rounds=1)
@@ -101,6 +103,7 @@ def test_tuning_measures_every_layer_and_finds_the_mix_at_the_gates_edge(model, 
     assert second.best is None or second.best.agreement.worst_cosine >= gate
 
 
+@pytest.mark.usefixtures("openvino")
 def test_a_graph_of_other_weights_is_refused(model, expected):
     other = Reference(expected.names, expected.pixels, expected.embeddings[::-1].copy(), "")
     with pytest.raises(ToolError, match="is it of these weights"):
@@ -119,6 +122,7 @@ def test_the_best_is_the_fastest_inside_the_gate_and_worth_it():
     assert LayerCost("a", 2.0, 2.5, 0.0).price == float("inf")
 
 
+@pytest.mark.usefixtures("openvino")
 def test_the_mix_is_written_as_a_configuration_that_the_backend_opens(path, model, expected, repository_copy):
     weights = Weights("ViT-B-32", "random:0")
     written = apply(mix_of(MIX, 0.9995, 1.4), path, weights, "mixed", "on a machine", repository_copy)
@@ -152,6 +156,7 @@ def test_a_precision_that_no_part_can_have_is_refused(parts):
         session_plan(config, "CPU", 0)
 
 
+@pytest.mark.usefixtures("openvino")
 def test_parts_of_two_graphs_and_a_missing_part_are_refused(model, path, repository_copy):
     apply(mix_of(MIX, 0.9995, 1.4), path, Weights("ViT-B-32", "random:0"), "mixed", "", repository_copy)
     folder = repository_copy / "clip_onnx" / "1"
@@ -167,6 +172,7 @@ def test_parts_of_two_graphs_and_a_missing_part_are_refused(model, path, reposit
         open_session(first, plan)
 
 
+@pytest.mark.usefixtures("openvino")
 def test_the_verb_writes_the_result_and_its_curve_and_applies_nothing_untrained(
     path, expected, repository_copy, monkeypatch
 ):

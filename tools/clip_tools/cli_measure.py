@@ -39,8 +39,12 @@ def show(table: Any) -> None:
 def bench(
     arms: Annotated[
         str,
-        typer.Option(help="With commas: KIND[@CONFIG][:INSTANCES]; see measuring/arms.py for the kinds."),
-    ] = "ensemble-grpc,ensemble-http,tensor-grpc,json-http,pytorch",
+        typer.Option(
+            help="With commas: KIND[@CONFIG][:INSTANCES]; see measuring/arms.py for the kinds. By default "
+            "ensemble-grpc,ensemble-http,tensor-grpc,json-http,pytorch, on a GPU with model.fp16.onnx also "
+            "ensemble-grpc@ort-fp16,pytorch@fp16."
+        ),
+    ] = "",
     images: Images = "640x480",
     image_count: Annotated[int, typer.Option(min=1, help="How many different photographs, at most.")] = 32,
     batches: Annotated[str, typer.Option(help="Images a request, one request at a time.")] = "1,4,8,16,32",
@@ -49,6 +53,13 @@ def bench(
     seconds: Annotated[float, typer.Option(help="The window of one measurement.")] = 4.0,
     cold_starts: Annotated[int, typer.Option(min=0, help="Process start to first embedding, so many times.")] = 3,
     targets: Annotated[bool, typer.Option(help="Also measure what the targets need beyond the arms.")] = True,
+    url: Annotated[
+        str | None,
+        typer.Option(help="A server that runs elsewhere with the same weights, grpc://HOST:8001; no targets then."),
+    ] = None,
+    pytorch_url: Annotated[
+        str | None, typer.Option(help="The PyTorch service, where it runs elsewhere: http://HOST:8010.")
+    ] = None,
     soak: Annotated[int, typer.Option(min=0, help="Watch the memory over so many requests; the target: 20000.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="The shortest run through everything; no figure counts.")] = (
         False
@@ -70,7 +81,7 @@ def bench(
         measured = results.read(result)
     else:
         options = verb.BenchOptions(
-            arms=tuple(arm.strip() for arm in arms.split(",") if arm.strip()),
+            arms=tuple(arm.strip() for arm in arms.split(",") if arm.strip()) or None,
             images=images,
             image_count=image_count,
             batches=numbers(batches),
@@ -80,6 +91,8 @@ def bench(
             cold_starts=cold_starts,
             for_targets=targets,
             soak_requests=soak,
+            url=url,
+            pytorch_url=pytorch_url,
             models=models,
         )
         with progress() as tell:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, missing_extra
@@ -58,12 +58,14 @@ class Weights:
 
 @dataclass(frozen=True)
 class Oracle:
-    """open_clip's model in FP32 on the CPU, and its own inference transform."""
+    """open_clip's model, and its own inference transform. `device` is PyTorch's name: "cpu" or "cuda"."""
 
     model: Any
     transform: Any
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    device: str = "cpu"
+    precision: Literal["fp32", "fp16"] = "fp32"
 
     def pixels(self, image_bytes: bytes) -> "npt.NDArray[np.uint8]":
         """(224, 224, 3) uint8 RGB: open_clip's transform up to, and without, its normalisation."""
@@ -83,21 +85,39 @@ class Oracle:
         from PIL import Image
 
         rows = []
-        with torch.inference_mode():
-            for start in range(0, len(images), batch_size):
-                batch = [self.transform(Image.open(BytesIO(data))) for data in images[start : start + batch_size]]
-                rows.append(self.model.encode_image(torch.stack(batch), normalize=True))
+        for start in range(0, len(images), batch_size):
+            batch = [self.transform(Image.open(BytesIO(data))) for data in images[start : start + batch_size]]
+            rows.append(self.encode(torch.stack(batch)))
         result: npt.NDArray[np.float32] = torch.cat(rows).numpy() if rows else torch.empty(0, EMBEDDING_DIM).numpy()
         return result
 
+    def encode(self, batch: Any) -> Any:
+        """(N, 512) float32 tensor on the CPU, of what the transform gives for N images, stacked."""
+        import torch
 
-def load_oracle(weights: Weights) -> Oracle:
-    """The open_clip model of these weights. Raises ToolError for an unknown name, or weights that cannot be had."""
+        with torch.inference_mode():
+            inputs = batch.to(self.device, torch.float16 if self.precision == "fp16" else torch.float32)
+            return self.model.encode_image(inputs, normalize=True).float().cpu()
+
+
+def best_device() -> str:
+    """ "cuda" where PyTorch can use a GPU, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_oracle(weights: Weights, *, device: str = "cpu", precision: Literal["fp32", "fp16"] = "fp32") -> Oracle:
+    """The open_clip model of these weights. Raises ToolError for an unknown name, or weights that cannot be had.
+
+    FP32 is FP32 on a GPU too: from here on PyTorch multiplies nothing in TF32 in this process.
+    """
     try:
         import open_clip
         import torch
     except ImportError as error:
         raise missing_extra("export", error) from error
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     config = open_clip.get_model_config(weights.model)
     if config is None:
         raise ToolError(
@@ -116,6 +136,8 @@ def load_oracle(weights: Weights) -> Oracle:
         model, _, transform = open_clip.create_model_and_transforms(
             weights.model,
             pretrained=None if seed is not None else weights.pretrained,
+            device=device,
+            precision=precision,
             weights_only=True,  # a checkpoint is data: nothing in it may run
         )
     except Exception as error:  # hub, file and state-dict errors come in many types
@@ -131,7 +153,7 @@ def load_oracle(weights: Weights) -> Oracle:
     model.eval()
     preprocessing = open_clip.get_model_preprocess_cfg(model)
     _check_contract(weights.model, preprocessing, config)
-    return Oracle(model, transform, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
+    return Oracle(model, transform, tuple(preprocessing["mean"]), tuple(preprocessing["std"]), device, precision)
 
 
 def _use_the_cache_unless_a_hub_answers(timeout_s: float = 10.0) -> None:

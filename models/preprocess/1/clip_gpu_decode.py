@@ -19,8 +19,8 @@ def open_decoder(device_id: int = 0) -> Decode:
         from nvidia import nvimgcodec
     except ImportError as error:
         raise ValueError(
-            f"mode nvimgcodec needs the package nvidia-nvimgcodec-cu12 with nvidia-nvjpeg-cu12 ({error}); "
-            "install them, or take mode exact or fast"
+            f"mode nvimgcodec needs the packages nvidia-nvimgcodec-cu13 and nvidia-nvjpeg ({error}); "
+            "install them (`make setup-gpu`), or take mode exact or fast"
         ) from error
     try:
         decoder = nvimgcodec.Decoder(device_id=device_id, max_num_cpu_threads=1, options=":fancy_upsampling=1")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_tools.errors import ToolError
-from clip_tools.oracle import Oracle, Weights, load_oracle
+from clip_tools.oracle import Oracle, Weights, best_device, load_oracle
 from clip_tools.paths import CACHE
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def reference(
             return Reference(names, kept["pixels"], kept["embeddings"], images_sha256)
     except (OSError, ValueError, KeyError):  # none yet, or a broken one
         pass
-    oracle = oracle or load_oracle(weights)
+    oracle = oracle or load_oracle(weights, device=best_device())
     pixels = np.stack([_pixels(oracle, file, one) for file, one in zip(paths, data, strict=True)])
     made = Reference(names, pixels, oracle.embed(data), images_sha256)
     folder.mkdir(parents=True, exist_ok=True)

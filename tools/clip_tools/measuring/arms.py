@@ -1,7 +1,7 @@
 """The arms of `clip-tools bench`: ways to get from encoded images to embeddings, each behind one small interface.
 
-An arm's name is KIND[@CONFIG][:N]: CONFIG is a named configuration of the deployment, N a number of preprocess
-instances. Arms of one deployment share one running server.
+An arm's name is KIND[@CONFIG][:N]: CONFIG is a named configuration of the deployment (pytorch: fp16), N a number of
+preprocess instances. Arms of one deployment share one running server.
 
 ensemble-grpc   image bytes over gRPC to clip_ensemble, by clip_embed
 ensemble-http   the same over HTTP
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.measuring.variants import TENSOR_INPUT, TENSOR_MODEL
 from clip_tools.measuring.workload import Workload
+from clip_tools.repository import ENSEMBLE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +44,7 @@ class Arm:
     def parse(cls, name: str) -> "Arm":
         """The arm of a name. Raises ToolError for one that is none."""
         found = re.fullmatch(r"([a-z-]+)(?:@([\w-]+))?(?::(\d+))?", name)
-        if not found or found[1] not in KINDS or (found[1] == "pytorch" and name != "pytorch"):
+        if not found or found[1] not in KINDS or (found[1] == "pytorch" and name not in ("pytorch", "pytorch@fp16")):
             raise ToolError(f"'{name}' is no arm: expected KIND[@CONFIG][:N], KIND of {', '.join(KINDS)}", exit_code=2)
         return cls(found[1], found[2], int(found[3]) if found[3] else None)
 
@@ -52,6 +53,13 @@ class Arm:
         """KIND[@CONFIG][:N]."""
         config = f"@{self.config_name}" if self.config_name else ""
         return self.kind + config + (f":{self.preprocess_instances}" if self.preprocess_instances else "")
+
+    @property
+    def model(self) -> str:
+        """The model that it asks, of a Triton arm."""
+        if self.kind == "preprocess":
+            return "preprocess"
+        return TENSOR_MODEL if self.needs_tensor_model else ENSEMBLE
 
     @property
     def needs_tensor_model(self) -> bool:
@@ -71,14 +79,15 @@ class Caller(Protocol):
 
 def open_caller(arm: Arm, service: Any, workload: Workload) -> Caller:
     """The client of an arm. Raises ToolError for an extra that is missing."""
+    keys = getattr(service, "client_options", {})
     try:
         match arm.kind:
             case "ensemble-grpc":
-                return _EmbeddingCaller(arm, workload, service.options.grpc_url, "triton")
+                return _EmbeddingCaller(arm, workload, service.options.grpc_url, "triton", keys)
             case "ensemble-http":
                 return _EmbeddingCaller(arm, workload, service.options.http_url, "triton")
             case "pytorch":
-                return _EmbeddingCaller(arm, workload, service.url, "pytorch")
+                return _EmbeddingCaller(arm, workload, service.url, "pytorch", keys)
             case "tensor-grpc":
                 return _TensorGrpcCaller(arm, workload, service.options.grpc_url)
             case "json-http":
@@ -115,11 +124,14 @@ class _Caller:
 
 
 class _EmbeddingCaller(_Caller):
-    def __init__(self, arm: Arm, workload: Workload, url: str, backend: Any) -> None:
+    def __init__(
+        self, arm: Arm, workload: Workload, url: str, backend: Any, keys: dict[str, Any] | None = None
+    ) -> None:
         from clip_embed import EmbeddingClient
 
         super().__init__(arm, workload)
-        self._client = EmbeddingClient(url, backend=backend, batch_size=64, timeout_s=TIMEOUT_S, retry=None)
+        options = {"batch_size": 64, "timeout_s": TIMEOUT_S, "retry": None, **(keys or {})}
+        self._client = EmbeddingClient(url, backend=backend, **options)
 
     def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
         return self._client.embed(self._images(indices))

@@ -60,6 +60,14 @@ def engine_plan(models: Path = MODELS, config_name: str | None = None) -> tuple[
         return model.file, backend.session_plan(config, instance_kind(model.config), 0)
 
 
+def runs_here(models: Path, config_name: str) -> bool:
+    """Whether this environment's ONNX Runtime has the providers that a configuration asks for on this machine."""
+    import onnxruntime
+
+    _, plan = engine_plan(models, config_name)
+    return {name for name, _ in plan.providers} <= set(onnxruntime.get_available_providers())
+
+
 @contextlib.contextmanager
 def _backend() -> Iterator[Any]:
     """`ort_session` of the backend; what it refuses is a ToolError."""

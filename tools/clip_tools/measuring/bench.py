@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from clip_tools.errors import ToolError
+from clip_tools.gpu import find_gpu
 from clip_tools.measuring import steps
 from clip_tools.measuring.arms import Arm
-from clip_tools.measuring.bare import BareWorker
+from clip_tools.measuring.bare import BareWorker, runs_here
 from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.measuring.gpu_samples import GpuSamples
 from clip_tools.measuring.load import run_closed_loop
 from clip_tools.measuring.perf import PerfOptions, perf_input, run_level
+from clip_tools.measuring.sections import not_settled
 from clip_tools.measuring.services import Deployment, cpu_seconds, resident_mib
 from clip_tools.measuring.targets import BUSY, TARGETS, Cell
 from clip_tools.measuring.workload import VGA, Workload, load_workload
@@ -27,6 +29,8 @@ Tell = Callable[[str, int, int], None]
 """Told what goes on, how many measurements are done, and how many there are."""
 
 ARMS = ("ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch")
+FP16_ARMS = ("ensemble-grpc@ort-fp16", "pytorch@fp16")  # beside them on a GPU
+REMOTE_KINDS = ("ensemble-grpc", "perf-analyzer", "pytorch")
 SOAK_STEP = 1_000
 
 
@@ -36,12 +40,14 @@ class BenchOptions:
 
     Args:
         seconds: the window of one measurement.
+        arms: None for those of `default_arms`.
         for_targets: also what the targets need beyond `arms`.
+        url, pytorch_url: servers that run elsewhere, in place of those that would be started.
         soak_requests: how many requests the memory is watched over, in a server of its own; 0 for none.
         at_least: requests in a window, at least.
     """
 
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] | None = None
     images: str = VGA
     image_count: int = 32
     batches: tuple[int, ...] = (1, 4, 8, 16, 32)
@@ -53,6 +59,8 @@ class BenchOptions:
     cold_starts: int = 3
     for_targets: bool = True
     soak_requests: int = 0
+    url: str | None = None
+    pytorch_url: str | None = None
     models: Path = MODELS
 
 
@@ -72,13 +80,45 @@ def quick(options: BenchOptions) -> BenchOptions:
     )
 
 
+def default_arms(models: Path, *, has_gpu: bool, is_remote: bool) -> tuple[str, ...]:
+    """The arms of a run that names none: on a GPU also those in FP16, once their graph is there."""
+    if is_remote:
+        return ("ensemble-grpc", "pytorch")
+    here = has_gpu and (models / "clip_onnx" / "1" / "model.fp16.onnx").is_file()
+    return ARMS + FP16_ARMS if here else ARMS
+
+
+def complete(options: BenchOptions) -> BenchOptions:
+    """The options with their arms. Raises ToolError for what cannot be asked of servers that run elsewhere."""
+    is_remote = bool(options.url or options.pytorch_url)
+    arms = options.arms or default_arms(options.models, has_gpu=find_gpu() is not None, is_remote=is_remote)
+    if is_remote:
+        if options.soak_requests:
+            raise ToolError("--soak watches a server of this machine: leave out --url and --pytorch-url", exit_code=2)
+        for arm in map(Arm.parse, arms):
+            variant = arm.kind != "pytorch" and (arm.config_name or arm.preprocess_instances)
+            if options.url and (arm.kind not in REMOTE_KINDS or variant):
+                raise ToolError(
+                    f"{arm.name} needs a server that is started for it: with --url expected {', '.join(REMOTE_KINDS)}",
+                    exit_code=2,
+                )
+        options = replace(options, for_targets=False, cold_starts=0)
+    return replace(options, arms=arms)
+
+
+def target_configs(models: Path) -> list[str]:
+    """The named configurations that targets measure, less those whose provider this environment does not have."""
+    wanted = {Arm.parse(cell.arm).config_name for target in TARGETS for cell in target.cells}
+    return [name for name in config_names(models) if name in wanted and runs_here(models, name)]
+
+
 def plan(options: BenchOptions, known_configs: list[str]) -> list[Cell]:
     """The cells of one round, each once; those of one batch size and concurrency side by side.
 
     Raises ToolError for an arm that is none. A target's cell is left out when its configuration does not exist.
     """
     shapes = [(batch, 1) for batch in options.batches] + [(1, c) for c in options.concurrency if c > 1]
-    cells = [Cell(Arm.parse(arm).name, options.images, *shape) for shape in shapes for arm in options.arms]
+    cells = [Cell(Arm.parse(arm).name, options.images, *shape) for shape in shapes for arm in options.arms or ARMS]
     if options.for_targets:
         for target in TARGETS:
             cells += [cell for cell in target.cells if Arm.parse(cell.arm).config_name in (None, *known_configs)]
@@ -109,7 +149,8 @@ def bench(
 
     `save` is given the result after each round, so that a run that is stopped leaves what it measured.
     """
-    cells = plan(options, config_names(options.models))
+    options = complete(options)
+    cells = plan(options, target_configs(options.models) if options.for_targets else [])
     if not cells:
         raise ToolError("nothing to measure: name an arm, a batch size or a concurrency", exit_code=2)
     result: dict[str, Any] = {
@@ -130,7 +171,10 @@ def bench(
     arms = tuple(dict.fromkeys(Arm.parse(cell.arm) for cell in cells))
     with ExitStack() as stack:
         tell("starting the servers", 0, total)
-        deployment = stack.enter_context(Deployment(arms, weights, options.models))
+        deployment = stack.enter_context(
+            Deployment(arms, weights, options.models, options.url, options.pytorch_url),
+        )
+        result["devices"] = deployment.devices
         bare = None
         if options.for_targets:
             bare = BareWorker(options.models, None, workloads[options.images].images)
@@ -168,9 +212,11 @@ def _measure(deployment: Deployment, cell: Cell, workload: Workload, options: Be
     if arm.kind == "perf-analyzer":
         return _by_perf_analyzer(service, cell, workload, options)
     caller = deployment.caller(arm, workload)
-    triton = getattr(service, "options", None)
+    triton, pid = getattr(service, "options", None), getattr(service, "pid", None)
+    if "?" in deployment.devices[arm.name]:
+        triton = None  # its statistics need the key, too
     before = steps.statistics(triton.grpc_url) if triton else {}
-    cpu_before, begin = cpu_seconds(service.pid), time.perf_counter()
+    cpu_before, begin = cpu_seconds(pid) if pid else 0.0, time.perf_counter()
     with GpuSamples() as gpu:
         measured = run_closed_loop(
             caller.ask,
@@ -183,10 +229,11 @@ def _measure(deployment: Deployment, cell: Cell, workload: Workload, options: Be
             at_least=options.at_least,
         )
     row: dict[str, Any] = {key: _rounded(value) for key, value in asdict(measured).items()}
-    row["server_cores_busy"] = _rounded((cpu_seconds(service.pid) - cpu_before) / (time.perf_counter() - begin))
+    if pid:
+        row["server_cores_busy"] = _rounded((cpu_seconds(pid) - cpu_before) / (time.perf_counter() - begin))
     if triton:
         row["steps"] = [asdict(step) for step in steps.between(before, steps.statistics(triton.grpc_url))]
-    if gpu.samples:
+    if gpu.samples and pid:
         row["gpu"] = {"utilisation_percent": gpu.mean(0), "memory_mib": gpu.most(1)}
     return row
 
@@ -205,13 +252,15 @@ def _by_perf_analyzer(service: Any, cell: Cell, workload: Workload, options: Ben
             models=options.models,
         )
         level = run_level(asked, "concurrency", cell.concurrency, input_file)
+    if not level.settled:  # at this tolerance only windows in which no request ended
+        raise ToolError(f"perf_analyzer: {not_settled([asdict(level)])[0]}")
     times = {f"{p}_ms": level.latency_ms[p] for p in ("p50", "p95", "p99")}
     return {"throughput": level.throughput, "requests": None, **times, "agreement": None}
 
 
 def _cold_starts(options: BenchOptions, weights: Weights, tell: Tell, total: int) -> Iterator[dict[str, Any]]:
     """Process start to first embedding, s, alone on the machine; the files are in the page cache."""
-    kinds = [arm for arm in (Arm("ensemble-grpc"), Arm("pytorch")) if arm.name in options.arms]
+    kinds = [arm for arm in (Arm("ensemble-grpc"), Arm("pytorch")) if arm.name in (options.arms or ())]
     for number in range(options.cold_starts):
         for arm in kinds:
             tell(f"cold start {number + 1} of {options.cold_starts}: {arm.name}", 0, total)

@@ -6,11 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 from clip_tools.measuring import plots
+from clip_tools.measuring.bare import throughput_bound
 from clip_tools.measuring.noise import Ratio, paired_ratio
 from clip_tools.measuring.sections import Section, markdown_table
-from clip_tools.measuring.targets import BUSIEST, Cell, NotMeasured, Verdict, check, values
+from clip_tools.measuring.targets import (
+    BUSIEST,
+    Cell,
+    NotMeasured,
+    Verdict,
+    across_devices,
+    check,
+    rows_of,
+    values,
+)
 
 BASELINE = "pytorch"
+BASELINES = (BASELINE, "pytorch@fp16")
 
 
 def verdicts_text(verdicts: Sequence[Verdict]) -> str:
@@ -18,6 +29,8 @@ def verdicts_text(verdicts: Sequence[Verdict]) -> str:
     rows = []
     for verdict in verdicts:
         figure = str(verdict.ratio) if verdict.ratio else verdict.reason
+        if verdict.devices:
+            figure += f"; {verdict.devices}: not one device"
         state = "met" if verdict.is_met else ("missed" if verdict.ratio else "open")
         rows.append((verdict.target.title, verdict.target.wanted_text, figure, state))
     return markdown_table(("target", "wanted", "median of the rounds (lowest to highest)", ""), rows)
@@ -39,8 +52,9 @@ def headline(result: dict[str, Any]) -> str:
         if cell.concurrency != most or ":" in cell.arm or cell.arm.startswith(("preprocess", "perf-analyzer")):
             continue
         found = values(result, cell)
-        ratio = _against_baseline(result, cell)
-        times = f"{ratio.median:.2f}" if ratio else ""
+        ratio = _against(result, cell)
+        across = across_devices(result, [cell.arm, BASELINE])
+        times = (f"{ratio.median:.2f}" + (f" ({across})" if across else "")) if ratio else ""
         rows.append((f"`{cell.arm}`", f"{statistics.median(found):.1f}", times))
     table = markdown_table((f"{images} JPEGs, {most} requests at once", "images/s", f"times `{BASELINE}`"), rows)
     gpu = environment["gpu"] or "no GPU"
@@ -48,14 +62,14 @@ def headline(result: dict[str, Any]) -> str:
     return f"{table}\n{where}, `{environment['command']}`; all of it: [docs/benchmarks.md](docs/benchmarks.md).\n"
 
 
-def _against_baseline(result: dict[str, Any], cell: Cell) -> Ratio | None:
+def _against(result: dict[str, Any], cell: Cell, baseline: str = BASELINE) -> Ratio | None:
     """How many times the baseline's throughput in the same rounds; None for the baseline itself, where it was not
     measured, and for a step alone, which is not equal work.
     """
-    if cell.arm == BASELINE or cell.arm.startswith("preprocess"):
+    if cell.arm == baseline or cell.arm.startswith("preprocess"):
         return None
     try:
-        return paired_ratio(values(result, cell), values(result, replace(cell, arm=BASELINE)))
+        return paired_ratio(values(result, cell), values(result, replace(cell, arm=baseline)))
     except (NotMeasured, ValueError):
         return None
 
@@ -70,17 +84,32 @@ def _shape_text(cell: Cell) -> str:
 
 
 def _throughput_table(result: dict[str, Any]) -> str:
-    """Images a second, and how many times the baseline in the same rounds."""
-    cells = _cells(result)
-    head = ("images/s", "images", "", "median", "lowest", "highest", f"against {BASELINE}")
+    """Images a second, how many times the baselines in the same rounds, each arm's device, and what the GPU did."""
+    cells, devices = _cells(result), result.get("devices", {})
+    baselines = [one for one in BASELINES if one == BASELINE or any(cell.arm == one for cell in cells)]
+    has_gpu = any("gpu" in row for row in result["cells"])
+    head = ("images/s", "images", "", "median", "lowest", "highest", *(f"against {one}" for one in baselines))
+    head += (("device",) if devices else ()) + (("GPU %", "GPU MiB") if has_gpu else ())
     rows = []
     for cell in cells:
         found = values(result, cell)
-        ratio = _against_baseline(result, cell)
         figures = (statistics.median(found), min(found), max(found))
-        texts = (f"{figure:.1f}" for figure in figures)
-        rows.append((cell.arm, cell.images, _shape_text(cell), *texts, str(ratio or "")))
+        row = [cell.arm, cell.images, _shape_text(cell), *(f"{figure:.1f}" for figure in figures)]
+        for one in baselines:
+            ratio, across = _against(result, cell, one), across_devices(result, [cell.arm, one])
+            row.append(str(ratio or "") + (f", {across}" if ratio and across else ""))
+        row += [devices.get(cell.arm, "")] if devices else []
+        rows.append((*row, *(_gpu_texts(result, cell) if has_gpu else ())))
     return markdown_table(head, rows)
+
+
+def _gpu_texts(result: dict[str, Any], cell: Cell) -> tuple[str, str]:
+    """The GPU's utilisation, the rounds' median, and the most memory in use on it, that of the other servers too."""
+    samples = [row["gpu"] for row in rows_of(result, cell) if "gpu" in row]
+    if not samples:
+        return "", ""
+    utilisation = statistics.median(sample["utilisation_percent"] for sample in samples)
+    return f"{utilisation:.0f}", f"{max(sample['memory_mib'] for sample in samples):,.0f}"
 
 
 def _latency_table(result: dict[str, Any]) -> str:
@@ -102,7 +131,7 @@ def _steps_table(result: dict[str, Any]) -> str:
     for cell in _cells(result):
         if not cell.arm.startswith("ensemble-grpc") or (cell.batch, cell.concurrency) == (1, 4):
             continue
-        found = [row for row in result["cells"] if Cell(*(row[k] for k in Cell.__dataclass_fields__)) == cell]
+        found = rows_of(result, cell)
         for model in dict.fromkeys(step["model"] for row in found for step in row.get("steps", [])):
             steps = [step for row in found for step in row["steps"] if step["model"] == model]
             keys = ("batch", "queue_ms", "compute_input_ms", "compute_infer_ms", "compute_output_ms")
@@ -126,7 +155,14 @@ def _bound_text(result: dict[str, Any]) -> str:
     preprocess_ms = 1000 * statistics.median(row["preprocess_s"] for row in result["bare"])
     engine_ms = 1000 * statistics.median(min(row["engine_s"].values()) for row in result["bare"])
     cores = result["bare"][0]["cores"]
-    bound = cores / (preprocess_ms + cores * engine_ms) * 1000
+    if result["bare"][0].get("on_gpu"):
+        bound = throughput_bound(preprocess_ms / 1000, engine_ms / 1000, cores, on_gpu=True)
+        return (
+            f"The bound: preprocess alone takes {preprocess_ms:.2f} ms an image on one of {cores} cores, the engine "
+            f"alone {engine_ms:.3f} ms on the GPU at its best batch: the slower of the two, {bound:.1f} images/s.\n"
+            + _served_work_text(result, cores)
+        )
+    bound = throughput_bound(preprocess_ms / 1000, engine_ms / 1000, cores)
     return (
         f"The bound: preprocess alone takes {preprocess_ms:.2f} ms an image on one core, the engine alone "
         f"{engine_ms:.2f} ms on all {cores} at its best batch; "

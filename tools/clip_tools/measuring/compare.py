@@ -8,7 +8,7 @@ from clip_tools.measuring.noise import Change, change
 from clip_tools.measuring.sections import markdown_table
 from clip_tools.measuring.targets import Cell, values
 
-_SAME_MACHINE = ("cpu", "cores", "memory_gib", "gpu")
+_SAME_MACHINE = ("cpu", "cores", "memory_gib", "gpu", "device")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,13 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
     if not changes:
         raise ToolError("the two results have no measurement in common")
     only = [f"{_name(cell)} only in {'AB'[i]}" for i in (0, 1) for cell in cells[i] if cell not in cells[1 - i]]
-    return Comparison(changes, _differences(before["environment"], after["environment"]), only)
+    devices = [result.get("devices", {}) for result in (before, after)]
+    moved = [
+        f"device of {arm}: {devices[0][arm]} -> {devices[1][arm]}"
+        for arm in devices[0]
+        if arm in devices[1] and devices[0][arm] != devices[1][arm]
+    ]
+    return Comparison(changes, _differences(before["environment"], after["environment"]) + moved, only)
 
 
 def _cells(result: dict[str, Any]) -> list[Cell]:

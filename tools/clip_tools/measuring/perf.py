@@ -4,13 +4,15 @@ import base64
 import csv
 import json
 import os
+import re
 import shlex
+import statistics
 import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.measuring.perf_analyzer import find_perf_analyzer
 from clip_tools.measuring.results import write
+from clip_tools.measuring.sections import PERF_COLUMNS, not_settled, perf_row
 from clip_tools.measuring.workload import VGA, load_images
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import ENSEMBLE, read_config
@@ -25,6 +28,7 @@ from clip_tools.serving.hidden_arguments import popen
 from clip_tools.serving.keyring import access_of
 
 Mode = Literal["concurrency", "request-rate"]
+_WINDOW = re.compile(r"Pass \[\d+\] throughput: ([\d.]+) infer/sec\. Avg latency: (\d+) usec")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class PerfOptions:
 class Level:
     """What perf_analyzer said of one level. Latencies in ms at the client, steps in ms a request on the server.
 
-    `throughput` is images a second: inferences times nothing, for perf_analyzer counts a batch of n as n.
+    `throughput` is images a second: inferences times nothing, for perf_analyzer counts a batch of n as n. `windows` are
+    those of each window in turn. No three of them agreed where it has not `settled`; it then tells no percentile, and
+    `throughput` and the mean latency are those of the last three.
     """
 
     mode: Mode
@@ -58,6 +64,8 @@ class Level:
     latency_ms: dict[str, float]
     server_ms: dict[str, float]
     command: str
+    windows: tuple[float, ...] = ()
+    settled: bool = True
 
 
 def perf_input(images: Sequence[bytes], model: str, models: Path = MODELS) -> str:
@@ -104,6 +112,7 @@ def arguments(options: PerfOptions, mode: Mode, level: float, input_file: Path, 
         *("--input-data", str(input_file), *shape, *load),
         *("--measurement-interval", str(options.window_ms), "--max-trials", str(options.max_trials)),
         *("--stability-percentage", str(options.stability_percent), "--verbose-csv", "-f", str(csv_file)),
+        "-v",  # or it does not tell the windows
     ]
 
 
@@ -124,7 +133,10 @@ def _takes_image_bytes(options: PerfOptions) -> bool:
 
 
 def run_level(options: PerfOptions, mode: Mode, level: float, input_file: Path) -> Level:
-    """Run perf_analyzer once and read its CSV. Raises ToolError with its last words when it fails."""
+    """Run perf_analyzer once and read its CSV, or its windows when it did not settle.
+
+    Raises ToolError with its last words when it fails.
+    """
     binary, environment = find_perf_analyzer()
     with tempfile.TemporaryDirectory() as folder:
         csv_file = Path(folder) / "perf.csv"
@@ -140,9 +152,14 @@ def run_level(options: PerfOptions, mode: Mode, level: float, input_file: Path) 
         with process:
             said, _ = process.communicate()
         rows = read_csv(csv_file) if csv_file.is_file() else []
-    if process.returncode or not rows:  # without three windows that agree it writes no CSV
+    windows = [(float(rate), int(latency_us) / 1000) for rate, latency_us in _WINDOW.findall(said)]
+    rates = tuple(rate for rate, _ in windows)
+    if rows and not process.returncode:
+        return replace(level_of(rows[0], mode, level, options.batch, plain_command(flags)), windows=rates)
+    if not windows or "stable measurement" not in said:
         raise ToolError(f"perf_analyzer failed ({process.returncode}): {_reason(said)}")
-    return level_of(rows[0], mode, level, options.batch, plain_command(flags))
+    throughput, mean_ms = (statistics.mean(column) for column in zip(*windows[-3:], strict=True))
+    return Level(mode, level, options.batch, throughput, {"mean": mean_ms}, {}, plain_command(flags), rates, False)
 
 
 def plain_command(flags: Sequence[str]) -> str:
@@ -185,23 +202,14 @@ def perf(options: PerfOptions, output: Path, *, tell: Callable[[str], None] = la
     levels = []
     steps: list[tuple[Mode, float]] = [("concurrency", float(c)) for c in options.concurrency]
     steps += [("request-rate", rate) for rate in options.request_rate]
-    unstable = []
     for mode, level in steps:
         tell(f"{mode} {level:g}")
-        try:
-            levels.append(run_level(options, mode, level, input_file))
-        except ToolError as error:
-            if "stable measurement" not in str(error) or len(steps) == 1:
-                raise
-            unstable.append(f"{mode} {level:g}")  # a rate above what the server can do never settles
-    if not levels:
-        raise ToolError("perf_analyzer found no level stable: raise --window-ms or --stability-percent")
+        levels.append(run_level(options, mode, level, input_file))
     result = {
         "kind": "perf",
         "environment": asdict(fingerprint()),
         "model": options.model,
         "images": {"name": options.images, "count": count},
-        "unstable": unstable,
         "levels": [asdict(level) for level in levels],
     }
     write(result, output)
@@ -216,18 +224,16 @@ def table(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
     shown = Table(title=f"perf_analyzer: {result['model']}, {result['images']['name']}", title_justify="left")
-    for name in ("mode", "level", "batch", "images/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms"):
+    for name in PERF_COLUMNS:
         shown.add_column(name, justify="right")
     for level in result["levels"]:
-        times = (f"{level['latency_ms'].get(p, float('nan')):.1f}" for p in ("p50", "p90", "p95", "p99"))
-        row = (level["mode"], f"{level['level']:g}", str(level["batch"]), f"{level['throughput']:.1f}", *times)
-        shown.add_row(*row)
+        shown.add_row(*perf_row(level))
     return shown
 
 
 def explain(result: dict[str, Any]) -> None:
-    """On stderr: the plain command behind each level."""
-    for name in result["unstable"]:
-        sys.stderr.write(f"  {name}: no three windows agreed; left out\n")
+    """On stderr: the windows of each level that did not settle, and the plain command behind each."""
+    for line in not_settled(result["levels"]):
+        sys.stderr.write(f"  {line}\n")
     for level in result["levels"]:
         sys.stderr.write(f"  {level['command']}\n")

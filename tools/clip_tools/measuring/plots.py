@@ -29,11 +29,14 @@ def _svg(figure: Any) -> str:
 
 
 def latency_against_throughput(result: dict[str, Any]) -> str:
-    """perf_analyzer's levels: throughput to the right, p50 and p99 upwards, the level at each point."""
+    """perf_analyzer's levels: throughput to the right, p50 and p99 upwards, the level at each point.
+
+    Those that have not settled have no percentile and are left out.
+    """
     figure = _figure()
     axes = figure.add_subplot()
     for colour, mode in zip(COLOURS, ("concurrency", "request-rate"), strict=False):
-        levels = [level for level in result["levels"] if level["mode"] == mode]
+        levels = [level for level in result["levels"] if level["mode"] == mode and level.get("settled", True)]
         if not levels:
             continue
         x = [level["throughput"] for level in levels]
@@ -46,7 +49,8 @@ def latency_against_throughput(result: dict[str, Any]) -> str:
     axes.set_xlabel("images a second")
     axes.set_ylabel("latency, ms")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    if axes.has_data():
+        axes.legend(fontsize=8)
     axes.set_title(f"{result['model']} by perf_analyzer, {result['images']['name']} JPEGs", loc="left", size=10)
     return _svg(figure)
 

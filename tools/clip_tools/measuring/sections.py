@@ -21,16 +21,33 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
+PERF_COLUMNS = ("mode", "level", "batch", "images/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms")
+
+
+def perf_row(level: dict[str, Any]) -> tuple[str, ...]:
+    """One level as texts, without percentiles where it has not settled."""
+    times = ["not settled", "", "", ""]
+    if level.get("settled", True):
+        times = [f"{level['latency_ms'][p]:.1f}" for p in ("p50", "p90", "p95", "p99")]
+    return (level["mode"], f"{level['level']:g}", str(level["batch"]), f"{level['throughput']:.1f}", *times)
+
+
+def not_settled(levels: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each level at which no three windows of perf_analyzer agreed, with all of them."""
+    return [
+        f"{level['mode']} {level['level']:g} has not settled; images/s by window: "
+        + ", ".join(f"{rate:.1f}" for rate in level["windows"])
+        for level in levels
+        if not level.get("settled", True)
+    ]
+
+
 def perf_section(name: str, result: dict[str, Any]) -> Section:
     """What perf_analyzer said."""
-    rows = []
-    for level in result["levels"]:
-        times = (f"{level['latency_ms'][p]:.1f}" for p in ("p50", "p90", "p95", "p99"))
-        rows.append((level["mode"], f"{level['level']:g}", str(level["batch"]), f"{level['throughput']:.1f}", *times))
-    head = ("perf_analyzer", "level", "batch", "images/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms")
+    rows = [perf_row(level) for level in result["levels"]]
+    head = ("perf_analyzer", *PERF_COLUMNS[1:])
     text = f"`{result['model']}`, {result['images']['count']} photographs ({result['images']['name']}).\n\n"
-    if result.get("unstable"):
-        text += f"No three windows agreed at {', '.join(result['unstable'])}.\n\n"
+    text += "".join(f"{line}.\n\n" for line in not_settled(result["levels"]))
     commands = "".join(f"    {level['command']}\n" for level in result["levels"])
     picture = plots.latency_against_throughput(result)
     return Section(text + markdown_table(head, rows) + "\n" + commands, {f"{name}.svg": picture})
@@ -102,7 +119,12 @@ def onnx_section(name: str, result: dict[str, Any]) -> Section:
 def tuning_section(name: str, result: dict[str, Any]) -> Section:
     """Model Analyzer's search, or the sweep's."""
     rows = [
-        (row["setting"], f"{row['throughput']:.1f}", f"{row['p99_ms']:.0f}", str(row["concurrency"]))
+        (
+            row["setting"],
+            f"{row['throughput']:.1f}",
+            "not settled" if row["p99_ms"] is None else f"{row['p99_ms']:.0f}",
+            str(row["concurrency"]),
+        )
         for row in result["points"]
     ]
     found = (

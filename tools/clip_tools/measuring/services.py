@@ -1,6 +1,7 @@
 """The servers that `clip-tools bench` measures: each in processes of its own, on free ports, started once."""
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from clip_tools.errors import ToolError
+from clip_tools.errors import ToolError, missing_extra
+from clip_tools.measuring import steps
 from clip_tools.measuring.arms import Arm, Caller, open_caller
 from clip_tools.measuring.variants import TENSOR_MODEL, Variant, write_repository
 from clip_tools.measuring.workload import Workload
@@ -65,11 +68,11 @@ class TritonService:
 class PyTorchService:
     """The service of `clip_tools.measuring.baseline` in a process of its own, once it has embedded an image."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, precision: str = "fp32") -> None:
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "clip_tools.measuring.baseline", "--model", weights.model]
-        command += ["--pretrained", weights.pretrained, "--port", str(port)]
+        command += ["--pretrained", weights.pretrained, "--precision", precision, "--port", str(port)]
         begin = time.perf_counter()
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -81,6 +84,7 @@ class PyTorchService:
             self.stop()
             raise
         self.start_s = time.perf_counter() - begin
+        self.device = pytorch_health(self.url)["device"]
 
     def _wait(self, deadline: float) -> None:
         from clip_embed import EmbeddingClient
@@ -111,6 +115,69 @@ class PyTorchService:
         self._log.close()
 
 
+@dataclass(frozen=True)
+class RemoteTriton:
+    """A server that others run, by its gRPC URL: it is asked, and nothing of it is started, stopped or looked into."""
+
+    url: str
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme != "grpc" or not parts.hostname or parts.path:
+            raise ToolError(f"--url {self.url}: expected grpc://HOST:PORT", exit_code=2)
+
+    @property
+    def options(self) -> ServeOptions:
+        """Where it listens."""
+        parts = urlsplit(self.url)
+        return ServeOptions(host=parts.hostname or "", grpc_port=parts.port or 8001)
+
+    @property
+    def client_options(self) -> dict[str, Any]:
+        """The keys of the environment (CLIP_API_KEY)."""
+        from clip_embed.credentials import environment_options
+
+        return environment_options(os.environ)
+
+    def stop(self) -> None:
+        """It is not ours."""
+
+
+class RemotePyTorch:
+    """A service of `clip_tools.measuring.baseline` that others run. Raises ToolError for one in another precision."""
+
+    def __init__(self, url: str, precision: str) -> None:
+        self.url = url.rstrip("/")
+        health = pytorch_health(self.url)
+        if health["precision"] != precision:
+            raise ToolError(f"--pytorch-url {url}: expected a service in {precision}, came {health['precision']}")
+        self.device = _at(health["device"], urlsplit(url).hostname)
+
+    def stop(self) -> None:
+        """It is not ours."""
+
+
+def pytorch_health(url: str) -> dict[str, str]:
+    """What the PyTorch service says of itself: device ("GPU", "CPU") and precision. Raises ToolError without one."""
+    try:
+        import httpx
+    except ImportError as error:
+        raise missing_extra("http", error) from error
+    try:
+        said: dict[str, str] = httpx.get(f"{url}/health", timeout=10).raise_for_status().json()
+        return {key: said[key] for key in ("device", "precision")}
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
+        raise ToolError(
+            f"{url} is no PyTorch service of this version: {type(error).__name__}: {error}; start it there with "
+            "`python -m clip_tools.measuring.baseline --host HOST`"
+        ) from error
+
+
+def _at(device: str, host: str | None) -> str:
+    """A device, with its machine where that is another one."""
+    return device if host in ("localhost", "127.0.0.1", "::1") else f"{device} of {host}"
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of this machine that nothing listens on."""
     with contextlib.ExitStack() as stack:
@@ -122,18 +189,25 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass
 class Deployment:
-    """The running servers of a set of arms, one for each variant, as a context manager."""
+    """The running servers of a set of arms, one for each variant, as a context manager.
+
+    Those of `url` and `pytorch_url` run elsewhere already. `devices` says for each arm where its model computes: "GPU",
+    "CPU", or "?" where a server elsewhere does not tell us.
+    """
 
     arms: tuple[Arm, ...]
     weights: Weights
     models: Path = MODELS
+    url: str | None = None
+    pytorch_url: str | None = None
+    devices: dict[str, str] = field(default_factory=dict, init=False)
     _services: dict[object, Any] = field(default_factory=dict, init=False)
     _callers: dict[tuple[Arm, str], Caller] = field(default_factory=dict, init=False)
 
     def __enter__(self) -> "Deployment":
         try:
             for arm in self.arms:
-                self.service(arm)
+                self.devices[arm.name] = self._device(arm)
         except BaseException:
             self.__exit__()
             raise
@@ -146,11 +220,15 @@ class Deployment:
             service.stop()
 
     def service(self, arm: Arm) -> Any:
-        """The running TritonService or PyTorchService behind an arm."""
-        key = "pytorch" if arm.kind == "pytorch" else (arm.config_name, arm.preprocess_instances)
+        """The running service behind an arm."""
+        key = arm.name if arm.kind == "pytorch" else (arm.config_name, arm.preprocess_instances)
         if key not in self._services:
             if arm.kind == "pytorch":
-                self._services[key] = PyTorchService(self.weights)
+                precision = arm.config_name or "fp32"
+                remote = self.pytorch_url and RemotePyTorch(self.pytorch_url, precision)
+                self._services[key] = remote or PyTorchService(self.weights, precision)
+            elif self.url:
+                self._services[key] = RemoteTriton(self.url)
             else:
                 mates = [one for one in self.arms if one.kind != "pytorch"]
                 tensors = any(
@@ -160,11 +238,18 @@ class Deployment:
                 self._services[key] = TritonService(variant, self.models)
         return self._services[key]
 
+    def _device(self, arm: Arm) -> str:
+        service = self.service(arm)
+        if arm.kind == "pytorch":
+            return str(service.device)
+        return _at(steps.device_of(service.options.grpc_url, arm.model), service.options.host)
+
     def services(self) -> dict[str, Any]:
-        """Each running server by the name of its variant."""
+        """Each server that was started here by the name of its variant."""
         return {
-            "pytorch" if key == "pytorch" else Arm("triton", *key).name: service  # type: ignore[misc]
+            key if isinstance(key, str) else Arm("triton", *key).name: service  # type: ignore[misc]
             for key, service in self._services.items()
+            if hasattr(service, "pid")
         }
 
     def caller(self, arm: Arm, workload: Workload) -> Caller:

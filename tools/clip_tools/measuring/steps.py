@@ -43,6 +43,23 @@ def statistics(grpc_url: str) -> dict[str, dict[str, int]]:
     return counters
 
 
+def device_of(grpc_url: str, model: str) -> str:
+    """ "GPU" or "CPU": where the server runs a model, of an ensemble its last step; "?" where it does not tell us."""
+    import tritonclient.grpc as triton
+
+    access = access_of(grpc_url, os.environ)
+    headers = access.grpc_headers() if access else None
+    with triton.InferenceServerClient(grpc_url.removeprefix("grpc://")) as client:
+        try:
+            config = client.get_model_config(model, headers=headers).config
+            while config.HasField("ensemble_scheduling"):
+                config = client.get_model_config(config.ensemble_scheduling.step[-1].model_name, headers=headers).config
+        except triton.InferenceServerException:  # it asks for a key that is not here
+            return "?"
+    # The server has put what KIND_AUTO is on its machine into the configuration.
+    return "GPU" if any(group.Kind.Name(group.kind) == "KIND_GPU" for group in config.instance_group) else "CPU"
+
+
 def between(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> list[Step]:
     """What each model did between two takes; models that did nothing are left out."""
     steps = []

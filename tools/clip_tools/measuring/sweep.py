@@ -59,11 +59,11 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class Point:
-    """One variant's measurement."""
+    """One variant's measurement. `p99_ms` is None where perf_analyzer has not settled."""
 
     variant: Variant
     throughput: float
-    p99_ms: float
+    p99_ms: float | None
 
 
 Measure = Callable[[Variant], Point]
@@ -122,7 +122,7 @@ def sweep(options: SweepOptions, *, tell: Callable[[str], None] = lambda line: N
             level = run_level(asked, "concurrency", options.concurrency, input_file)
         finally:
             service.stop()
-        point = Point(variant, level.throughput, level.latency_ms["p99"])
+        point = Point(variant, level.throughput, level.latency_ms.get("p99"))
         with options.log.open("a") as log:
             log.write(json.dumps({**same, **asdict(point)}) + "\n")
         return point

@@ -4,7 +4,7 @@ import itertools
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from clip_tools.measuring.bare import throughput_bound
@@ -62,29 +62,39 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a target. `ratio` is None when it was not measured, and `reason` then says why."""
+    """What became of a target. `ratio` is None when it was not measured, and `reason` then says why.
+
+    `devices` names them where the arms did not compute on the same: such a ratio keeps no promise.
+    """
 
     target: Target
     ratio: Ratio | None
     reason: str = ""
+    devices: str = ""
 
     @property
     def is_met(self) -> bool:
         """Whether it was measured and met."""
-        return self.ratio is not None and self.target.is_met(self.ratio)
+        return self.ratio is not None and not self.devices and self.target.is_met(self.ratio)
+
+
+def rows_of(result: dict[str, Any], cell: Cell) -> list[dict[str, Any]]:
+    """What was measured of a cell, in each round."""
+    return [row for row in result["cells"] if all(row[key] == value for key, value in asdict(cell).items())]
 
 
 def values(result: dict[str, Any], cell: Cell, key: str = "throughput") -> list[float]:
     """A cell's figure in each round. Raises NotMeasured when it has none."""
-    found = [
-        float(row[key])
-        for row in result["cells"]
-        if (row["arm"], row["images"], row["batch"], row["concurrency"])
-        == (cell.arm, cell.images, cell.batch, cell.concurrency)
-    ]
+    found = [float(row[key]) for row in rows_of(result, cell)]
     if not found:
         raise NotMeasured(f"{cell.arm} with {cell.images} at batch {cell.batch}, concurrency {cell.concurrency}")
     return found
+
+
+def across_devices(result: dict[str, Any], arms: Sequence[str]) -> str:
+    """ "GPU against CPU" where the arms do not compute on one device, in their order; empty where they do."""
+    devices = dict.fromkeys(result["devices"][arm] for arm in arms if arm in result.get("devices", {}))
+    return " against ".join(devices) if len(devices) > 1 else ""
 
 
 def _throughput_ratio(one: Cell, other: Cell) -> tuple[tuple[Cell, Cell], Callable[[dict[str, Any]], Ratio]]:
@@ -95,7 +105,10 @@ def _bounds(result: dict[str, Any]) -> list[float]:
     if not result.get("bare"):
         raise NotMeasured("the engine and preprocess alone")
     return [
-        throughput_bound(row["preprocess_s"], min(row["engine_s"].values()), row["cores"]) for row in result["bare"]
+        throughput_bound(
+            row["preprocess_s"], min(row["engine_s"].values()), row["cores"], on_gpu=row.get("on_gpu", False)
+        )
+        for row in result["bare"]
     ]
 
 
@@ -185,7 +198,8 @@ def check(result: dict[str, Any], targets: Sequence[Target] = TARGETS) -> list[V
     verdicts = []
     for target in targets:
         try:
-            verdicts.append(Verdict(target, target.ratio(result)))
+            across = across_devices(result, [cell.arm for cell in target.cells])
+            verdicts.append(Verdict(target, target.ratio(result), devices=across))
         except NotMeasured as missing:
             verdicts.append(Verdict(target, None, f"not measured: {missing}"))
         except ValueError as error:

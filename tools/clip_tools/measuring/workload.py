@@ -150,10 +150,10 @@ def load_workload(name: str, weights: Weights, *, count: int = 32) -> Workload:
 def _write_reference(folder: Path, weights: Weights) -> None:
     import numpy as np
 
-    from clip_tools.oracle import load_oracle
+    from clip_tools.oracle import best_device, load_oracle
 
     images = [path.read_bytes() for path in sorted(folder.glob("*.bin"))]
-    oracle = load_oracle(weights)
+    oracle = load_oracle(weights, device=best_device())
     pixels = np.stack([oracle.pixels(image) for image in images])
     np.savez(folder / "reference.npz", embeddings=oracle.embed(images), pixels=pixels)
 

@@ -15,11 +15,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m clip_tools.measuring.baseline", description=__doc__)
     parser.add_argument("--model", default=default.model)
     parser.add_argument("--pretrained", default=default.pretrained)
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8010)
     given = parser.parse_args()
     try:
-        serve(BaselineOptions(Weights(given.model, given.pretrained), given.host, given.port))
+        serve(BaselineOptions(Weights(given.model, given.pretrained), given.precision, given.host, given.port))
     except ToolError as error:
         sys.stderr.write(f"baseline: {error}\n")
         sys.exit(error.exit_code)

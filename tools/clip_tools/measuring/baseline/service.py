@@ -1,9 +1,9 @@
 """POST /embed/base64 with `{"images": ["<base64>", ...]}` -> `{"embeddings": [[...], ...]}`.
 
-It is written as such services are, and as well as they can be in one process: open_clip's own transform and model in
-FP32, `torch.inference_mode`, PyTorch's threads on every core, FastAPI's thread pool so that one request is decoded
-while another computes, and one request computing at a time, for two would share the same cores. A request is one
-batch; nothing batches across requests.
+It is written as such services are, and as well as they can be in one process: open_clip's own transform and model on
+the GPU or, without one, with PyTorch's threads on every core; `torch.inference_mode`; FastAPI's thread pool so that one
+request is decoded while another computes; and one request computing at a time, for two would share the same cores. A
+request is one batch; nothing batches across requests.
 """
 
 import base64
@@ -11,10 +11,10 @@ import binascii
 import io
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from clip_tools.errors import missing_extra
-from clip_tools.oracle import Weights, load_oracle
+from clip_tools.oracle import Weights, best_device, load_oracle
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -24,14 +24,15 @@ MAX_IMAGES = 64  # as models/clip_ensemble takes
 
 @dataclass(frozen=True)
 class BaselineOptions:
-    """Which weights to serve, and where."""
+    """Which weights to serve, in which precision, and where."""
 
     weights: Weights
+    precision: Literal["fp32", "fp16"] = "fp32"
     host: str = "127.0.0.1"
     port: int = 8010
 
 
-def create_app(weights: Weights) -> "FastAPI":
+def create_app(weights: Weights, precision: Literal["fp32", "fp16"] = "fp32") -> "FastAPI":
     """The service with its model loaded and one image embedded. Raises ToolError for what is missing."""
     try:
         import torch
@@ -39,7 +40,7 @@ def create_app(weights: Weights) -> "FastAPI":
         from PIL import Image
     except ImportError as error:
         raise missing_extra("baseline", error) from error
-    oracle = load_oracle(weights)
+    oracle = load_oracle(weights, device=best_device(), precision=precision)
     computing = threading.Lock()
     app = FastAPI(title="open_clip in PyTorch", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -54,8 +55,8 @@ def create_app(weights: Weights) -> "FastAPI":
             reason = f"image_bytes: {len(refused)} of {len(images)} images refused. {'; '.join(refused)}"
             raise HTTPException(400, reason)
         batch = torch.stack(tensors)
-        with computing, torch.inference_mode():
-            embeddings: list[list[float]] = oracle.model.encode_image(batch, normalize=True).tolist()
+        with computing:
+            embeddings: list[list[float]] = oracle.encode(batch).tolist()
         return embeddings
 
     def embed_base64(images: Annotated[list[str], Body(embed=True)]) -> dict[str, list[list[float]]]:
@@ -68,7 +69,7 @@ def create_app(weights: Weights) -> "FastAPI":
         return {"embeddings": embed(contents)}
 
     def health() -> dict[str, str]:
-        return {"status": "ready"}
+        return {"status": "ready", "device": "GPU" if oracle.device == "cuda" else "CPU", "precision": precision}
 
     async def errors_as_triton_writes_them(_request: Any, error: Any) -> Any:
         from fastapi.responses import JSONResponse
@@ -78,8 +79,8 @@ def create_app(weights: Weights) -> "FastAPI":
     app.add_api_route("/embed/base64", embed_base64, methods=["POST"])
     app.add_api_route("/health", health, methods=["GET"])
     app.add_exception_handler(HTTPException, errors_as_triton_writes_them)
-    with computing, torch.inference_mode():
-        oracle.model.encode_image(torch.zeros(1, 3, 224, 224))
+    with computing:
+        oracle.encode(torch.zeros(1, 3, 224, 224))
     return app
 
 
@@ -89,4 +90,5 @@ def serve(options: BaselineOptions) -> None:
         import uvicorn
     except ImportError as error:
         raise missing_extra("baseline", error) from error
-    uvicorn.run(create_app(options.weights), host=options.host, port=options.port, log_level="warning", workers=1)
+    app = create_app(options.weights, options.precision)
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", workers=1)
