@@ -4,8 +4,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# What .venv is made for, cpu, gpu or trt: its stamp's name says it, so that later targets keep it.
-FOR := $(or $(patsubst $(VENV)/.ready-%,%,$(wildcard $(VENV)/.ready-*)),cpu)
+# What .venv is made for, cpu, gpu or trt; later targets keep it.
+FOR := $(or $(shell cat $(VENV)/.for 2>/dev/null),cpu)
 PINS_cpu := requirements/all.txt
 PINS_gpu := requirements/gpu.txt
 PINS_trt := requirements/gpu.txt requirements/tensorrt.txt
@@ -25,7 +25,7 @@ $(READY): $(PINS) requirements/uv.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: $(PYTHON) is not Python 3.11, for which requirements/ is pinned" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV) from $(PINS) (the first time: some GB)" >&2
-	@rm -f $(VENV)/.ready*
+	@rm -f $(VENV)/.ready* && echo $(FOR) >$(VENV)/.for
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/uv.txt
 	@$(BIN)/uv pip sync -q --python $(BIN)/python --require-hashes $(PINS)
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .

@@ -5,14 +5,14 @@ cd "$(dirname "$0")/.."
 uv=${1:-uv}
 compile=("$uv" pip compile -q --python-platform x86_64-manylinux_2_36 --generate-hashes --no-emit-index-url --no-annotate
   --no-header --emit-build-options)
+whole=(pyproject.toml --group dev --extra server --extra export --extra profile --extra http --extra rtx --extra baseline
+  --extra parquet)
 
 echo uv | "${compile[@]}" --python-version 3.11 - -o requirements/uv.txt
 # The whole environment of a machine without a GPU: what `make` installs.
-"${compile[@]}" --python-version 3.11 pyproject.toml --group dev --extra cpu --extra server --extra export --extra profile --extra http \
-  --extra rtx --extra baseline --extra parquet -o requirements/all.txt
+"${compile[@]}" --python-version 3.11 "${whole[@]}" --extra cpu -o requirements/all.txt
 # The whole environment of a GPU host: `make setup-gpu`. What both have is the same version.
-"${compile[@]}" --python-version 3.11 pyproject.toml --group dev --extra gpu --extra server --extra export --extra profile --extra http \
-  --extra rtx --extra baseline --extra parquet --constraint requirements/all.txt -o requirements/gpu.txt
+"${compile[@]}" --python-version 3.11 "${whole[@]}" --extra gpu --constraint requirements/all.txt -o requirements/gpu.txt
 # What `make setup-trt` adds to it.
 echo 'tensorrt-cu13<11' |
   "${compile[@]}" --python-version 3.11 --constraint requirements/gpu.txt - -o requirements/tensorrt.txt

@@ -16,6 +16,7 @@ from clip_tools.gpu import find_gpu
 from clip_tools.paths import BACKENDS, ROOT
 
 REQUIREMENTS = ROOT / "requirements"
+LATER = ["libcudnn.so.9", "libcufft.so.12", "libnvrtc.so.13"]  # opened when an operator needs them
 DRIVER = {"libcuda.so.1", "libnvidia-ml.so.1"}  # the driver's own: no wheel has them
 
 SERVER = """
@@ -72,7 +73,7 @@ def check(python: Path, model: Path) -> None:
     names = [name for name in needed(provider) if name not in DRIVER]
     assert {"libcublasLt.so.13", "libcudart.so.13"} <= set(names)
     done = subprocess.run(
-        [python, "-c", PROBE, BACKENDS / "onnxruntime", model, json.dumps(names)],
+        [python, "-c", PROBE, BACKENDS / "onnxruntime", model, json.dumps(names + LATER)],
         env={**os.environ, **environment},
         check=True,
         capture_output=True,

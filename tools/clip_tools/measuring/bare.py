@@ -108,7 +108,7 @@ class Worker:
         self._preprocess = open_preprocess(models, config_name)
         self._on_gpu = engine_plan(models, config_name)[1].on_gpu
         self._session = open_engine(models, config_name)
-        self._batches = tuple(batches)
+        self._batches = (*batches, 64) if self._on_gpu else tuple(batches)  # a GPU's best is the largest
         self._np = np
 
     def steps(self, images: Sequence[bytes], seconds: float) -> dict[str, Any]:
