@@ -7,7 +7,11 @@ import pytest
 
 pytest.importorskip("fastapi", reason="pip install 'clip-embed[baseline]'")
 
-from clip_tools.measuring.baseline.service import create_app
+from clip_tools import oracle as oracle_module
+from clip_tools.engines import reference as reference_module
+from clip_tools.errors import ToolError
+from clip_tools.measuring import workload as workload_module
+from clip_tools.measuring.baseline import service as service_module
 
 
 def test_fp16_is_fp16_and_the_service_says_on_what(oracle, weights, demo_photos):
@@ -16,7 +20,7 @@ def test_fp16_is_fp16_and_the_service_says_on_what(oracle, weights, demo_photos)
     from starlette.testclient import TestClient
 
     images = [path.read_bytes() for path in demo_photos[:2]]
-    with TestClient(create_app(weights, "fp16")) as client:
+    with TestClient(service_module.create_app(weights, "fp16")) as client:
         device = "GPU" if torch.cuda.is_available() else "CPU"
         assert client.get("/health").json() == {"status": "ready", "device": device, "precision": "fp16"}
         body = {"images": [base64.b64encode(image).decode() for image in images]}
@@ -24,6 +28,30 @@ def test_fp16_is_fp16_and_the_service_says_on_what(oracle, weights, demo_photos)
     expected = oracle.embed(images)
     assert (answer * expected).sum(axis=1).min() > 0.99
     assert np.abs(answer - expected).max() > 1e-5
+
+
+def test_where_there_is_a_gpu_open_clip_runs_on_it(weights, demo_photos, tmp_path, monkeypatch):
+    """The service, the reference of the gates, and that of the measurements."""
+    import torch
+
+    devices = []
+
+    def load(_weights, *, device, **_):
+        devices.append(device)
+        raise ToolError("no GPU here")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in (oracle_module, reference_module, service_module):
+        monkeypatch.setattr(module, "load_oracle", load)
+    (tmp_path / "0.bin").write_bytes(demo_photos[0].read_bytes())
+    for call in (
+        lambda: service_module.create_app(weights),
+        lambda: reference_module.reference(weights, demo_photos[:1], folder=tmp_path),
+        lambda: workload_module._write_reference(tmp_path, weights),
+    ):
+        with pytest.raises(ToolError, match="no GPU here"):
+            call()
+    assert devices == ["cuda"] * 3
 
 
 def test_open_clip_in_fp32_is_fp32_on_a_gpu_too(oracle):
