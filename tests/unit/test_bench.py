@@ -12,6 +12,7 @@ from clip_tools.measuring.bench import (
     complete,
     default_arms,
     in_rounds,
+    left_out,
     plan,
     quick,
     target_configs,
@@ -153,6 +154,14 @@ def test_without_arms_those_in_fp16_come_with_a_gpu_and_their_graph(tmp_path):
     expected = (*ARMS, "ensemble-grpc@ort-fp16", "pytorch@fp16")
     assert default_arms(tmp_path, has_gpu=True, is_remote=False) == expected
     assert default_arms(tmp_path, has_gpu=False, is_remote=False) == ARMS
+
+
+def test_what_is_missing_for_the_arms_in_fp16_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("clip_tools.measuring.bench.find_gpu", lambda: "L4")
+    assert "clip-tools export-onnx --precision fp16" in left_out(BenchOptions(models=tmp_path))
+    assert left_out(BenchOptions(arms=("pytorch",), models=tmp_path)) == ""
+    monkeypatch.setattr("clip_tools.measuring.bench.find_gpu", lambda: None)
+    assert left_out(BenchOptions(models=tmp_path)) == ""
 
 
 def test_servers_elsewhere_are_asked_and_nothing_is_started_for_the_targets():

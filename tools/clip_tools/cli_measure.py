@@ -81,7 +81,7 @@ def bench(
         measured = results.read(result)
     else:
         options = verb.BenchOptions(
-            arms=tuple(arm.strip() for arm in arms.split(",") if arm.strip()) or None,
+            arms=tuple(arm.strip() for arm in arms.split(",") if arm.strip()),
             images=images,
             image_count=image_count,
             batches=numbers(batches),
@@ -95,6 +95,8 @@ def bench(
             pytorch_url=pytorch_url,
             models=models,
         )
+        if note := verb.left_out(options):
+            typer.echo(note, err=True)
         with progress() as tell:
             options = verb.quick(options) if quick else options
             measured = verb.bench(

@@ -101,7 +101,7 @@ class Oracle:
 
 
 def best_device() -> str:
-    """ "cuda" where PyTorch can use a GPU, else "cpu"."""
+    """PyTorch's name for where models run best here: "cuda" with a GPU that it can use, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

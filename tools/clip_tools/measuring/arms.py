@@ -79,15 +79,16 @@ class Caller(Protocol):
 
 def open_caller(arm: Arm, service: Any, workload: Workload) -> Caller:
     """The client of an arm. Raises ToolError for an extra that is missing."""
-    keys = getattr(service, "client_options", {})
     try:
         match arm.kind:
             case "ensemble-grpc":
-                return _EmbeddingCaller(arm, workload, service.options.grpc_url, "triton", keys)
+                return _EmbeddingCaller(
+                    arm, workload, service.options.grpc_url, "triton", getattr(service, "client_options", None)
+                )
             case "ensemble-http":
                 return _EmbeddingCaller(arm, workload, service.options.http_url, "triton")
             case "pytorch":
-                return _EmbeddingCaller(arm, workload, service.url, "pytorch", keys)
+                return _EmbeddingCaller(arm, workload, service.url, "pytorch")
             case "tensor-grpc":
                 return _TensorGrpcCaller(arm, workload, service.options.grpc_url)
             case "json-http":

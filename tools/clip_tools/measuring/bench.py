@@ -40,14 +40,14 @@ class BenchOptions:
 
     Args:
         seconds: the window of one measurement.
-        arms: None for those of `default_arms`.
+        arms: none for those of `default_arms`.
         for_targets: also what the targets need beyond `arms`.
         url, pytorch_url: servers that run elsewhere, in place of those that would be started.
         soak_requests: how many requests the memory is watched over, in a server of its own; 0 for none.
         at_least: requests in a window, at least.
     """
 
-    arms: tuple[str, ...] | None = None
+    arms: tuple[str, ...] = ()
     images: str = VGA
     image_count: int = 32
     batches: tuple[int, ...] = (1, 4, 8, 16, 32)
@@ -86,6 +86,14 @@ def default_arms(models: Path, *, has_gpu: bool, is_remote: bool) -> tuple[str, 
         return ("ensemble-grpc", "pytorch")
     here = has_gpu and (models / "clip_onnx" / "1" / "model.fp16.onnx").is_file()
     return ARMS + FP16_ARMS if here else ARMS
+
+
+def left_out(options: BenchOptions) -> str:
+    """What to do so that a run that names no arms has those in FP16 too; empty where it has them, or has no GPU."""
+    default = not options.arms and not (options.url or options.pytorch_url) and find_gpu() is not None
+    if not default or default_arms(options.models, has_gpu=True, is_remote=False) != ARMS:
+        return ""
+    return f"left out: {', '.join(FP16_ARMS)}; `clip-tools export-onnx --precision fp16` makes their graph"
 
 
 def complete(options: BenchOptions) -> BenchOptions:
@@ -260,7 +268,7 @@ def _by_perf_analyzer(service: Any, cell: Cell, workload: Workload, options: Ben
 
 def _cold_starts(options: BenchOptions, weights: Weights, tell: Tell, total: int) -> Iterator[dict[str, Any]]:
     """Process start to first embedding, s, alone on the machine; the files are in the page cache."""
-    kinds = [arm for arm in (Arm("ensemble-grpc"), Arm("pytorch")) if arm.name in (options.arms or ())]
+    kinds = [arm for arm in (Arm("ensemble-grpc"), Arm("pytorch")) if arm.name in options.arms]
     for number in range(options.cold_starts):
         for arm in kinds:
             tell(f"cold start {number + 1} of {options.cold_starts}: {arm.name}", 0, total)

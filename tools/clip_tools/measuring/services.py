@@ -80,11 +80,11 @@ class PyTorchService:
         )
         try:
             self._wait(begin + 180)
+            self.start_s = time.perf_counter() - begin
+            self.device = pytorch_health(self.url)["device"]
         except BaseException:
             self.stop()
             raise
-        self.start_s = time.perf_counter() - begin
-        self.device = pytorch_health(self.url)["device"]
 
     def _wait(self, deadline: float) -> None:
         from clip_embed import EmbeddingClient

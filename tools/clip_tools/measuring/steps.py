@@ -44,7 +44,7 @@ def statistics(grpc_url: str) -> dict[str, dict[str, int]]:
 
 
 def device_of(grpc_url: str, model: str) -> str:
-    """ "GPU" or "CPU": where the server runs a model, of an ensemble its last step; "?" where it does not tell us."""
+    """Where the server runs a model, of an ensemble its last step: "GPU", "CPU", or "?" where it does not tell us."""
     import tritonclient.grpc as triton
 
     access = access_of(grpc_url, os.environ)
