@@ -102,6 +102,14 @@ def test_a_level_that_does_not_settle_is_a_result_with_its_windows(perf_analyzer
     assert (tmp_path / "results" / "perf.svg").is_file()
 
 
+def test_a_window_in_which_no_request_ended_is_zero(perf_analyzer, tmp_path):
+    """It then exits 3 in place of 2."""
+    empty = "  Pass [4] cb::Error: No valid requests recorded within time interval. Please use a larger time window."
+    perf_analyzer(NOT_SETTLED.replace("exit 2", f"echo '{empty}'\nexit 3").replace("Failed to obtain stable", "no"))
+    level = run_level(PerfOptions(), "concurrency", 1, tmp_path / "input.json")
+    assert level.windows[-2:] == (1153.6, 0) and level.throughput == pytest.approx((1031.4 + 1153.6) / 3)
+
+
 def test_a_perf_analyzer_that_fails_is_an_error_with_its_last_words(perf_analyzer, tmp_path):
     perf_analyzer("#!/bin/sh\necho 'error: failed to get model metadata'\nexit 99\n")
     with pytest.raises(ToolError, match=r"perf_analyzer failed \(99\): error: failed to get model metadata"):

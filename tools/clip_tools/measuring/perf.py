@@ -28,7 +28,10 @@ from clip_tools.serving.hidden_arguments import popen
 from clip_tools.serving.keyring import access_of
 
 Mode = Literal["concurrency", "request-rate"]
-_WINDOW = re.compile(r"Pass \[\d+\] throughput: ([\d.]+) infer/sec\. Avg latency: (\d+) usec")
+# A window in which no request ended has an error in the place of its throughput.
+_WINDOW = re.compile(
+    r"Pass \[\d+\] (?:throughput: ([\d.]+) infer/sec\. Avg latency: (\d+) usec|cb::Error: (No valid requests) recorded)"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Level:
 
     `throughput` is images a second: inferences times nothing, for perf_analyzer counts a batch of n as n. `windows` are
     those of each window in turn. No three of them agreed where it has not `settled`; it then tells no percentile, and
-    `throughput` and the mean latency are those of the last three.
+    `throughput` and the mean latency are those of the last three. A window in which no request ended is 0.
     """
 
     mode: Mode
@@ -112,7 +115,6 @@ def arguments(options: PerfOptions, mode: Mode, level: float, input_file: Path, 
         *("--input-data", str(input_file), *shape, *load),
         *("--measurement-interval", str(options.window_ms), "--max-trials", str(options.max_trials)),
         *("--stability-percentage", str(options.stability_percent), "--verbose-csv", "-f", str(csv_file)),
-        "-v",  # or it does not tell the windows
     ]
 
 
@@ -142,7 +144,7 @@ def run_level(options: PerfOptions, mode: Mode, level: float, input_file: Path) 
         csv_file = Path(folder) / "perf.csv"
         flags = arguments(options, mode, level, input_file, csv_file)
         process = popen(
-            [str(binary), *flags],
+            [str(binary), *flags, "-v"],  # or it does not tell the windows
             headers(options),
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
@@ -152,14 +154,15 @@ def run_level(options: PerfOptions, mode: Mode, level: float, input_file: Path) 
         with process:
             said, _ = process.communicate()
         rows = read_csv(csv_file) if csv_file.is_file() else []
-    windows = [(float(rate), int(latency_us) / 1000) for rate, latency_us in _WINDOW.findall(said)]
+    windows = [(float(rate or 0), int(latency_us or 0) / 1000) for rate, latency_us, _ in _WINDOW.findall(said)]
     rates = tuple(rate for rate, _ in windows)
     if rows and not process.returncode:
         return replace(level_of(rows[0], mode, level, options.batch, plain_command(flags)), windows=rates)
-    if not windows or "stable measurement" not in said:
+    if not any(rates) or not ("stable measurement" in said or "No valid requests" in said):
         raise ToolError(f"perf_analyzer failed ({process.returncode}): {_reason(said)}")
-    throughput, mean_ms = (statistics.mean(column) for column in zip(*windows[-3:], strict=True))
-    return Level(mode, level, options.batch, throughput, {"mean": mean_ms}, {}, plain_command(flags), rates, False)
+    mean_ms = {"mean": statistics.mean(latency for rate, latency in windows[-3:] if rate)} if any(rates[-3:]) else {}
+    throughput = statistics.mean(rates[-3:])
+    return Level(mode, level, options.batch, throughput, mean_ms, {}, plain_command(flags), rates, settled=False)
 
 
 def plain_command(flags: Sequence[str]) -> str:
