@@ -63,6 +63,7 @@ def session_plan(config: dict, kind: str, device_id: int, *, available: Collecti
     """
     if available is None:
         available = onnxruntime.get_available_providers()
+    has_openvino = "OpenVINOExecutionProvider" in available
     parameters = {key: value["string_value"] for key, value in config.get("parameters", {}).items()}
     intra_op_threads = int(parameters.get("intra_op_thread_count", 0))
     optimization = config.get("optimization") or {}
@@ -88,8 +89,7 @@ def session_plan(config: dict, kind: str, device_id: int, *, available: Collecti
                 raise ConfigError(
                     f"cpu_execution_accelerator '{accelerator['name']}': expected openvino or openvino_bf16"
                 )
-            if precision == "f32" and "OpenVINOExecutionProvider" not in available:
-                names.append("ONNX Runtime FP32 on the CPU, for this environment has no OpenVINO")
+            if precision == "f32" and not has_openvino:
                 continue
             providers.append(_openvino(precision, intra_op_threads))
             names.append(f"OpenVINO {'FP32' if precision == 'f32' else 'BF16'} on the CPU")
@@ -104,7 +104,7 @@ def session_plan(config: dict, kind: str, device_id: int, *, available: Collecti
         intra_op_threads=intra_op_threads,
         inter_op_threads=int(parameters.get("inter_op_thread_count", 0)),
         graph_level=int((optimization.get("graph") or {}).get("level", 0)),
-        names=names or ["ONNX Runtime FP32 on the CPU"],
+        names=names or ["ONNX Runtime FP32 on the CPU" + ("" if has_openvino else ", as OpenVINO is not installed")],
     )
 
 

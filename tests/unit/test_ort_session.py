@@ -40,7 +40,7 @@ def test_without_openvino_its_fp32_is_onnx_runtimes_own_which_the_servers_log_sa
     """What `make setup-gpu` leaves serves on a machine without a GPU too."""
     plan = session_plan(accelerated("cpu", "openvino"), "CPU", 0, available=["CUDAExecutionProvider", CPU[0]])
     assert plan.providers == [CPU]
-    assert plan.names == ["ONNX Runtime FP32 on the CPU, for this environment has no OpenVINO"]
+    assert plan.names == ["ONNX Runtime FP32 on the CPU, as OpenVINO is not installed"]
 
 
 def test_without_openvino_bf16_is_refused_with_what_to_install():
