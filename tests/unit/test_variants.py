@@ -5,7 +5,7 @@ import pytest
 from onnx import TensorProto, checker, helper
 
 from clip_tools.errors import ToolError
-from clip_tools.measuring.variants import TENSOR_INPUT, Variant, change, take_tensors, write_repository
+from clip_tools.measuring.variants import MEAN, STD, TENSOR_INPUT, Variant, change, take_tensors, write_repository
 from clip_tools.paths import MODELS
 from clip_tools.repository import read_config
 
@@ -54,9 +54,32 @@ def test_the_cut_graph_takes_normalised_tensors_and_gives_the_same():
     assert np.array_equal(run(whole, {"pixels": pixels}), run(cut, {TENSOR_INPUT: tensors}))
 
 
-def test_a_graph_without_a_convolution_cannot_be_cut():
+def test_a_graph_whose_weights_normalise_takes_normalised_tensors_too(onnx_model):
+    """The exported one: its tensors are made pixels again, so that it runs the same arithmetic."""
+    import onnx
+    import onnxruntime
+
+    cut = onnx.load(str(onnx_model))
+    assert not any(node.op_type == "Conv" for node in cut.graph.node)
+    take_tensors(cut)
+    checker.check_model(cut, full_check=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), dtype=np.uint8)
+    tensors = ((pixels.astype(np.float32) / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)).transpose(
+        0, 3, 1, 2
+    )
+
+    def run(model, feeds):
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        return session.run(["embedding"], feeds)[0]
+
+    whole = run(str(onnx_model), {"pixels": pixels})
+    assert (whole * run(cut.SerializeToString(), {TENSOR_INPUT: tensors})).sum(axis=1).min() > 0.999999
+
+
+def test_a_graph_that_begins_otherwise_cannot_be_cut():
     model = small_graph()
     del model.graph.node[4:]
+    del model.graph.node[1]
     with pytest.raises(ToolError, match="no convolution"):
         take_tensors(model)
 

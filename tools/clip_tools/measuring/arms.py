@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clip_tools.errors import ToolError, missing_extra
-from clip_tools.measuring.variants import TENSOR_INPUT, TENSOR_MODEL
+from clip_tools.measuring.variants import MEAN, STD, TENSOR_INPUT, TENSOR_MODEL
 from clip_tools.measuring.workload import Workload
 from clip_tools.repository import ENSEMBLE
 
@@ -213,14 +213,13 @@ class _PreprocessCaller(_GrpcCaller):
 def client_tensors(images: list[bytes]) -> "npt.NDArray[np.float32]":
     """(N, 3, 224, 224) float32, normalised: what a client sends that preprocesses by itself, with Pillow and numpy.
 
-    The pixels are open_clip's; its mean and standard deviation are those of every OpenAI and LAION ViT-B-32.
+    The pixels are open_clip's.
     """
     import numpy as np
 
     from clip_tools.measuring.bare import open_preprocess
 
     preprocess = open_preprocess()
-    mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-    std = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+    mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
     rows = [((preprocess(image).astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1) for image in images]
     return np.ascontiguousarray(np.stack(rows), np.float32)

@@ -11,6 +11,9 @@ from clip_tools.repository import deployment, read_config
 
 TENSOR_MODEL = "clip_tensors"
 TENSOR_INPUT = "tensors"
+# Of every OpenAI and LAION ViT-B-32.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 _BUILT = (".onnx", ".plan", ".data")
 
 
@@ -108,7 +111,7 @@ def write_config(models: Path, name: str, config: Any, config_name: str | None, 
 def write_tensor_model(models: Path) -> None:
     """Add `clip_tensors`: the engine of `clip_onnx` behind an FP32 input of (N, 3, 224, 224), normalised by the client.
 
-    It is the exported graph less its first nodes, so that both run the same arithmetic from the first convolution on.
+    It is the exported graph with another beginning, so that both run the same arithmetic from the patches on.
     """
     try:
         import onnx
@@ -131,17 +134,31 @@ def write_tensor_model(models: Path) -> None:
 
 
 def take_tensors(model: Any) -> None:
-    """Cut an exported graph before its first convolution, in place: its input is now what that convolution read.
+    """Give an exported graph an input of normalised tensors, in place of its pixels.
 
-    Raises ToolError when the graph has none.
+    It begins at the first convolution. Without one, the normalisation is in the weights: the tensors are made pixels
+    again, three cheap nodes. Raises ToolError for a graph that begins in another way.
     """
-    from onnx import TensorProto, helper
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
     convolution = next((node for node in graph.node if node.op_type == "Conv"), None)
+    old_input = graph.input[0].name
     if convolution is None:
-        raise ToolError("the exported graph has no convolution to begin at: is it a ViT's image tower?")
-    old_input, normalised = graph.input[0].name, convolution.input[0]
+        cast = next((node for node in graph.node if node.op_type == "Cast" and list(node.input) == [old_input]), None)
+        if cast is None:
+            raise ToolError("the exported graph has no convolution, nor a Cast of its pixels: is it an image tower?")
+        for name, values in (("tensors_std", STD), ("tensors_mean", MEAN)):
+            constant = 255 * np.array(values, np.float32).reshape(3, 1, 1)
+            graph.initializer.append(numpy_helper.from_array(constant, name))
+        scaled = helper.make_node("Mul", [TENSOR_INPUT, "tensors_std"], ["tensors_scaled"])
+        moved = helper.make_node("Add", ["tensors_scaled", "tensors_mean"], ["tensors_as_pixels"])
+        turned = helper.make_node("Transpose", ["tensors_as_pixels"], list(cast.output), perm=[0, 2, 3, 1])
+        for node in (turned, moved, scaled):
+            graph.node.insert(0, node)
+        graph.node.remove(cast)
+    normalised = convolution.input[0] if convolution else TENSOR_INPUT
     for node in graph.node:
         for index, name in enumerate(node.input):
             # The batch size is read off the input's shape, whose first number stays the same.
