@@ -124,11 +124,16 @@ def test_the_sweep_measures_with_perf_analyzer_and_goes_on(repository, results):
 def test_onnx_profile_shows_operators_and_says_what_it_cannot_see(repository, results):
     output = results / "onnx-profile.json"
     options = ["--batches", "1,2", "--seconds", 0.1, "--operator-batch", 1]
-    run(CLIP_TOOLS, "onnx-profile", *options, "--models", repository, "--output", output)
+    options += ["--beside", repository / "clip_onnx" / "1" / "model.onnx"]  # itself
+    printed = run(CLIP_TOOLS, "onnx-profile", *options, "--models", repository, "--output", output)
+    assert "`model.onnx` (259 nodes, worst cosine" in printed
+    paired = read(output)["beside"]
+    assert {row["batch"] for row in paired["times"]} == {1, 2}
+    assert all(graph["worst_cosine"] > 0.99999 for graph in paired["graphs"])
     served, *plain = read(output)["operators"]
     assert served["fused"] == bool(plain)  # OpenVINO takes the graph whole
     shown = [served, *plain][-1]
-    assert not shown["fused"] and shown["by_operator_ms"]["MatMul"] > 0
+    assert not shown["fused"] and shown["by_operator_ms"]["Gemm"] > 0
     assert (
         sum(shown["operators_by_provider"][shown["provider"]].values()) == shown["nodes_by_provider"][shown["provider"]]
     )

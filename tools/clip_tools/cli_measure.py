@@ -219,6 +219,9 @@ def onnx_profile(
     batches: Annotated[str, typer.Option(help="Batch sizes of the scaling.")] = "1,2,4,8,16,32,64",
     operator_batch: Annotated[int, typer.Option(min=1, help="The batch that the operators are timed at.")] = 8,
     seconds: Annotated[float, typer.Option(help="For each batch size.")] = 2.0,
+    beside: Annotated[
+        Path | None, typer.Option(help="Another ONNX file of the same tensors, timed in turn with the served one.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "onnx-profile.json",
     models: Models = MODELS,
 ) -> None:
@@ -232,6 +235,7 @@ def onnx_profile(
         result = verb.onnx_profile(
             models=models,
             config_name=config_name,
+            beside=beside,
             batches=numbers(batches),
             operator_batch=operator_batch,
             seconds=seconds,

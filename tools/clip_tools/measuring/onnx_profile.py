@@ -17,6 +17,7 @@ from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.paths import MODELS
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_PAIRED_ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,27 @@ class Operators:
     fused: bool
 
 
+@dataclass(frozen=True)
+class Paired:
+    """The served graph and another, in turn on one provider: the median ms of a run of each.
+
+    `ratio` is the median of the other's time over the served one's: above 1 the served graph is faster.
+    """
+
+    provider: str
+    batch: int
+    served_ms: float
+    other_ms: float
+    ratio: float
+    ratio_lowest: float
+    ratio_highest: float
+
+
 def onnx_profile(
     *,
     models: Path = MODELS,
     config_name: str | None = None,
+    beside: Path | None = None,
     batches: Sequence[int] = BATCHES,
     operator_batch: int = 8,
     seconds: float = 2.0,
@@ -58,7 +76,8 @@ def onnx_profile(
     """The served session by batch size, and the profile of its provider.
 
     Where that runs the graph as one fused node, as OpenVINO does, the profile of ONNX Runtime's own CPU provider too,
-    which shows the operators. Raises ToolError for what is missing.
+    which shows the operators. `beside` is another ONNX file of the same tensors, timed in turn with the served one.
+    Raises ToolError for what is missing.
     """
     try:
         import onnxruntime
@@ -67,6 +86,8 @@ def onnx_profile(
     model, plan = engine_plan(models, config_name)
     if plan.parts:
         raise ToolError(f"'{config_name}' is a mix of precisions in several files: profile `onnx` or `cpu-bf16` for it")
+    if beside and not beside.is_file():
+        raise ToolError(f"--beside {beside}: no such file", exit_code=2)
     tell("creating the served session")
     begin = time.perf_counter()
     session = open_engine(models, config_name)
@@ -83,6 +104,12 @@ def onnx_profile(
         profiles.append(_operators(onnxruntime, model, provider, options, operator_batch))
         if not profiles[-1].fused:
             break
+    paired: dict[str, Any] = {}
+    if beside:
+        tell(f"in turn with {beside.name}")
+        paired["beside"] = _compare(
+            onnxruntime, model, beside, plan, sorted({min(batches), operator_batch, max(batches)})
+        )
     return {
         "kind": "onnx-profile",
         "environment": asdict(fingerprint()),
@@ -90,7 +117,45 @@ def onnx_profile(
         "session": {"created_s": round(created_s, 3), "providers": providers},
         "scaling": [asdict(row) for row in scaling],
         "operators": [asdict(profile) for profile in profiles],
+        **paired,
     }
+
+
+def _compare(onnxruntime: Any, served: Path, other: Path, plan: Any, batches: Sequence[int]) -> dict[str, Any]:
+    """Nodes, agreement with open_clip on the sample beside the served graph, and the times of both, in turn."""
+    import onnx
+
+    from clip_tools.engines.gates import cosines
+    from clip_tools.engines.sample import Sample
+    from clip_tools.engines.tune_precision import embed, times
+
+    def session(path: Path, provider: tuple[str, dict[str, str]]) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = plan.intra_op_threads
+        options.log_severity_level = 3
+        return onnxruntime.InferenceSession(str(path), options, providers=[provider, ("CPUExecutionProvider", {})])
+
+    sample = Sample.read(served)
+    if sample is None:
+        raise ToolError(f"{served} has no sample.npz beside it: make both with `clip-tools export-onnx`")
+    worst: dict[str, float] = {}
+    rows = []
+    for provider in dict([plan.providers[0], ("CPUExecutionProvider", {})]).items():
+        pair = [session(served, provider), session(other, provider)]
+        for path, one in zip((served, other), pair, strict=True):
+            found = float(cosines(embed(one, sample.pixels), sample.embeddings).min())
+            worst[str(path)] = min(found, worst.get(str(path), 1.0))
+        for batch in batches:
+            seconds = times(pair[0], pair[1], _pixels(batch), _PAIRED_ROUNDS)
+            ratios = [b / a for a, b in seconds]
+            medians = [round(1000 * statistics.median(column), 3) for column in zip(*seconds, strict=True)]
+            bounds = [round(value, 3) for value in (statistics.median(ratios), min(ratios), max(ratios))]
+            rows.append(Paired(provider[0], batch, *medians, *bounds))
+    graphs = [
+        {"file": path.name, "nodes": len(onnx.load(str(path)).graph.node), "worst_cosine": round(worst[str(path)], 7)}
+        for path in (served, other)
+    ]
+    return {"graphs": graphs, "photographs": len(sample.pixels), "times": [asdict(row) for row in rows]}
 
 
 def _pixels(batch: int) -> Any:

@@ -113,6 +113,30 @@ def onnx_section(name: str, result: dict[str, Any]) -> Section:
             parts.append(markdown_table(("operator", "ms a run", "share"), share))
             title = f"Time by operator, {profile['provider']}, batch {profile['batch']}"
             pictures[f"{name}-operators.svg"] = plots.bars(dict(top), title=title, label="ms a run")
+    if paired := result.get("beside"):
+        served, other = (
+            f"`{graph['file']}` ({graph['nodes']} nodes, worst cosine {graph['worst_cosine']:.7f})"
+            for graph in paired["graphs"]
+        )
+        parts.append(
+            f"In turn: {served} and {other}; cosines to open_clip over {paired['photographs']} photographs. "
+            "Above 1 the first is faster.\n"
+        )
+        columns = ("provider", "batch", "first, ms", "second, ms", "ratio", "lowest", "highest")
+        parts.append(
+            markdown_table(
+                columns,
+                [
+                    (
+                        row["provider"],
+                        str(row["batch"]),
+                        *(f"{row[key]:.1f}" for key in ("served_ms", "other_ms")),
+                        *(f"{row[key]:.2f}" for key in ("ratio", "ratio_lowest", "ratio_highest")),
+                    )
+                    for row in paired["times"]
+                ],
+            )
+        )
     return Section("\n".join(parts), pictures)
 
 
