@@ -3,10 +3,12 @@
 import base64
 import json
 import struct
+from types import SimpleNamespace
 
 import pytest
 
 from clip_tools.errors import ToolError
+from clip_tools.measuring.bench import BenchOptions, _by_perf_analyzer
 from clip_tools.measuring.perf import (
     PerfOptions,
     arguments,
@@ -20,6 +22,7 @@ from clip_tools.measuring.perf import (
 )
 from clip_tools.measuring.perf_analyzer import find_perf_analyzer
 from clip_tools.measuring.sections import perf_section
+from clip_tools.measuring.targets import Cell
 from clip_tools.paths import MODELS
 from clip_tools.serving.serve import probe_image
 
@@ -108,6 +111,16 @@ def test_a_window_in_which_no_request_ended_is_zero(perf_analyzer, tmp_path):
     perf_analyzer(NOT_SETTLED.replace("exit 2", f"echo '{empty}'\nexit 3").replace("Failed to obtain stable", "no"))
     level = run_level(PerfOptions(), "concurrency", 1, tmp_path / "input.json")
     assert level.windows[-2:] == (1153.6, 0) and level.throughput == pytest.approx((1031.4 + 1153.6) / 3)
+
+
+def test_bench_goes_on_with_the_mean_of_all_windows(perf_analyzer):
+    """An hour of other arms is not lost for it; what is not known is None."""
+    perf_analyzer(NOT_SETTLED)
+    service = SimpleNamespace(options=SimpleNamespace(grpc_url="grpc://localhost:1"))
+    workload = SimpleNamespace(images=(probe_image(),))
+    row = _by_perf_analyzer(service, Cell("perf-analyzer", concurrency=64), workload, BenchOptions())
+    assert row["throughput"] == pytest.approx((548.2 + 645 + 1031.4 + 1153.6) / 4)
+    assert row["p50_ms"] is None and row["not_settled"].startswith("concurrency 64 has not settled")
 
 
 def test_a_perf_analyzer_that_fails_is_an_error_with_its_last_words(perf_analyzer, tmp_path):

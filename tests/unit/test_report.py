@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -90,6 +91,18 @@ def test_devices_and_the_gpu_are_in_the_table():
     assert "| against pytorch | device | GPU % | GPU MiB |" in words
     assert "| 3.75 (3.75 to 3.75, 4 rounds), GPU against CPU | GPU | 38 | 2,051 |" in words
     assert "|  | CPU |  |  |" in words
+
+
+def test_what_did_not_settle_is_in_the_table_without_latencies():
+    result = bench_result()
+    line = "concurrency 1 has not settled; images/s by window: 6.0, 0.0, 4.0"
+    for row in [row for row in result["cells"] if row["arm"] == "pytorch"]:
+        row |= {"arm": "perf-analyzer", "p50_ms": None, "p95_ms": None, "p99_ms": None, "not_settled": line}
+    words, _ = document({"one": result}, pictures_at=".")
+    assert f"perf-analyzer, {line}." in words and "| perf-analyzer | 640x480 | batch 1 | 8.1 |" in words
+    (latencies,) = re.findall(r"one image, ms.*?\n\n", words, re.DOTALL)
+    assert "ensemble-grpc" in latencies and "perf-analyzer" not in latencies
+    assert "perf-analyzer, 640x480, batch 1, 1 at once, images/s" in compare(result, result).changes
 
 
 def test_what_is_in_fp16_stands_beside_the_service_in_fp16_too():

@@ -16,6 +16,7 @@ from clip_tools.measuring.targets import (
     Verdict,
     across_devices,
     check,
+    has_times,
     rows_of,
     values,
 )
@@ -100,7 +101,8 @@ def _throughput_table(result: dict[str, Any]) -> str:
             row.append(str(ratio or "") + (f", {across}" if ratio and across else ""))
         row += [devices.get(cell.arm, "")] if devices else []
         rows.append((*row, *(_gpu_texts(result, cell) if has_gpu else ())))
-    return markdown_table(head, rows)
+    notes = [f"\n{row['arm']}, {row['not_settled']}.\n" for row in result["cells"] if "not_settled" in row]
+    return markdown_table(head, rows) + "".join(notes)
 
 
 def _gpu_texts(result: dict[str, Any], cell: Cell) -> tuple[str, str]:
@@ -116,7 +118,7 @@ def _latency_table(result: dict[str, Any]) -> str:
     """Milliseconds of a request of one image, one at a time."""
     rows = []
     for cell in _cells(result):
-        if (cell.batch, cell.concurrency) == (1, 1):
+        if (cell.batch, cell.concurrency) == (1, 1) and has_times(result, cell):
             times = (statistics.median(values(result, cell, f"{p}_ms")) for p in ("p50", "p95", "p99"))
             rows.append((cell.arm, cell.images, *(f"{time:.1f}" for time in times)))
     for row in [result["bare"]] if result.get("bare") else []:

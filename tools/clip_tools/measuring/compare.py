@@ -6,7 +6,7 @@ from typing import Any
 from clip_tools.errors import ToolError
 from clip_tools.measuring.noise import Change, change
 from clip_tools.measuring.sections import markdown_table
-from clip_tools.measuring.targets import Cell, values
+from clip_tools.measuring.targets import Cell, has_times, values
 
 _SAME_MACHINE = ("cpu", "cores", "memory_gib", "gpu", "device")
 
@@ -34,7 +34,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
     changes = {}
     for cell in [cell for cell in cells[0] if cell in cells[1]]:
         changes[f"{_name(cell)}, images/s"] = change(values(before, cell), values(after, cell))
-        if (cell.batch, cell.concurrency) == (1, 1):
+        if (cell.batch, cell.concurrency) == (1, 1) and has_times(before, cell) and has_times(after, cell):
             times = (values(before, cell, "p50_ms"), values(after, cell, "p50_ms"))
             changes[f"{_name(cell)}, p50 ms"] = change(*times, more_is_better=False)
     if not changes:

@@ -83,9 +83,14 @@ def rows_of(result: dict[str, Any], cell: Cell) -> list[dict[str, Any]]:
     return [row for row in result["cells"] if all(row[key] == value for key, value in asdict(cell).items())]
 
 
+def has_times(result: dict[str, Any], cell: Cell) -> bool:
+    """Whether its latencies are known: they are not where perf_analyzer never settled."""
+    return any(row["p50_ms"] is not None for row in rows_of(result, cell))
+
+
 def values(result: dict[str, Any], cell: Cell, key: str = "throughput") -> list[float]:
     """A cell's figure in each round. Raises NotMeasured when it has none."""
-    found = [float(row[key]) for row in rows_of(result, cell)]
+    found = [float(row[key]) for row in rows_of(result, cell) if row[key] is not None]
     if not found:
         raise NotMeasured(f"{cell.arm} with {cell.images} at batch {cell.batch}, concurrency {cell.concurrency}")
     return found
