@@ -240,6 +240,14 @@ def test_what_was_not_measured_is_not_met_and_says_what_is_missing():
     assert not verdict_of("memory", result_with()).is_met
 
 
+def test_what_has_not_settled_keeps_no_promise():
+    result = result_with(("ensemble-grpc", 16, [40]), ("perf-analyzer", 16, [40]))
+    assert verdict_of("client", result).is_met
+    result["cells"][-1]["not_settled"] = "concurrency 16 has not settled"
+    verdict = verdict_of("client", result)
+    assert not verdict.is_met and "perf-analyzer, concurrency 16 has not settled" in verdict.reason
+
+
 def test_memory_may_grow_by_a_twentieth():
     grown = [{"requests": 1000, "memory_mib": 1000.0}, {"requests": 20000, "memory_mib": 1049.0}]
     assert verdict_of("memory", result_with(soak=grown)).is_met

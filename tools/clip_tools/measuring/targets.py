@@ -203,6 +203,8 @@ def check(result: dict[str, Any], targets: Sequence[Target] = TARGETS) -> list[V
     verdicts = []
     for target in targets:
         try:
+            for row in (row for cell in target.cells for row in rows_of(result, cell) if "not_settled" in row):
+                raise NotMeasured(f"{row['arm']}, {row['not_settled']}")
             across = across_devices(result, [cell.arm for cell in target.cells])
             verdicts.append(Verdict(target, target.ratio(result), devices=across))
         except NotMeasured as missing:
