@@ -110,6 +110,22 @@ def test_a_name_that_changes_preprocess_alone_leaves_the_engine_alone():
     assert server.models["preprocess"] == read_config(MODELS, "preprocess")
 
 
+def test_preprocess_keeps_the_processes_that_the_start_gave_it():
+    """Which this side may not know: the server may be another machine's, or was told how many."""
+    server = FakeServer()
+    server.models["preprocess"].instance_group[0].count = 14
+    assert swapped(server, "trt")[0].startswith("1/5 clip_trt loaded")
+    swapped(server, "fast")
+    assert server.models["preprocess"].parameters["mode"].string_value == "fast"
+    assert server.models["preprocess"].instance_group[0].count == 14
+
+
+def test_warm_ups_are_no_reason_to_load_a_model_again():
+    server = FakeServer()
+    server.models["clip_onnx"].model_warmup.add(name="batch 1", batch_size=1)
+    assert swapped(server, "onnx") == ["the server runs onnx already"]
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "step"),
     [
