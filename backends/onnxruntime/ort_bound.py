@@ -40,10 +40,10 @@ class _Bucket:
 
 
 class BoundSession:
-    """Runs batches of 1 to `max_batch`; all of them have run once when it is made. One at a time.
+    """Runs batches of 1 to `max_batch`, one at a time, in the thread that made it: ONNX Runtime keeps the graphs there.
 
-    Rows that fill a batch up hold what an earlier one left there, and are never given back: every row is computed from
-    itself alone.
+    All sizes have run when it is made. Rows that fill a batch up hold what an earlier one left there, and are never
+    given back: every row is computed from itself alone.
     """
 
     def __init__(

@@ -250,9 +250,10 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
         )
     except Exception as error:
         needs = f"; {wanted} needs {_INSTALL[wanted]}" if wanted == "TensorrtExecutionProvider" else ""
+        without = "; optimization.cuda.graphs: false does without CUDA graphs" if plan.graphs else ""
         raise ConfigError(
             f"ONNX Runtime cannot load {model_path}: {' '.join(str(error).split())}{needs}; if the file is damaged, "
-            f"make it again with `{_maker(model_path)}`"
+            f"make it again with `{_maker(model_path)}`{without}"
         ) from error
     got = session.get_providers()[0]
     if got != wanted:

@@ -1,5 +1,6 @@
 """Batches on a device whose tensors are bound: the real binding of ONNX Runtime, with the CPU as the device."""
 
+import functools
 import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
@@ -10,6 +11,8 @@ import onnxruntime
 import pytest
 from tests.small_graph import write_small_graph, write_small_transformer
 
+import ort_session
+from clip_tools.gpu import find_gpu
 from clip_tools.paths import BACKENDS
 from ort_bound import BoundSession, ConfigError, bucket_sizes
 
@@ -145,6 +148,35 @@ def test_only_the_batch_may_be_open(tmp_path):
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(ConfigError, match=r"'pixels' is tensor\(uint8\) \['batch', 'height', 224, 3\]: on a GPU only"):
         BoundSession(open_session(tmp_path / "model.onnx"), 4, device="cpu")
+
+
+def test_what_a_plan_for_a_gpu_opens_is_bound(tmp_path, monkeypatch):
+    """With the CPU in place of the GPU. As it came, a session with CUDA graphs would replay its first batch."""
+    monkeypatch.setattr(ort_session, "BoundSession", functools.partial(BoundSession, device="cpu"))
+    path = write_small_graph(tmp_path / "model.onnx")
+    plan = ort_session.SessionPlan([("CPUExecutionProvider", {})], gpu=0, graphs=True, max_batch=3)
+    opened = ort_session.open_session(path, plan)
+    assert opened.run(["embedding"], {"pixels": [PIXELS[:1], PIXELS[1:3]]})[0].shape == (3, 512)
+    with pytest.raises(ValueError, match="1 to 3"):
+        opened.run(["embedding"], {"pixels": PIXELS[:4]})
+
+
+@pytest.mark.gpu
+def test_on_a_real_gpu_every_batch_gives_what_it_gives_unbound(tmp_path):
+    """By CUDA graphs, in FP32; both sum in the GPU's order, but a padded batch may have another kernel."""
+    if find_gpu() is None or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs an NVIDIA GPU and onnxruntime-gpu")
+    path = write_small_transformer(tmp_path / "model.onnx")
+    cuda = {"name": "cuda", "parameters": {"use_tf32": "0"}}
+    config = {"max_batch_size": 6, "optimization": {"execution_accelerators": {"gpu_execution_accelerator": [cuda]}}}
+    plain = ort_session.session_plan(config, "GPU", 0)
+    unbound = onnxruntime.InferenceSession(str(path), providers=plain.providers)
+    config["optimization"]["cuda"] = {"graphs": True}
+    bound = ort_session.open_session(path, ort_session.session_plan(config, "GPU", 0))
+    for rows in (6, 1, 5, 2, 3, 4, 1):
+        pixels = PIXELS[-rows:]
+        got, expected = (one.run(["embedding"], {"pixels": pixels})[0] for one in (bound, unbound))
+        assert np.abs(got - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("max_batch", [0, -1])

@@ -1,6 +1,7 @@
 """What `backends/onnxruntime` reads out of a `config.pbtxt`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,9 @@ def test_a_damaged_model_file_is_named_with_what_to_do(tmp_path, onnx_model):
     ) as error:
         open_session(damaged, session_plan({}, "CPU", 0))
     assert "\n" not in str(error.value)
+    assert "graphs" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"; optimization.cuda.graphs: false does without CUDA graphs"):
+        open_session(damaged, replace(session_plan({}, "CPU", 0), graphs=True))
 
 
 @pytest.mark.parametrize(
