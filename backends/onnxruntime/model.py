@@ -24,11 +24,9 @@ class TritonPythonModel:
 
     def initialize(self, args):
         config = json.loads(args["model_config"])
-        model_path = (
-            Path(args["model_repository"])
-            / args["model_version"]
-            / (config.get("default_model_filename") or "model.onnx")
-        )
+        # The folder itself, which what is said names, where the repository that is served has a link to it.
+        folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
+        model_path = folder / (config.get("default_model_filename") or "model.onnx")
         try:
             plan = session_plan(config, args["model_instance_kind"], int(args["model_instance_device_id"]))
             self._session = open_session(model_path, plan)

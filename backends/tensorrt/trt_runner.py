@@ -148,21 +148,21 @@ class PlanRunner:
         self._outputs = [Buffer(cuda, entry, self._max_batch) for entry in config["output"]]
         for buffer in (*self._inputs, *self._outputs):
             self._context.set_tensor_address(buffer.name, buffer.device)
-        self._graphs = {size: None if captures_itself else self._capture(size) for size in sorted(sizes)}
-        for size in self._graphs:
-            self._run(size)
+        self._graphs = {size: self._ready(size, captures_itself) for size in sorted(sizes)}
 
-    def _capture(self, size: int) -> object:
-        """A batch size's CUDA graph. Raises PlanError when there is none."""
+    def _ready(self, size: int, captures_itself: bool) -> object | None:
+        """A batch size's CUDA graph, which has run; None where TensorRT keeps it. Raises PlanError when it fails."""
         try:
             self._enqueue(size)  # TensorRT sets itself up for a shape in its first run, which cannot be captured
+            graph = None if captures_itself else self._cuda.capture(self._stream, lambda: self._enqueue(size))
+            self._run(size, graph)
             self._cuda.wait_for(self._stream)
-            return self._cuda.capture(self._stream, lambda: self._enqueue(size))
         except CudaError as error:
             raise PlanError(
                 f"a batch of {size} cannot be captured as a CUDA graph: {error}; "
                 "`optimization { cuda { graphs: false } }` serves without"
             ) from error
+        return graph
 
     def run(self, columns: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
         """Each output for the requests' arrays of each input, joined: (sum of their rows, *dims).
@@ -179,14 +179,15 @@ class PlanRunner:
             _gather(columns[buffer.name], buffer)
             self._cuda.copy_in(buffer.device, buffer.host, rows * buffer.row_bytes, self._stream)
         # In the rows up to the graph's is what an earlier batch left: each is computed from itself alone.
-        self._run(next((size for size in self._graphs if rows <= size), rows))
+        size = next((size for size in self._graphs if rows <= size), rows)
+        self._run(size, self._graphs.get(size))
         for buffer in self._outputs:
             self._cuda.copy_out(buffer.host, buffer.device, rows * buffer.row_bytes, self._stream)
         self._cuda.wait_for(self._stream)
         return {buffer.name: buffer.array[:rows] for buffer in self._outputs}
 
-    def _run(self, size: int) -> None:
-        if (graph := self._graphs.get(size)) is None:
+    def _run(self, size: int, graph: object | None) -> None:
+        if graph is None:
             self._enqueue(size)
         else:
             self._cuda.launch(graph, self._stream)

@@ -207,8 +207,9 @@ def test_with_cuda_graphs_a_batch_is_padded_to_the_next_one_and_has_only_its_own
         for name in ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy"):
             setattr(library, name, getattr(trt, name))
     runner = PlanRunner(plan, WITH_GRAPHS, trt=library, cuda=cuda)
-    assert (engine.config is not None) == captures_itself
-    assert set(engine.shapes) == {1, 4}
+    strategy = getattr(engine.config, "cuda_graph_strategy", None)
+    assert strategy == (trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE if captures_itself else None)
+    assert engine.shapes == [1, 1, 4, 4]  # once before it is captured and once as it is served
     assert cuda.log.count(("capture", 7)) == (0 if captures_itself else 2)
     engine.shapes.clear()
     cuda.log.clear()
