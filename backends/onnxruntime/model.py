@@ -2,9 +2,11 @@
 
 It reads the same `config.pbtxt` as Triton's own `onnxruntime` backend and gives its keys the same meaning:
 `instance_group` kind, `optimization.execution_accelerators`, `optimization.graph.level`, and the parameters
-`intra_op_thread_count` and `inter_op_thread_count`. A batch that Triton formed is one session run. One accelerator
-more: `openvino_bf16`, OpenVINO computing in BF16, where plain `openvino` is FP32 whatever the CPU would prefer. With
-its parameter `parts` the graph is several files, one after the other, each in the precision that is said for it.
+`intra_op_thread_count`, `inter_op_thread_count` and `cudnn_conv_algo_search`. A batch that Triton formed is one session
+run. On a CPU without an accelerator it takes OpenVINO where that is installed. More than Triton's own it has:
+`openvino_bf16`, OpenVINO computing in BF16, where plain `openvino` is FP32 whatever the CPU would prefer; with its
+parameter `parts` the graph is several files, one after the other, each in the precision that is said for it; and
+`optimization.cuda.graphs`, which runs every batch on a GPU as a CUDA graph.
 """
 
 import json
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from ort_bound import BoundSession
 from ort_session import ConfigError, check_contract, open_session, session_plan
 
 
@@ -21,11 +24,9 @@ class TritonPythonModel:
 
     def initialize(self, args):
         config = json.loads(args["model_config"])
-        model_path = (
-            Path(args["model_repository"])
-            / args["model_version"]
-            / (config.get("default_model_filename") or "model.onnx")
-        )
+        # The folder itself, which what is said names, where the repository that is served has a link to it.
+        folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
+        model_path = folder / (config.get("default_model_filename") or "model.onnx")
         try:
             plan = session_plan(config, args["model_instance_kind"], int(args["model_instance_device_id"]))
             self._session = open_session(model_path, plan)
@@ -42,19 +43,20 @@ class TritonPythonModel:
     def execute(self, requests):
         """One session run for all requests; each gets its own rows, in order."""
         try:
-            columns = [
-                [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
+            columns = {
+                name: [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
                 for name in self._inputs
-            ]
-            feeds = {
-                name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-                for name, arrays in zip(self._inputs, columns, strict=True)
             }
+            feeds = columns
+            if not isinstance(self._session, BoundSession):  # which puts them together where the GPU reads them
+                feeds = {
+                    name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in columns.items()
+                }
             results = self._session.run(self._outputs, feeds)
         except Exception as error:
             failure = pb_utils.TritonError(f"ONNX Runtime failed: {error}", pb_utils.TritonError.INTERNAL)
             return [pb_utils.InferenceResponse(error=failure) for _ in requests]
-        ends = np.cumsum([len(array) for array in columns[0]])
+        ends = np.cumsum([len(array) for array in columns[self._inputs[0]]])
         rows = [np.split(result, ends[:-1]) for result in results]
         return [
             pb_utils.InferenceResponse(

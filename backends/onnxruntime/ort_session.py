@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from ort_bound import BoundSession, ConfigError
+
 _TENSOR_TYPES = {
     "TYPE_BOOL": "tensor(bool)",
     "TYPE_UINT8": "tensor(uint8)",
@@ -30,9 +32,8 @@ _INSTALL = {
 
 _GPU_PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
 
-
-class ConfigError(ValueError):
-    """The configuration asks for what this backend or this machine does not have."""
+# Triton's numbers for `cudnn_conv_algo_search` -> ONNX Runtime's words.
+_CONVOLUTION_SEARCHES = {"0": "EXHAUSTIVE", "1": "HEURISTIC", "2": "DEFAULT"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class SessionPlan:
     """What the configuration asks of ONNX Runtime: providers in order of preference, and threads (0: its default).
 
     `parts` has the providers of each part of a graph that was cut into files, in their order; empty: it is one file.
+    `gpu` is the device that the session's tensors stay on, None: the CPU; `graphs` captures each batch size there.
     """
 
     providers: list[tuple[str, dict[str, str]]]
@@ -48,11 +50,14 @@ class SessionPlan:
     inter_op_threads: int = 0
     graph_level: int = 0
     names: list[str] = field(default_factory=list)
+    gpu: int | None = None
+    graphs: bool = False
+    max_batch: int = 0
 
     @property
     def on_gpu(self) -> bool:
         """Whether the session computes on a GPU."""
-        return self.providers[0][0] in _GPU_PROVIDERS
+        return self.gpu is not None
 
 
 def session_plan(config: dict, kind: str, device_id: int, *, available: Collection[str] | None = None) -> SessionPlan:
@@ -68,22 +73,26 @@ def session_plan(config: dict, kind: str, device_id: int, *, available: Collecti
     intra_op_threads = int(parameters.get("intra_op_thread_count", 0))
     optimization = config.get("optimization") or {}
     accelerators = optimization.get("execution_accelerators") or {}
+    graphs = kind == "GPU" and bool((optimization.get("cuda") or {}).get("graphs"))
     providers, parts, names = [], [], []
     if kind == "GPU":
-        cuda_options = {}
+        cuda_options = _cuda_options(parameters, graphs)
         for accelerator in accelerators.get("gpu_execution_accelerator", []):
             options = accelerator.get("parameters", {})
             if accelerator["name"] == "tensorrt":
                 providers.append(("TensorrtExecutionProvider", _tensorrt_options(options, device_id)))
                 names.append(f"TensorRT {options.get('precision_mode', 'FP32')}")
             elif accelerator["name"] == "cuda":
-                cuda_options = dict(options)
+                cuda_options |= options
             else:
                 raise ConfigError(f"gpu_execution_accelerator '{accelerator['name']}': expected tensorrt or cuda")
         providers.append(("CUDAExecutionProvider", cuda_options | {"device_id": str(device_id)}))
-        names.append(f"CUDA on GPU {device_id}")
+        if graphs and len(providers) > 1:
+            raise ConfigError("optimization.cuda.graphs: expected without the accelerator tensorrt")
+        names.append(f"CUDA on GPU {device_id}{' as CUDA graphs' if graphs else ''}")
     else:
-        for accelerator in accelerators.get("cpu_execution_accelerator", []):
+        # A configuration that a GPU may run names none of the CPU's: Triton's native backend would add it there too.
+        for accelerator in accelerators.get("cpu_execution_accelerator") or [{"name": "openvino"}]:
             precision = {"openvino": "f32", "openvino_bf16": "bf16"}.get(accelerator["name"])
             if precision is None:
                 raise ConfigError(
@@ -104,8 +113,21 @@ def session_plan(config: dict, kind: str, device_id: int, *, available: Collecti
         intra_op_threads=intra_op_threads,
         inter_op_threads=int(parameters.get("inter_op_thread_count", 0)),
         graph_level=int((optimization.get("graph") or {}).get("level", 0)),
-        names=names or ["ONNX Runtime FP32 on the CPU" + ("" if has_openvino else ", as OpenVINO is not installed")],
+        names=names or ["ONNX Runtime FP32 on the CPU, as OpenVINO is not installed"],
+        gpu=device_id if kind == "GPU" else None,
+        graphs=graphs,
+        max_batch=int(config.get("max_batch_size", 0)),
     )
+
+
+def _cuda_options(parameters: dict[str, str], graphs: bool) -> dict[str, str]:
+    """What the CUDA provider is told before its accelerator's own parameters."""
+    options = {"enable_cuda_graph": "1"} if graphs else {}
+    if search := parameters.get("cudnn_conv_algo_search"):
+        if search not in _CONVOLUTION_SEARCHES:
+            raise ConfigError(f"cudnn_conv_algo_search '{search}': expected one of {', '.join(_CONVOLUTION_SEARCHES)}")
+        options["cudnn_conv_algo_search"] = _CONVOLUTION_SEARCHES[search]
+    return options
 
 
 def _openvino(precision: str, threads: int) -> tuple[str, dict[str, str]]:
@@ -184,9 +206,10 @@ class SessionChain:
         return [tensors[name] for name in names]
 
 
-def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSession | SessionChain:
+def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSession | SessionChain | BoundSession:
     """A session on the first provider of the plan. Raises ConfigError where ONNX Runtime would quietly use another.
 
+    On a GPU every batch size has run when it is returned.
     A plan of several parts opens `model.NAME.part1.onnx` and the files after it.
     """
     if plan.parts:
@@ -227,9 +250,10 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
         )
     except Exception as error:
         needs = f"; {wanted} needs {_INSTALL[wanted]}" if wanted == "TensorrtExecutionProvider" else ""
+        without = "; optimization.cuda.graphs: false does without CUDA graphs" if plan.graphs else ""
         raise ConfigError(
             f"ONNX Runtime cannot load {model_path}: {' '.join(str(error).split())}{needs}; if the file is damaged, "
-            f"make it again with `{_maker(model_path)}`"
+            f"make it again with `{_maker(model_path)}`{without}"
         ) from error
     got = session.get_providers()[0]
     if got != wanted:
@@ -237,7 +261,9 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
             f"{wanted} is asked for, but ONNX Runtime fell back to {got}: is its driver or library there? ONNX "
             "Runtime's own lines above name what it did not find"
         )
-    return session
+    if plan.gpu is None:
+        return session
+    return BoundSession(session, plan.max_batch, device_id=plan.gpu, graphs=plan.graphs)
 
 
 def _load_libraries(provider: str) -> None:
@@ -257,7 +283,7 @@ def _maker(model_path: Path) -> str:
     return "clip-tools export-onnx" + (f" --precision {words[0]}" if words else "")
 
 
-def check_contract(config: dict, session: onnxruntime.InferenceSession | SessionChain) -> None:
+def check_contract(config: dict, session: onnxruntime.InferenceSession | SessionChain | BoundSession) -> None:
     """Raises ConfigError unless the graph has the configuration's tensors: names, types and dims."""
     batched = config.get("max_batch_size", 0) > 0
     for title, declared, found in (

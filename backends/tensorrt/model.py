@@ -1,7 +1,7 @@
 """TensorRT as a Python-based Triton backend, for a server with a GPU that has no native one.
 
 It reads the same `config.pbtxt` as Triton's own `tensorrt` backend. A batch that Triton formed is one execution of the
-plan, by `tensorrt` or `tensorrt_rtx`. `optimization.cuda.graphs` is the native backend's; here it is left alone.
+plan, by `tensorrt` or `tensorrt_rtx`; with `optimization.cuda.graphs` as a CUDA graph of the next `graph_spec`.
 """
 
 import json
@@ -19,11 +19,9 @@ class TritonPythonModel:
 
     def initialize(self, args):
         config = json.loads(args["model_config"])
-        plan = (
-            Path(args["model_repository"])
-            / args["model_version"]
-            / (config.get("default_model_filename") or "model.plan")
-        )
+        # The folder itself, which what is said names, where the repository that is served has a link to it.
+        folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
+        plan = folder / (config.get("default_model_filename") or "model.plan")
         try:
             check_machine(args["model_instance_kind"])
             trt = find_tensorrt(plan)

@@ -1,6 +1,11 @@
-"""A plan on a GPU: one engine, execution context, stream, and pinned and device buffers for the largest batch."""
+"""A plan on a GPU: one engine, execution context, stream, and pinned and device buffers for the largest batch.
+
+Where the configuration asks for CUDA graphs (`optimization.cuda`), each batch size of its `graph_spec` is captured when
+the plan is loaded, and a batch is padded to the next of them.
+"""
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -75,6 +80,22 @@ class Cuda:
         """Return when everything in the stream is done."""
         self._call("cudaStreamSynchronize", stream)
 
+    def capture(self, stream: int, enqueue: Callable[[], None]) -> object:
+        """What `enqueue` puts into the stream, as a graph to launch; it does not run now."""
+        modes = self._runtime.cudaStreamCaptureMode
+        self._call("cudaStreamBeginCapture", stream, modes.cudaStreamCaptureModeThreadLocal)
+        try:
+            enqueue()
+        finally:
+            graph = self._call("cudaStreamEndCapture", stream)
+        executable = self._call("cudaGraphInstantiate", graph, 0)
+        self._call("cudaGraphDestroy", graph)
+        return executable
+
+    def launch(self, graph: object, stream: int) -> None:
+        """Run a captured graph, in the stream's order."""
+        self._call("cudaGraphLaunch", graph, stream)
+
     def free(self, stream: int, device: list[int], pinned: list[int]) -> None:
         """Give everything back."""
         self._call("cudaStreamDestroy", stream)
@@ -115,7 +136,11 @@ class PlanRunner:
             )
         check_contract(config, plan_tensors(engine, trt))
         self._runtime, self._engine = runtime, engine  # they must outlive the context
-        self._context = engine.create_execution_context()
+        graphs = (config.get("optimization") or {}).get("cuda") or {}
+        sizes = [int(spec["batch_size"]) for spec in graphs.get("graph_spec") or []] if graphs.get("graphs") else []
+        # TensorRT for RTX captures by itself: it compiles for a shape when that comes, which our capture would meet.
+        captures_itself = bool(sizes) and hasattr(trt, "CudaGraphStrategy")
+        self._context = engine.create_execution_context(*([_rtx_graphs(engine, trt)] if captures_itself else []))
         if self._context is None:
             raise PlanError(f"no execution context for {plan.name}: is the GPU's memory full?")
         self._stream = cuda.new_stream()
@@ -123,6 +148,21 @@ class PlanRunner:
         self._outputs = [Buffer(cuda, entry, self._max_batch) for entry in config["output"]]
         for buffer in (*self._inputs, *self._outputs):
             self._context.set_tensor_address(buffer.name, buffer.device)
+        self._graphs = {size: self._ready(size, captures_itself) for size in sorted(sizes)}
+
+    def _ready(self, size: int, captures_itself: bool) -> object | None:
+        """A batch size's CUDA graph, which has run; None where TensorRT keeps it. Raises PlanError when it fails."""
+        try:
+            self._enqueue(size)  # TensorRT sets itself up for a shape in its first run, which cannot be captured
+            graph = None if captures_itself else self._cuda.capture(self._stream, lambda: self._enqueue(size))
+            self._run(size, graph)
+            self._cuda.wait_for(self._stream)
+        except CudaError as error:
+            raise PlanError(
+                f"a batch of {size} cannot be captured as a CUDA graph: {error}; "
+                "`optimization { cuda { graphs: false } }` serves without"
+            ) from error
+        return graph
 
     def run(self, columns: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
         """Each output for the requests' arrays of each input, joined: (sum of their rows, *dims).
@@ -138,20 +178,41 @@ class PlanRunner:
         for buffer in self._inputs:
             _gather(columns[buffer.name], buffer)
             self._cuda.copy_in(buffer.device, buffer.host, rows * buffer.row_bytes, self._stream)
-            if not self._context.set_input_shape(buffer.name, (rows, *buffer.array.shape[1:])):
-                raise CudaError(f"the plan's profile refuses a batch of {rows}")
-        if not self._context.execute_async_v3(self._stream):
-            raise CudaError("the plan's execution could not be started; the server's log has TensorRT's reason")
+        # In the rows up to the graph's is what an earlier batch left: each is computed from itself alone.
+        size = next((size for size in self._graphs if rows <= size), rows)
+        self._run(size, self._graphs.get(size))
         for buffer in self._outputs:
             self._cuda.copy_out(buffer.host, buffer.device, rows * buffer.row_bytes, self._stream)
         self._cuda.wait_for(self._stream)
         return {buffer.name: buffer.array[:rows] for buffer in self._outputs}
+
+    def _run(self, size: int, graph: object | None) -> None:
+        if graph is None:
+            self._enqueue(size)
+        else:
+            self._cuda.launch(graph, self._stream)
+
+    def _enqueue(self, size: int) -> None:
+        for buffer in self._inputs:
+            if not self._context.set_input_shape(buffer.name, (size, *buffer.array.shape[1:])):
+                raise CudaError(f"the plan's profile refuses a batch of {size}")
+        if not self._context.execute_async_v3(self._stream):
+            raise CudaError("the plan's execution could not be started; the server's log has TensorRT's reason")
 
     def close(self) -> None:
         """Give the device's memory back."""
         buffers = (*self._inputs, *self._outputs)
         self._context = None
         self._cuda.free(self._stream, [buffer.device for buffer in buffers], [buffer.host for buffer in buffers])
+
+
+def _rtx_graphs(engine, trt: ModuleType):
+    """TensorRT for RTX's own CUDA graphs, with each shape's kernels compiled in its first run."""
+    config = engine.create_runtime_config()
+    config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    strategies = trt.DynamicShapesKernelSpecializationStrategy
+    config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+    return config
 
 
 def _gather(arrays: list[np.ndarray], buffer: Buffer) -> None:

@@ -71,12 +71,13 @@ def wait_for(log: Path, words: str) -> None:
 
 def test_onnx_only_serves_what_is_mounted_and_ends_on_sigterm(start, server, demo_photos):
     images = [path.read_bytes() for path in demo_photos[:3]]
-    process, grpc, http, log = start(SKIP_TRT_BUILD="1")
+    process, grpc, http, log = start(SKIP_TRT_BUILD="1", CLIP_PREPROCESS_INSTANCES="3")
     got = embed_when_ready(process, grpc, images, log)
     with EmbeddingClient(server.options.grpc_url) as client:
         assert (client.embed(images) * got).sum(axis=1).min() >= 0.99999  # FP32 in another process
     assert httpx.get(f"{http}/v2/models/clip_ensemble/ready").status_code == 200  # the image's health check
     wait_for(log, "ready after")
+    assert "clip_ensemble embeds, 3 processes for preprocess on " in log.read_text()
     assert "its vectors are open_clip's" in log.read_text()  # those of the sample that is mounted with the graph
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0

@@ -108,12 +108,12 @@ def test_a_request_of_more_pixels_than_one_may_have_names_those_beyond(server):
 def test_one_bad_image_among_many_in_the_same_dynamic_batch_fails_alone(server, repository, images, oracle):
     """Its neighbours get exactly what they would have got alone. Statistics show that they shared the batch."""
     name = "preprocess_batched"
-    shutil.copytree(repository / "preprocess", repository / name)
+    shutil.copytree(repository / "preprocess", server.served / name)
     config = read_config(repository, "preprocess")
     config.dynamic_batching.preferred_batch_size[:] = [8]
     config.dynamic_batching.max_queue_delay_microseconds = 20_000_000  # it goes as soon as the eighth is there
     config.instance_group[0].count = 1
-    (repository / name / "config.pbtxt").write_text(str(config))
+    (server.served / name / "config.pbtxt").write_text(str(config))
     contents = [images[0], images[1], b"broken", *images[2:7]]
     address = server.options.grpc_url.removeprefix("grpc://")
     admin = server.options.access.grpc_headers()

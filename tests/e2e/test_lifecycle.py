@@ -18,6 +18,7 @@ from tests.conftest import options_for
 from clip_embed import EmbeddingClient
 from clip_tools.errors import ToolError
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions, warning_if_untrained
+from clip_tools.serving.watchdog import stubs
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
 TRITONSERVER = Path(sys.executable).with_name("tritonserver")
@@ -44,13 +45,18 @@ def wait_for(stream, words: str) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_says_ready_stops_on_a_signal_and_leaves_nothing(repository, tmp_path, number):
-    """Also where the environment has a proxy, which cannot reach this machine's own server."""
+    """Also where the environment has a proxy, which cannot reach this machine's own server. Ready, it says in how many
+    processes it decodes, and leaves no folder behind either."""
     options = options_for(repository, tmp_path / "log")
     environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
+    environment |= {"CLIP_PREPROCESS_INSTANCES": "3", "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
         serve_command(options, "--log-verbose=0"), stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        wait_for(process.stderr, "ready after")
+        assert ", 3 processes for preprocess on " in wait_for(process.stderr, "ready after")
+        (server,) = (one for one in psutil.Process(process.pid).children() if "tritonserver" in one.name())
+        assert sum(stub.instance.startswith("preprocess") for stub in stubs(server.pid).values()) == 3
+        assert list(tmp_path.glob("clip-tools-served-*"))
         children = psutil.Process(process.pid).children(recursive=True)
         assert any("tritonserver" in child.name() for child in children)
         process.send_signal(number)
@@ -58,6 +64,7 @@ def test_serve_says_ready_stops_on_a_signal_and_leaves_nothing(repository, tmp_p
         assert process.wait(timeout=60) == 0
     assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
     assert list(Path("/dev/shm").glob(f"clip_tools_{process.pid}_*")) == []  # noqa: S108
+    assert list(tmp_path.glob("clip-tools-served-*")) == []
 
 
 def test_a_signal_while_the_models_load_ends_it_too(repository, tmp_path):
@@ -143,10 +150,10 @@ def test_a_missing_model_file_is_one_line_with_the_command(repository, tmp_path)
 def test_a_provider_that_is_not_there_fails_the_load_with_a_sentence(repository, tmp_path):
     models = tmp_path / "models"
     shutil.copytree(repository, models, symlinks=True)
-    config = models / "clip_onnx" / "config.pbtxt"
+    config = models / "clip_onnx" / "configs" / "cpu-fp32.pbtxt"
     config.write_text(config.read_text().replace('"openvino"', '"tensorrt"'))
     with pytest.raises(ToolError, match="cpu_execution_accelerator 'tensorrt': expected openvino"):
-        EmbeddedServer(options_for(models, tmp_path / "log")).__enter__()
+        EmbeddedServer(options_for(models, tmp_path / "log", config_name="cpu-fp32")).__enter__()
 
 
 def test_an_unknown_configuration_name_is_refused_with_the_known_ones(repository, tmp_path):

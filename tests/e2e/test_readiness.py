@@ -109,7 +109,7 @@ class Traffic:
 @pytest.mark.parametrize(
     ("fault", "number", "instance", "words"),
     [
-        ("stub_killed", signal.SIGKILL, "preprocess_0", "has ended"),
+        ("stub_killed", signal.SIGKILL, "preprocess", "has ended"),
         ("stub_wedged", signal.SIGSTOP, "clip_onnx_0", "is stopped"),
     ],
 )

@@ -30,6 +30,7 @@ from clip_tools.container.start import Found, Start, look, plan_start
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import config_names, deployment, read_config
+from clip_tools.serving.machine import Machine
 from clip_tools.serving.proof import WrongVectors
 
 GRAPHS = {"model.onnx": Path("/onnx/model.onnx"), "model.fp16.onnx": Path("/onnx/model.fp16.onnx")}
@@ -59,6 +60,9 @@ def variables() -> set[str]:
     return recorder.asked
 
 
+CPU = Machine(cores=2, has_gpu=False)
+
+
 def test_without_variables_it_is_an_fp16_plan_of_the_graph_that_is_mounted():
     assert plan_start(Settings.from_environment({}), FOUND) == Start(
         exports=(), graph="model.fp16.onnx", config_name="trt"
@@ -73,8 +77,10 @@ def test_each_variable_reaches_its_setting():
             "TRT_MAX_BATCH": "32",
             "TRT_FALLBACK": "1",
             "SKIP_TRT_BUILD": "0",
+            "CLIP_PREPROCESS_INSTANCES": "12",
         }
     )
+    assert (settings.preprocess_instances, Settings.from_environment({}).preprocess_instances) == (12, None)
     assert (settings.precision, settings.opt_batch, settings.max_batch) == ("int8", 8, 32)
     assert (settings.fallback, settings.skip_build) == (True, False)
 
@@ -85,6 +91,7 @@ def test_each_variable_reaches_its_setting():
         ({"TRT_PRECISION": "fp12"}, "TRT_PRECISION=fp12: expected one of fp32, fp16"),
         ({"TRT_MAX_BATCH": "many"}, "TRT_MAX_BATCH=many: expected a whole number from 1"),
         ({"TRT_MAX_BATCH": "0"}, "TRT_MAX_BATCH=0"),
+        ({"CLIP_PREPROCESS_INSTANCES": "all"}, "CLIP_PREPROCESS_INSTANCES=all: expected a whole number from 1"),
         ({"TRT_MAX_BATCH": "8", "TRT_OPT_BATCH": "16"}, "TRT_OPT_BATCH=16: expected at most TRT_MAX_BATCH, 8"),
         ({"SKIP_TRT_BUILD": "yes"}, "SKIP_TRT_BUILD=yes: expected 1"),
         ({"TRT_RUNTIME": "openvino"}, "TRT_RUNTIME=openvino: expected one of tensorrt, tensorrt-rtx"),
@@ -384,7 +391,7 @@ def test_an_export_that_fails_points_to_its_own_words(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("max_batch", [1, 2, 20, 32, 64, 100])
 def test_another_largest_batch_reaches_every_configuration_and_keeps_the_graphs_gapless(tmp_path, max_batch):
-    write_served_repository(MODELS, tmp_path / "models", files={}, max_batch=max_batch)
+    write_served_repository(MODELS, tmp_path / "models", files={}, max_batch=max_batch, machine=CPU)
     for name in (None, *config_names(MODELS)):
         for model in deployment(tmp_path / "models", name):
             expected = max_batch if model.name == "clip_trt" else min(64, max_batch)
@@ -393,6 +400,7 @@ def test_another_largest_batch_reaches_every_configuration_and_keeps_the_graphs_
     covered = []
     for spec in plan.optimization.cuda.graph_spec:
         covered += range(spec.graph_lower_bound.batch_size or spec.batch_size, spec.batch_size + 1)
+        assert list(spec.graph_lower_bound.input) == (["pixels"] if spec.graph_lower_bound.batch_size else [])
     assert covered == list(range(1, max_batch + 1))
     assert [warmup.batch_size for warmup in plan.model_warmup] == [
         spec.batch_size for spec in plan.optimization.cuda.graph_spec
@@ -404,10 +412,20 @@ def test_another_largest_batch_reaches_every_configuration_and_keeps_the_graphs_
 
 
 def test_the_committed_batches_are_served_as_they_are_written(tmp_path):
-    write_served_repository(MODELS, tmp_path / "models", files={}, max_batch=64)
+    write_served_repository(MODELS, tmp_path / "models", files={}, max_batch=64, machine=CPU)
     for path in MODELS.glob("*/config.pbtxt"):
         assert (tmp_path / "models" / path.relative_to(MODELS)).read_text() == path.read_text()
     assert not fit_batches(read_config(MODELS, "preprocess"), 100)
+
+
+@pytest.mark.parametrize("max_batch", [None, 8])
+def test_beside_a_gpu_preprocess_has_the_cores_and_the_engine_is_warmed_up_in_what_it_takes(tmp_path, max_batch):
+    machine = Machine(cores=16, has_gpu=True)
+    write_served_repository(MODELS, tmp_path / "models", files={}, max_batch=max_batch, machine=machine)
+    for name in (None, "fast", "gpu-decode"):
+        assert read_config(tmp_path / "models", "preprocess", name).instance_group[0].count == 14
+    warmed = [one.batch_size for one in read_config(tmp_path / "models", "clip_onnx").model_warmup]
+    assert warmed == [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= (max_batch or 64)]
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from clip_tools.engines.engine import Engine, has_exact_pixels
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import check_files, config_names, deployment, read_config
+from clip_tools.serving.machine import Machine
+from ort_bound import bucket_sizes
 from ort_session import session_plan
 
 SECTION = (ROOT / "README.md").read_text().split("## Choosing and swapping the engine")[1].split("\n## ")[0]
@@ -84,10 +86,11 @@ def test_ort_trt_gives_the_profile_the_caches_and_the_precision_to_onnx_runtime(
     assert options["trt_engine_cache_path"] == options["trt_timing_cache_path"] == ".cache/ort-trt"
 
 
-@pytest.mark.parametrize("name", ["trt", "ort-trt"])
-def test_each_engine_that_is_built_is_warmed_up_at_both_ends_of_its_batches(name):
+@pytest.mark.parametrize("name", ["onnx", "ort-fp16", "trt", "ort-trt"])
+def test_each_engine_of_a_gpu_is_warmed_up_in_the_batches_that_the_embedded_server_runs(name):
     config = engine(name).config
-    assert (buckets(config)[0], buckets(config)[-1]) == (1, config.max_batch_size)
+    Machine(cores=16, has_gpu=True).fit(config)
+    assert buckets(config) == bucket_sizes(config.max_batch_size)
     for warmup in config.model_warmup:
         assert {key: list(entry.dims) for key, entry in warmup.inputs.items()} == {"pixels": [224, 224, 3]}
 
@@ -101,7 +104,25 @@ def test_the_cuda_graphs_cover_every_batch_once_and_each_is_warmed_up():
         assert list(spec.input["pixels"].dim) == [224, 224, 3]
     assert covered == list(range(1, config.max_batch_size + 1))
     assert [spec.batch_size for spec in config.optimization.cuda.graph_spec] == buckets(config)
-    assert list(config.dynamic_batching.preferred_batch_size) == buckets(config)[1:]
+    assert set(config.dynamic_batching.preferred_batch_size) < set(buckets(config))
+
+
+def test_no_configuration_that_a_gpu_may_run_has_an_accelerator_of_the_cpu():
+    """Triton's native backend of ONNX Runtime would append it there."""
+    looked = []
+    for path in [*MODELS.glob("*/config.pbtxt"), *MODELS.glob("*/configs/*.pbtxt")]:
+        config = read_config(MODELS, path.relative_to(MODELS).parts[0], path.stem)
+        if config.backend == "onnxruntime" and any(group.kind != group.KIND_CPU for group in config.instance_group):
+            looked.append(path.stem)
+            assert not config.optimization.execution_accelerators.cpu_execution_accelerator, path
+    assert {"config", "ort-fp16", "ort-trt"} <= set(looked)
+
+
+@pytest.mark.parametrize("name", ["onnx", "ort-fp16"])
+def test_the_cuda_provider_runs_graphs_and_looks_for_no_convolution(name):
+    plan = plan_of(name, "GPU")
+    assert plan.graphs
+    assert plan.providers[0][1]["cudnn_conv_algo_search"] == "HEURISTIC"
 
 
 def test_fp32_on_a_gpu_is_not_tf32():

@@ -1,6 +1,7 @@
 """What `backends/onnxruntime` reads out of a `config.pbtxt`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,10 @@ def test_the_default_on_a_cpu_is_openvino_in_fp32():
     assert hint(plan) == "f32"
 
 
-def test_without_openvino_its_fp32_is_onnx_runtimes_own_which_the_servers_log_says():
+@pytest.mark.parametrize("name", [None, "cpu-fp32"], ids=["by default", "by name"])
+def test_without_openvino_its_fp32_is_onnx_runtimes_own_which_the_servers_log_says(name):
     """What `make setup-gpu` leaves serves on a machine without a GPU too."""
-    plan = session_plan(accelerated("cpu", "openvino"), "CPU", 0, available=["CUDAExecutionProvider", CPU[0]])
+    plan = session_plan(as_triton_gives_it(name), "CPU", 0, available=["CUDAExecutionProvider", CPU[0]])
     assert plan.providers == [CPU]
     assert plan.names == ["ONNX Runtime FP32 on the CPU, as OpenVINO is not installed"]
 
@@ -52,16 +54,21 @@ def test_without_openvino_bf16_is_refused_with_what_to_install():
 
 
 def test_the_default_on_a_gpu_is_cuda_on_the_instances_device():
+    """As CUDA graphs, in FP32, and without a search at each new batch size where a graph has a convolution."""
     plan = session_plan(as_triton_gives_it(), "GPU", 1)
-    assert plan.providers[0] == ("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0"})
+    name, options = plan.providers[0]
+    assert (name, options.pop("cudnn_conv_algo_search")) == ("CUDAExecutionProvider", "HEURISTIC")
+    assert options == {"device_id": "1", "use_tf32": "0", "enable_cuda_graph": "1"}
+    assert (plan.gpu, plan.graphs, plan.max_batch) == (1, True, 64)
+
+
+def test_on_a_cpu_nothing_is_bound_or_captured():
+    plan = session_plan(as_triton_gives_it(), "CPU", 0)
+    assert (plan.gpu, plan.graphs) == (None, False)
 
 
 def test_bf16_is_a_named_configuration():
     assert hint(session_plan(as_triton_gives_it("cpu-bf16"), "CPU", 0)) == "bf16"
-
-
-def test_without_an_accelerator_it_is_onnx_runtimes_own_cpu_provider():
-    assert [name for name, _ in session_plan({}, "CPU", 0).providers] == ["CPUExecutionProvider"]
 
 
 def test_threads_reach_onnx_runtime_and_openvino():
@@ -87,6 +94,8 @@ def test_tensorrt_comes_before_cuda_with_triton_s_parameter_names():
         ("GPU", accelerated("gpu", "openvino")),
         ("GPU", accelerated("gpu", "tensorrt", precision_mode="FP8")),
         ("GPU", accelerated("gpu", "tensorrt", precison_mode="FP16")),
+        ("GPU", {"parameters": {"cudnn_conv_algo_search": {"string_value": "HEURISTIC"}}}),
+        ("GPU", {"optimization": accelerated("gpu", "tensorrt")["optimization"] | {"cuda": {"graphs": True}}}),
     ],
 )
 def test_what_is_unknown_is_refused_and_not_ignored(kind, config):
@@ -146,6 +155,9 @@ def test_a_damaged_model_file_is_named_with_what_to_do(tmp_path, onnx_model):
     ) as error:
         open_session(damaged, session_plan({}, "CPU", 0))
     assert "\n" not in str(error.value)
+    assert "graphs" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"; optimization.cuda.graphs: false does without CUDA graphs"):
+        open_session(damaged, replace(session_plan({}, "CPU", 0), graphs=True))
 
 
 @pytest.mark.parametrize(

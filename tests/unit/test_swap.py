@@ -5,6 +5,7 @@ import pytest
 
 from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError
+from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, read_config
 from clip_tools.serving import swap as swapping
@@ -108,6 +109,30 @@ def test_a_name_that_changes_preprocess_alone_leaves_the_engine_alone():
     assert server.log == ["load preprocess", "ask clip_ensemble"]
     swapped(server, "onnx")
     assert server.models["preprocess"] == read_config(MODELS, "preprocess")
+
+
+def test_preprocess_keeps_the_processes_that_the_start_gave_it():
+    """Which this side may not know: the server may be another machine's, or was told how many."""
+    server = FakeServer()
+    server.models["preprocess"].instance_group[0].count = 14
+    assert swapped(server, "trt")[0].startswith("1/5 clip_trt loaded")
+    swapped(server, "fast")
+    assert server.models["preprocess"].parameters["mode"].string_value == "fast"
+    assert server.models["preprocess"].instance_group[0].count == 14
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
+def test_a_server_with_a_gpu_warms_the_engine_up_also_when_it_is_asked_from_a_machine_without():
+    server = FakeServer("trt")
+    server.models["clip_trt"].instance_group[0].kind = 1  # KIND_GPU, as a server completes it
+    swapped(server, "onnx")
+    assert [one.batch_size for one in server.models["clip_onnx"].model_warmup] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_warm_ups_are_no_reason_to_load_a_model_again():
+    server = FakeServer()
+    server.models["clip_onnx"].model_warmup.add(name="batch 1", batch_size=1)
+    assert swapped(server, "onnx") == ["the server runs onnx already"]
 
 
 @pytest.mark.parametrize(

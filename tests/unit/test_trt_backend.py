@@ -62,6 +62,14 @@ class FakeCuda:
     def wait_for(self, stream: int) -> None:
         self.log.append(("wait", stream))
 
+    def capture(self, stream: int, enqueue):
+        self.log.append(("capture", stream))
+        return enqueue
+
+    def launch(self, graph, stream: int) -> None:
+        self.log.append(("launch", stream))
+        graph()
+
     def free(self, stream: int, device: list[int], pinned: list[int]) -> None:
         for address in (*device, *pinned):
             del self.memory[address]
@@ -73,7 +81,7 @@ class FakeEngine:
     num_io_tensors = 2
 
     def __init__(self, trt: ModuleType) -> None:
-        self._trt, self.address, self.shape = trt, {}, None
+        self._trt, self.address, self.shape, self.shapes, self.config = trt, {}, None, [], None
 
     def get_tensor_name(self, index):
         return ("pixels", "embedding")[index]
@@ -90,7 +98,11 @@ class FakeEngine:
     def get_tensor_profile_shape(self, _name, _profile):
         return [(1, 2, 2, 3), (2, 2, 2, 3), (4, 2, 2, 3)]
 
-    def create_execution_context(self):
+    def create_runtime_config(self):
+        return SimpleNamespace()
+
+    def create_execution_context(self, config=None):
+        self.config = config
         return self
 
     def set_tensor_address(self, name, address):
@@ -102,6 +114,7 @@ class FakeEngine:
 
     def execute_async_v3(self, _stream):
         rows = self.shape[0]
+        self.shapes.append(rows)
         pixels = np.ctypeslib.as_array((ctypes.c_uint8 * (rows * 12)).from_address(self.address["pixels"]))
         out = np.ctypeslib.as_array((ctypes.c_float * (rows * 5)).from_address(self.address["embedding"]))
         out[:] = np.repeat(pixels.reshape(rows, 12)[:, 0], 5)
@@ -180,6 +193,41 @@ def test_requests_are_joined_run_once_and_come_back_in_order(runner, cuda):
 def test_a_smaller_batch_after_a_larger_one_has_only_its_own_rows(runner):
     runner.run({"pixels": [images(1, 2, 3, 4)]})
     assert runner.run({"pixels": [images(8)]})["embedding"].tolist() == [[8.0] * 5]
+
+
+WITH_GRAPHS = SMALL | {"optimization": {"cuda": {"graphs": True, "graph_spec": [{"batch_size": 1}, {"batch_size": 4}]}}}
+
+
+@pytest.mark.parametrize("captures_itself", [False, True], ids=["tensorrt", "tensorrt-rtx"])
+def test_with_cuda_graphs_a_batch_is_padded_to_the_next_one_and_has_only_its_own_rows(trt, plan, cuda, captures_itself):
+    """Each has run when the plan is loaded. TensorRT for RTX is told to capture by itself."""
+    engine = FakeEngine(trt)
+    library = with_engine(trt, engine)
+    if captures_itself:
+        for name in ("CudaGraphStrategy", "DynamicShapesKernelSpecializationStrategy"):
+            setattr(library, name, getattr(trt, name))
+    runner = PlanRunner(plan, WITH_GRAPHS, trt=library, cuda=cuda)
+    strategy = getattr(engine.config, "cuda_graph_strategy", None)
+    assert strategy == (trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE if captures_itself else None)
+    assert engine.shapes == [1, 1, 4, 4]  # once before it is captured and once as it is served
+    assert cuda.log.count(("capture", 7)) == (0 if captures_itself else 2)
+    engine.shapes.clear()
+    cuda.log.clear()
+    assert runner.run({"pixels": [images(1, 2, 3, 4)]})["embedding"][:, 0].tolist() == [1, 2, 3, 4]
+    assert runner.run({"pixels": [images(8), images(9)]})["embedding"].tolist() == [[8.0] * 5, [9.0] * 5]
+    assert runner.run({"pixels": [images(7)]})["embedding"].tolist() == [[7.0] * 5]
+    assert engine.shapes == [4, 4, 1]
+    assert cuda.log.count(("launch", 7)) == (0 if captures_itself else 3)
+    assert ("in", 2 * 12, 7) in cuda.log and ("out", 2 * 5 * 4, 7) in cuda.log
+
+
+def test_a_graph_that_cannot_be_captured_fails_the_load_with_a_sentence(trt, plan, cuda, monkeypatch):
+    def fail(_stream, _enqueue):
+        raise CudaError("cudaStreamEndCapture: cudaErrorStreamCaptureInvalidated")
+
+    monkeypatch.setattr(cuda, "capture", fail)
+    with pytest.raises(PlanError, match=r"a batch of 1 cannot be captured .*Invalidated; .*graphs: false"):
+        PlanRunner(plan, WITH_GRAPHS, trt=with_engine(trt, FakeEngine(trt)), cuda=cuda)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +324,41 @@ def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch):
         Cuda(3)
 
 
+class Capturing:
+    """cuda.bindings.runtime's capture, which says what it was asked."""
+
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread")  # noqa: N815
+
+    def __init__(self, ends: int = 0) -> None:
+        self.log, self._ends = [], ends
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.log.append((name, *arguments))
+            return _Code(self._ends if name == "cudaStreamEndCapture" else 0), name
+
+        return call
+
+
+def test_a_capture_is_begun_ended_and_made_ready_to_launch(monkeypatch):
+    bindings = pytest.importorskip("cuda.bindings", reason="pip install cuda-bindings")
+    monkeypatch.setattr(bindings, "runtime", runtime := Capturing(), raising=False)
+    cuda = Cuda(0)
+    graph = cuda.capture(7, lambda: runtime.log.append("enqueue"))
+    cuda.launch(graph, 7)
+    assert runtime.log[1:] == [
+        ("cudaStreamBeginCapture", 7, "thread"),
+        "enqueue",
+        ("cudaStreamEndCapture", 7),
+        ("cudaGraphInstantiate", "cudaStreamEndCapture", 0),
+        ("cudaGraphDestroy", "cudaStreamEndCapture"),
+        ("cudaGraphLaunch", "cudaGraphInstantiate", 7),
+    ]
+    cuda._runtime = Capturing(ends=901)
+    with pytest.raises(CudaError, match="cudaStreamEndCapture"):
+        cuda.capture(7, lambda: None)
+
+
 @pytest.mark.gpu
 def test_a_real_plan_runs_on_a_real_gpu(tmp_path):
     """The mean of each colour, by a network small enough to build in a second."""
@@ -301,7 +384,7 @@ def test_a_real_plan_runs_on_a_real_gpu(tmp_path):
     if serialized is None:
         pytest.skip(f"{trt.__name__} {trt.__version__} does not build for this GPU")
     (tmp_path / "model.plan").write_bytes(bytes(serialized))
-    declared = SMALL | {"output": [{"name": "embedding", "data_type": "TYPE_FP32", "dims": ["3"]}]}
+    declared = WITH_GRAPHS | {"output": [{"name": "embedding", "data_type": "TYPE_FP32", "dims": ["3"]}]}
     runner = PlanRunner(tmp_path / "model.plan", declared, trt=trt, cuda=cuda)
     batch = np.random.default_rng(0).integers(0, 256, (3, 2, 2, 3), dtype=np.uint8)
     result = runner.run({"pixels": [batch[:1], batch[1:]]})["embedding"]

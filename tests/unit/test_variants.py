@@ -8,6 +8,7 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring.variants import MEAN, STD, TENSOR_INPUT, Variant, change, take_tensors, write_repository
 from clip_tools.paths import MODELS
 from clip_tools.repository import read_config
+from clip_tools.serving.machine import Machine
 
 
 def small_graph():
@@ -94,6 +95,22 @@ def test_a_variant_changes_what_it_names_and_nothing_else():
     assert configs["clip_onnx"].dynamic_batching.max_queue_delay_microseconds == 500
     assert {config.max_batch_size for config in configs.values()} == {16}
     assert not change(read_config(MODELS, "preprocess"), Variant())
+
+
+def test_a_variants_processes_are_served_as_it_says():
+    """Where that is not what the start gives by itself."""
+    here = Machine.here().preprocess_instances
+    for count in (here, here + 1):
+        config = read_config(MODELS, "preprocess")
+        change(config, Variant(preprocess_instances=count))
+        Machine.here().fit(config)
+        assert config.instance_group[0].count == count
+
+
+def test_a_variant_is_not_warmed_up_in_batches_that_it_does_not_take():
+    config = read_config(MODELS, "clip_onnx", "ort-fp16")
+    change(config, Variant(max_batch=8))
+    assert [warm_up.batch_size for warm_up in config.model_warmup] == [1, 2, 4, 8]
 
 
 def test_a_variants_repository_serves_the_same_files(tmp_path):

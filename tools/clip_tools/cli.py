@@ -7,6 +7,7 @@ from typing import Annotated
 
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
+from clip_tools.serving.machine import INSTANCES
 from clip_tools.serving.proof import CHECK_VECTORS
 
 try:
@@ -59,6 +60,10 @@ def serve(
         bool, typer.Option("--rebuild-stale", help="Build a TensorRT plan again that does not fit what is here.")
     ] = False,
     check_vectors: CheckVectors = True,
+    preprocess_instances: Annotated[
+        int | None,
+        typer.Option(min=1, envvar=INSTANCES, help="Processes that decode images; without it by the machine's cores."),
+    ] = None,
     tls_cert: Annotated[
         Path | None, typer.Option(help="The server's certificate, PEM: gRPC is encrypted, HTTP for this machine alone.")
     ] = None,
@@ -90,6 +95,7 @@ def serve(
             arguments=tuple(context.args),
             rebuild_stale=rebuild_stale,
             check_vectors=check_vectors,
+            preprocess_instances=preprocess_instances,
             access=Access.from_environment(os.environ, tls),
         )
     )

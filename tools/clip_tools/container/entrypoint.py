@@ -25,6 +25,7 @@ from clip_tools.engines.sample import FILE as SAMPLE
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, graph_name
+from clip_tools.serving.machine import Machine, available_cores
 from clip_tools.serving.manifests import wrong_file
 from clip_tools.serving.proof import WrongVectors
 from clip_tools.serving.serve import ServeOptions, repository_flags, warning_if_untrained
@@ -59,7 +60,9 @@ def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS
     files = {f"clip_onnx/1/{path.name}": path for path in built if path.is_file()}
     if plan is not None:
         files |= {f"clip_trt/1/{path.name}": path for path in (plan, *plan.parent.glob("*.json"))}
-    write_served_repository(models, folder, files=files, max_batch=None if settings.skip_build else settings.max_batch)
+    max_batch = None if settings.skip_build else settings.max_batch
+    machine = Machine(available_cores(), found.gpu is not None, settings.preprocess_instances)
+    write_served_repository(models, folder, files=files, max_batch=max_batch, machine=machine)
     return ["tritonserver", *repository_flags(folder, start.config_name)]
 
 
@@ -120,7 +123,8 @@ def _serve(settings: Settings, options: ServeOptions, arguments: Sequence[str], 
             os.chdir(settings.cache_dir)
             Path(".cache/ort-trt").mkdir(parents=True, exist_ok=True)
     _say(f"starting {' '.join(command)}")
-    ready_line = f"{ENSEMBLE} embeds\n{warning_if_untrained(proven)}".strip()
+    decoders = Machine.here(settings.preprocess_instances).decoders(MODELS, config_name)
+    ready_line = f"{ENSEMBLE} embeds, {decoders}\n{warning_if_untrained(proven)}".strip()
     supervisor = Supervisor(lambda: ContainerServer(proven, command), _say, ready_line)
     with supervisor.stopping_on_signals():
         supervisor.run()

@@ -6,27 +6,28 @@ from pathlib import Path
 from typing import Any
 
 from clip_tools.engines.sample import FILE as SAMPLE
-from clip_tools.repository import read_config
+from clip_tools.serving.machine import Machine, rewrite_configs
 
 _BUILT = ("*.onnx", "*.onnx.data", "*.plan", "manifest*.json", SAMPLE, "__pycache__")
 
 
-def write_served_repository(models: Path, folder: Path, *, files: dict[str, Path], max_batch: int | None) -> None:
-    """Copy the repository `models` to `folder`, without its built files.
+def write_served_repository(
+    models: Path, folder: Path, *, files: dict[str, Path], max_batch: int | None, machine: Machine
+) -> None:
+    """Copy the repository `models` to `folder`, without its built files, and fit its configurations to `machine`.
 
     `files` are linked into it: where each goes, as in "clip_trt/1/model.plan", and where it is. Every configuration
     takes `max_batch`, see `fit_batches`; None leaves what they say.
     """
-    from google.protobuf import text_format
-
     shutil.copytree(models, folder, ignore=shutil.ignore_patterns(*_BUILT))
     for target, source in files.items():
         (folder / target).symlink_to(source.resolve())
-    for path in sorted([*folder.glob("*/config.pbtxt"), *folder.glob("*/configs/*.pbtxt")]):
-        model = path.relative_to(folder).parts[0]
-        config = read_config(folder, model, path.stem if path.parent.name == "configs" else None)
-        if max_batch is not None and fit_batches(config, max_batch):
-            path.write_text(text_format.MessageToString(config))
+
+    def change(config: Any) -> bool:
+        fitted = machine.fit(config)
+        return (max_batch is not None and fit_batches(config, max_batch)) or fitted
+
+    rewrite_configs(folder, change)
 
 
 def fit_batches(config: Any, max_batch: int) -> bool:
@@ -47,7 +48,11 @@ def fit_batches(config: Any, max_batch: int) -> bool:
         _cut(config.optimization.cuda.graph_spec, largest)
         specs = config.optimization.cuda.graph_spec
         for before, spec in itertools.pairwise(specs):
-            spec.graph_lower_bound.batch_size = before.batch_size + 1
+            spec.ClearField("graph_lower_bound")
+            if spec.batch_size > before.batch_size + 1:
+                spec.graph_lower_bound.batch_size = before.batch_size + 1
+                for name, shape in spec.input.items():
+                    spec.graph_lower_bound.input[name].CopyFrom(shape)
     preferred = [size for size in config.dynamic_batching.preferred_batch_size if size < largest]
     if is_plan and config.dynamic_batching.preferred_batch_size:
         del config.dynamic_batching.preferred_batch_size[:]

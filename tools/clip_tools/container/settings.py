@@ -9,6 +9,7 @@ from clip_tools.engines.precision import Precision
 from clip_tools.engines.tensorrt_library import RUNTIMES, Runtime
 from clip_tools.errors import ToolError
 from clip_tools.serving.access import keys_in
+from clip_tools.serving.machine import INSTANCES
 from clip_tools.serving.proof import CHECK_VECTORS
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -30,6 +31,7 @@ class Settings:
     checkpoint: str | None = None
     onnx_dir: Path = Path("/onnx")
     cache_dir: Path = Path("/var/cache/clip-embed")
+    preprocess_instances: int | None = None
     check_vectors: bool = True
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -50,6 +52,7 @@ class Settings:
             checkpoint=read.text("CLIP_CHECKPOINT"),
             onnx_dir=Path(read.text("CLIP_ONNX_DIR") or "/onnx").absolute(),
             cache_dir=Path(read.text("CLIP_CACHE_DIR") or "/var/cache/clip-embed").absolute(),
+            preprocess_instances=read.number(INSTANCES) if read.text(INSTANCES) else None,
             check_vectors=read.flag(CHECK_VECTORS, default="1"),
             keys=keys_in(environment),
         )
@@ -80,7 +83,7 @@ class _Reader:
             raise ToolError(f"{name}={value}: expected one of {', '.join(known)}", exit_code=USAGE)
         return value
 
-    def number(self, name: str, default: int) -> int:
+    def number(self, name: str, default: int = 1) -> int:
         value = self.text(name) or str(default)
         if not value.isascii() or not value.isdigit() or int(value) < 1:
             raise ToolError(f"{name}={value}: expected a whole number from 1", exit_code=USAGE)

@@ -33,7 +33,7 @@ def _engines(cores: int) -> Axis:
 
 _CORES = len(os.sched_getaffinity(0))
 AXES: dict[str, Axis] = {
-    "preprocess_instances": _each("preprocess_instances", 1, 2, min(_CORES, 4), min(_CORES, 4) + 1),
+    "preprocess_instances": _each("preprocess_instances", 1, 2, min(_CORES, 4), min(_CORES, 4) + 1, _CORES),
     "engine": _engines(_CORES),
     "max_batch": _each("max_batch", 8, 16, 32, 64),
     "queue_delay_us": _each("queue_delay_us", 0, 500, 2000, 5000),

@@ -8,6 +8,7 @@ from typing import Any
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, read_config
+from clip_tools.serving.machine import Machine
 
 TENSOR_MODEL = "clip_tensors"
 TENSOR_INPUT = "tensors"
@@ -60,8 +61,10 @@ def write_repository(variant: Variant, folder: Path, models: Path = MODELS) -> P
 
 
 def committed_variant(models: Path = MODELS, config_name: str | None = None) -> Variant:
-    """The deployment as it is, in every value that a variant can name."""
+    """The deployment as it is served here, in every value that a variant can name."""
     steps = deployment(models, config_name)
+    for step in steps:
+        Machine.here().fit(step.config)
     preprocess = next(one.config for one in steps if one.config.backend == "python")
     engine = next(one.config for one in steps if one.config.backend and one.config.backend != "python")
     return Variant(
@@ -80,8 +83,12 @@ def change(config: Any, variant: Variant) -> bool:
     """Put the variant's values into a `ModelConfig`; whether any was for this model."""
     before = config.SerializeToString(deterministic=True)
     if config.name == "preprocess" or config.backend == "python":
-        if variant.preprocess_instances is not None:
+        served = type(config)()
+        served.CopyFrom(config)
+        Machine.here().fit(served)
+        if variant.preprocess_instances not in (None, served.instance_group[0].count):
             config.instance_group[0].count = variant.preprocess_instances
+            config.instance_group[0].ClearField("name")  # so that it is served in as many
     elif config.backend:
         if variant.engine_instances is not None:
             config.instance_group[0].count = variant.engine_instances
@@ -93,6 +100,9 @@ def change(config: Any, variant: Variant) -> bool:
             config.dynamic_batching.max_queue_delay_microseconds = variant.queue_delay_us
     if variant.max_batch is not None:  # an ensemble may not take more than its steps
         config.max_batch_size = variant.max_batch
+        warm_ups = [one for one in config.model_warmup if one.batch_size <= variant.max_batch]
+        del config.model_warmup[:]
+        config.model_warmup.extend(warm_ups)
     return bool(config.SerializeToString(deterministic=True) != before)
 
 

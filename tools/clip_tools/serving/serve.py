@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from clip_tools.repository import ENSEMBLE, Model, check_files, deployment
 from clip_tools.serving import keyring
 from clip_tools.serving.access import Access, exposure
 from clip_tools.serving.drain import drain
+from clip_tools.serving.machine import Machine, write_served
 from clip_tools.serving.manifests import check_manifests
 from clip_tools.serving.process import DRAIN_S, EXIT_TIMEOUT_S, TritonProcess
 from clip_tools.serving.proof import check_vectors
@@ -42,6 +44,7 @@ class ServeOptions:
 
     `rebuild_stale` builds a TensorRT plan again that does not fit what is here; else such a plan is refused.
     `check_vectors` holds what is served to open_clip's embeddings of the export's sample before it is called ready.
+    `preprocess_instances` is how many processes decode; None: by the machine.
     """
 
     models: Path = MODELS
@@ -55,6 +58,7 @@ class ServeOptions:
     log: Path | None = None
     rebuild_stale: bool = False
     check_vectors: bool = False
+    preprocess_instances: int | None = None
     access: Access = field(default_factory=Access)
 
     @property
@@ -98,6 +102,7 @@ class EmbeddedServer:
     options: ServeOptions
     remark: str | None = field(default=None, init=False)
     _process: TritonProcess | None = field(default=None, init=False)
+    _served: tempfile.TemporaryDirectory[str] | None = field(default=None, init=False)
 
     def __enter__(self) -> "EmbeddedServer":
         try:
@@ -121,8 +126,11 @@ class EmbeddedServer:
         installation = find_installation()
         check_ports(options)
         self._keep_keys()
+        self._served = tempfile.TemporaryDirectory(prefix="clip-tools-served-")
+        write_served(options.models, self.served, Machine.here(options.preprocess_instances))
+        flags = [*repository_flags(self.served, options.config_name), *self._flags(), *options.arguments]
         self._process = TritonProcess(
-            command(installation, [*self._flags(), *options.arguments]),
+            command(installation, flags),
             {**os.environ, **installation.environment},
             secrets=options.access.secret_flags(),
             log=options.log,
@@ -135,10 +143,7 @@ class EmbeddedServer:
 
     def _flags(self) -> list[str]:
         options = self.options
-        flags = [
-            *repository_flags(options.models, options.config_name),
-            *options.access.flags(),
-        ]
+        flags = options.access.flags()
         for name, host, port, ipv6 in (  # of an IPv6 address: libevhtp's way to write it, and gRPC's
             ("http", options.http_host, options.http_port, "ipv6:{}"),
             ("grpc", options.host, options.grpc_port, "[{}]"),
@@ -156,6 +161,13 @@ class EmbeddedServer:
         if self._process is None:
             raise RuntimeError("the server was not started")
         return self._process
+
+    @property
+    def served(self) -> Path:
+        """The repository that it serves: the one of its options, fitted to this machine."""
+        if self._served is None:
+            raise RuntimeError("the server was not started")
+        return Path(self._served.name)
 
     @property
     def pid(self) -> int:
@@ -252,6 +264,8 @@ class EmbeddedServer:
             self._process.stop(is_broken=is_broken)
             for url in (self.options.grpc_url, self.options.http_url):
                 keyring.forget(url, self.options.access)
+        if self._served is not None:
+            self._served.cleanup()
 
 
 def repository_flags(models: Path, config_name: str | None) -> list[str]:
@@ -350,9 +364,10 @@ def warning_if_untrained(options: ServeOptions) -> str:
 
 def serve(options: ServeOptions) -> None:
     """Serve in the foreground until a signal comes. Raises ToolError when the server cannot start."""
+    decoders = Machine.here(options.preprocess_instances).decoders(options.models, options.config_name)
     ready_line = (
-        f"{ENSEMBLE} embeds at {options.grpc_url} and {options.http_url} (metrics on port {options.metrics_port}); "
-        f"Ctrl-C stops it\n{warning_if_untrained(options)}"
+        f"{ENSEMBLE} embeds at {options.grpc_url} and {options.http_url} (metrics on port {options.metrics_port}), "
+        f"{decoders}; Ctrl-C stops it\n{warning_if_untrained(options)}"
     ).strip()
     if warning := exposure(options.host, options.access):
         sys.stderr.write(f"clip-tools: {warning}\n")

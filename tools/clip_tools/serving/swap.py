@@ -1,8 +1,8 @@
 """`clip-tools swap`: a running server goes from one named configuration to another, and no request is lost."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, deployment
+from clip_tools.serving.machine import Machine
 from clip_tools.serving.model_control import ModelControl
 from clip_tools.serving.proof import check_vectors
 from clip_tools.serving.serve import probe_image
@@ -73,6 +74,7 @@ def same_configuration(present: Any, wanted: Any) -> bool:
             if not any(wish.kind for wish in wanted.instance_group):  # KIND_AUTO: the server has chosen
                 group.ClearField("kind")
                 group.ClearField("gpus")
+        del one.model_warmup[:]  # what is loaded is warm
         for memory in ("input_pinned_memory", "output_pinned_memory"):
             one.optimization.ClearField(memory)
         if one.HasField("dynamic_batching") and list(one.dynamic_batching.preferred_batch_size) == [one.max_batch_size]:
@@ -128,8 +130,10 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
     if present and not options.allow_other_weights:
         like = _embed_probe(control, present[-1])
     steps: list[Step] = []
+    machine = _machine_of([control.configuration(name) for name in present])
     for model in wanted:
         old = control.configuration(model.name) if model.name in ready else None
+        machine.fit(model.config, old)
         if old is not None and same_configuration(old, model.config):
             continue
         steps.append(_load(control, model.name, model.config, old))
@@ -159,6 +163,13 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
         if name not in in_use:
             steps.append(_retire(control, name, control.configuration(name), options.settle_s))
     return steps
+
+
+def _machine_of(present: Sequence[Any]) -> Machine:
+    """The server's machine, which may be another: it has a GPU where a model runs on one."""
+    here = Machine.here()
+    on_gpu = any(group.kind == group.KIND_GPU for config in present for group in config.instance_group)
+    return replace(here, has_gpu=here.has_gpu or on_gpu)
 
 
 def _load(control: ModelControl, name: str, config: Any, old: Any | None) -> Step:

@@ -1,0 +1,105 @@
+"""What the start makes of the repository for the machine that it is on."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from clip_tools.paths import MODELS
+from clip_tools.repository import deployment, read_config
+from clip_tools.serving.machine import Machine, available_cores, write_served
+
+GPU_HOST = Machine(cores=16, has_gpu=True)
+
+
+def group(root: Path, path: str, limit: str, *, mine: str = "/a/b") -> Path:
+    """A machine whose control group at `path` has this `cpu.max`, with this process in the one at `mine`."""
+    (root / "proc" / "self").mkdir(parents=True, exist_ok=True)
+    (root / "proc" / "self" / "cgroup").write_text(f"0::{mine}\n")
+    folder = root / "sys" / "fs" / "cgroup" / path
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cpu.max").write_text(limit)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("path", "limit", "cores"),
+    [
+        ("a/b", "max 100000", 16),
+        ("a/b", "400000 100000", 4),
+        ("a", "150000 100000", 2),  # of a group around it; half a core counts as one
+        ("", "5000 100000", 1),
+        ("a/c", "100000 100000", 16),  # another's
+        ("a/b", "6400000 100000", 16),
+    ],
+)
+def test_the_cores_are_those_that_the_control_group_lets_it_use(tmp_path, monkeypatch, path, limit, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert available_cores(group(tmp_path, path, limit)) == cores
+
+
+def test_without_control_groups_the_cores_are_those_of_its_affinity(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
+    assert available_cores(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    ("cores", "has_gpu", "instances"),
+    [
+        (1, False, 1),
+        (2, False, 2),
+        (8, False, 8),
+        (1, True, 1),
+        (2, True, 2),
+        (4, True, 3),
+        (16, True, 14),
+        (64, True, 56),
+    ],
+)
+def test_preprocess_has_nearly_every_core(cores, has_gpu, instances):
+    assert Machine(cores, has_gpu).preprocess_instances == instances
+
+
+def count(models: Path, config_name: str | None = None) -> int:
+    return (
+        next(one.config for one in deployment(models, config_name) if one.name == "preprocess").instance_group[0].count
+    )
+
+
+@pytest.mark.parametrize("config_name", [None, "fast", "gpu-decode"])
+def test_every_configuration_that_is_served_has_the_machines_processes(tmp_path, config_name):
+    write_served(MODELS, tmp_path / "models", GPU_HOST)
+    assert count(tmp_path / "models", config_name) == 14
+    assert count(MODELS, config_name) == 2
+    assert GPU_HOST.decoders(MODELS, config_name) == "14 processes for preprocess on 16 cores"
+
+
+def test_the_committed_repository_is_linked_also_what_comes_later(tmp_path):
+    """Built files are found; a configuration that need not change is the committed file itself."""
+    models, served = tmp_path / "models", tmp_path / "served"
+    for name in ("preprocess", "clip_onnx"):
+        (models / name / "1").mkdir(parents=True)
+        (models / name / "config.pbtxt").write_text((MODELS / name / "config.pbtxt").read_text())
+    write_served(models, served, Machine(cores=3, has_gpu=False))
+    (models / "clip_onnx" / "1" / "model.onnx").write_text("built later")
+    assert (served / "clip_onnx" / "1" / "model.onnx").read_text() == "built later"
+    assert (served / "clip_onnx" / "config.pbtxt").resolve() == models / "clip_onnx" / "config.pbtxt"
+    assert "count: 3" in (served / "preprocess" / "config.pbtxt").read_text()
+    assert "count: 2" in (models / "preprocess" / "config.pbtxt").read_text()
+
+
+def test_a_count_that_was_tuned_stays_unless_the_user_says_another():
+    tuned = read_config(MODELS, "preprocess")
+    tuned.instance_group[0].ClearField("name")
+    assert not GPU_HOST.fit(tuned)
+    assert Machine(16, has_gpu=True, instances=5).fit(tuned)
+    assert tuned.instance_group[0].count == 5
+
+
+def test_an_engine_is_warmed_up_beside_a_gpu_alone():
+    on_cpu, on_gpu, kept_off = (read_config(MODELS, "clip_onnx", name) for name in (None, None, "cpu-fp32"))
+    assert not Machine(cores=2, has_gpu=False).fit(on_cpu)
+    assert GPU_HOST.fit(on_gpu)
+    assert [warm_up.batch_size for warm_up in on_gpu.model_warmup] == [1, 2, 4, 8, 16, 32, 64]
+    assert list(on_gpu.model_warmup[0].inputs["pixels"].dims) == [224, 224, 3]
+    assert not GPU_HOST.fit(kept_off)
