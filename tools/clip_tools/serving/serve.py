@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from clip_embed import EmbeddingClient
 
 _CHECK_S = 30.0  # how long the sample may wait for room
+_STARTING_S = 5.0  # how long one that is told to stop before it has embedded may take; not measured
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class EmbeddedServer:
     options: ServeOptions
     remark: str | None = field(default=None, init=False)
     _process: TritonProcess | None = field(default=None, init=False)
+    _embeds: bool = field(default=False, init=False)
 
     def __enter__(self) -> "EmbeddedServer":
         try:
@@ -180,6 +182,7 @@ class EmbeddedServer:
                 if client.is_ready():
                     try:
                         probe.ask()
+                        self._embeds = True
                         return self._held_to_open_clip(client) if self.options.check_vectors else None
                     except (ServerOverloadedError, DeadlineExceededError) as error:
                         wrong = f"{ENSEMBLE} is loaded and has no room: {error}; "  # others have waited for it
@@ -242,7 +245,9 @@ class EmbeddedServer:
     def terminate(self) -> None:
         """Ask the server to finish what is in flight and end; a second time: kill it."""
         if self._process is not None:
-            self._process.terminate(partial(drain, self.options.http_url, self.options.access.http_headers(), DRAIN_S))
+            drain_s, limit_s = (DRAIN_S, EXIT_TIMEOUT_S) if self._embeds else (_STARTING_S, _STARTING_S)
+            headers = self.options.access.http_headers()
+            self._process.terminate(partial(drain, self.options.http_url, headers, drain_s), limit_s=limit_s)
 
     def stop(self, *, is_broken: bool = False) -> None:
         """End the server and everything it started. Safe to call twice; see `TritonProcess.stop`."""
