@@ -201,6 +201,7 @@ class TritonProcess:
             started.set_exception(error)
             return
         started.set_result(process)
+        assert process.stdout is not None  # noqa: S101
         with sink as file:
             self._read_log(process.stdout, file)
 
