@@ -195,7 +195,7 @@ class Server:
 
     def __init__(self, script="exec sleep 600", *, failure=None, broken=None, remark=None):
         self.script, self.failure, self.broken, self.remark = script, failure, broken, remark
-        self.stopped = None
+        self.stopped, self.embeds = None, False
 
     def start(self):
         if self.failure:
@@ -204,6 +204,7 @@ class Server:
 
     def wait_until_it_embeds(self):
         self.process.raise_if_ended()
+        self.embeds = True
         return self.remark
 
     def watchdog(self):
@@ -221,12 +222,14 @@ class Server:
             self.process.stop(is_broken=is_broken)
 
 
-def test_each_server_that_breaks_or_cannot_start_has_a_successor_that_waits_longer(monkeypatch):
+def test_each_server_that_breaks_or_cannot_start_has_a_successor(monkeypatch):
+    """At once after one that embedded; the next one waits longer each time after those that did not."""
     monkeypatch.setattr(supervisor, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(supervisor, "LONGEST_WAIT_S", 0.04)
     servers = [
         Server(broken="its stub is gone", remark="its vectors are right"),
         Server(failure="port taken"),
+        Server(failure="still taken"),
         Server("exit 3"),
     ]
     servers += [Server(broken="again"), Server()]
@@ -244,7 +247,8 @@ def test_each_server_that_breaks_or_cannot_start_has_a_successor_that_waits_long
     reasons = [line.partition(";")[0] for line in said if "a new server" in line]
     assert reasons[:2] == ["its stub is gone", "port taken"]
     waits = [float(line.split()[-2]) for line in said if "a new server" in line]
-    assert waits == [0.01, 0.02, 0.04, 0.04][: len(waits)]
+    assert waits[:3] == [0.01, 0.02, 0.04]
+    assert waits[-1] == 0.01
     assert [one.stopped for one in servers[:2]] == [True, True]
     assert next(one for one in reversed(servers) if one.stopped is not None).stopped is False
 
@@ -369,3 +373,13 @@ def code_of(work):
 sys.exit(10 * code_of(ask) + code_of(lambda: code_of(ask)))  # its own child; a grandchild, whose parent is another
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
+
+
+def test_the_end_of_one_whose_models_processes_live_on_is_seen_at_once():
+    """They hold its log open, and one that hangs would do so for ever."""
+    process = a_process("sleep 600 & kill -s SEGV $$")
+    assert process.wait(LONG_S)
+    began = time.monotonic()
+    assert "by SIGSEGV, as before 25.04" in process.why_it_ended()
+    process.stop(is_broken=True)
+    assert time.monotonic() - began < 4

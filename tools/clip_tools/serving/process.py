@@ -113,10 +113,13 @@ class TritonProcess:
         """The exit code and the log's reason when it ended by itself; else None."""
         if self._process.poll() is None or self.is_stopping:
             return None
+        _kill_group(self.pid)  # its models' processes hold its log open
         self._reader.join(timeout=5)
         code = self._process.returncode
         if code == -signal.SIGKILL:
             return "tritonserver was killed (SIGKILL): is there too little memory?"
+        if code == -signal.SIGSEGV:  # the log does not say
+            return "tritonserver ended by SIGSEGV, as before 25.04 it may when clients give up gRPC calls (SECURITY.md)"
         end = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return f"tritonserver ended {end}: {self.last_words()}"
 

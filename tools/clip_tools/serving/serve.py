@@ -22,7 +22,7 @@ from clip_tools.serving.access import Access, exposure
 from clip_tools.serving.drain import drain
 from clip_tools.serving.manifests import check_manifests
 from clip_tools.serving.process import DRAIN_S, EXIT_TIMEOUT_S, TritonProcess
-from clip_tools.serving.proof import check_vectors
+from clip_tools.serving.proof import WrongVectors, check_vectors
 from clip_tools.serving.supervisor import Supervisor
 from clip_tools.serving.tritonserver import command, find_installation
 from clip_tools.serving.watchdog import PROBE_DEADLINE_S, ImageProbe, Watchdog, decoding_cpu_s
@@ -99,7 +99,7 @@ class EmbeddedServer:
     options: ServeOptions
     remark: str | None = field(default=None, init=False)
     _process: TritonProcess | None = field(default=None, init=False)
-    _embeds: bool = field(default=False, init=False)
+    embeds: bool = field(default=False, init=False)
 
     def __enter__(self) -> "EmbeddedServer":
         try:
@@ -182,8 +182,11 @@ class EmbeddedServer:
                 if client.is_ready():
                     try:
                         probe.ask()
-                        self._embeds = True
+                        self.embeds = True
                         return self._held_to_open_clip(client) if self.options.check_vectors else None
+                    except WrongVectors:
+                        self.embeds = False
+                        raise
                     except (ServerOverloadedError, DeadlineExceededError) as error:
                         wrong = f"{ENSEMBLE} is loaded and has no room: {error}; "  # others have waited for it
                     except EmbeddingError as error:
@@ -245,7 +248,7 @@ class EmbeddedServer:
     def terminate(self) -> None:
         """Ask the server to finish what is in flight and end; a second time: kill it."""
         if self._process is not None:
-            drain_s, limit_s = (DRAIN_S, EXIT_TIMEOUT_S) if self._embeds else (_STARTING_S, _STARTING_S)
+            drain_s, limit_s = (DRAIN_S, EXIT_TIMEOUT_S) if self.embeds else (_STARTING_S, _STARTING_S)
             headers = self.options.access.http_headers()
             self._process.terminate(partial(drain, self.options.http_url, headers, drain_s), limit_s=limit_s)
 
