@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,6 +130,14 @@ def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """The real tritonserver, started once for all tests that only ask it things."""
     with EmbeddedServer(options_for(repository, tmp_path_factory.mktemp("server") / "log")) as running:
         yield running
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT stops what the test starts, also where it is ignored here: under nohup, in a script's background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_the_server_is_started_anew_when_a_models_process_is_lost(start, demo_ph
     wait_for(log, "ready after")
     health = [sys.executable, "-m", "clip_tools", "health", f"--url={grpc}"]
     assert subprocess.run(health, timeout=60, check=False).returncode == 0
-    (server,) = psutil.Process(process.pid).children()
+    (server,) = (one for one in psutil.Process(process.pid).children() if one.name() == "tritonserver")
     lost = min(stubs(server.pid))
     os.kill(lost, signal.SIGKILL)
     deadline = time.monotonic() + 120

@@ -17,7 +17,7 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
 from clip_tools.errors import ToolError
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions, warning_if_untrained
+from clip_tools.serving.serve import EmbeddedServer, ServeOptions, check_ports, warning_if_untrained
 from clip_tools.serving.watchdog import stubs
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
@@ -92,15 +92,22 @@ def test_a_server_comes_back_on_the_same_ports(repository, demo_photos, tmp_path
     assert np.array_equal(*answers)
 
 
-def test_when_serve_is_killed_the_server_goes_too(repository, tmp_path):
+def test_when_serve_is_killed_the_server_and_its_models_processes_go_too(repository, tmp_path):
+    """Also those that hang, and their shared memory; so that another `serve` can have the ports at once."""
     options = options_for(repository, tmp_path / "log")
     with subprocess.Popen(serve_command(options), stderr=subprocess.PIPE, text=True) as process:
         wait_for(process.stderr, "ready after")
         children = psutil.Process(process.pid).children(recursive=True)
+        hung = [child for child in children if "preprocess" in " ".join(child.cmdline())]
+        for child in hung:
+            child.suspend()
         os.kill(process.pid, signal.SIGKILL)
-        _, alive = psutil.wait_procs(children, timeout=60)
+        _, alive = psutil.wait_procs(children, timeout=20)
         process.stderr.read()
+    assert hung != []
     assert alive == []
+    assert list(Path("/dev/shm").glob(f"clip_tools_{process.pid}_*")) == []  # noqa: S108
+    check_ports(options)
 
 
 @pytest.mark.usefixtures("openvino")

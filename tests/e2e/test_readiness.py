@@ -1,31 +1,44 @@
-"""`clip-tools serve` when the process of a Python model is killed or stands still: not ready, and soon ready again."""
+"""`clip-tools serve` when a model's process or the server itself is lost: not ready, and soon ready again."""
 
+import asyncio
 import contextlib
 import io
 import os
+import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+import tritonclient.grpc as triton
 from PIL import Image
 from tests.conftest import options_for
+from tests.storm import KINDS
+from tritonclient.utils import InferenceServerException
 
-from clip_embed import EmbeddingClient, EmbeddingError, ServerUnavailableError
+from clip_embed import AsyncEmbeddingClient, EmbeddingClient, EmbeddingError, ServerUnavailableError
+from clip_tools.measuring.watch import Sample, sample
+from clip_tools.serving.serve import probe_image
 from clip_tools.serving.watchdog import stubs
 
 CLIP_TOOLS = str(Path(sys.executable).with_name("clip-tools"))
 READY_PATHS = ("/v2/health/ready", "/v2/models/clip_ensemble/ready")  # what a Kubernetes probe would ask
 # One image alone and within a batch run through other kernels, so the last bits of FP32 differ.
 SAME_IMAGE_MAX_ABS = 1e-5
-GENEROUS_S = 120
+ROUNDS = 4  # of storms, each with one of every kind
+GENEROUS_S = 300
 
 
 @contextlib.contextmanager
@@ -37,10 +50,15 @@ def serving(models, folder):
         options.log.open("w") as log,
         subprocess.Popen([CLIP_TOOLS, "serve", f"--models={models}", *ports], stderr=log) as process,
     ):
+
+        def server_pid() -> int:
+            children = psutil.Process(process.pid).children()
+            return next((child.pid for child in children if child.name() == "tritonserver"), 0)
+
         try:
             wait_until(lambda: "ready after" in options.log.read_text() or process.poll() is not None)
             assert process.poll() is None, options.log.read_text()
-            yield options, lambda: psutil.Process(process.pid).children()[0].pid
+            yield options, server_pid
         finally:
             process.terminate()
             assert process.wait(60) == 0
@@ -69,6 +87,12 @@ def is_ready(options) -> bool:
         return False
 
 
+def has_said_so(options) -> bool:
+    """Whether `serve` has said of the newest server that it is ready, once its vectors were held to open_clip's."""
+    log = options.log.read_text()
+    return log.rfind("ready after") > log.rfind("takes its place")
+
+
 class Traffic:
     """Clients that embed one image after the other, each answer checked, until they are told to stop."""
 
@@ -78,7 +102,7 @@ class Traffic:
         self.lost: list[EmbeddingError] = []
         self.wrong: list[int] = []
         self._client = EmbeddingClient(url, timeout_s=GENEROUS_S)
-        self._expected = self._client.embed(images)
+        self.expected = self._client.embed(images)
         self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(clients)]
 
     def _run(self, number):
@@ -90,7 +114,7 @@ class Traffic:
             except EmbeddingError as error:
                 self.lost.append(error)
             else:
-                if np.abs(got - self._expected[index]).max() > SAME_IMAGE_MAX_ABS:
+                if np.abs(got - self.expected[index]).max() > SAME_IMAGE_MAX_ABS:
                     self.wrong.append(index)
 
     def __enter__(self):
@@ -118,6 +142,7 @@ def test_a_lost_model_turns_readiness_off_and_a_new_server_comes(
 ):
     """Under traffic, of which nothing is lost."""
     options, server_pid = served
+    wait_until(lambda: has_said_so(options))
     assert is_ready(options)
     lost = next(pid for pid in stubs(server_pid()) if instance in Path(f"/proc/{pid}/cmdline").read_text())
     with Traffic(options.grpc_url, [photo.read_bytes() for photo in demo_photos]) as traffic:
@@ -174,3 +199,205 @@ def test_a_decoder_that_hangs_ends_its_process_and_a_new_server_comes(repository
         log = options.log.read_text()
     assert "Timeout (0:00:00.2" in log
     assert "clip_preprocess.py" in log
+
+
+class Deaths:
+    """Watches a server: how long after each death the next one was started, and how long until it answered."""
+
+    def __init__(self, options, server_pid):
+        self._options, self._server_pid, self._over = options, server_pid, threading.Event()
+        self.started_s: list[float] = []
+        self.answered_s: list[float] = []
+        self.dishonest = 0  # said to be ready, with no process
+        self._thread = threading.Thread(target=self._watch)
+
+    def _watch(self):
+        known = self._server_pid()
+        while not self._over.wait(0.02):
+            if known and lives(known):
+                continue
+            died = time.monotonic()
+            self.dishonest += is_ready(self._options) and not self._server_pid()
+            wait_until(lambda: self._server_pid() not in (0, known))  # noqa: B023
+            known = self._server_pid()
+            self.started_s.append(time.monotonic() - died)
+            with EmbeddingClient(self._options.grpc_url, timeout_s=GENEROUS_S) as client:
+                client.embed([probe_image()])
+            self.answered_s.append(time.monotonic() - died)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._thread.join()
+
+
+def lives(pid) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def storms(options, server_pid, kinds, rounds, *, calls=60) -> Counter:
+    """How many storms of each kind killed the server. Each begins with one that answers, and meets others' requests."""
+    killed = Counter()
+    for number in range(rounds):
+        for kind in kinds:
+            wait_until(lambda: has_said_so(options) and is_ready(options))
+            server = psutil.Process(server_pid())
+            address = options.grpc_url.removeprefix("grpc://")
+            command = [sys.executable, "-m", "tests.storm", address, kind, str(number), str(calls)]
+            given_up, _ = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+            assert given_up > 0
+            killed[kind] += psutil.wait_procs([server], timeout=0.5)[1] == []
+    return killed
+
+
+def test_a_storm_of_calls_that_are_given_up_costs_others_nothing(served, demo_photos, tmp_path):
+    """Nor does it when the server dies of it, as it may: by SIGSEGV. Others are every client of ours."""
+    options, server_pid = served
+    images = [photo.read_bytes() for photo in demo_photos]
+
+    def many() -> list:
+        with EmbeddingClient(options.grpc_url, timeout_s=GENEROUS_S) as client:
+            return list(client.embed_many(images))
+
+    async def many_async() -> list:
+        async with AsyncEmbeddingClient(options.grpc_url, timeout_s=GENEROUS_S) as client:
+            return [result async for result in client.embed_many(images)]
+
+    command = [CLIP_TOOLS.replace("clip-tools", "clip-embed"), *map(str, demo_photos), "--url", options.grpc_url]
+    command += ["--output", str(tmp_path / "vectors.npy")]
+    with Deaths(options, server_pid) as deaths, Traffic(options.grpc_url, images, clients=1) as traffic:
+        with ThreadPoolExecutor() as pool:
+            ours = [pool.submit(many), pool.submit(lambda: asyncio.run(many_async()))]
+            ours.append(pool.submit(subprocess.run, command, check=True, timeout=GENEROUS_S))
+            killed = storms(options, server_pid, ["both"], 1, calls=10)
+            if not killed.total():
+                os.kill(server_pid(), signal.SIGSEGV)
+        wait_until(lambda: deaths.answered_s)
+        expected = traffic.expected
+    assert (traffic.lost, traffic.wrong, deaths.dishonest) == ([], [], 0)
+    for got in (ours[0].result(), ours[1].result(), np.load(tmp_path / "vectors.npy")):
+        assert np.abs(np.array(got) - expected).max() < SAME_IMAGE_MAX_ABS
+    assert max(deaths.started_s) < 10  # 0.6 s on two cores
+    assert "tritonserver ended by SIGSEGV" in options.log.read_text()
+
+
+@pytest.mark.long
+def test_storms_of_every_kind(served, demo_photos, record_reliability):
+    """How many kill the server, how long until the next one answers, and that others lose nothing."""
+    options, server_pid = served
+    images = [photo.read_bytes() for photo in demo_photos]
+    cold_start_s = float(re.search(r"ready after ([\d.]+) s", options.log.read_text())[1])
+    with Deaths(options, server_pid) as deaths, Traffic(options.grpc_url, images, clients=2) as traffic:
+        killed = storms(options, server_pid, KINDS, ROUNDS)
+        wait_until(lambda: is_ready(options))
+    assert (traffic.lost, traffic.wrong, deaths.dishonest) == ([], [], 0)
+    answered = {"slowest_answer_s": round(max(deaths.answered_s), 1)} if deaths.answered_s else {}
+    started = {"slowest_new_process_s": round(max(deaths.started_s), 1)} if deaths.started_s else {}
+    record_reliability(
+        "storms",
+        storms=ROUNDS * len(KINDS),
+        servers_killed=killed.total(),
+        **{f"killed by {kind}": count for kind, count in killed.items() if count},
+        requests=len(traffic.sent),
+        lost=len(traffic.lost),
+        cold_start_s=cold_start_s,
+        **started,
+        **answered,
+    )
+
+
+def http_request(options, image: bytes) -> bytes:
+    host, _, port = options.http_url.removeprefix("http://").rpartition(":")
+    head = (
+        f"POST /v2/models/clip_ensemble/infer HTTP/1.1\r\nHost: {host}:{port}\r\nInference-Header-Content-Length: 0\r\n"
+    )
+    return f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image
+
+
+def leave_http(options, rounds, part):
+    """Connections that are reset when so much of a request is sent; with all of it, while it is answered."""
+    address = options.http_url.removeprefix("http://").rsplit(":", 1)
+    request = http_request(options, probe_image())
+    for _ in range(rounds):
+        with socket.create_connection(address) as connection:
+            connection.sendall(request[: int(part * len(request))])
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+
+
+def leave_channels(options, rounds, *, stream):
+    """Channels that are closed with a call in flight."""
+    tensor = triton.InferInput("image_bytes", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[probe_image()]], dtype=object))
+    for _ in range(rounds):
+        client = triton.InferenceServerClient(options.grpc_url.removeprefix("grpc://"))
+        with contextlib.suppress(InferenceServerException):
+            if stream:
+                client.start_stream(lambda result, error: None)
+                client.async_stream_infer("clip_ensemble", [tensor])
+                client.stop_stream(cancel_requests=True)
+            else:
+                client.async_infer("clip_ensemble", [tensor], lambda result, error: None)
+        client.close()
+
+
+def leave_tasks(options, rounds):
+    """Tasks of our own client that are cancelled, sixty-four at a time."""
+
+    async def cancel() -> None:
+        async with AsyncEmbeddingClient(options.grpc_url, timeout_s=GENEROUS_S) as client:
+            for _ in range(rounds // 64):
+                tasks = [asyncio.create_task(client.embed([probe_image()])) for _ in range(64)]
+                await asyncio.sleep(0.02)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(cancel())
+
+
+LEFT_MIDWAY = 640
+LEFT = {
+    "HTTP, half sent": partial(leave_http, part=0.5),
+    "HTTP, in flight": partial(leave_http, part=1.0),
+    "streams": partial(leave_channels, stream=True),
+    "channels": partial(leave_channels, stream=False),
+    "tasks": leave_tasks,
+}
+
+
+@pytest.mark.long
+def test_what_is_left_midway_leaves_nothing_behind(served, demo_photos, record_reliability):
+    """No file, thread or shared memory; where the server died of it, which over gRPC it may, they are new."""
+    options, server_pid = served
+    images, killed, risen = [photo.read_bytes() for photo in demo_photos], 0, Counter()
+
+    def settled() -> tuple[int, Sample]:
+        with EmbeddingClient(options.grpc_url, timeout_s=GENEROUS_S) as client:
+            client.embed(images)
+        wait_until(lambda: is_ready(options))
+        return server_pid(), sample(server_pid(), 0)
+
+    for name, leave in LEFT.items():
+        leave(options, LEFT_MIDWAY)  # pools grow to their size
+        before_pid, before = settled()
+        leave(options, LEFT_MIDWAY)
+        after_pid, after = settled()
+        if after_pid != before_pid:
+            killed += 1
+            continue
+        for what in ("open_files", "threads", "regions"):
+            risen[what] = max(risen[what], getattr(after, what) - getattr(before, what))
+        assert max(risen.values()) <= 8, (name, risen)
+        assert after.private_mib < before.private_mib + 200, name
+    record_reliability(
+        "left_midway",
+        left=LEFT_MIDWAY * len(LEFT),
+        kinds=len(LEFT),
+        servers_killed=killed,
+        **{f"{what}_risen": rise for what, rise in risen.items()},
+    )

@@ -195,6 +195,7 @@ def test_ctrl_c_is_quiet_and_keeps_what_was_finished(waiting):
     assert json.loads(line)["path"] == "a.jpg"
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_no_part_of_a_file(url, brain, tmp_path):
     """A file that was being written goes, and what was there before stays."""
     brain.reset()

@@ -328,6 +328,7 @@ def run(start):
     [("parquet", signal.SIGKILL), ("jsonl", signal.SIGTERM), ("parquet", signal.SIGINT)],
     indirect=["table"],
 )
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_command_goes_on_after_a_signal(start, run, brain, out, table, photos, monkeypatch, number):
     """The eighth image waits at the server: the first five are a part by then, and are not asked for again."""
     monkeypatch.chdir(out.parent)

@@ -89,6 +89,12 @@ def test_each_variable_reaches_its_setting():
     ("environment", "message"),
     [
         ({"TRT_PRECISION": "fp12"}, "TRT_PRECISION=fp12: expected one of fp32, fp16"),
+        ({"TRT_FP16": "yes"}, "TRT_FP16=yes: expected 1 or 0"),
+        (
+            {"TRT_FP16": "0", "TRT_PRECISION": "fp16"},
+            "TRT_FP16=0 means TRT_PRECISION=fp32, and TRT_PRECISION=fp16 came",
+        ),
+        ({"TRT_FP16": "1", "TRT_PRECISION": "int8"}, "TRT_FP16=1 means TRT_PRECISION=fp16, and TRT_PRECISION=int8"),
         ({"TRT_MAX_BATCH": "many"}, "TRT_MAX_BATCH=many: expected a whole number from 1"),
         ({"TRT_MAX_BATCH": "0"}, "TRT_MAX_BATCH=0"),
         ({"CLIP_PREPROCESS_INSTANCES": "all"}, "CLIP_PREPROCESS_INSTANCES=all: expected a whole number from 1"),
@@ -102,6 +108,13 @@ def test_a_variable_that_cannot_be_is_named_with_what_was_expected(environment, 
     with pytest.raises(ToolError, match=message) as caught:
         Settings.from_environment(environment)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("value", "precision"), [("0", "fp32"), ("1", "fp16"), ("", "fp16")])
+def test_trt_fp16_is_taken_for_a_precision(value, precision):
+    """As those set it who come from another container; compose passes what is unset as empty."""
+    assert Settings.from_environment({"TRT_FP16": value, "TRT_PRECISION": ""}).precision == precision
+    assert Settings.from_environment({"TRT_FP16": value, "TRT_PRECISION": precision}).precision == precision
 
 
 def test_onnx_only_builds_nothing_and_needs_no_gpu():
@@ -610,7 +623,7 @@ def test_a_graph_that_is_not_its_manifests_is_neither_served_nor_built_of(contai
 
 def test_the_document_names_every_variable():
     text = (ROOT / "docs" / "container.md").read_text()
-    assert set(re.findall(r"`((?:TRT|CLIP|SKIP)_[A-Z_]+)`", text.split("## What it needs")[0])) == variables()
+    assert set(re.findall(r"`((?:TRT|CLIP|SKIP)_[A-Z0-9_]+)`", text.split("## What it needs")[0])) == variables()
 
 
 IN_THE_IMAGE = """

@@ -1,6 +1,7 @@
 """A model's file is the one that its manifest describes, or it is not loaded."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from clip_tools.errors import ToolError
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment
+from clip_tools.serving import manifests
 from clip_tools.serving.manifests import check_manifests, wrong_file
 
 
@@ -88,3 +90,15 @@ def test_swap_asks_no_server_to_load_such_a_file(models, name, file):
     done = CliRunner().invoke(cli.app, ["swap", name, f"--models={models}", "--url=grpc://localhost:1"])
     assert isinstance(done.exception, ToolError)
     assert f"{path} is not the file that manifest.json describes" in str(done.exception)
+
+
+def test_a_file_is_read_again_only_when_it_has_changed(models, monkeypatch):
+    """A server that died is replaced at once; a change is noticed also where its time was set back."""
+    read, path = [], models / "clip_onnx" / "1" / "model.onnx"
+    monkeypatch.setattr(manifests, "sha256_of", lambda file: read.append(file) or sha256_of(file))
+    assert [wrong_file(path), wrong_file(path)] == [None, None]
+    assert read == [path]
+    before = path.stat()
+    path.write_bytes(bytes(before.st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "is not the file that manifest.json describes" in wrong_file(path)

@@ -4,14 +4,17 @@ import os
 import shutil
 import signal as signals
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from clip_embed import DeadlineExceededError, ServerError, ServerOverloadedError
 from clip_tools.errors import ToolError
+from clip_tools.serving import process as processes
 from clip_tools.serving import supervisor, watchdog
 from clip_tools.serving.process import TritonProcess
 from clip_tools.serving.supervisor import Supervisor
@@ -23,6 +26,13 @@ LONG_S = 60.0
 def a_process(script: str) -> TritonProcess:
     """A shell in place of tritonserver; the flags that it gets are its $0 and so on."""
     return TritonProcess(["/bin/sh", "-c", script], {"PATH": "/usr/bin:/bin"})
+
+
+def wait_for_a_line(process: TritonProcess) -> None:
+    deadline = time.monotonic() + LONG_S
+    while not process._tail:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -185,7 +195,7 @@ class Server:
 
     def __init__(self, script="exec sleep 600", *, failure=None, broken=None, remark=None):
         self.script, self.failure, self.broken, self.remark = script, failure, broken, remark
-        self.stopped = None
+        self.stopped, self.embeds = None, False
 
     def start(self):
         if self.failure:
@@ -194,6 +204,7 @@ class Server:
 
     def wait_until_it_embeds(self):
         self.process.raise_if_ended()
+        self.embeds = True
         return self.remark
 
     def watchdog(self):
@@ -211,12 +222,14 @@ class Server:
             self.process.stop(is_broken=is_broken)
 
 
-def test_each_server_that_breaks_or_cannot_start_has_a_successor_that_waits_longer(monkeypatch):
+def test_each_server_that_breaks_or_cannot_start_has_a_successor(monkeypatch):
+    """At once after one that embedded; the next one waits longer each time after those that did not."""
     monkeypatch.setattr(supervisor, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(supervisor, "LONGEST_WAIT_S", 0.04)
     servers = [
         Server(broken="its stub is gone", remark="its vectors are right"),
         Server(failure="port taken"),
+        Server(failure="still taken"),
         Server("exit 3"),
     ]
     servers += [Server(broken="again"), Server()]
@@ -234,7 +247,8 @@ def test_each_server_that_breaks_or_cannot_start_has_a_successor_that_waits_long
     reasons = [line.partition(";")[0] for line in said if "a new server" in line]
     assert reasons[:2] == ["its stub is gone", "port taken"]
     waits = [float(line.split()[-2]) for line in said if "a new server" in line]
-    assert waits == [0.01, 0.02, 0.04, 0.04][: len(waits)]
+    assert waits[:3] == [0.01, 0.02, 0.04]
+    assert waits[-1] == 0.01
     assert [one.stopped for one in servers[:2]] == [True, True]
     assert next(one for one in reversed(servers) if one.stopped is not None).stopped is False
 
@@ -286,9 +300,86 @@ def test_a_stop_ends_the_wait_for_the_next_one(monkeypatch):
 def test_a_broken_server_is_killed_when_it_has_drained():
     """Its log says so; it is not waited for until it has unloaded."""
     process = a_process("trap 'echo All models are stopped; sleep 600' TERM; echo up; while :; do sleep 0.05; done")
+    wait_for_a_line(process)
     began = time.monotonic()
-    while not process._tail:
-        time.sleep(0.01)
     process.stop(is_broken=True)
     assert time.monotonic() - began < 4
     assert process.why_it_ended() is None
+
+
+def test_one_that_does_not_unload_is_not_waited_for(monkeypatch):
+    """As Triton 24.10 does not after a model that did not load anew, nor a Python model that hangs in a driver."""
+    monkeypatch.setattr(processes, "UNLOAD_S", 0.1)
+    process = a_process("trap 'echo All models are stopped' TERM; echo up; while :; do sleep 0.05; done")
+    wait_for_a_line(process)
+    began = time.monotonic()
+    process.stop()
+    assert time.monotonic() - began < LONG_S / 4
+
+
+def test_one_that_does_not_answer_is_killed_after_its_limit():
+    """Also while nobody waits in `stop`, as when it is told to end while it is being asked whether it embeds."""
+    process = a_process("trap '' TERM; echo up; while :; do sleep 0.05; done")
+    wait_for_a_line(process)
+    process.terminate(limit_s=0.1)
+    assert process.wait(LONG_S)
+    process.stop()
+
+
+DIES = """
+import os, sys, threading
+from clip_tools.serving.process import TritonProcess, _dying_with_parent
+
+def start():
+    global process  # its models' processes do not look for their server by themselves
+    process = TritonProcess(["/bin/sh", "-c", "trap '' TERM; sleep 600 & echo $!; wait"], {"PATH": "/usr/bin:/bin"})
+
+thread = threading.Thread(target=start)
+thread.start()
+thread.join()
+while str(thread.native_id) in os.listdir("/proc/self/task"):
+    pass
+assert not process.wait(0.1)
+open(f"/dev/shm/{process._shm_prefix}region", "w").close()
+print(process.pid, process._shm_prefix, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_when_this_process_is_killed_the_server_and_its_children_are_too_and_nothing_is_left():
+    """Not when the thread ends that started it, which is what Linux takes for the parent."""
+    command = [sys.executable, "-c", DIES]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as parent:
+        server, prefix = parent.stdout.readline().split()
+        child = parent.stderr.readline()  # the server's log
+        group = [psutil.Process(int(pid)) for pid in (server, child)]
+        parent.kill()
+        assert psutil.wait_procs(group, timeout=LONG_S)[1] == []
+    deadline = time.monotonic() + LONG_S
+    while list(Path("/dev/shm").glob(prefix + "*")):  # noqa: S108
+        assert time.monotonic() < deadline
+
+
+def test_a_parent_that_has_ended_before_the_child_could_ask_is_noticed():
+    code = """
+import os, sys
+from clip_tools.serving.process import _dying_with_parent
+ask = _dying_with_parent()
+def code_of(work):
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os._exit(work() or 0)
+sys.exit(10 * code_of(ask) + code_of(lambda: code_of(ask)))  # its own child; a grandchild, whose parent is another
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
+
+
+def test_the_end_of_one_whose_models_processes_live_on_is_seen_at_once():
+    """They hold its log open, and one that hangs would do so for ever."""
+    process = a_process("sleep 600 & kill -s SEGV $$")
+    assert process.wait(LONG_S)
+    began = time.monotonic()
+    assert "by SIGSEGV, as before 25.04" in process.why_it_ended()
+    process.stop(is_broken=True)
+    assert time.monotonic() - began < 4

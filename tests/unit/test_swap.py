@@ -47,6 +47,9 @@ class FakeServer:
         if f"unload {model}" in self.fails:
             raise ToolError("the connection was lost")
 
+    def forget_failures(self, models):
+        """Of Triton itself; see tests/e2e/test_swap_under_load.py."""
+
     def embed_pixels(self, model, pixels):
         self.batches.append(len(pixels))
         if f"embed {model}" in self.fails:

@@ -87,10 +87,15 @@ def test_the_winner_becomes_a_configuration_of_the_models_it_changes(models, tmp
         "best_variants": best.variants,
     }
     written = profile.apply(result, "tuned", repository, models)
-    assert sorted(path.parent.parent.name for path in written) == ["clip_ensemble", "clip_onnx", "preprocess"]
+    assert sorted(path.parent.parent.name for path in written) == ["clip_onnx", "preprocess"]
     parts = {model.name: model.config for model in deployment(models, "tuned")}
     assert (parts["preprocess"].instance_group[0].count, parts["clip_onnx"].instance_group[0].count) == (3, 2)
-    assert [parts[name].max_batch_size for name in ("preprocess", "clip_onnx", "clip_ensemble")] == [4, 8, 4]
+    assert [list(parts[name].dynamic_batching.preferred_batch_size) for name in ("preprocess", "clip_onnx")] == [
+        [4],
+        [8],
+    ]
+    # A client sends as many images at once as before.
+    assert {part.max_batch_size for part in parts.values()} == {read_config(MODELS, "clip_ensemble").max_batch_size}
     # All else is as it was committed: the engine, the limits on images and on what may wait.
     for name in ("preprocess", "clip_onnx"):
         queue = read_config(MODELS, name).dynamic_batching.default_queue_policy

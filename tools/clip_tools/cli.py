@@ -161,13 +161,9 @@ def swap(
 
     A server of another user or machine is asked with the key of CLIP_ADMIN_KEY.
     """
-    from clip_tools.repository import deployment
     from clip_tools.serving import swap as verb
-    from clip_tools.serving.manifests import check_manifests
     from clip_tools.serving.model_control import GrpcModelControl
 
-    here = [model for model in deployment(models, name) if model.file and model.file.is_file()]
-    check_manifests(here, backends=("onnxruntime", "tensorrt"))
     options = verb.SwapOptions(
         name,
         models=models,
@@ -175,6 +171,7 @@ def swap(
         allow_other_weights=allow_other_weights,
         check_vectors=check_vectors,
     )
+    verb.check_deployment(url, options)
     with GrpcModelControl(url) as control:
         verb.swap(control, options, say=lambda line: typer.echo(line, err=True))
 

@@ -49,6 +49,16 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
     "What breaks": (
         Promise("stub_killed", "A killed stub turns readiness off and is replaced."),
         Promise("stub_wedged", "So is one that hangs."),
+        Promise(
+            "storms",
+            "gRPC calls that other clients give up may kill the embedded server: it is seen at once, the next one is "
+            "started within a second, and clients that wait lose nothing.",
+        ),
+        Promise(
+            "left_midway",
+            "Half-sent requests, and connections, streams, channels and tasks that end before their answer, leave no "
+            "file, thread or shared memory behind.",
+        ),
         Promise("faults_server_killed", "A server killed under load: its clients wait for the next one on its port."),
         Promise("faults_replica_killed", "One of two servers killed under load: the other one answers."),
         Promise("faults_sigterm", "A server that is told to stop finishes what it has taken."),

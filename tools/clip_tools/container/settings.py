@@ -41,7 +41,7 @@ class Settings:
         read = _Reader(environment)
         max_batch = read.number("TRT_MAX_BATCH", 64)
         settings = cls(
-            precision=cast(Precision, read.one_of("TRT_PRECISION", PRECISIONS, "fp16")),
+            precision=read.precision(),
             opt_batch=read.number("TRT_OPT_BATCH", min(16, max_batch)),
             max_batch=max_batch,
             skip_build=read.flag("SKIP_TRT_BUILD"),
@@ -82,6 +82,18 @@ class _Reader:
         if value not in known:
             raise ToolError(f"{name}={value}: expected one of {', '.join(known)}", exit_code=USAGE)
         return value
+
+    def precision(self) -> Precision:
+        """TRT_PRECISION's, or that of TRT_FP16, which other containers take for it."""
+        fp16 = "fp16" if self.flag("TRT_FP16", default="1") else "fp32"
+        precision = self.one_of("TRT_PRECISION", PRECISIONS, fp16)
+        if self.text("TRT_FP16") and precision != fp16:
+            raise ToolError(
+                f"TRT_FP16={self.text('TRT_FP16')} means TRT_PRECISION={fp16}, and TRT_PRECISION={precision} came: "
+                "leave TRT_FP16 out",
+                exit_code=USAGE,
+            )
+        return cast(Precision, precision)
 
     def number(self, name: str, default: int = 1) -> int:
         value = self.text(name) or str(default)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.measuring.fingerprint import fingerprint, gpu_name
 from clip_tools.measuring.perf import PerfOptions, write_input
-from clip_tools.measuring.variants import write_config
+from clip_tools.measuring.variants import limit_batches, write_config
 from clip_tools.measuring.workload import VGA
 from clip_tools.paths import MODELS, RESULTS, ROOT
 from clip_tools.repository import ENSEMBLE, read_config
@@ -202,34 +202,32 @@ def base_name(variant: str) -> str:
 def apply(result: dict[str, Any], name: str, repository: Path, models: Path = MODELS) -> list[Path]:
     """Write the winner as configs/NAME.pbtxt of each model that it changes; what was written.
 
-    The winner's instances, batching and batch limits go into the committed configuration; the rest of it stays.
+    The winner's instances, batching and batch sizes go into the committed configuration; the rest of it stays, and with
+    it how many images a request may hold.
     Nothing is written when the committed configuration won. Raises ToolError for a name that cannot be one.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise ToolError(f"--apply {name}: expected lower-case letters, digits and hyphens", exit_code=2)
     written = []
-    variants = [variant for variant in result["best_variants"] if not variant.endswith("_default")]
+    changed = [variant for variant in result["best_variants"] if not variant.endswith("_default")]
+    variants = [variant for variant in changed if base_name(variant) != ENSEMBLE]
     found = {base_name(variant): _read_variant(repository / variant / "config.pbtxt") for variant in variants}
-    limits = [config.max_batch_size for model, config in found.items() if model != ENSEMBLE]
     for model, winner in found.items():
         config = read_config(models, model)
         before = config.SerializeToString(deterministic=True)
-        config.max_batch_size = winner.max_batch_size
-        if model == ENSEMBLE:
-            config.max_batch_size = min(limits, default=config.max_batch_size)  # no more than any step takes
-        else:
-            del config.instance_group[:]
-            config.instance_group.extend(winner.instance_group)
-            if winner.HasField("dynamic_batching"):
-                policy = config.dynamic_batching.default_queue_policy
-                winner.dynamic_batching.default_queue_policy.CopyFrom(policy)  # Model Analyzer leaves it out
-                config.dynamic_batching.CopyFrom(winner.dynamic_batching)
+        del config.instance_group[:]
+        config.instance_group.extend(winner.instance_group)
+        if winner.HasField("dynamic_batching"):
+            policy = config.dynamic_batching.default_queue_policy
+            winner.dynamic_batching.default_queue_policy.CopyFrom(policy)  # Model Analyzer leaves it out
+            config.dynamic_batching.CopyFrom(winner.dynamic_batching)
+        limit_batches(config, winner.max_batch_size)
         if config.SerializeToString(deterministic=True) != before:
             comment = f"{model} as {result['searched_by']} found it best on {result['environment']['cpu']}, "
             comment += (
                 f"{result['environment']['cores']} cores, {result['environment']['date'][:10]}:\n{result['best']}.\n"
             )
-            comment += "max_batch_size is also what one request may hold."
+            comment += "max_batch_size is what one request may hold."
             written.append(write_config(models, model, config, name, comment=comment))
     return written
 

@@ -200,7 +200,7 @@ def apply(result: dict[str, Any], name: str, models: Path = MODELS) -> list[Path
         config = read_config(models, model, variant.config_name)
         if change(config, variant):
             comment = f"{model} as the sweep found it best on {where}, {result['environment']['date'][:10]}:\n"
-            comment += f"{result['best']}.\nmax_batch_size is also what one request may hold."
+            comment += f"{result['best']}.\nmax_batch_size is what one request may hold."
             written.append(write_config(models, model, config, name, comment=comment))
     return written
 

@@ -27,7 +27,7 @@ class Variant:
         preprocess_instances: processes that decode.
         engine_instances: sessions of the engine, each with its own threads.
         engine_threads: ONNX Runtime's threads; 0 is its own choice.
-        max_batch: images that the engine takes at once, at most, and so what one request may hold.
+        max_batch: how many images a model's batches hold; a request may hold as many as before.
         queue_delay_us: how long the engine's batcher waits for a fuller batch.
         with_tensor_model: also a model that takes FP32 tensors, for clients that preprocess.
     """
@@ -98,12 +98,18 @@ def change(config: Any, variant: Variant) -> bool:
             config.parameters["intra_op_thread_count"].string_value = str(variant.engine_threads)
         if variant.queue_delay_us not in (None, config.dynamic_batching.max_queue_delay_microseconds):
             config.dynamic_batching.max_queue_delay_microseconds = variant.queue_delay_us
-    if variant.max_batch is not None:  # an ensemble may not take more than its steps
-        config.max_batch_size = variant.max_batch
-        warm_ups = [one for one in config.model_warmup if one.batch_size <= variant.max_batch]
-        del config.model_warmup[:]
-        config.model_warmup.extend(warm_ups)
+    if variant.max_batch is not None and config.HasField("dynamic_batching"):
+        limit_batches(config, variant.max_batch)
     return bool(config.SerializeToString(deterministic=True) != before)
+
+
+def limit_batches(config: Any, images: int) -> None:
+    """Let Triton form batches of so many images. `max_batch_size`, which bounds a request, never shrinks."""
+    if images < config.max_batch_size:
+        preferred = config.dynamic_batching.preferred_batch_size
+        preferred[:] = [size for size in preferred if size <= images] or [images]
+    else:
+        config.max_batch_size = images
 
 
 def write_config(models: Path, name: str, config: Any, config_name: str | None, *, comment: str = "") -> Path:

@@ -56,6 +56,11 @@ def access_of(url: str, environment: Mapping[str, str]) -> Access | None:
     return Access(admin_key=keys["admin_key"], api_key=keys.get("api_key")) if "admin_key" in keys else None
 
 
+def runs_here(url: str) -> bool:
+    """Whether this user runs the server at a URL on this machine."""
+    return _kept(url) is not None
+
+
 def _kept(url: str) -> Access | None:
     """What `remember` kept, while the process that did lives."""
     folder = keyring_folder()

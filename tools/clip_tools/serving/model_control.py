@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +33,9 @@ class ModelControl(Protocol):
 
     def unload(self, model: str) -> None:
         """Begin to unload the model; the requests that it has are answered. One that is not loaded is no error."""
+
+    def forget_failures(self, models: Iterable[str]) -> None:
+        """Make a server ready again that is not because some of these models did not load."""
 
     def embed_pixels(self, model: str, pixels: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.float32]":
         """What the model itself answers for `pixels` (N, 224, 224, 3) uint8 RGB."""
@@ -123,6 +126,24 @@ class GrpcModelControl:
     def unload(self, model: str) -> None:
         with self._our_errors():
             self._client.unload_model(model, headers=self._headers)
+
+    def forget_failures(self, models: Iterable[str]) -> None:
+        """Triton 24.10 counts a model that did not load as not ready until it is unloaded, and unloads only what was
+        loaded. So a copy of the ensemble is loaded under its name and unloaded; that needs no file and takes no time.
+        """
+        from google.protobuf import json_format
+
+        with self._our_errors():
+            if self._client.is_server_ready(headers=self._headers):
+                return
+            index = self._client.get_model_repository_index(headers=self._headers).models
+            others = {model.name for model in index if model.state != "UNAVAILABLE" or model.reason == "unloaded"}
+            config = self.configuration(ENSEMBLE)
+            for config.name in set(models) - others:
+                copy = json_format.MessageToJson(config, preserving_proto_field_name=True)
+                # With a file, Triton does not look for the model's version folder, which may be what is missing.
+                self._client.load_model(config.name, config=copy, files={"file:1/none": b""}, headers=self._headers)
+                self._client.unload_model(config.name, headers=self._headers)
 
     def _infer(self, model: str, name: str, datatype: str, array: "npt.NDArray[Any]") -> "npt.NDArray[np.float32]":
         with self._our_errors():

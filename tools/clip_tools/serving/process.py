@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -18,11 +21,19 @@ from clip_tools.serving.hidden_arguments import popen
 
 DRAIN_S = 30  # as long as a request may wait in a queue
 EXIT_TIMEOUT_S = 30  # Triton's own default: how long it waits for requests in flight
+UNLOAD_S = 5.0  # for its models to be unloaded, with nothing in flight: 3 s on two cores
 _LOG_LINES_KEPT = 2000  # tritonserver's own help, printed after a bad flag, has over 500
 _PYTHON_BACKENDS = ("python", "onnxruntime", "tensorrt")
 _DRAINED = "All models are stopped"  # of Triton's log, once it is ending and nothing is in flight any more
 _LAST_ANSWERS_S = 0.2  # from then on, until they are on the wire; not measured
 _BROKEN_DRAIN_S = 5.0  # not measured
+_KILLED_S = 5.0  # for the kernel to end what was killed; not measured
+_POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+# Waits until this process has ended, however that comes, and ends a server's group and shared memory: its models'
+# processes look for their server by themselves, but not while they are stopped or hang in a driver.
+_GUARD = 'read -r _; kill -s KILL -- "-$1"; rm -f -- "/dev/shm/$2"*'
 
 # The lines of the log that say why it ended, the most telling first.
 _REASONS = tuple(
@@ -42,7 +53,7 @@ _REASONS = tuple(
 class TritonProcess:
     """One tritonserver and its children. Its log goes to `log`, None for stderr; `secrets`: see `hidden_arguments`.
 
-    It is asked to end when the thread that started it ends, for that is what Linux takes for a parent.
+    When this process is killed they are, too.
     """
 
     def __init__(
@@ -60,7 +71,8 @@ class TritonProcess:
         self._tail: deque[str] = deque(maxlen=_LOG_LINES_KEPT)
         self._drained = threading.Event()
         self.is_stopping = False
-        self._process = popen(
+        self._start = partial(
+            popen,
             [*command, *prefixes],
             secrets or {},
             env=environment,
@@ -70,10 +82,19 @@ class TritonProcess:
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on once
-            preexec_fn=_die_with_parent,
+            preexec_fn=_dying_with_parent(),
         )
-        self._reader = threading.Thread(target=self._read_log, args=(self._process.stdout,), daemon=True)
+        started: Future[subprocess.Popen[str]] = Future()
+        self._reader = threading.Thread(target=self._run, args=(started,), daemon=True)
         self._reader.start()
+        self._process = started.result()
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, "clip-tools-guard", str(self.pid), self._shm_prefix],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     @property
     def pid(self) -> int:
@@ -92,10 +113,13 @@ class TritonProcess:
         """The exit code and the log's reason when it ended by itself; else None."""
         if self._process.poll() is None or self.is_stopping:
             return None
+        _kill_group(self.pid)  # its models' processes hold its log open
         self._reader.join(timeout=5)
         code = self._process.returncode
         if code == -signal.SIGKILL:
             return "tritonserver was killed (SIGKILL): is there too little memory?"
+        if code == -signal.SIGSEGV:  # the log does not say
+            return "tritonserver ended by SIGSEGV, as before 25.04 it may when clients give up gRPC calls (SECURITY.md)"
         end = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return f"tritonserver ended {end}: {self.last_words()}"
 
@@ -104,21 +128,36 @@ class TritonProcess:
         if why := self.why_it_ended():
             raise ToolError(why)
 
-    def terminate(self, drain: Callable[[], None] | None = None) -> None:
-        """Ask it to end, once `drain` has let it answer what it has taken; a second time: kill it. Does not wait."""
+    def terminate(self, drain: Callable[[], None] | None = None, *, limit_s: float = EXIT_TIMEOUT_S) -> None:
+        """Ask it to end, once `drain` has let it answer what it has taken; a second time: kill it. Does not wait.
+
+        It is killed when it still has requests `limit_s` after `drain`, or does not end without any.
+        """
         if self._process.poll() is not None:
             return
         if self.is_stopping:
             _kill_group(self.pid)
         else:
             self.is_stopping = True
-            threading.Thread(target=self._drain_and_terminate, args=(drain,), daemon=True).start()
+            threading.Thread(target=self._end, args=(drain, limit_s), daemon=True).start()
 
-    def _drain_and_terminate(self, drain: Callable[[], None] | None) -> None:
+    def _end(self, drain: Callable[[], None] | None, limit_s: float) -> None:
         with contextlib.suppress(Exception):  # it is broken, or its models may not be changed: it ends as it can
             if drain:
                 drain()
         self._process.terminate()
+        if not self._is_over_within(limit_s, UNLOAD_S):
+            _kill_group(self.pid)
+
+    def _is_over_within(self, limit_s: float, unload_s: float) -> bool:
+        """Whether it ends: within the limit, and once nothing is in flight within `unload_s`."""
+        deadline = time.monotonic() + limit_s
+        while not self.wait(_POLL_S):
+            if self._drained.is_set():
+                return self.wait(unload_s)
+            if time.monotonic() > deadline:
+                return False
+        return True
 
     def stop(self, *, is_broken: bool = False) -> None:
         """End it and everything it started, when the requests in flight are answered. Safe to call twice.
@@ -128,16 +167,19 @@ class TritonProcess:
         if not self.is_stopping:
             self.terminate()
         try:
-            if not is_broken:
-                self.wait(DRAIN_S + EXIT_TIMEOUT_S + 5)
-            elif self._drained.wait(_BROKEN_DRAIN_S):
-                self.wait(_LAST_ANSWERS_S)
+            if is_broken:
+                self._is_over_within(_BROKEN_DRAIN_S, _LAST_ANSWERS_S)
+            else:
+                self.wait(DRAIN_S + EXIT_TIMEOUT_S + 2 * UNLOAD_S)
         finally:
             _kill_group(self.pid)  # a stub can outlive a server that was killed
-            self._process.wait()
+            if not self.wait(_KILLED_S):
+                sys.stderr.write(f"clip-tools: tritonserver (process {self.pid}) was killed, and the system holds it\n")
             self._reader.join(timeout=5)
             for region in Path("/dev/shm").glob(self._shm_prefix + "*"):  # noqa: S108
                 region.unlink(missing_ok=True)
+            self._guard.kill()
+            self._guard.communicate()
 
     def last_words(self) -> str:
         """The line of the log that says why, as well as it can be found, and where the whole log is."""
@@ -151,11 +193,23 @@ class TritonProcess:
                     return found[1].strip().strip('"')
         return lines[-1].strip() if lines else "nothing was logged"
 
-    def _read_log(self, stream: IO[str]) -> None:
-        log = self._log
-        if log:
-            log.parent.mkdir(parents=True, exist_ok=True)
-        with stream, log.open("w") if log else contextlib.nullcontext(sys.stderr) as sink:
+    def _run(self, started: "Future[subprocess.Popen[str]]") -> None:
+        """Start it and read its log until it ends: to Linux the parent is this thread, which therefore has to last."""
+        try:
+            if self._log:
+                self._log.parent.mkdir(parents=True, exist_ok=True)
+            sink = self._log.open("w") if self._log else contextlib.nullcontext(sys.stderr)
+            process = self._start()
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        assert process.stdout is not None  # noqa: S101
+        with sink as file:
+            self._read_log(process.stdout, file)
+
+    def _read_log(self, stream: IO[str], sink: IO[str]) -> None:
+        with stream:
             for line in stream:
                 self._tail.append(line)
                 if _DRAINED in line:
@@ -166,9 +220,16 @@ class TritonProcess:
         self._drained.set()
 
 
-def _die_with_parent() -> None:
-    """Runs in the child: it gets SIGTERM when this process is killed."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def _dying_with_parent() -> Callable[[], None]:
+    """What is to run in the child: it is killed when this thread ends, which it does when this process is killed."""
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def die_with_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before that
+            os._exit(1)
+
+    return die_with_parent
 
 
 def _kill_group(pid: int) -> None:

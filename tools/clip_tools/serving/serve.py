@@ -24,7 +24,7 @@ from clip_tools.serving.drain import drain
 from clip_tools.serving.machine import Machine, write_served
 from clip_tools.serving.manifests import check_manifests
 from clip_tools.serving.process import DRAIN_S, EXIT_TIMEOUT_S, TritonProcess
-from clip_tools.serving.proof import check_vectors
+from clip_tools.serving.proof import WrongVectors, check_vectors
 from clip_tools.serving.supervisor import Supervisor
 from clip_tools.serving.tritonserver import command, find_installation
 from clip_tools.serving.watchdog import PROBE_DEADLINE_S, ImageProbe, Watchdog, decoding_cpu_s
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from clip_embed import EmbeddingClient
 
 _CHECK_S = 30.0  # how long the sample may wait for room
+_STARTING_S = 5.0  # how long one that is told to stop before it has embedded may take; not measured
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class EmbeddedServer:
     remark: str | None = field(default=None, init=False)
     _process: TritonProcess | None = field(default=None, init=False)
     _served: tempfile.TemporaryDirectory[str] | None = field(default=None, init=False)
+    embeds: bool = field(default=False, init=False)
 
     def __enter__(self) -> "EmbeddedServer":
         try:
@@ -192,7 +194,11 @@ class EmbeddedServer:
                 if client.is_ready():
                     try:
                         probe.ask()
+                        self.embeds = True
                         return self._held_to_open_clip(client) if self.options.check_vectors else None
+                    except WrongVectors:
+                        self.embeds = False
+                        raise
                     except (ServerOverloadedError, DeadlineExceededError) as error:
                         wrong = f"{ENSEMBLE} is loaded and has no room: {error}; "  # others have waited for it
                     except EmbeddingError as error:
@@ -254,7 +260,9 @@ class EmbeddedServer:
     def terminate(self) -> None:
         """Ask the server to finish what is in flight and end; a second time: kill it."""
         if self._process is not None:
-            self._process.terminate(partial(drain, self.options.http_url, self.options.access.http_headers(), DRAIN_S))
+            drain_s, limit_s = (DRAIN_S, EXIT_TIMEOUT_S) if self.embeds else (_STARTING_S, _STARTING_S)
+            headers = self.options.access.http_headers()
+            self._process.terminate(partial(drain, self.options.http_url, headers, drain_s), limit_s=limit_s)
 
     def stop(self, *, is_broken: bool = False) -> None:
         """End the server and everything it started. Safe to call twice; see `TritonProcess.stop`."""

@@ -12,15 +12,18 @@ from clip_tools.errors import ToolError
 from clip_tools.serving.process import TritonProcess
 from clip_tools.serving.watchdog import Watchdog
 
-# How long from one start to the next: half a second, then twice as long each time. Not measured.
+# How long from one server to the next: half a second after one that embedded, whose own start takes longer than that;
+# twice as long each time after one that did not come to embed. Not measured.
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
-WELL_AFTER_S = 300.0  # of a server that went on for so long, the next one starts at once again
 
 Say = Callable[[str], object]
 
 
 class Server(Protocol):
     """A server that can be started, once."""
+
+    embeds: bool
+    """Whether it has come to embed."""
 
     @property
     def process(self) -> TritonProcess: ...
@@ -87,12 +90,12 @@ class Supervisor:
     def _run(self) -> None:
         next_wait_s = FIRST_WAIT_S
         while not self._asked.is_set():
-            began, wait_s = time.monotonic(), 0.0
+            wait_s = 0.0
             server = self._server = self._new_server()
             try:
                 why = self._serve(server)
                 if not self._asked.is_set():
-                    wait_s = FIRST_WAIT_S if time.monotonic() - began > WELL_AFTER_S else next_wait_s
+                    wait_s = FIRST_WAIT_S if server.embeds else next_wait_s
                     next_wait_s = min(2 * wait_s, LONGEST_WAIT_S)
                     self._say(f"{why}; a new server takes its place in {wait_s:g} s")
             finally:

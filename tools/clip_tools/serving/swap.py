@@ -11,11 +11,13 @@ from clip_tools.engines.engine import Engine
 from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
-from clip_tools.repository import ENSEMBLE, deployment
+from clip_tools.repository import ENSEMBLE, check_files, deployment
+from clip_tools.serving import keyring
 from clip_tools.serving.machine import Machine
+from clip_tools.serving.manifests import check_manifests
 from clip_tools.serving.model_control import ModelControl
 from clip_tools.serving.proof import check_vectors
-from clip_tools.serving.serve import probe_image
+from clip_tools.serving.serve import check_plans, probe_image
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +56,22 @@ class Step:
     do: Callable[[], str | None]
     undo: Callable[[], None] | None = None
     undo_own_failure: bool = False
+
+
+def check_deployment(url: str, options: SwapOptions) -> None:
+    """Raises ToolError for a file that cannot be what the server at `url` is to load, before it is asked to.
+
+    A server that this user runs here is held to what `clip-tools serve` asks. Of another one's files only those that
+    are also here are looked at.
+    """
+    models = deployment(options.models, options.name)
+    if keyring.runs_here(url):
+        check_files(models)
+        check_manifests(models)
+        check_plans(models)
+    else:
+        here = [model for model in models if model.file and model.file.is_file()]
+        check_manifests(here, backends=("onnxruntime", "tensorrt"))
 
 
 def same_configuration(present: Any, wanted: Any) -> bool:
@@ -264,7 +282,7 @@ def swap(control: ModelControl, options: SwapOptions, say: Callable[[str], None]
         try:
             remark = step.do()
         except BaseException as error:
-            undone = _undo(control, [*done, *([step] if step.undo_own_failure else [])], say)
+            undone = _undo(control, options, [*done, *([step] if step.undo_own_failure else [])], say)
             if not isinstance(error, ToolError):
                 raise
             raise ToolError(
@@ -273,9 +291,14 @@ def swap(control: ModelControl, options: SwapOptions, say: Callable[[str], None]
             ) from error
         done.append(step)
         say(f"{number}/{len(steps)} {step.title}{f': {remark}' if remark else ''} ({time.monotonic() - started:.1f} s)")
+    control.forget_failures(_model_names(options))  # of an earlier swap
 
 
-def _undo(control: ModelControl, done: list[Step], say: Callable[[str], None]) -> str:
+def _model_names(options: SwapOptions) -> list[str]:
+    return sorted(path.parent.name for path in options.models.glob("*/config.pbtxt"))
+
+
+def _undo(control: ModelControl, options: SwapOptions, done: list[Step], say: Callable[[str], None]) -> str:
     """Undo the steps, last first, and say how the server is then."""
     failed = []
     for step in reversed(done):
@@ -289,6 +312,7 @@ def _undo(control: ModelControl, done: list[Step], say: Callable[[str], None]) -
             break  # an ensemble that could not go back still needs the model that would be unloaded next
     try:
         _check_ensemble(control)
+        control.forget_failures(_model_names(options))
     except ToolError as error:
         failed.append(str(error))
     if failed:

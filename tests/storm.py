@@ -1,0 +1,74 @@
+"""A storm of gRPC calls that their client gives up, as a program: `python -m tests.storm URL KIND SEED CALLS`.
+
+It prints how many calls were given up and how many were answered.
+"""
+
+import random
+import sys
+import threading
+import time
+
+import numpy as np
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from clip_tools.serving.serve import probe_image
+
+THREADS = 16
+KINDS = {
+    # kind: shortest and longest deadline in ms, the share that is cancelled, after how many ms
+    "deadline": ((20, 100), 0.0, 5),
+    "short deadline": ((1, 20), 0.0, 5),
+    "cancel": (None, 1.0, 5),
+    "late cancel": (None, 1.0, 60),
+    "both": ((20, 100), 1 / 3, 5),
+}
+
+
+def storm(url: str, kind: str, seed: int, calls: int) -> tuple[int, int]:
+    """(calls given up, calls answered) of 16 threads with so many calls each, or until the server is lost."""
+    deadlines, cancelled, after_ms = KINDS[kind]
+    counts = {"given up": 0, "answered": 0}
+    lock = threading.Lock()
+
+    def count(what: str) -> None:
+        with lock:
+            counts[what] += 1
+
+    def one(number: int) -> None:
+        rng = random.Random(f"{seed} {number}")  # noqa: S311
+        tensor = triton.InferInput("image_bytes", [1, 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([[probe_image()]], dtype=object))
+        with triton.InferenceServerClient(url) as client:
+            for _ in range(calls):
+                timeout_s = rng.uniform(*deadlines) / 1000 if deadlines else None
+                done = threading.Event()
+
+                def take(result, error, done=done) -> None:
+                    count("given up" if error else "answered")
+                    done.set()
+
+                try:
+                    if rng.random() < cancelled:
+                        call = client.async_infer("clip_ensemble", [tensor], take, client_timeout=timeout_s)
+                        time.sleep(rng.uniform(0, 2 * after_ms) / 1000)
+                        call.cancel()
+                        done.wait(30)
+                    else:
+                        client.infer("clip_ensemble", [tensor], client_timeout=timeout_s)
+                        count("answered")
+                except InferenceServerException as error:
+                    if error.status() == "StatusCode.UNAVAILABLE" and "connect" in str(error):
+                        return
+                    count("given up")
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return counts["given up"], counts["answered"]
+
+
+if __name__ == "__main__":
+    print(*storm(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
