@@ -54,7 +54,8 @@ class ClientOptions(Generic[TransportT]):
             backend: "pytorch" for the service that `clip-tools bench` compares with, at an HTTP URL; it has one model.
             batch_size: images a request, at most; the server takes 64.
             max_in_flight: requests on their way at once, in each call; those that wait to be sent again are among them.
-            max_batch_bytes: bytes a request, at most; a larger image goes alone.
+            max_batch_bytes: bytes a request, at most; a larger image goes alone. A file over both this and 32 MiB, the
+                server's own limit, is refused and not read to its end.
             api_key: the key of a server that embeds only for those who have it.
             ca_file: the certificates, PEM, by which a `grpcs://` or `https://` server is known; None for the system's
                 with `https://`, and for those that gRPC brings with `grpcs://`.
