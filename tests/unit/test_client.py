@@ -5,10 +5,12 @@ import ast
 import graphlib
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -164,6 +166,29 @@ def test_an_unreadable_file_is_named(client, tmp_path, name):
     assert (failure.index, failure.code, failure.source) == (1, "unreadable", str(tmp_path / name))
     assert str(caught.value).isprintable()
     assert client.embed([Path("/proc/self/status")]).shape == (1, 512)  # a file, though it says that it has 0 bytes
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+def test_a_client_that_was_used_before_a_fork_works_in_the_child_and_goes_on_in_the_parent(client):
+    """As in joblib and a DataLoader's workers; a child's end does not close the parent's connection."""
+    for number in range(3):
+        client.embed([b"%d in the parent" % number])
+        child = os.fork()
+        if not child:
+            try:
+                with client:
+                    got = client.embed([b"in the child"])
+                os._exit(0 if np.array_equal(got, [vector_of(b"in the child")]) else 1)
+            finally:
+                os._exit(2)
+        ends_s = time.monotonic() + 20
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < ends_s:
+            time.sleep(0.01)
+        if not ended[0]:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert ended == (child, 0)
+    assert client.is_ready()
 
 
 def test_a_bad_image_never_loses_its_neighbours(url, brain, tmp_path):
