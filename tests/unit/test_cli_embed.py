@@ -100,6 +100,37 @@ def test_a_name_shows_nothing_to_the_terminal_that_it_obeys(run, tmp_path):
         assert (done.returncode, b"\\u001b[31m" in done.stderr, b"\x1b" in done.stderr) == (2, True, False)
 
 
+@pytest.mark.promise
+def test_no_odd_file_ends_a_run(run, tmp_path, record_reliability):
+    """Each is a line on stderr or a row, and the images after it have theirs."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    os.mkfifo(folder / "fifo.jpg")
+    (folder / "endless.jpg").symlink_to("/dev/zero")
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "nowhere.jpg").symlink_to("missing")
+    (folder / "closed").mkdir(mode=0)
+    with (folder / "huge.jpg").open("wb") as file:
+        file.truncate(1 << 40)
+    good = [os.fsdecode(name) for name in (b"z.jpg", b"caf\xe9.jpg", b"\x1b[2J.jpg", b"far.jpg", b"past.jpg")]
+    for name in good:
+        (folder / name).write_bytes(b"good")
+    os.utime(folder / "far.jpg", (0, 10_413_792_000))  # the year 2300
+    os.utime(folder / "past.jpg", (0, -10_413_792_000))
+    for output in ("v.jsonl", "v.parquet", "v.npy"):
+        done = run("photos", "missing", "a" * 5000, "-o", output)
+        assert done.returncode == 1, done.stderr
+        failed = [line.split(":")[0].rpartition("/")[2] for line in done.stderr.decode().splitlines()]
+        assert sorted(failed) == sorted(
+            ["endless.jpg", "fifo.jpg", "huge.jpg", "loop.jpg", "nowhere.jpg", "missing", "a" * 5000]
+            + ["closed"] * (os.geteuid() != 0)
+        )
+    rows = [json.loads(line)["path"] for line in (tmp_path / "v.jsonl").read_bytes().splitlines()]
+    assert len(rows) == len(good)
+    (folder / "closed").chmod(0o700)
+    record_reliability("odd_files", faults=3 * len(failed), lost=0)
+
+
 def test_what_is_left_out_of_folders_is_told(run, tmp_path):
     for name in ("p/a.jpg", "p/@eaDir/a.jpg", "p/b.heic", "q/b.heic"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
