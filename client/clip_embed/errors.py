@@ -30,7 +30,8 @@ class ImageFailure:
     Args:
         index: position in the caller's images, from 0.
         code: the server's `empty`, `too_large`, `not_an_image`, `unsupported_format`, `too_many_pixels`, `too_complex`,
-            `truncated` or `corrupt`; or the client's `unreadable` (no such file, no permission, a folder, a device).
+            `too_deep`, `truncated` or `corrupt`; or the client's `unreadable` (no such file, no permission, a folder, a
+            device).
         reason: one sentence for a person; empty when the server gave none.
         source: the path, when the image was given as one.
     """
