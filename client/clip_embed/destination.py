@@ -29,7 +29,8 @@ def is_special(path: Path) -> bool:
 
 def through_links(path: Path) -> Path:
     """The file that a link leads to, whether it is there or not."""
-    return Path(os.path.realpath(path)) if path.is_symlink() and not is_special(path) else path
+    is_link = os.path.islink(path)  # noqa: PTH114  Path's raises for a folder above it that is closed
+    return Path(os.path.realpath(path)) if is_link and not is_special(path) else path
 
 
 @contextmanager

@@ -29,10 +29,9 @@ def _proxy_of(target: Target) -> httpx.Proxy | None:
         ValueError: It is none that HTTP can use.
     """
     parts, proxies = urlsplit(target.address), getproxies()
-    is_left_out = any(map(proxy_bypass, (parts.netloc, parts.hostname or ""))) or "*" in proxies.get("no", "").split(
-        ","
-    )
-    if target.is_local or is_left_out:
+    if target.is_local or "*" in proxies.get("no", "").split(","):
+        return None
+    if proxy_bypass(parts.netloc) or proxy_bypass(parts.hostname or ""):  # IPv6 with its brackets, and without
         return None
     if not (given := (proxies.get(parts.scheme) or proxies.get("all", "")).strip()):
         return None

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Generic, Self
+from typing import Any, Generic, NoReturn, Self
 
 from clip_embed.batches import MAX_REQUEST_BYTES, Batches, ImageSource, require_many
 from clip_embed.credentials import Credentials, environment_options
@@ -110,6 +110,9 @@ class ClientOptions(Generic[TransportT]):
         self._forks = _forks
         self._reopen()
         self._is_closed = False
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a client cannot be pickled, for its connections cannot: make one in each process")
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:

@@ -5,6 +5,7 @@ import ast
 import graphlib
 import itertools
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -189,6 +190,12 @@ def test_a_client_that_was_used_before_a_fork_works_in_the_child_and_goes_on_in_
             os.waitpid(child, 0)
         assert ended == (child, 0)
     assert client.is_ready()
+
+
+def test_a_client_for_another_process_is_made_there(client):
+    """As where a DataLoader's workers are spawned."""
+    with pytest.raises(TypeError, match="make one in each process"):
+        pickle.dumps(client)
 
 
 def test_a_bad_image_never_loses_its_neighbours(url, brain, tmp_path):
