@@ -28,6 +28,7 @@ CODES = frozenset(
         "too_large",
         "too_many_pixels",
         "too_complex",
+        "too_deep",
         "unsupported_format",
         "not_an_image",
         "truncated",

@@ -10,13 +10,19 @@ from clip_embed.credentials import Credentials
 from clip_embed.dispatch import Attempt, Dispatch, Probe
 from clip_embed.errors import EmbeddingError
 from clip_embed.options import ClientOptions
+from clip_embed.servers import Servers
 from clip_embed.target import Target
 from clip_embed.transport import AsyncTransport, open_async_transport
 from clip_embed.wire import Embeddings
 
 
 class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
-    """Embeds images on a server, for any number of tasks of one event loop. Files are read in a thread."""
+    """Embeds images on a server, for any number of tasks of one event loop. Files are read in a thread.
+
+    When that loop is closed, as at the end of `asyncio.run`, the next one may use the client: it connects anew.
+    """
+
+    _loop: asyncio.AbstractEventLoop | None = None
 
     async def embed(self, images: Iterable[ImageSource]) -> Embeddings:
         """The embeddings of N images: (N, 512) float32, C-contiguous, row i of image i, L2 norm 1.
@@ -59,6 +65,18 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    @property
+    def _servers(self) -> Servers[AsyncTransport]:
+        """Raises RuntimeError outside of an event loop, and when another one has the client, and runs."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None:
+                if not (self._loop.is_closed() or self._is_forked):
+                    raise RuntimeError("this client belongs to another event loop: make one for each")
+                self._reopen()
+            self._loop = loop
+        return self._opened[-1]
 
     @staticmethod
     def _open(target: Target, model: str, credentials: Credentials) -> AsyncTransport:

@@ -4,14 +4,15 @@ The blocking and the async client share it. It starts no thread and sends nothin
 as paths, one request's worth at a time.
 """
 
+import errno
 import os
+import stat
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from clip_embed.errors import EmbeddingError, ImageFailure, InvalidImageError
-from clip_embed.wire import Embeddings, ImageBytes
+from clip_embed.wire import MAX_IMAGE_BYTES, Embeddings, ImageBytes
 
 ImageSource = bytes | bytearray | memoryview | str | os.PathLike[str]
 """One image: the bytes of an encoded file, or a path to one (a str is always a path)."""
@@ -38,7 +39,8 @@ class Batches:
     Args:
         images: read lazily.
         batch_size: images a request, at most.
-        max_batch_bytes: bytes a request, at most; a larger image goes alone.
+        max_batch_bytes: bytes a request, at most; a larger image goes alone. A file over it and over what the server
+            takes by default is not read.
         read_ahead: how many images may be read before the first of them has its result: what bounds the memory.
         keep_going: a failure becomes the result of its images; otherwise it is raised.
     """
@@ -142,7 +144,7 @@ class Batches:
         index = self._taken
         self._taken += 1
         try:
-            return read_image(image, index)
+            return read_image(image, index, max_file_bytes=max(self._max_batch_bytes, MAX_IMAGE_BYTES))
         except InvalidImageError as error:
             if not self._keep_going:
                 raise
@@ -150,11 +152,11 @@ class Batches:
             return None
 
 
-def read_image(image: ImageSource, index: int) -> Item:
+def read_image(image: ImageSource, index: int, *, max_file_bytes: int = MAX_IMAGE_BYTES) -> Item:
     """The image's bytes, not copied if they are bytes already, else read from its path.
 
     Raises:
-        InvalidImageError: The file cannot be read (`unreadable`), or the image is over 1 GiB (`too_large`).
+        InvalidImageError: The file cannot be read, or is none (`unreadable`), or the image is too large (`too_large`).
         TypeError: It is neither bytes nor a path.
     """
     source = None
@@ -167,27 +169,47 @@ def read_image(image: ImageSource, index: int) -> Item:
         case str() | os.PathLike():
             source = os.fsdecode(image)
             try:
-                with Path(source).open("rb") as file:
-                    _check_size(os.fstat(file.fileno()).st_size, index, source)
-                    content = file.read()
+                content = _read_file(source, max_file_bytes + 1)
             except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
                 reason = getattr(error, "strerror", None) or str(error)
                 raise InvalidImageError([ImageFailure(index, "unreadable", reason, source)]) from error
+            if len(content) > max_file_bytes:
+                reason = f"over {max_file_bytes} bytes; for a server that takes more, raise max_batch_bytes"
+                raise InvalidImageError([ImageFailure(index, "too_large", reason, source)])
         case _:
             raise TypeError(
                 f"images[{index}]: expected the bytes of an encoded image file, or a path, came {type(image).__name__}"
             )
-    _check_size(len(content), index, source)
+    if len(content) > MAX_REQUEST_BYTES:
+        reason = f"{len(content)} bytes, and a request holds {MAX_REQUEST_BYTES} at most"
+        raise InvalidImageError([ImageFailure(index, "too_large", reason, source)])
     return Item(index, content, source)
+
+
+def _read_file(path: str, size_bytes: int) -> bytes:
+    """So many bytes of a file at most. Raises OSError for a device, a FIFO or a folder, and does not wait for one."""
+    _require_file(os.stat(path))  # noqa: PTH116  before it is opened, which some devices notice
+    with open(path, "rb", opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        _require_file(status)
+        content = file.read(min(size_bytes, status.st_size + 1))  # asking for 32 MiB at once would cost 0.2 ms
+        if len(content) > status.st_size:  # it has grown, or says 0 as those of /proc do
+            content += file.read(size_bytes - len(content))
+        return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _require_file(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "expected a file, came a device, a FIFO or a socket")
 
 
 def require_many(images: Iterable[ImageSource]) -> None:
     """Raises TypeError for a single image: its letters or bytes would be taken for images."""
     if isinstance(images, str | bytes | bytearray | memoryview | os.PathLike):
         raise TypeError(f"expected a sequence of images, came one {type(images).__name__}; give [image]")
-
-
-def _check_size(size_bytes: int, index: int, source: str | None) -> None:
-    if size_bytes > MAX_REQUEST_BYTES:
-        reason = f"{size_bytes} bytes, and a request holds {MAX_REQUEST_BYTES} at most"
-        raise InvalidImageError([ImageFailure(index, "too_large", reason, source)])

@@ -4,13 +4,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from io import BufferedIOBase
 from itertools import chain, tee
 from pathlib import Path
-from typing import Annotated, NoReturn, Self
+from typing import Annotated, NoReturn, Self, cast
 
 from clip_embed import jsonl, parquet
 from clip_embed.client import EmbeddingClient
@@ -28,6 +28,8 @@ from clip_embed.errors import (
     ModelNotReadyError,
     ServerUnavailableError,
 )
+from clip_embed.finding import Search, UnusableList
+from clip_embed.names import printable
 from clip_embed.output import Format, Output, open_output
 from clip_embed.table import UnusableOutput, has_parts, parts_of
 from clip_embed.target import DEFAULT_URL, URL_VARIABLE
@@ -40,7 +42,6 @@ except ModuleNotFoundError:  # only the installed command imports this module, s
     sys.stderr.write("clip-embed: the command needs more packages: pip install 'clip-embed[cli]'\n")
     sys.exit(2)
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 SOME_FAILED, USAGE, NO_SERVER, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
 # The next image would fare no better.
 HOPELESS = (ServerUnavailableError, ModelNotReadyError, CredentialsError, ContractError)
@@ -69,12 +70,18 @@ def embed(
             "--format",
             help='jsonl: a line {"path": ..., "size_bytes": ..., "mtime_ns": ..., "embedding": [...]} for each image, '
             "none for one that failed. parquet: rows of the same four. npy: one (N, 512) float32 array; row i is image "
-            "i, NaN if it failed. Default: what the output's name ends with, else jsonl.",
+            "i, NaN if it failed, and FILE.paths has its path as line i. Default: what the output's name ends with.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "--out", "-o", help="A file, written whole or not at all; default: stdout."),
+        typer.Option(
+            "--output",
+            "--out",
+            "-o",
+            help="A file, written whole or not at all, through links and with the mode of what was there; a device or "
+            "a FIFO is written to. Default: stdout.",
+        ),
     ] = None,
     resume: Annotated[
         bool,
@@ -83,6 +90,32 @@ def embed(
             help="Keep what is finished, also when the run is killed, and embed only the images that the output does "
             "not have, that failed or that have changed. For jsonl and parquet.",
         ),
+    ] = False,
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune",
+            help="With --resume: drop the rows of files that are gone. A relative path is looked for from the folder "
+            "that the command runs in.",
+        ),
+    ] = False,
+    exclude: Annotated[
+        list[str],
+        typer.Option(
+            metavar="GLOB",
+            help="Leave out of the folders what has such a name, or such a path in the folder given; may be repeated.",
+        ),
+    ] = [],  # noqa: B006  typer makes a new one
+    include: Annotated[
+        list[str],
+        typer.Option(
+            metavar="GLOB",
+            help="Take of the folders what is left out otherwise: by --exclude, as litter (thumbnails, trash, ._ "
+            "files) or by its suffix; may be repeated.",
+        ),
+    ] = [],  # noqa: B006
+    null: Annotated[
+        bool, typer.Option("--null", "-0", help="Each path on stdin ends with a NUL, as `find -print0` writes them.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a request, at most; the server takes 64.")] = 8,
     max_in_flight: Annotated[int, typer.Option(min=1, help="Requests on their way at once.")] = 8,
@@ -117,7 +150,10 @@ def embed(
 
     Exit codes: 0 all good, 1 some images failed, 2 usage, 3 the server cannot be reached or used.
     """
-    target = _target(output, output_format, resume=resume)
+    target = _target(output, output_format, resume=resume, prune=prune)
+    if null and "-" not in images:
+        _exit(USAGE, "-0 is for paths on stdin: give - as an IMAGE")
+    search = Search(tuple(exclude), tuple(include), b"\0" if null else b"\n")
     try:
         client = EmbeddingClient(
             url,
@@ -131,10 +167,10 @@ def embed(
             key_file=key_file,
         )
     except (ValueError, ModuleNotFoundError) as error:
-        _exit(USAGE, str(error))
+        _exit(USAGE, _one_line(error))
     # The work has its own thread, so that Ctrl-C meets this one, which only waits: in the midst of grpc's code it could
     # be lost, or leave a client that does not close.
-    work = ThreadPoolExecutor(1).submit(_run, client, images, target)
+    work = ThreadPoolExecutor(1).submit(_run, client, search, images, target)
     try:
         some_failed = work.result()
     except KeyboardInterrupt:
@@ -142,20 +178,24 @@ def embed(
         wait([work], timeout=2.0)
         os._exit(INTERRUPTED)
     except HOPELESS as error:
-        _exit(NO_SERVER, f"{error}{target.kept}")
+        _exit(NO_SERVER, f"{_one_line(error)}{target.kept}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit meets the pipe again
         raise typer.Exit(BROKEN_PIPE) from None
     except OSError as error:
         _exit(USAGE, f"cannot write {output or 'stdout'}: {error.strerror or error}{target.kept}")
-    except UnusableOutput as error:
-        _exit(USAGE, str(error))
+    except (UnusableOutput, UnusableList) as error:
+        _exit(USAGE, _one_line(error))
     if some_failed:
         raise typer.Exit(SOME_FAILED)
 
 
 def main() -> None:
     """The entry point."""
+    for argument in sys.argv[1:]:
+        if argument.startswith("-") and argument != printable(argument):  # typer would print it as it is
+            sys.stderr.write(f"clip-embed: {printable(argument)}: no such option; is it a file, give ./NAME\n")
+            sys.exit(USAGE)
     app()
 
 
@@ -166,13 +206,14 @@ class _Target:
     path: Path | None
     format: Format
     resume: bool
+    prune: bool
 
     def open(self) -> AbstractContextManager[Output]:
         if not self.resume or self.path is None:
             return open_output(self.path, self.format)
         from clip_embed.resume import open_resumed  # which needs a system with flock
 
-        return open_resumed(self.path, parquet if self.format is Format.parquet else jsonl)
+        return open_resumed(self.path, parquet if self.format is Format.parquet else jsonl, prune=self.prune)
 
     @property
     def kept(self) -> str:
@@ -182,13 +223,19 @@ class _Target:
         return ""
 
 
-def _target(path: Path | None, file_format: Format | None, *, resume: bool) -> _Target:
+def _target(path: Path | None, file_format: Format | None, *, resume: bool, prune: bool) -> _Target:
     """Refuses what cannot be written."""
-    if file_format is None:
-        suffix = path.suffix.removeprefix(".") if path else ""
-        file_format = Format(suffix) if suffix in list(Format) else Format.jsonl
+    file_format = _format(path, file_format)
+    if path is not None:
+        from clip_embed.destination import is_special, through_links
+
+        path = through_links(path)
+        if resume and is_special(path):
+            _exit(USAGE, f"--resume needs a file that can be read and replaced, {path} is none")
     if path is None and resume:
         _exit(USAGE, "--resume needs --output FILE")
+    if prune and not resume:
+        _exit(USAGE, "--prune needs --resume")
     if path is None and file_format is not Format.jsonl and sys.stdout.isatty():
         _exit(USAGE, f"{file_format} is binary and stdout is a terminal: give --output FILE")
     if resume and file_format is Format.npy:
@@ -200,14 +247,25 @@ def _target(path: Path | None, file_format: Format | None, *, resume: bool) -> _
             parquet.require_pyarrow()
         except ModuleNotFoundError as error:
             _exit(USAGE, str(error))
-    return _Target(path, file_format, resume)
+    return _Target(path, file_format, resume, prune)
 
 
-def _run(client: EmbeddingClient, arguments: list[str], target: _Target) -> bool:
+def _format(path: Path | None, chosen: Format | None) -> Format:
+    """What the path's name says, or what was chosen; a name with another ending is refused, so that none lies."""
+    ending = path.name.rpartition(".")[2].lower() if path and "." in path.name else ""
+    named = Format(ending) if ending in list(Format) else None
+    if path and chosen and named and named is not chosen:
+        _exit(USAGE, f"{path} ends with .{ending}, and --format is {chosen}: change one of them")
+    if path and ending and not (chosen or named):
+        _exit(USAGE, f"{path}: expected a name that ends with .jsonl, .npy or .parquet; or say --format")
+    return chosen or named or Format.jsonl
+
+
+def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: _Target) -> bool:
     """Embeds and writes; whether some images failed."""
-    paths = find_images(arguments, sys.stdin.buffer)
+    paths = search.paths(arguments, cast(BufferedIOBase, sys.stdin.buffer))
     if (first := next(paths, None)) is None:
-        _exit(USAGE, f"no images found in {' '.join(arguments)}")
+        _exit(USAGE, "; ".join(filter(None, (f"no images found in {' '.join(arguments)}", search.report()))))
     some_failed = False
     with client, _Talk(shows_bar=not (target.path is None and sys.stdout.isatty())) as talk:
         if not client.is_ready():
@@ -230,27 +288,11 @@ def _run(client: EmbeddingClient, arguments: list[str], target: _Target) -> bool
                 talk.advance()
             if output.already_there:
                 talk.say(f"{output.already_there} of the images were there already")
+            if output.pruned:
+                talk.say(f"{output.pruned} rows of images that are gone were dropped")
+        if left_out := search.report():
+            talk.say(left_out)
     return some_failed
-
-
-def find_images(arguments: Iterable[str], stdin: Iterable[bytes]) -> Iterator[str]:
-    """The paths that the arguments mean, lazily; of a folder those with a known suffix, sorted within each folder."""
-    for argument in arguments:
-        if argument == "-":
-            yield from filter(None, (os.fsdecode(line).rstrip("\r\n") for line in stdin))
-        elif Path(argument).is_dir():
-            yield from _walk(argument)
-        else:
-            yield argument
-
-
-def _walk(root: str) -> Iterator[str]:
-    unlisted: list[str] = []  # folders that cannot be read: given as if they were images, so that they are reported
-    for folder, subfolders, names in os.walk(root, onerror=lambda error: unlisted.append(error.filename)):
-        subfolders.sort()
-        files = (Path(folder, name) for name in sorted(names))
-        yield from (str(file) for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
-    yield from unlisted
 
 
 class _Talk:
@@ -286,7 +328,7 @@ class _Talk:
             self._bar.start()
 
     def say(self, line: str) -> None:
-        self._console.print(" ".join(line.split()), markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self._console.print(printable(line), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 class _Handler(logging.Handler):
@@ -295,16 +337,20 @@ class _Handler(logging.Handler):
         self._talk = talk
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._talk.say(record.getMessage())
+        self._talk.say(_one_line(record.getMessage()))
 
 
 def _describe(error: EmbeddingError) -> str:
     """`code: reason`."""
     if isinstance(error, InvalidImageError):
-        return ": ".join(filter(None, (error.failures[0].code, error.failures[0].reason)))
-    return f"{type(error).__name__}: {error}"
+        return ": ".join(filter(None, (error.failures[0].code, _one_line(error.failures[0].reason))))
+    return f"{type(error).__name__}: {_one_line(error)}"
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
 
 
 def _exit(code: int, message: str) -> NoReturn:
-    sys.stderr.write(f"clip-embed: {' '.join(message.split())}\n")
+    sys.stderr.write(f"clip-embed: {printable(message)}\n")
     raise typer.Exit(code)

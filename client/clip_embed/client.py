@@ -18,7 +18,10 @@ from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
 
 class EmbeddingClient(ClientOptions[Transport]):
-    """Embeds images on a server. Thread-safe: one client, and so one connection, serves a whole process."""
+    """Embeds images on a server. Thread-safe: one client, and so one connection, serves a whole process.
+
+    In a process that is forked it connects anew. It cannot be pickled.
+    """
 
     def embed(self, images: Iterable[ImageSource]) -> Embeddings:
         """The embeddings of N images: (N, 512) float32, C-contiguous, row i of image i, L2 norm 1.

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from clip_embed.names import printable
+
 
 @dataclass(frozen=True, slots=True)
 class ImageFailure:
@@ -28,7 +30,8 @@ class ImageFailure:
     Args:
         index: position in the caller's images, from 0.
         code: the server's `empty`, `too_large`, `not_an_image`, `unsupported_format`, `too_many_pixels`, `too_complex`,
-            `truncated` or `corrupt`; or the client's `unreadable` (no such file, no permission, a folder).
+            `too_deep`, `truncated` or `corrupt`; or the client's `unreadable` (no such file, no permission, a folder, a
+            device).
         reason: one sentence for a person; empty when the server gave none.
         source: the path, when the image was given as one.
     """
@@ -39,7 +42,7 @@ class ImageFailure:
     source: str | None = None
 
     def __str__(self) -> str:
-        return f"[{self.index}] " + ": ".join(filter(None, (self.source, self.code, self.reason)))
+        return f"[{self.index}] " + ": ".join(filter(None, (printable(self.source or ""), self.code, self.reason)))
 
 
 class EmbeddingError(Exception):

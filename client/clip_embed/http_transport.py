@@ -7,8 +7,10 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from importlib import import_module
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
@@ -20,6 +22,38 @@ from clip_embed.wire import HEADER_LENGTH, Embeddings, ImageBytes, http_request,
 T = TypeVar("T")
 
 
+def _proxy_of(target: Target) -> httpx.Proxy | None:
+    """The environment's proxy for a server on another machine, in every form that urllib takes.
+
+    Raises:
+        ValueError: It is none that HTTP can use.
+    """
+    parts, proxies = urlsplit(target.address), getproxies()
+    if target.is_local or "*" in proxies.get("no", "").split(","):
+        return None
+    if proxy_bypass(parts.netloc) or proxy_bypass(parts.hostname or ""):  # IPv6 with its brackets, and without
+        return None
+    if not (given := (proxies.get(parts.scheme) or proxies.get("all", "")).strip()):
+        return None
+    scheme, found, rest = given.partition("://")
+    if not found:
+        scheme, rest = "http", given.removeprefix("//")
+    login, has_login, host = rest.rpartition("@")
+    user, _, password = login.partition(":")
+    url = f"{scheme}://{host.partition('/')[0]}"
+    try:
+        proxy = httpx.Proxy(url, auth=(unquote(user), unquote(password)) if has_login else None)
+        if not proxy.url.host:
+            raise ValueError("no host")
+        if proxy.url.scheme.startswith("socks"):
+            import_module("socksio")  # which httpx needs for it
+    except (ValueError, ImportError, httpx.InvalidURL) as error:
+        raise ValueError(
+            f"{parts.scheme}_proxy or all_proxy of the environment: expected http://HOST:PORT, came {url}: {error}"
+        ) from error
+    return proxy
+
+
 class AsyncHttpTransport:
     """Implements `transport.AsyncTransport`."""
 
@@ -29,7 +63,8 @@ class AsyncHttpTransport:
         self._http = httpx.AsyncClient(
             base_url=target.address,
             verify=credentials.ssl_context() if target.is_secure else True,
-            trust_env=not target.is_local,  # whose proxy is meant
+            trust_env=False,  # httpx raises for some lists in NO_PROXY that the standard library takes
+            proxy=_proxy_of(target),
             timeout=None,  # noqa: S113  httpx limits each read and write; a whole request is limited in _request
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
             # Triton gzips for whoever accepts it, which costs its time and saves nothing: these floats do not shrink.
@@ -44,11 +79,15 @@ class AsyncHttpTransport:
         return read_http_answer(answer.content, answer.headers.get(HEADER_LENGTH), len(images))
 
     async def is_ready(self, timeout_s: float | None) -> bool:
-        answer = await self._request("GET", f"{self._model_path}/ready", timeout_s)
-        return answer.status_code == httpx.codes.OK
+        return await self._can_be_asked(f"{self._model_path}/ready", f"{self._model_path}/infer", timeout_s)
 
     async def close(self) -> None:
         await self._http.aclose()
+
+    async def _can_be_asked(self, ready: str, embed: str, timeout_s: float | None) -> bool:
+        """Whether one path is found and the other, which takes POST alone, is not: Triton's metrics port has any."""
+        answer = await self._request("GET", ready, timeout_s)
+        return answer.is_success and not (await self._request("GET", embed, timeout_s)).is_success
 
     async def _request(self, method: str, path: str, timeout_s: float | None, **content: Any) -> httpx.Response:
         try:

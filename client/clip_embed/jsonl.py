@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from clip_embed.names import printable
 from clip_embed.table import ImageFile, UnusableOutput
 from clip_embed.wire import Embeddings
 
@@ -18,7 +19,7 @@ class _Rows:
     def add(self, image: ImageFile, embedding: Embeddings | None) -> None:
         """Each number is the shortest that reads back as the same float32. A failed image has no line."""
         if embedding is not None:
-            head = json.dumps(image._asdict())[:-1].encode()
+            head = json.dumps(image._replace(path=printable(image.path))._asdict())[:-1].encode()
             self._file.write(head + _EMBEDDING + ", ".join(map(str, embedding)).encode() + b"]}\n")
             self._file.flush()
 
@@ -50,7 +51,7 @@ def _lines(path: Path) -> Iterator[tuple[ImageFile, bytes]]:
             head, found, numbers = line.partition(_EMBEDDING)
             try:
                 row = json.loads(head + b"}")
-                image = ImageFile(row["path"], row.get("size_bytes"), row.get("mtime_ns"))
+                image = ImageFile("" + row["path"], row.get("size_bytes"), row.get("mtime_ns"))
             except (ValueError, KeyError, TypeError, AttributeError):
                 found = b""
             if not found or not numbers.endswith(b"]}\n"):

@@ -1,10 +1,11 @@
 """What both clients are told, and how they cut a call into requests."""
 
 import os
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Generic, Self
+from typing import Any, Generic, NoReturn, Self
 
 from clip_embed.batches import MAX_REQUEST_BYTES, Batches, ImageSource, require_many
 from clip_embed.credentials import Credentials, environment_options
@@ -14,6 +15,19 @@ from clip_embed.retry import Retry
 from clip_embed.servers import Server, Servers, TransportT
 from clip_embed.target import BACKEND_VARIABLE, DEFAULT_URL, URL_VARIABLE, Backend, Target, parse_urls
 from clip_embed.wire import DEFAULT_MODEL
+
+_forks = 0  # between the first of this process's ancestors and itself
+_opening = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _forks  # noqa: PLW0603
+    _forks += 1
+    _opening.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_after_fork)
 
 
 class ClientOptions(Generic[TransportT]):
@@ -54,7 +68,8 @@ class ClientOptions(Generic[TransportT]):
             backend: "pytorch" for the service that `clip-tools bench` compares with, at an HTTP URL; it has one model.
             batch_size: images a request, at most; the server takes 64.
             max_in_flight: requests on their way at once, in each call; those that wait to be sent again are among them.
-            max_batch_bytes: bytes a request, at most; a larger image goes alone.
+            max_batch_bytes: bytes a request, at most; a larger image goes alone. A file over both this and 32 MiB, the
+                server's own limit, is refused and not read to its end.
             api_key: the key of a server that embeds only for those who have it.
             ca_file: the certificates, PEM, by which a `grpcs://` or `https://` server is known; None for the system's
                 with `https://`, and for those that gRPC brings with `grpcs://`.
@@ -85,14 +100,19 @@ class ClientOptions(Generic[TransportT]):
         self._batch_size = batch_size
         self._max_in_flight = max_in_flight
         self._max_batch_bytes = max_batch_bytes
-        credentials = Credentials(api_key=api_key, ca_file=ca_file, cert_file=cert_file, key_file=key_file)
+        self._credentials = Credentials(api_key=api_key, ca_file=ca_file, cert_file=cert_file, key_file=key_file)
         for target in targets:
-            credentials.check(target)
-        servers: list[Server[TransportT]] = [
-            Server(target.url, transport or self._open(target, model, credentials)) for target in targets
-        ]
-        self._servers: Servers[TransportT] = Servers(servers, retry)
+            self._credentials.check(target)
+        self._targets = targets
+        self._transport: TransportT | None = transport
+        # The last is in use; those of a process before a fork are kept, for their end would wait for threads of it.
+        self._opened: list[Servers[TransportT]] = []
+        self._forks = _forks
+        self._reopen()
         self._is_closed = False
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a client cannot be pickled, for its connections cannot: make one in each process")
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:
@@ -117,6 +137,28 @@ class ClientOptions(Generic[TransportT]):
     @staticmethod
     def _open(target: Target, model: str, credentials: Credentials) -> TransportT:
         raise NotImplementedError
+
+    @property
+    def _servers(self) -> Servers[TransportT]:
+        """In a process that was forked they are opened anew: a connection and its threads belong to the one before."""
+        with _opening:
+            if self._is_forked:
+                self._reopen()
+            return self._opened[-1]
+
+    @property
+    def _is_forked(self) -> bool:
+        return self._forks != _forks
+
+    def _reopen(self) -> None:
+        if not self._is_forked:
+            self._opened.clear()
+        self._forks = _forks
+        servers: list[Server[TransportT]] = [
+            Server(target.url, self._transport or self._open(target, self.model, self._credentials))
+            for target in self._targets
+        ]
+        self._opened.append(Servers(servers, self._retry))
 
     def _dispatch(self, images: Iterable[ImageSource], *, keep_going: bool) -> Dispatch[TransportT]:
         require_many(images)

@@ -1,11 +1,10 @@
-"""Where the command's embeddings go: to stdout, or to a file that appears whole."""
+"""Where the command's embeddings go: to stdout, a device or a FIFO, or to a file that appears whole."""
 
-import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Protocol
@@ -13,6 +12,7 @@ from typing import IO, Protocol
 import numpy as np
 
 from clip_embed import jsonl, parquet
+from clip_embed.names import printable
 from clip_embed.table import ImageFile, Rows, look_at
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
@@ -29,6 +29,7 @@ class Output(Protocol):
     """Says which images still need an embedding, and takes what came of each in order: None if it failed."""
 
     already_there: int  # how many need none
+    pruned: int  # how many rows were dropped because their image is gone
 
     def unfinished(self, paths: Iterable[str]) -> Iterator[ImageFile]: ...
 
@@ -36,16 +37,23 @@ class Output(Protocol):
 
 
 class NpyRows:
-    """The .npy format, one (N, 512) float32 array whose N is written last; a failed image's row is NaN."""
+    """The .npy format, one (N, 512) float32 array whose N is written last; a failed image's row is NaN.
 
-    def __init__(self, file: IO[bytes]) -> None:
+    Args:
+        names: gets row i's path as line i.
+    """
+
+    def __init__(self, file: IO[bytes], names: IO[bytes] | None = None) -> None:
         self._file = file
+        self._names = names
         self._count = 0
         self._write_header()
 
     def add(self, image: ImageFile, embedding: Embeddings | None) -> None:
         row = np.full(EMBEDDING_SIZE, np.nan) if embedding is None else embedding
         self._file.write(row.astype("<f4", copy=False).tobytes())
+        if self._names:
+            self._names.write(printable(image.path).encode() + b"\n")
         self._count += 1
 
     def finish(self) -> None:
@@ -61,7 +69,7 @@ class NpyRows:
 class _All:
     """An output that begins empty, so that every image needs an embedding."""
 
-    already_there = 0
+    already_there = pruned = 0
 
     def __init__(self, rows: Rows) -> None:
         self.add = rows.add
@@ -74,34 +82,50 @@ class _All:
 def open_output(path: Path | None, file_format: Format) -> Iterator[Output]:
     """An output to a file, or to stdout when the path is None. After an exception nothing of a file is left.
 
+    Beside `NAME.npy` its images' paths are in `NAME.npy.paths`.
+
     Raises:
         OSError: It cannot be written.
+        UnusableOutput: Another process is writing it.
     """
-    if path is None and file_format is Format.jsonl:
-        yield _All(jsonl.open_rows(sys.stdout.buffer))
-    elif path is None:
-        with tempfile.TemporaryFile() as whole:
-            with _rows(whole, file_format) as rows:
-                yield _All(rows)
-            whole.seek(0)
-            shutil.copyfileobj(whole, sys.stdout.buffer)
-            sys.stdout.flush()
-    else:
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with unfinished.open("xb") as file, _rows(file, file_format) as rows:
-                yield _All(rows)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    if path is None:
+        with _stream(sys.stdout.buffer, file_format) as rows:
+            yield _All(rows)
+        return
+    from clip_embed.destination import is_special, locked, whole  # which need a system with flock
+
+    if is_special(path):
+        with path.open("wb") as file, _stream(file, file_format) as rows:
+            yield _All(rows)
+        return
+    with locked(path) as folder, ExitStack() as files:
+        names = None
+        if file_format is Format.npy:
+            names = files.enter_context(whole(path.with_name(f"{path.name}.paths"), folder))
+        written = _rows(files.enter_context(whole(path, folder)), file_format, names)
+        yield _All(files.enter_context(written))
 
 
 @contextmanager
-def _rows(file: IO[bytes], file_format: Format) -> Iterator[Rows]:
+def _stream(file: IO[bytes], file_format: Format) -> Iterator[Rows]:
+    """Rows for what cannot be sought in: JSON lines at once, else all at the end."""
+    if file_format is Format.jsonl:
+        yield jsonl.open_rows(file)
+        return
+    with tempfile.TemporaryFile() as finished:
+        with _rows(finished, file_format) as rows:
+            yield rows
+        finished.seek(0)
+        shutil.copyfileobj(finished, file)
+        file.flush()
+
+
+@contextmanager
+def _rows(file: IO[bytes], file_format: Format, names: IO[bytes] | None = None) -> Iterator[Rows]:
     rows: Rows
     match file_format:
         case Format.npy:
-            rows = NpyRows(file)
+            rows = NpyRows(file, names)
         case Format.jsonl:
             rows = jsonl.open_rows(file)
         case Format.parquet:

@@ -6,7 +6,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from clip_embed.table import ImageFile, UnusableOutput, printable
+from clip_embed.names import printable
+from clip_embed.table import ImageFile, UnusableOutput
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
 ROW_GROUP = 8192  # rows, 16 MiB of embeddings: what a writer holds in memory; not measured

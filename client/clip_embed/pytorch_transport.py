@@ -27,7 +27,7 @@ class AsyncPyTorchTransport(AsyncHttpTransport):
         return read_answer(answer.content, len(images))
 
     async def is_ready(self, timeout_s: float | None) -> bool:
-        return (await self._request("GET", "health", timeout_s)).status_code == httpx.codes.OK
+        return await self._can_be_asked("health", "embed/base64", timeout_s)
 
 
 class PyTorchTransport(HttpTransport):

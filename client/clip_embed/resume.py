@@ -5,16 +5,15 @@ run they become one file together with what NAME held, which it takes the place 
 loses the rows that had not yet become a part, and never leaves half a file.
 """
 
-import fcntl
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
-from clip_embed.table import ImageFile, Table, UnusableOutput, has_parts, look_at, parts_of, printable
+from clip_embed.destination import locked, whole
+from clip_embed.names import original, printable
+from clip_embed.table import ImageFile, Table, has_parts, is_gone, look_at
 from clip_embed.wire import Embeddings
 
 PART_ROWS = 1000  # 2 MiB of Parquet
@@ -24,21 +23,23 @@ PART_S = 5.0  # what a kill may cost; neither was measured
 class Resumed:
     """Implements `output.Output`. Each path has one row at most, that of the file as it is now.
 
-    Rows of other paths stay, as of files that are gone or were not named this time.
+    Rows of other paths stay, as of files that were not named this time; `prune` drops those of files that are gone.
     """
 
-    def __init__(self, path: Path, table: Table) -> None:
+    def __init__(self, path: Path, table: Table, parts: Path, *, prune: bool) -> None:
         self._path = path
-        self._parts = parts_of(path)
+        self._parts = parts
         self._table = table
         self._rows: list[tuple[ImageFile, Embeddings]] = []
         self._written_s = time.monotonic()
         self._seen: set[str] = set()
         self.already_there = 0
-        self._finished = {
-            printable(image.path): image[1:] for file in self._files() for image in table.read_images(file)
-        }
-        self._is_changed = has_parts(path) or not path.exists()
+        self._finished = {image.path: image[1:] for file in self._files() for image in table.read_images(file)}
+        gone = [name for name in self._finished if prune and is_gone(original(name))]
+        for name in gone:
+            del self._finished[name]
+        self.pruned = len(gone)
+        self._is_changed = has_parts(path) or not path.exists() or bool(gone)
 
     def unfinished(self, paths: Iterable[str]) -> Iterator[ImageFile]:
         """Each image once that has no row, or the row of a file that has changed since."""
@@ -68,7 +69,7 @@ class Resumed:
         if not self._rows:
             return
         number = max((int(part.stem) for part in self._parts.glob("*.part")), default=0) + 1
-        with self._whole(self._parts / f"{number:08d}.part") as file:
+        with whole(self._parts / f"{number:08d}.part", self._parts, like=self._path) as file:
             rows = self._table.open_rows(file)
             for image, embedding in self._rows:
                 rows.add(image, embedding)
@@ -84,31 +85,14 @@ class Resumed:
             missing = dict(self._finished)
 
             def wants(image: ImageFile) -> bool:
-                name = printable(image.path)
-                if missing.get(name) != image[1:]:
+                if missing.get(image.path) != image[1:]:
                     return False  # a file as it was before, or a row that is in two files
-                del missing[name]
+                del missing[image.path]
                 return True
 
-            with self._whole(self._path) as file:
+            with whole(self._path, self._parts) as file:
                 self._table.merge(self._files(), file, wants)
         shutil.rmtree(self._parts)
-
-    @contextmanager
-    def _whole(self, path: Path) -> Iterator[IO[bytes]]:
-        """A file that takes the path's place when it is whole and on the disk; after an exception it is gone."""
-        unfinished = self._parts / "unfinished"
-        try:
-            with unfinished.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        with _opened(path.parent) as folder:
-            os.fsync(folder)  # so that the new name outlives a loss of power
 
     def _files(self) -> Iterator[Path]:
         if self._path.exists():
@@ -117,15 +101,15 @@ class Resumed:
 
 
 @contextmanager
-def open_resumed(path: Path, table: Table) -> Iterator[Resumed]:
+def open_resumed(path: Path, table: Table, *, prune: bool = False) -> Iterator[Resumed]:
     """An output to a file that may be there from before. After an exception its parts are left, to be resumed.
 
     Raises:
         OSError: It cannot be written.
         UnusableOutput: What is there was not written by this command, or another process is at it.
     """
-    with _locked(parts_of(path)):
-        output = Resumed(path, table)
+    with locked(path) as parts:
+        output = Resumed(path, table, parts, prune=prune)
         try:
             yield output
         except BaseException:
@@ -133,32 +117,3 @@ def open_resumed(path: Path, table: Table) -> Iterator[Resumed]:
                 output.write_part()
             raise
         output.merge()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The folder, made if need be, for this process alone; the lock ends with the process, however it ends."""
-    while True:
-        folder.mkdir(exist_ok=True)
-        with _opened(folder) as opened:
-            try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UnusableOutput(f"{folder} is in use by another clip-embed") from error
-            if not folder.exists() or folder.stat().st_ino != os.fstat(opened).st_ino:
-                continue  # the other one was just finished, and took the folder along
-            try:
-                yield
-            finally:
-                with suppress(OSError):
-                    folder.rmdir()  # if there is nothing in it
-            return
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        yield opened
-    finally:
-        os.close(opened)

@@ -7,13 +7,18 @@ from typing import IO, NamedTuple, Protocol
 
 from clip_embed.wire import Embeddings
 
+_INT64 = 2**63 - 1  # Parquet's and SQL's; a time in ns is over it from the year 2262 on
+
 
 class UnusableOutput(Exception):
     """What is at the output's path was not written by this command, or another process is writing it."""
 
 
 class ImageFile(NamedTuple):
-    """A path, and the size and time by which a changed file is told; None for both when it cannot be looked at."""
+    """A path, and the size and time by which a changed file is told; None for both when it cannot be looked at.
+
+    The path of a row that was read is in its `printable` form.
+    """
 
     path: str
     size_bytes: int | None
@@ -52,12 +57,18 @@ def look_at(path: str) -> ImageFile:
         status = os.stat(path)  # noqa: PTH116  Path would normalise the name
     except (OSError, ValueError):  # ValueError: a NUL in it
         return ImageFile(path, None, None)
-    return ImageFile(path, status.st_size, status.st_mtime_ns)
+    return ImageFile(path, status.st_size, max(-_INT64, min(status.st_mtime_ns, _INT64)))
 
 
-def printable(path: str) -> str:
-    """The path as text that has a UTF-8 form: a byte that is not UTF-8 becomes `\\udc80` to `\\udcff`, written out."""
-    return path.encode(errors="backslashreplace").decode()
+def is_gone(path: str) -> bool:
+    """Whether there is no such file; not where that cannot be told."""
+    try:
+        os.stat(path)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def parts_of(path: Path) -> Path:

@@ -19,6 +19,7 @@ DEFAULT_MODEL = "clip_ensemble"
 INPUT = "image_bytes"
 OUTPUT = "embedding"
 EMBEDDING_SIZE = 512
+MAX_IMAGE_BYTES = 32 << 20
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _RAW_INPUT_CONTENTS = b"\x3a"  # ModelInferRequest's field 7, length-delimited
 

@@ -7,6 +7,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import httpx
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import tritonclient.grpc as triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from clip_embed import EmbeddingClient, InvalidImageError
 from clip_tools.repository import read_config
@@ -195,3 +197,31 @@ def test_similarities_make_sense_to_a_person(trained, client, demo_photos):
     assert alike("cat", "dog") > alike("cat", "pagoda") + 0.1
     for one, other in (("dahlia", "impatiens"), ("dresden", "prague")):
         assert other == max((name for name in names if name != one), key=lambda name, one=one: alike(one, name))
+
+
+def test_the_metrics_port_is_no_server(server):
+    """It finds every path."""
+    with EmbeddingClient(f"http://localhost:{server.options.metrics_port}") as metrics:
+        assert not metrics.is_ready()
+    with EmbeddingClient(server.options.http_url) as client:
+        assert client.is_ready()
+
+
+@pytest.mark.parametrize("batch", [0, 1 << 32])
+def test_an_image_in_a_batch_of_none(server, images, expected, batch):
+    """Triton counts a batch in 32 bits and takes one of 0 for a request without that dimension.
+
+    `preprocess` refuses it. Of the ensemble's request it sees a batch of one, so the answer is one vector.
+    """
+    request = service_pb2.ModelInferRequest(model_name="preprocess")
+    request.inputs.add(name="image_bytes", datatype="BYTES", shape=[batch, 1])
+    request.raw_input_contents.append(len(images[0]).to_bytes(4, "little") + images[0])
+    with grpc.insecure_channel(f"localhost:{server.options.grpc_port}") as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError, match=r"expected the shape \[N, 1\] with N of 1 or more") as caught:
+            stub.ModelInfer(request, timeout=60)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        request.model_name = "clip_ensemble"
+        answer = stub.ModelInfer(request, timeout=60)
+    assert list(answer.outputs[0].shape) == [512]
+    assert_equal_open_clip(np.frombuffer(answer.raw_output_contents[0], "<f4")[None], expected[:1])

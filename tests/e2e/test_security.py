@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gzip
 import http.client
+import json
 import os
 import shutil
 import socket
@@ -371,11 +373,33 @@ def test_the_key_stops_what_brings_triton_24_10_down(guarded):
         assert client.embed([probe_image()]).shape == (1, 512)
 
 
+DEEP = b"[" * 1_000_000
+PARAMETERS = json.dumps({"parameters": {f"p{number}": 1 for number in range(60_000)}, "inputs": []}).encode()
+
+
+def test_a_key_for_http_alone_keeps_json_from_the_parser_and_grpc_open(repository, tmp_path):
+    """Neither depth nor number of parameters costs anything then, and whoever has the key can embed by HTTP."""
+    options = options_for(repository, tmp_path / "log", access=Access(http_key=API_KEY))
+    with EmbeddedServer(options):
+        for route in ("infer", "generate", "generate_stream", "versions/1/infer"):
+            for body in (DEEP, PARAMETERS):
+                answer = httpx.post(f"{options.http_url}/v2/models/clip_ensemble/{route}", content=body, timeout=5)
+                assert answer.status_code == 403
+        for url, key in ((options.grpc_url, None), (options.http_url, API_KEY)):
+            with EmbeddingClient(url, api_key=key) as client:
+                assert client.embed([probe_image()]).shape == (1, 512)
+
+
 @pytest.mark.long
-def test_without_the_key_it_comes_down_which_security_md_says(repository, tmp_path):
+@pytest.mark.parametrize("request_", ["pieces", "depth"])
+def test_without_the_key_it_comes_down_which_security_md_says(repository, tmp_path, request_):
     """When this fails, the server has been mended: SECURITY.md and `access.exposure` need no longer warn."""
     with EmbeddedServer(options_for(repository, tmp_path / "log")) as server:
-        in_pieces(server.options.http_port, 1_000_000)
+        if request_ == "pieces":
+            in_pieces(server.options.http_port, 1_000_000)
+        else:
+            with contextlib.suppress(httpx.TransportError):
+                httpx.post(f"{server.options.http_url}/v2/models/clip_ensemble/infer", content=DEEP)
         assert server.process.wait(30)
 
 
@@ -444,8 +468,11 @@ def test_swap_speaks_tls_with_the_certificates_of_the_environment(guarded, certi
     assert keyring.access_of(guarded.options.grpc_url, {}).api_key == API_KEY
 
 
+@pytest.mark.promise
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx: apt-get install nginx-light")
-def test_the_nginx_of_deploy_lets_strangers_embed_and_nothing_else(server, certificates, demo_photos, tmp_path):
+def test_the_nginx_of_deploy_lets_strangers_embed_and_nothing_else(
+    server, certificates, demo_photos, tmp_path, record_reliability
+):
     """Both protocols on its one port; and what brings the server down alone does not get through."""
     with nginx(
         certificates.cert, certificates.key, server.options.http_port, server.options.grpc_port, tmp_path
@@ -471,8 +498,29 @@ def test_the_nginx_of_deploy_lets_strangers_embed_and_nothing_else(server, certi
                 reason = ask_grpc(channel, f"/{SERVICE.full_name}/{method.name}", grpc_request(method.name))
                 assert (reason is None) == (method.name in OPEN_METHODS - STREAMS), method.name
         assert in_pieces(port, 1_000_000, trusting).startswith(b"HTTP/1.1 ")
+        infer, length = f"https://localhost:{port}/v2/models/clip_ensemble/infer", "Inference-Header-Content-Length"
+        too_much = [
+            *((body, {}) for body in (DEEP, PARAMETERS, DEEP[:10_000], iter([DEEP]))),  # the last in chunks
+            *((DEEP, {length: value}) for value in ("1000000", "10000", "+10", "0x10", "x", "1e4")),
+            (DEEP, [(length, "1000000"), (length, "0")]),
+            *((gzip.compress(DEEP), {"Content-Encoding": name, length: "9"}) for name in ("gzip", "deflate", "x")),
+        ]
+        for body, headers in too_much:
+            answer = httpx.post(infer, content=body, headers=headers, verify=trusting, timeout=60)
+            assert answer.status_code in (413, 415), (headers, answer.text)
+        assert "at most 9999 bytes of JSON" in httpx.post(infer, content=DEEP, verify=trusting).text
+        for body, headers in ((DEEP[:9999], {}), (DEEP[:9999] + images[0], {length: "9999"}), (DEEP, {length: "0"})):
+            answer = httpx.post(infer, content=body, headers=headers, verify=trusting, timeout=5)
+            assert answer.status_code in (400, 500), answer.text  # Triton's own
+            assert "error" in answer.json()
+        with (
+            EmbeddingClient(f"grpcs://localhost:{port}", ca_file=certificates.ca_pem) as client,
+            pytest.raises(grpc.RpcError),
+        ):
+            client._servers.transports[0]._infer(b"", compression=grpc.Compression.Gzip)
     with EmbeddingClient(server.options.http_url) as client:
         assert client.embed(images).shape == (2, 512)
+    record_reliability("bounded_json", faults=len(too_much), lost=0)
 
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx: apt-get install nginx-light")

@@ -1,5 +1,6 @@
 """`clip_preprocess` gives the very pixels that open_clip's own transform gives: max abs difference 0."""
 
+import dataclasses
 import io
 import warnings
 from pathlib import Path
@@ -59,6 +60,10 @@ def test_colour_modes(oracle, limits, demo_photos, mode):
         image.putalpha(Image.linear_gradient("L").resize(image.size))
     buffer = io.BytesIO()
     image.save(buffer, image_format)
+    if mode in ("I;16", "I"):  # refused unless they are to be clipped as open_clip does
+        with pytest.raises(RefusedImage, match="too_deep"):
+            pixels_of(buffer.getvalue(), limits)
+        limits = dataclasses.replace(limits, deep_gray="clip")
     assert_same(buffer.getvalue(), oracle, limits, mode)
 
 
@@ -96,7 +101,7 @@ def test_odd_files_give_open_clips_pixels_or_are_refused(oracle, limits, odd_ima
         same += 1
     assert same > 100
     assert refused > 20
-    by_choice = {"not_an_image", "unsupported_format", "too_many_pixels", "empty", "too_large"}
+    by_choice = {"not_an_image", "unsupported_format", "too_many_pixels", "too_deep", "empty", "too_large"}
     assert [(name, code) for name, code in ours_alone if code not in by_choice] == []
 
 

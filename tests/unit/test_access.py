@@ -18,7 +18,7 @@ from clip_tools.serving.access import CLOSED, OPEN, Access, Tls, exposure
 from clip_tools.serving.serve import ServeOptions
 from clip_tools.serving.tritonserver import on_this_machine
 
-KEY, API_KEY = "an-admin-key-of-25-letters", "an-api-key-of-23-letters"
+KEY, API_KEY, HTTP_KEY = "an-admin-key-of-25-letters", "an-api-key-of-23-letters", "a-key-for-http-alone"
 
 
 def test_every_part_of_tritons_protocols_is_either_open_or_closed(triton_parts):
@@ -62,8 +62,19 @@ def test_the_keys_come_from_the_environment_and_are_in_nothing_that_may_be_shown
     assert API_KEY not in shown
 
 
+def test_a_key_for_http_alone_is_asked_for_there_in_place_of_the_other():
+    only = Access.from_environment({"CLIP_HTTP_KEY": HTTP_KEY})
+    (flag,) = [flag for flag in only.secret_flags().values() if "inference" in flag]
+    assert flag == f"--http-restricted-api=inference:clip-api-key={HTTP_KEY}"
+    both = Access.from_environment({"CLIP_HTTP_KEY": HTTP_KEY, "CLIP_API_KEY": API_KEY})
+    assert [flag.partition("clip-api-key=")[2] for flag in both.secret_flags().values()][2:] == [API_KEY, HTTP_KEY]
+    assert both.http_headers()["clip-api-key"] == HTTP_KEY
+    assert both.grpc_headers()["triton-grpc-protocol-clip-api-key"] == API_KEY
+    assert HTTP_KEY not in f"{both!r} {[*both.secret_flags()]}"
+
+
 @pytest.mark.parametrize("key", ["short", "with space and more letters", "sixteen,letters=:", "schlüssel-schlüssel"])
-@pytest.mark.parametrize("variable", ["CLIP_ADMIN_KEY", "CLIP_API_KEY"])
+@pytest.mark.parametrize("variable", ["CLIP_ADMIN_KEY", "CLIP_API_KEY", "CLIP_HTTP_KEY"])
 def test_a_key_that_could_be_guessed_or_misread_is_one_line_and_exit_code_2(variable, key):
     with pytest.raises(ToolError, match=f"{variable}: expected 16 or more letters.*openssl rand") as caught:
         Access.from_environment({variable: key})
@@ -73,7 +84,7 @@ def test_a_key_that_could_be_guessed_or_misread_is_one_line_and_exit_code_2(vari
 
 def test_keys_are_kept_for_this_user_alone_while_the_server_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(keyring.tempfile, "gettempdir", lambda: str(tmp_path))
-    access = Access(KEY, API_KEY)
+    access = Access(KEY, API_KEY, HTTP_KEY)
     keyring.remember("grpc://127.0.0.1:8001", access)
     (file,) = keyring.keyring_folder().iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -190,6 +201,7 @@ def test_only_a_server_that_strangers_can_reach_is_warned_about():
     assert "0.0.0.0" in exposure("0.0.0.0", Access())  # noqa: S104
     assert crash in exposure("192.0.2.1", Access())
     assert crash not in exposure("192.0.2.1", Access(tls=Tls(Path("c"), Path("k"))))
+    assert crash not in exposure("192.0.2.1", Access(http_key=API_KEY))
     for host, access in (("127.0.0.1", Access()), ("192.0.2.1", Access(KEY, API_KEY)), ("192.0.2.1", ca)):
         assert exposure(host, access) is None
 

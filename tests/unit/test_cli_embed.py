@@ -14,10 +14,6 @@ from test_client_loopback import Brain, serve, vector_of
 pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
 pytest.importorskip("rich", reason="pip install 'clip-embed[cli]'")
 
-from clip_embed.cli import find_images
-from clip_embed.output import Format, open_output
-from clip_embed.table import look_at
-
 COMMAND = [sys.executable, "-W", "error", "-c", "from clip_embed.cli import main; main()"]
 
 
@@ -91,34 +87,60 @@ def test_folders_are_searched_and_paths_come_from_stdin(run, tmp_path):
     assert paths == [str(Path("folder", "d.png")), "b.jpg", "a.jpg"]
 
 
-def test_a_folders_images_are_sorted_and_other_files_left_out(tmp_path):
-    """A named file is taken whatever its suffix; a found one only with an image's."""
-    for name in ("b.JPG", "a.webp", "notes.txt", "sub/z.jpeg", "sub/.DS_Store", "another/y.tiff"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = find_images([str(tmp_path), "notes.txt", "missing"], [])
-    expected = [tmp_path / "a.webp", tmp_path / "b.JPG", tmp_path / "another/y.tiff", tmp_path / "sub/z.jpeg"]
-    assert list(found) == [*map(str, expected), "notes.txt", "missing"]
+def test_a_name_shows_nothing_to_the_terminal_that_it_obeys(run, tmp_path):
+    """On stdout, in a failure's line and in a mistake's; a list with NULs brings any name."""
+    (tmp_path / "\x1b[31m\n.jpg").write_bytes(b"a")
+    (tmp_path / "bad\n\x1b]0;t\x07.jpg").write_bytes(b"bad:corrupt:no image")
+    done = run("-", "-0", stdin=b"\x1b[31m\n.jpg\0bad\n\x1b]0;t\x07.jpg\0")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["path"] == r"\u001b[31m\u000a.jpg"
+    assert done.stderr == b"bad\\u000a\\u001b]0;t\\u0007.jpg: corrupt: no image\n"
+    for arguments in (["--\x1b[31m.jpg"], ["a.jpg", "-o", "\x1b[31m.txt"], ["a.jpg", "-o", "\x1b[31m/a.jsonl"]):
+        done = run(*arguments)
+        assert (done.returncode, b"\\u001b[31m" in done.stderr, b"\x1b" in done.stderr) == (2, True, False)
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    """After a failure the old file is as it was, and nothing lies beside it."""
-    out = tmp_path / "out.jsonl"
-    out.write_text("old")
+@pytest.mark.promise
+def test_no_odd_file_ends_a_run(run, tmp_path, record_reliability):
+    """Each is a line on stderr or a row, and the images after it have theirs."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    os.mkfifo(folder / "fifo.jpg")
+    (folder / "endless.jpg").symlink_to("/dev/zero")
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "nowhere.jpg").symlink_to("missing")
+    (folder / "closed").mkdir(mode=0)
+    with (folder / "huge.jpg").open("wb") as file:
+        file.truncate(1 << 40)
+    good = [os.fsdecode(name) for name in (b"z.jpg", b"caf\xe9.jpg", b"\x1b[2J.jpg", b"far.jpg", b"past.jpg")]
+    for name in good:
+        (folder / name).write_bytes(b"good")
+    os.utime(folder / "far.jpg", (0, 10_413_792_000))  # the year 2300
+    os.utime(folder / "past.jpg", (0, -10_413_792_000))
+    for output in ("v.jsonl", "v.parquet", "v.npy"):
+        done = run("photos", "missing", "a" * 5000, "-o", output)
+        assert done.returncode == 1, done.stderr
+        failed = [line.split(":")[0].rpartition("/")[2] for line in done.stderr.decode().splitlines()]
+        assert sorted(failed) == sorted(
+            ["endless.jpg", "fifo.jpg", "huge.jpg", "loop.jpg", "nowhere.jpg", "missing", "a" * 5000]
+            + ["closed"] * (os.geteuid() != 0)
+        )
+    rows = [json.loads(line)["path"] for line in (tmp_path / "v.jsonl").read_bytes().splitlines()]
+    assert len(rows) == len(good)
+    (folder / "closed").chmod(0o700)
+    record_reliability("odd_files", faults=3 * len(failed), lost=0)
 
-    def write_and_fail():
-        with open_output(out, Format.jsonl) as output:
-            output.add(look_at("a.jpg"), vector_of(b"a"))
-            raise RuntimeError("in the middle")
 
-    with pytest.raises(RuntimeError, match="in the middle"):
-        write_and_fail()
-    assert out.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [out]
-    with open_output(out, Format.jsonl) as output:
-        output.add(look_at("a.jpg"), vector_of(b"a"))
-    assert json.loads(out.read_text())["path"] == "a.jpg"
-    assert list(tmp_path.iterdir()) == [out]
+def test_what_is_left_out_of_folders_is_told(run, tmp_path):
+    for name in ("p/a.jpg", "p/@eaDir/a.jpg", "p/b.heic", "q/b.heic"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"a")
+    done = run("p", "--exclude", "c*")
+    assert done.returncode == 0
+    assert done.stderr == b"left out: .heic files 1, litter folders 1 (--include GLOB takes them)\n"
+    done = run("q")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"no images found in q; left out: .heic files 1" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -131,6 +153,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         (["a.jpg", "--batch-size", "0"], {}, "--batch-size"),
         (["a.jpg", "--format", "csv"], {}, "--format"),
         (["a.jpg", "-o", "no/such/out.jsonl"], {}, "cannot write no/such/out.jsonl"),
+        (["a.jpg", "-o", "empty"], {}, "cannot write empty: Is a directory"),
+        *((["a.jpg", "-o", f"v.{ending}"], {}, "or say --format") for ending in ("npz", "CSV", "parquet.gz", "jsonl~")),
+        (["a.jpg", "-o", "v.Parquet", "--format", "npy"], {}, "ends with .parquet, and --format is npy"),
+        (["a.jpg", "-0"], {}, "-0 is for paths on stdin"),
     ],
 )
 def test_a_users_mistake_is_a_sentence(run, tmp_path, arguments, env, says):

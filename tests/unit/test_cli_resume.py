@@ -109,11 +109,15 @@ def test_only_new_changed_and_failed_images_are_embedded_again(out, table, photo
     assert_has(out, photos[:6])
 
 
-def test_rows_of_images_that_were_not_named_stay(out, table, photos):
-    embed(out, table, photos[:3])
+def test_rows_of_images_that_were_not_named_stay_and_of_those_that_are_gone_until_they_are_pruned(out, table, photos):
+    embed(out, table, photos[:4])
     photos[0].unlink()
-    embed(out, table, photos[3:])
+    embed(out, table, photos[4:])
     assert sorted(rows_of(out)) == sorted(map(str, photos))
+    with open_resumed(out, table, prune=True) as output:
+        assert list(output.unfinished([])) == []
+    assert output.pruned == 1
+    assert_has(out, photos[1:])
 
 
 def test_an_image_that_is_named_twice_is_there_once(out, table, photos):
@@ -131,11 +135,28 @@ def test_many_parts_become_one_table(out, table, photos, monkeypatch):
 
 
 def test_a_path_that_is_not_utf8_is_named_and_found_again(out, table, photos, tmp_path):
-    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg"))
-    odd.write_bytes(b"odd")
-    assert embed(out, table, [odd]) == [odd]
-    assert embed(out, table, [odd, photos[0]]) == [photos[0]]
-    assert len(rows_of(out)) == 2
+    """And one with what a terminal would obey, in a file whose names any reader takes; and that is not gone."""
+    odd = [Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)) for name in (b"caf\xe9.jpg", b"\x1b[2Ja\nb.jpg")]
+    for path in odd:
+        path.write_bytes(b"odd")
+    assert embed(out, table, odd) == odd
+    assert embed(out, table, [*odd, photos[0]]) == [photos[0]]
+    names = [name.rpartition("/")[2] for name in rows_of(out)]
+    assert names == [r"caf\udce9.jpg", r"\u001b[2Ja\u000ab.jpg", "00.jpg"]
+    with open_resumed(out, table, prune=True) as output:
+        assert output.pruned == 0
+
+
+@pytest.mark.parametrize("year", [1600, 2300])
+def test_a_file_of_any_year_has_its_row(out, table, photos, year):
+    """Nanoseconds of 64 bits end in 2262."""
+    try:
+        os.utime(photos[0], (0, (year - 1970) * 31_556_952))
+    except OSError:
+        pytest.skip(f"the file system has no year {year}")
+    assert embed(out, table, photos[:2]) == photos[:2]
+    assert embed(out, table, photos[:2]) == []
+    assert_has(out, photos[:2])
 
 
 def test_the_columns_of_parquet_are_typed(tmp_path, photos):
@@ -409,7 +430,9 @@ def test_parts_are_not_forgotten_by_a_run_that_does_not_resume(run, out, table, 
         (["--resume"], "--resume needs --output FILE"),
         (["--resume", "-o", "v.npy"], "npy does not name its images"),
         (["--resume", "-o", "no/such/v.jsonl"], "cannot write no/such/v.jsonl: No such file or directory"),
-        (["--resume", "-o", "photos/00.jpg"], "photos/00.jpg, line 1: expected"),
+        (["--resume", "-o", "photos/00.jpg", "--format", "jsonl"], "photos/00.jpg, line 1: expected"),
+        (["--resume", "-o", "/dev/null"], "/dev/null is none"),
+        (["--prune", "-o", "v.jsonl"], "--prune needs --resume"),
     ],
 )
 def test_a_users_mistake_is_a_sentence(run, photos, arguments, says):
@@ -421,13 +444,15 @@ def test_a_users_mistake_is_a_sentence(run, photos, arguments, says):
 
 
 def test_the_format_follows_the_name(run, tmp_path, photos):
-    """Also of a table that is written in one piece, or to stdout."""
+    """Also of a table that is written in one piece, or to stdout; a name without an ending has JSON lines."""
     parquet_or_skip()
     images = [path.relative_to(tmp_path) for path in photos]
-    for name in ("v.parquet", "v.jsonl", "v.txt"):
+    for name in ("v.parquet", "v.jsonl", "v", "w.PARQUET"):
         assert run("photos", "--out", name) == (0, "", "")
     assert run("photos", "--out", "v.npy") == (0, "", "")
-    assert (tmp_path / "v.txt").read_bytes() == (tmp_path / "v.jsonl").read_bytes()
+    assert (tmp_path / "v").read_bytes() == (tmp_path / "v.jsonl").read_bytes()
+    assert (tmp_path / "w.PARQUET").read_bytes() == (tmp_path / "v.parquet").read_bytes()
+    assert (tmp_path / "v.npy.paths").read_text().splitlines() == list(map(str, images))
     assert list(rows_of(tmp_path / "v.parquet")) == list(rows_of(tmp_path / "v.jsonl")) == list(map(str, images))
     assert np.load(tmp_path / "v.npy").shape == (12, 512)
 

@@ -4,9 +4,14 @@ import array
 import ast
 import graphlib
 import itertools
+import os
+import pickle
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -147,18 +152,50 @@ def test_bad_images_are_named_by_the_callers_index_and_path(url, tmp_path):
     assert f"[6] {path}: truncated: the file ends early" in str(caught.value)
 
 
-def test_an_unreadable_file_is_named(client, tmp_path):
-    with pytest.raises(InvalidImageError) as caught:
-        client.embed([b"good", tmp_path / "missing.jpg"])
+@pytest.mark.parametrize("name", ["missing.jpg", "folder", "fifo.jpg", "socket.jpg", "endless.jpg", "loop.jpg", "a\0b"])
+def test_an_unreadable_file_is_named(client, tmp_path, name):
+    """Nor is anything waited for, or read without end, that is no file."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket.jpg"))
+        with pytest.raises(InvalidImageError) as caught:
+            client.embed([b"good", tmp_path / name])
     (failure,) = caught.value.failures
-    assert (failure.index, failure.code, failure.source) == (1, "unreadable", str(tmp_path / "missing.jpg"))
+    assert (failure.index, failure.code, failure.source) == (1, "unreadable", str(tmp_path / name))
+    assert str(caught.value).isprintable()
+    assert client.embed([Path("/proc/self/status")]).shape == (1, 512)  # a file, though it says that it has 0 bytes
 
 
-def test_sixty_four_bad_images_are_all_named(url):
-    """The message goes in gRPC's metadata, which clients cap at 8 KiB by default."""
-    with EmbeddingClient(url, batch_size=64) as client, pytest.raises(InvalidImageError) as caught:
-        client.embed([b"bad:corrupt:" + b"long " * 100] * 64)
-    assert [failure.index for failure in caught.value.failures] == list(range(64))
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+def test_a_client_that_was_used_before_a_fork_works_in_the_child_and_goes_on_in_the_parent(client):
+    """As in joblib and a DataLoader's workers; a child's end does not close the parent's connection."""
+    for number in range(3):
+        client.embed([b"%d in the parent" % number])
+        child = os.fork()
+        if not child:
+            try:
+                with client:
+                    got = client.embed([b"in the child"])
+                os._exit(0 if np.array_equal(got, [vector_of(b"in the child")]) else 1)
+            finally:
+                os._exit(2)
+        ends_s = time.monotonic() + 20
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < ends_s:
+            time.sleep(0.01)
+        if not ended[0]:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert ended == (child, 0)
+    assert client.is_ready()
+
+
+def test_a_client_for_another_process_is_made_there(client):
+    """As where a DataLoader's workers are spawned."""
+    with pytest.raises(TypeError, match="make one in each process"):
+        pickle.dumps(client)
 
 
 def test_a_bad_image_never_loses_its_neighbours(url, brain, tmp_path):

@@ -1,6 +1,9 @@
 """The asyncio client against real sockets: what it shares with the blocking one is tested there."""
 
 import asyncio
+import gc
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -126,3 +129,55 @@ def test_one_image_in_place_of_many_is_refused(url):
 
     with pytest.raises(TypeError, match=r"give \[image\]"):
         asyncio.run(run())
+
+
+@pytest.mark.filterwarnings("ignore:unclosed transport:ResourceWarning")
+def test_each_event_loop_after_the_last_has_the_client(url):
+    """`asyncio.run` twice; what the first left open goes with it."""
+    client = AsyncEmbeddingClient(url)
+    for _ in range(3):
+        assert np.array_equal(asyncio.run(client.embed([b"a"])), [vector_of(b"a")])
+    asyncio.run(client.close())
+    del client
+    gc.collect()
+
+
+def test_two_event_loops_at_once_are_told_that_each_needs_a_client(url):
+    async def run():
+        async with AsyncEmbeddingClient(url) as client:
+            await client.embed([b"a"])
+            await asyncio.to_thread(in_another_loop, client)
+
+    def in_another_loop(client):
+        with pytest.raises(RuntimeError, match="belongs to another event loop: make one for each"):
+            asyncio.run(client.embed([b"b"]))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("backend", ["triton", "pytorch"])
+def test_a_server_that_finds_every_path_is_not_ready(backend):
+    """As Triton's metrics port does, and a page that is the same everywhere."""
+    pytest.importorskip("httpx", reason="pip install 'clip-embed[http]'")
+
+    class Anything(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    async def ask(url):
+        async with AsyncEmbeddingClient(url, backend=backend) as client:
+            return await client.is_ready()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Anything) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        ready = asyncio.run(ask(url))
+        server.shutdown()
+        thread.join()
+    assert not ready

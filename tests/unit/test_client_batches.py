@@ -47,6 +47,21 @@ def test_any_order_of_answers_gives_the_order_of_images(data, sizes, batch_size)
             assert (result == index).all()
 
 
+@pytest.mark.parametrize(("max_batch_bytes", "limit"), [(1000, 32 << 20), (40 << 20, 40 << 20)])
+def test_a_file_is_read_no_further_than_the_server_takes(tmp_path, max_batch_bytes, limit):
+    """Unless the client was told of a server that takes more."""
+    paths = [tmp_path / name for name in ("largest.jpg", "larger.jpg", "huge.jpg")]
+    for path, size in zip(paths, (limit, limit + 1, 1 << 40), strict=True):
+        with path.open("wb") as file:
+            file.truncate(size)
+    batches = Batches(paths, batch_size=8, max_batch_bytes=max_batch_bytes, read_ahead=9, keep_going=True)
+    ((item,),) = iter(batches.next_request, None)
+    assert (item.index, len(item.image)) == (0, limit)
+    batches.give((item,), vectors_of([b"0"]))
+    _, *others = batches.ready()
+    assert [[failure.code for failure in other.failures] for other in others] == [["too_large"], ["too_large"]]
+
+
 def test_a_failure_that_names_no_image_of_the_request_ends():
     """A server that names images which were not sent must not make the client ask for ever."""
     batches = Batches([b"0", b"1"], batch_size=2, max_batch_bytes=9, read_ahead=9, keep_going=True)

@@ -204,7 +204,16 @@ def test_indices_outside_the_request_are_not_believed():
     )
 
 
-CODES = ["empty", "too_large", "not_an_image", "unsupported_format", "too_many_pixels", "truncated", "corrupt"]
+CODES = [
+    "empty",
+    "too_large",
+    "not_an_image",
+    "unsupported_format",
+    "too_many_pixels",
+    "too_deep",
+    "truncated",
+    "corrupt",
+]
 REASONS = st.text(st.sampled_from("ab :;[]0123.\n'é"), max_size=30)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from clip_preprocess import SIDE_PX, Limits, PixelBudget, RefusedImage, open_pixels, pixels_of
 
@@ -129,10 +129,75 @@ def test_formats_that_are_not_listed_are_not_read():
     assert refusal(tiff).code == "not_an_image"
 
 
-def test_a_known_but_unlisted_format_is_named():
-    error = refusal(b"\0\0\0\x18ftypheic" + b"\0" * 50)
-    assert error.code == "unsupported_format"
-    assert "HEIC" in error.reason
+def ftyp(major: bytes, *others: bytes) -> bytes:
+    return (
+        (16 + 4 * len(others)).to_bytes(4, "big") + b"ftyp" + major + b"heic" + b"".join(others)
+    )  # no brand: a version
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        *((ftyp(brand), "HEIC") for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")),
+        (ftyp(b"mif1", b"mif1", b"heic"), "HEIC"),
+        (ftyp(b"MiHB", b"mif1"), "HEIF"),
+        (ftyp(b"msf1"), "HEIF"),
+        (ftyp(b"mif1", b"avif"), "AVIF"),
+        (ftyp(b"crx "), "Canon raw"),
+        (b"\xff\x0a\xfa\x7f", "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"II\xbc\x01", "JPEG XR"),
+        (b"FUJIFILMCCD-RAW 0201", "Fujifilm raw"),
+        (b"8BPS", "PSD"),
+    ],
+)
+def test_a_known_but_unlisted_format_is_named(start, name):
+    error = refusal(start + b"\0" * 50)
+    assert (error.code, error.reason) == ("unsupported_format", f"{name} is not accepted; send JPEG")
+
+
+@pytest.mark.parametrize("start", [ftyp(b"isom", b"mp42"), ftyp(b"qt  "), b"\0\0\0\x04ftyp", b"\xff\xff\xff\xffftyp"])
+def test_a_film_is_not_an_image(start):
+    assert refusal(start + b"\0" * 50).code == "not_an_image"
+
+
+@pytest.mark.parametrize(
+    ("mode", "image_format"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF"), ("I;16", "PPM")]
+)
+def test_gray_of_over_8_bits_is_refused_unless_it_is_to_be_clipped(mode, image_format):
+    """open_clip makes one and the same white image of nearly all of them, whose vector says nothing."""
+    gradient = np.linspace(300, 60_000, 300 * 300).reshape(300, 300)
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    deep = encoded(Image.fromarray(gradient.astype(dtype)), image_format)
+    limits = dataclasses.replace(LIMITS, formats=("PNG", "TIFF", "PPM"))
+    error = refusal(deep, limits)
+    assert error.code == "too_deep"
+    assert "scale it to 8 bits" in error.reason
+    assert (pixels_of(deep, dataclasses.replace(limits, deep_gray="clip")) == 255).all()
+
+
+def test_what_is_decided_for_files_at_the_edge():
+    """With open_clip: a file without its end marker, and texts of over a MiB, are refused; many segments are not."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
+    jpeg = encoded(noise, "JPEG")
+    assert jpeg.endswith(b"\xff\xd9")
+    assert refusal(jpeg[:-2]).code == "truncated"
+    text = PngImagePlugin.PngInfo()
+    text.add_text("a", "x" * (1 << 20) + "y", zip=True)
+    assert (
+        refusal(encoded(noise, "PNG", pnginfo=text), dataclasses.replace(LIMITS, max_image_bytes=9 << 20)).code
+        == "too_complex"
+    )
+    many = jpeg[:2] + b"\xff\xfe\0\x05abc" * 1100 + jpeg[2:]
+    assert np.array_equal(pixels_of(many, LIMITS), pixels_of(jpeg, LIMITS))
+    assert refusal(jpeg[:2] + b"\xff\xfe\0\x05abc" * 10_001 + jpeg[2:]).code == "too_complex"
+
+
+def test_a_photograph_of_108_megapixels_is_read(limits):
+    """As phones take them; open_clip reads up to 178 million pixels, which would need 0.7 GB."""
+    assert limits.max_image_pixels >= 12_000 * 9_000
+    photo = encoded(Image.new("L", (12_000, 9_000), 99), "JPEG")
+    assert (pixels_of(photo, limits) == 99).all()
 
 
 PARAMETERS = {
@@ -140,6 +205,7 @@ PARAMETERS = {
     "max_image_pixels": "1000000",
     "max_jpeg_scans": "100",
     "formats": "JPEG PNG",
+    "deep_gray": "refuse",
 }
 
 
@@ -161,6 +227,8 @@ def test_another_decoder_is_asked_for_rgb_jpegs_alone_and_pillow_for_what_it_can
 def test_a_mode_that_is_none_or_cannot_be_had_is_said_so(monkeypatch):
     with pytest.raises(ValueError, match="mode is quick, not exact, fast or nvimgcodec"):
         open_pixels({**PARAMETERS, "mode": "quick"})
+    with pytest.raises(ValueError, match="deep_gray is scale, not refuse or clip"):
+        open_pixels({**PARAMETERS, "mode": "exact", "deep_gray": "scale"})
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
     with pytest.raises(ValueError, match=r"needs the packages nvidia-nvimgcodec-cu13.*take mode exact or fast"):
         open_pixels({**PARAMETERS, "mode": "nvimgcodec"})

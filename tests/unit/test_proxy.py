@@ -6,6 +6,8 @@ import urllib.request
 import httpx
 import pytest
 
+from clip_embed import EmbeddingClient
+from clip_embed.http_transport import _proxy_of
 from clip_embed.target import parse_url
 from clip_tools import proxy
 
@@ -48,3 +50,71 @@ def test_a_url_of_this_machine_is_local(host):
 @pytest.mark.parametrize("host", ["gpu-host", "10.0.0.1", "localhost.example", "[2001:db8::1]"])
 def test_another_machine_is_not(host):
     assert not parse_url(f"grpc://{host}:8001").is_local
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    def environment(**variables):
+        for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+            monkeypatch.setenv(name, variables.get(name, ""))
+            monkeypatch.delenv(name.upper(), raising=False)
+
+    return environment
+
+
+@pytest.mark.parametrize(
+    "given", ["proxy:3128", "//proxy:3128", "http://proxy:3128", " HTTP://proxy:3128/x ", "[::1]:3128"]
+)
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+def test_every_form_of_a_proxy_that_urllib_takes_is_taken(environment, given, variable):
+    environment(**{variable: given})
+    assert _proxy_of(parse_url("http://gpu-host:8000")).url.port == 3128
+    EmbeddingClient("http://gpu-host:8000").close()
+
+
+@pytest.mark.parametrize(
+    ("given", "login"),
+    [
+        ("u:p%40s@proxy:1", b"p@s"),
+        ("http://u:p@s@proxy:1", b"p@s"),
+        ("http://u:p#/s@proxy:1", b"p#/s"),
+        ("u@proxy:1", b""),
+    ],
+)
+def test_a_proxys_password_may_have_any_letter_and_is_not_told(environment, given, login):
+    environment(http_proxy=given)
+    assert _proxy_of(parse_url("http://gpu-host:8000")).raw_auth == (b"u", login)
+    environment(http_proxy=given.replace(":1", ":port"))
+    with pytest.raises(ValueError, match="http_proxy") as caught:
+        EmbeddingClient("http://gpu-host:8000")
+    assert "p@s" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given", ["socks4://proxy:1", "socks5://proxy:1", "ftp://proxy", "proxy:port", "http://", "a\x07:1"]
+)
+def test_a_proxy_that_http_cannot_use_is_named_in_a_sentence(environment, given):
+    environment(all_proxy=given)
+    with pytest.raises(ValueError, match="http_proxy or all_proxy of the environment: expected http://HOST:PORT, came"):
+        EmbeddingClient("http://gpu-host:8000")
+    EmbeddingClient("http://localhost:8000").close()
+
+
+@pytest.mark.parametrize(
+    ("left_out", "hosts"),
+    [
+        ("gpu-host", ["gpu-host:8000"]),
+        (".example.org,,gpu-host:8000", ["gpu-host:8000", "a.example.org:8000", "example.org"]),
+        ("2001:db8::1,10.0.0.1", ["[2001:db8::1]:8000", "10.0.0.1:8000"]),
+        ("[2001:db8::1]", ["[2001:db8::1]:8000"]),
+        ("*", ["gpu-host:8000", "10.0.0.1"]),
+        ("x,*", ["gpu-host:8000"]),
+        ("10.0.0.0/8,[::1],::1/128,http://x,*.y,a b", []),
+    ],
+)
+def test_every_list_of_what_goes_without_a_proxy_is_taken(environment, left_out, hosts):
+    environment(http_proxy="proxy:3128", no_proxy=left_out)
+    for host in hosts:
+        assert _proxy_of(parse_url(f"http://{host}")) is None
+    assert (_proxy_of(parse_url("http://other:8000")) is None) == ("*" in left_out.split(","))
+    EmbeddingClient("http://other:8000").close()

@@ -48,6 +48,8 @@ def test_the_client_asks_for_the_ensembles_tensors():
     assert [entry.name for entry in ensemble.input] == [wire.INPUT]
     assert [entry.name for entry in ensemble.output] == [wire.OUTPUT]
     assert list(ensemble.output[0].dims) == [wire.EMBEDDING_SIZE]
+    limits = read_config(MODELS, "preprocess").parameters
+    assert limits["max_image_bytes"].string_value == str(wire.MAX_IMAGE_BYTES)
 
 
 def test_trt_routes_through_clip_trt_and_the_default_through_clip_onnx():

@@ -75,7 +75,8 @@ def serve(
     """Serve clip_ensemble by the embedded tritonserver until Ctrl-C. Further flags go to tritonserver.
 
     Whoever reaches it can embed and ask whether it is ready. The rest needs the key of CLIP_ADMIN_KEY; without one, a
-    key of this run, which this user's `clip-tools` finds by itself. With CLIP_API_KEY embedding needs that one too.
+    key of this run, which this user's `clip-tools` finds by itself. With CLIP_API_KEY embedding needs that one too, or
+    with CLIP_HTTP_KEY that one over HTTP alone.
     """
     from clip_tools.serving import serve as verb
     from clip_tools.serving.access import Access, Tls

@@ -35,6 +35,11 @@ class Promise:
 PROMISES: dict[str, tuple[Promise, ...]] = {
     "Bad input": (
         Promise("fuzz_preprocess", "Any file is an image or is refused with a reason, in bounded time and memory."),
+        Promise(
+            "bounded_json",
+            "Behind the nginx of `deploy/`, JSON that would bring Triton down or keep it busy does not reach it.",
+        ),
+        Promise("odd_files", "`clip-embed`: no file, whatever it is, ends a run or keeps it waiting."),
         Promise("fuzz_served", "Served, it is a vector or an `INVALID_ARG`; its neighbours get what they would alone."),
     ),
     "Too much": (

@@ -8,23 +8,18 @@ from functools import partial
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from clip_bounds import MAX_ICON_PIXELS, MAX_RLE_BITMAP_PIXELS, CountedReads, RefusedImage, check_structure
+from clip_bounds import (
+    MAX_ICON_PIXELS,
+    MAX_RLE_BITMAP_PIXELS,
+    CountedReads,
+    RefusedImage,
+    check_depth,
+    check_structure,
+    code_of,
+    format_of,
+)
 
 SIDE_PX = 224
-
-# Encodings people do send, and what their first bytes look like: (offset, bytes) -> name.
-_SIGNATURES = {
-    (0, b"\xff\xd8\xff"): "JPEG",
-    (0, b"\x89PNG\r\n\x1a\n"): "PNG",
-    (0, b"GIF8"): "GIF",
-    (8, b"WEBP"): "WEBP",
-    (4, b"ftypavif"): "AVIF",
-    (4, b"ftypheic"): "HEIC",
-    (4, b"ftypmif1"): "HEIF",
-    (0, b"%PDF"): "PDF",
-    (0, b"%!PS"): "EPS",
-    (0, b"8BPS"): "PSD",
-}
 
 
 @dataclass(frozen=True)
@@ -35,15 +30,19 @@ class Limits:
     max_image_pixels: int
     max_jpeg_scans: int
     formats: tuple[str, ...]
+    deep_gray: str = "refuse"
 
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> "Limits":
-        """As the parameters of `config.pbtxt` say."""
+        """As the parameters of `config.pbtxt` say. Raises ValueError for one that says nothing."""
+        if parameters["deep_gray"] not in ("refuse", "clip"):
+            raise ValueError(f"parameter deep_gray is {parameters['deep_gray']}, not refuse or clip")
         return cls(
             max_image_bytes=int(parameters["max_image_bytes"]),
             max_image_pixels=int(parameters["max_image_pixels"]),
             max_jpeg_scans=int(parameters["max_jpeg_scans"]),
             formats=tuple(parameters["formats"].split()),
+            deep_gray=parameters["deep_gray"],
         )
 
 
@@ -118,6 +117,7 @@ def pixels_of(
             # The box is the whole image in the scaled one's coordinates, where its last pixel may be a part.
             _, box = (fast and image.draft(None, (2 * SIDE_PX, 2 * SIDE_PX))) or (None, None)
             image.load()
+            check_depth(image.mode, limits.deep_gray)
             size = _resized_size(*(full_size if box else image.size))
             _check_pixels(image.size, limits)  # loading an icon may show another size
             left, top = _crop_offset(size[0]), _crop_offset(size[1])
@@ -129,8 +129,9 @@ def pixels_of(
     except MemoryError:
         raise  # the server's trouble, not the image's
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        code = "truncated" if "truncated" in str(error).lower() else "corrupt"
-        raise RefusedImage(code, f"{image.format} data cannot be decoded: {error or type(error).__name__}") from error
+        raise RefusedImage(
+            code_of(error), f"{image.format} data cannot be decoded: {error or type(error).__name__}"
+        ) from error
 
 
 def _opened(image_bytes: bytes, limits: Limits) -> Image.Image:
@@ -158,7 +159,8 @@ def _opened(image_bytes: bytes, limits: Limits) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:
-        raise RefusedImage("corrupt", f"the header cannot be read: {error or type(error).__name__}") from error
+        reason = f"the header cannot be read: {error or type(error).__name__}"
+        raise RefusedImage(code_of(error), reason) from error
     _check_pixels(image.size, limits)
     if image.width * image.height > MAX_RLE_BITMAP_PIXELS and any(tile[0] == "bmp_rle" for tile in image.tile):
         raise RefusedImage("too_complex", f"over {MAX_RLE_BITMAP_PIXELS} pixels of RLE bitmap; save it anew, as JPEG")
@@ -177,11 +179,10 @@ def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
 
 def _unidentified(image_bytes: bytes, limits: Limits) -> RefusedImage:
     """Why no decoder took these bytes, as well as their first few tell."""
-    for (offset, signature), name in _SIGNATURES.items():
-        if image_bytes.startswith(signature, offset):
-            if name in limits.formats:
-                return RefusedImage("corrupt", f"it begins as {name}, but its header cannot be read")
-            return RefusedImage("unsupported_format", f"{name} is not accepted; send JPEG")
+    if name := format_of(image_bytes):
+        if name in limits.formats:
+            return RefusedImage("corrupt", f"it begins as {name}, but its header cannot be read")
+        return RefusedImage("unsupported_format", f"{name} is not accepted; send JPEG")
     return RefusedImage("not_an_image", f"{len(image_bytes)} bytes that no decoder knows; send JPEG")
 
 

@@ -48,7 +48,11 @@ class TritonPythonModel:
 
     def _response(self, request):
         try:
-            images = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy().reshape(-1)
+            images = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy()
+            if images.ndim != 2:  # Triton takes a batch of 0, and of 2**32, for a request without a batch dimension
+                message = "image_bytes: expected the shape [N, 1] with N of 1 or more, came a batch size of 0"
+                return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+            images = images.reshape(-1)
             pixels = np.empty((len(images), SIDE_PX, SIDE_PX, 3), np.uint8)
             budget, refused = PixelBudget(self._max_request_pixels), []
             for index, image_bytes in enumerate(images):

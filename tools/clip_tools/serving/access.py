@@ -1,7 +1,8 @@
 """Who may ask a server what: keys that close Triton's APIs, and TLS for its gRPC.
 
 Without a key everybody may do what `OPEN` says. All the rest needs the admin key, which every server has: the one of
-CLIP_ADMIN_KEY, else one made for this run. With an API key (CLIP_API_KEY) inference needs that one too.
+CLIP_ADMIN_KEY, else one made for this run. With an API key (CLIP_API_KEY) inference needs that one too. With an HTTP
+key (CLIP_HTTP_KEY) inference over HTTP, whose JSON can bring Triton down (server#8738), needs that one instead.
 """
 
 import secrets
@@ -14,6 +15,7 @@ from clip_tools.errors import ToolError
 
 ADMIN_KEY_VARIABLE = "CLIP_ADMIN_KEY"
 ADMIN_KEY_HEADER = "clip-admin-key"
+HTTP_KEY_VARIABLE = "CLIP_HTTP_KEY"
 
 # Triton's own names for the parts of both protocols, all of them.
 OPEN = ("health", "inference")
@@ -48,6 +50,7 @@ class Access:
 
     admin_key: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     api_key: str | None = field(default=None, repr=False)
+    http_key: str | None = field(default=None, repr=False)
     tls: Tls | None = None
 
     @classmethod
@@ -59,10 +62,15 @@ class Access:
         """tritonserver's flags that hold a key; of each what may be shown, and what it is."""
         flags = {}
         admin, api = f"{','.join(CLOSED)}:{ADMIN_KEY_HEADER}", f"inference:{API_KEY_HEADER}"
-        for title, key in ((admin, self.admin_key), (api, self.api_key)):
-            for flag in ("--grpc-restricted-protocol", "--http-restricted-api"):
-                if key:
-                    flags[f"{flag}={title}=***"] = f"{flag}={title}={key}"
+        grpc, http = "--grpc-restricted-protocol", "--http-restricted-api"
+        for flag, title, key in (
+            (grpc, admin, self.admin_key),
+            (http, admin, self.admin_key),
+            (grpc, api, self.api_key),
+            (http, api, self.http_key or self.api_key),
+        ):
+            if key:
+                flags[f"{flag}={title}=***"] = f"{flag}={title}={key}"
         return flags
 
     def flags(self) -> list[str]:
@@ -71,17 +79,21 @@ class Access:
 
     def grpc_headers(self) -> dict[str, str]:
         """What a gRPC request for anything at all has to carry."""
-        return {GRPC_PREFIX + name: key for name, key in self.http_headers().items()}
+        return {GRPC_PREFIX + name: key for name, key in self._headers(self.api_key).items()}
 
     def http_headers(self) -> dict[str, str]:
         """The same for HTTP."""
-        return {ADMIN_KEY_HEADER: self.admin_key} | ({API_KEY_HEADER: self.api_key} if self.api_key else {})
+        return self._headers(self.http_key or self.api_key)
+
+    def _headers(self, api_key: str | None) -> dict[str, str]:
+        return {ADMIN_KEY_HEADER: self.admin_key} | ({API_KEY_HEADER: api_key} if api_key else {})
 
 
 def keys_in(environment: Mapping[str, str]) -> dict[str, str]:
     """`Access`'s keys that the environment names. Raises ToolError for one that cannot be a key or is too short."""
     keys = {}
-    for option, variable in (("admin_key", ADMIN_KEY_VARIABLE), ("api_key", API_KEY_VARIABLE)):
+    variables = {"admin_key": ADMIN_KEY_VARIABLE, "api_key": API_KEY_VARIABLE, "http_key": HTTP_KEY_VARIABLE}
+    for option, variable in variables.items():
         if value := environment.get(variable):
             if not is_key(value) or len(value) < SHORTEST_KEY:
                 raise ToolError(
@@ -103,8 +115,8 @@ def exposure(host: str, access: Access) -> str | None:
     ):
         return None
     # Beside an encrypted gRPC, HTTP is for this machine alone.
-    crash = "" if access.tls else ", and a crafted HTTP request brings Triton 24.10 down"
+    crash = ", and a crafted HTTP request brings Triton down" if not (access.tls or access.http_key) else ""
     return (
         f"--host {host}: whoever reaches this machine can have images embedded{crash}; "
-        f"set {API_KEY_VARIABLE}, or put a proxy before it (SECURITY.md)"
+        f"set {API_KEY_VARIABLE}, or {HTTP_KEY_VARIABLE} for HTTP alone, or put a proxy before it (SECURITY.md)"
     )

@@ -38,7 +38,8 @@ def remember(url: str, access: Access) -> None:
     path = folder / _name(url)
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
-        json.dump({"pid": os.getpid(), "admin_key": access.admin_key, "api_key": access.api_key}, file)
+        keys = {"admin_key": access.admin_key, "api_key": access.api_key, "http_key": access.http_key}
+        json.dump({"pid": os.getpid(), **keys}, file)
     draft.replace(path)
 
 
@@ -53,7 +54,7 @@ def access_of(url: str, environment: Mapping[str, str]) -> Access | None:
     if kept := _kept(url):
         return kept
     keys = keys_in(environment)
-    return Access(admin_key=keys["admin_key"], api_key=keys.get("api_key")) if "admin_key" in keys else None
+    return Access(**keys, tls=None) if "admin_key" in keys else None
 
 
 def runs_here(url: str) -> bool:
@@ -67,7 +68,7 @@ def _kept(url: str) -> Access | None:
     try:
         kept = json.loads((folder / _name(url)).read_text()) if _is_ours_alone(folder) else {}
         if _lives(kept["pid"]):
-            return Access(admin_key=kept["admin_key"], api_key=kept["api_key"])
+            return Access(**{name: kept[name] for name in ("admin_key", "api_key", "http_key")})
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None

@@ -254,8 +254,10 @@ class EmbeddedServer:
             raise missing_extra("server", error) from error
         access = self.options.access
         # Encrypted, the certificate need not be this machine's own name's, and there may be none for us.
-        url = self.options.http_url if access.tls else self.options.grpc_url
-        return EmbeddingClient(url, timeout_s=timeout_s, retry=None, api_key=access.api_key)
+        url, api_key = self.options.grpc_url, access.api_key
+        if access.tls:
+            url, api_key = self.options.http_url, access.http_key or access.api_key
+        return EmbeddingClient(url, timeout_s=timeout_s, retry=None, api_key=api_key)
 
     def terminate(self) -> None:
         """Ask the server to finish what is in flight and end; a second time: kill it."""

@@ -1,0 +1,120 @@
+"""Which images the command finds, and what it leaves out and says so."""
+
+import inspect
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from clip_embed.finding import Search, UnusableList
+
+
+def make(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def found(search: Search, *arguments: str, stdin: bytes = b"") -> list[str]:
+    return list(search.paths(arguments, io.BytesIO(stdin)))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_folders_images_are_sorted_and_other_files_left_out(here):
+    """A named file is taken whatever its suffix; a found one only with an image's."""
+    make(here, "b.JPG", "a.webp", "notes.txt", "sub/z.jpeg", "sub/.DS_Store", "another/y.tiff", "sub.jpg/x.png")
+    search = Search()
+    assert found(search, ".", "notes.txt", "missing") == [
+        *("a.webp", "b.JPG", "another/y.tiff", "sub/z.jpeg", "sub.jpg/x.png"),
+        *("notes.txt", "missing"),
+    ]
+    assert search.report() is None
+
+
+def test_a_path_is_one_however_it_is_given(here):
+    """In a folder, by itself and in a list; another name of the same file stays another."""
+    make(here, "photos/a.jpg")
+    for argument in ("photos", "./photos", "photos/", ".//photos/.", "photos/a.jpg", "./photos//a.jpg"):
+        assert found(Search(), argument) == ["photos/a.jpg"]
+    assert found(Search(), "-", stdin=b"./photos/./a.jpg\r\nphotos/../photos/a.jpg") == [
+        "photos/a.jpg",
+        "photos/../photos/a.jpg",
+    ]
+
+
+def test_litter_is_left_out_and_counted(here):
+    litter = [
+        "@eaDir/a.jpg/SYNO_THUMB.jpg",
+        ".Trash-1000/files/b.jpg",
+        ".thumbnails/c.png",
+        "#recycle/d.jpg",
+        "._a.jpg",
+    ]
+    litter += ["$RECYCLE.BIN/e.jpg", "__MACOSX/._a.jpg", "deep/in/.@__thumb/a.jpg", "deep/._b.PNG"]
+    make(here, "photos/a.jpg", "photos/b.HEIC", "photos/c.heic", "photos/d.cr2", *(f"photos/{name}" for name in litter))
+    make(here, "photos/._notes.txt", "photos/.hidden/h.jpg", "photos/#1/i.jpg")
+    search = Search()
+    assert found(search, "photos") == ["photos/a.jpg", "photos/#1/i.jpg", "photos/.hidden/h.jpg"]
+    assert search.report() == (
+        "left out: .cr2 files 1, .heic files 2, litter files 2, litter folders 7 (--include GLOB takes them)"
+    )
+    assert found(Search(), "photos/@eaDir", "photos/._a.jpg") == [
+        "photos/@eaDir/a.jpg/SYNO_THUMB.jpg",
+        "photos/._a.jpg",
+    ]
+
+
+def test_globs_leave_out_and_take_all_the_same(here):
+    """Of a name, or of a path in the folder; a file that is named itself is taken."""
+    make(here, "p/a.jpg", "p/b.png", "p/2019/c.jpg", "p/2019/keep.jpg", "p/@eaDir/d.jpg", "p/e.heic", "p/private/f.jpg")
+    search = Search(exclude=("*.png", "2019/*", "private"), include=("keep.*", "@eaDir", "*.heic"))
+    assert found(search, "p", "p/b.png") == ["p/a.jpg", "p/e.heic", "p/2019/keep.jpg", "p/@eaDir/d.jpg", "p/b.png"]
+    assert search.report() is None
+
+
+def test_links_to_folders_are_counted_and_searched_where_they_are_named(here):
+    make(here, "p/a.jpg", "albums/b.jpg")
+    (here / "p/album").symlink_to("../albums")
+    (here / "p/circle").symlink_to(".")
+    (here / "p/itself.jpg").symlink_to("itself.jpg")
+    (here / "p/linked.jpg").symlink_to("../albums/b.jpg")
+    search = Search()
+    assert found(search, "p") == ["p/a.jpg", "p/itself.jpg", "p/linked.jpg"]
+    assert search.report() == "left out: links to folders 2 (give their paths too to search them)"
+    assert found(Search(), "p/album") == ["p/album/b.jpg"]
+
+
+def test_folders_may_be_as_deep_as_paths_are_long(here):
+    """Deeper than Python's calls may be."""
+    deep = "d/" * 300
+    make(here, deep + "a.jpg")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 150)
+    try:
+        assert found(Search(), ".") == [deep + "a.jpg"]
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def test_an_argument_that_cannot_be_looked_at_is_an_image_that_cannot_be_read():
+    assert found(Search(), "a" * 5000, "a\0b") == ["a" * 5000, "a\0b"]
+
+
+def test_a_list_may_have_any_name_with_nul_behind_it(here):
+    """As `find -print0` writes it; read in pieces, so a name may lie across two."""
+    names = [b"a\nb.jpg", b"caf\xe9.jpg", b" c\r", *(b"%05d.jpg" % number for number in range(20_000))]
+    got = found(Search(separator=b"\0"), "-", stdin=b"\0".join(names) + b"\0\0")
+    assert got == [os.fsdecode(name) for name in names]
+    assert found(Search(), "-", stdin=b"\n".join(names)) == ["a", "b.jpg", got[1], " c", *got[3:]]
+
+
+def test_such_a_list_is_recognised():
+    with pytest.raises(UnusableList, match="give -0"):
+        found(Search(), "-", stdin=b"a.jpg\0b.jpg\0")

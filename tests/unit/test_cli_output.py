@@ -1,0 +1,196 @@
+"""Where the command writes: what was there keeps its kind, mode and owner, and nothing is left of what failed."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_client_loopback import vector_of
+
+from clip_embed.destination import is_special, through_links
+from clip_embed.names import original, printable
+from clip_embed.output import Format, open_output
+from clip_embed.table import UnusableOutput, look_at, parts_of
+
+
+def write(out: Path, file_format: Format = Format.jsonl, image: str = "a.jpg") -> None:
+    with open_output(out, file_format) as output:
+        output.add(look_at(image), vector_of(b"a"))
+
+
+def paths_in(content: bytes) -> list[str]:
+    return [json.loads(line)["path"] for line in content.splitlines()]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    """After a failure the old file is as it was, and nothing lies beside it."""
+    out = tmp_path / "out.jsonl"
+    out.write_text("old")
+
+    def write_and_fail():
+        with open_output(out, Format.jsonl) as output:
+            output.add(look_at("a.jpg"), vector_of(b"a"))
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        write_and_fail()
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+    write(out)
+    assert paths_in(out.read_bytes()) == ["a.jpg"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("file_format", [Format.jsonl, Format.npy])
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path, file_format):
+    """Whose half is in a folder that is not hidden."""
+    out = tmp_path / f"out.{file_format}"
+    kill = f"""
+import os, signal
+from pathlib import Path
+from clip_embed.output import *
+with open_output(Path({str(out)!r}), Format.{file_format}) as output:
+    output.add(look_at("a.jpg"), np.ones(512, np.float32))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", kill], check=False).returncode == -9
+    assert list(tmp_path.iterdir()) == [parts_of(out)]
+    write(out, file_format)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [out.name] + ["out.npy.paths"] * (file_format == "npy")
+
+
+def test_two_runs_cannot_write_one_file(tmp_path):
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "link.jsonl").symlink_to("out.jsonl")
+    with open_output(out, Format.jsonl) as output:
+        for other in (out, through_links(tmp_path / "link.jsonl")):
+            with pytest.raises(UnusableOutput, match="in use by another clip-embed"):
+                write(other)
+        output.add(look_at("b.jpg"), vector_of(b"b"))
+    assert paths_in(out.read_bytes()) == ["b.jpg"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path, there):
+    target, link, first = tmp_path / "disk" / "out.jsonl", tmp_path / "out.jsonl", tmp_path / "first"
+    target.parent.mkdir()
+    if there:
+        target.write_text("old")
+    link.symlink_to("disk/out.jsonl")
+    first.symlink_to(link)
+    write(through_links(first))
+    assert link.is_symlink()
+    assert paths_in(target.read_bytes()) == ["a.jpg"]
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_link_to_itself_is_an_error(tmp_path):
+    loop = tmp_path / "loop.jsonl"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match="symbolic links"):
+        write(through_links(loop))
+    assert loop.is_symlink()
+
+
+@pytest.mark.parametrize("file_format", [Format.jsonl, Format.npy])
+def test_a_fifo_is_written_to_and_stays(tmp_path, file_format):
+    """As the shell does for `>(gzip > x)`; a format that is written last to first is written at its end."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    content = []
+    reader = threading.Thread(target=lambda: content.append(fifo.read_bytes()))
+    reader.start()
+    write(through_links(fifo), file_format)
+    reader.join(10)
+    assert is_special(fifo)
+    if file_format is Format.jsonl:
+        assert paths_in(content[0]) == ["a.jpg"]
+    else:
+        (tmp_path / "read.npy").write_bytes(content[0])
+        assert np.array_equal(np.load(tmp_path / "read.npy"), [vector_of(b"a")])
+
+
+def test_a_device_is_written_to_and_stays(tmp_path):
+    """Also by a link, and where stdout goes to a file."""
+    link = tmp_path / "out.jsonl"
+    link.symlink_to("/dev/null")
+    write(through_links(link))
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+    assert list(tmp_path.iterdir()) == [link]
+    with pytest.raises(IsADirectoryError):
+        write(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+def test_mode_and_owner_stay(tmp_path, mode):
+    out = tmp_path / "out.jsonl"
+    out.touch()
+    if os.geteuid() == 0:
+        os.chown(out, 4321, 4321)
+    out.chmod(mode)
+    before = out.stat()
+    with open_output(out, Format.jsonl) as output:
+        (unfinished,) = parts_of(out).iterdir()
+        assert stat.S_IMODE(unfinished.stat().st_mode) == mode  # nor may others read what is not finished
+        output.add(look_at("a.jpg"), vector_of(b"a"))
+    after = out.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert after.st_ino != before.st_ino
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+def test_anothers_file_stays_theirs_and_a_read_only_one_is_refused(tmp_path):
+    """Who may write to a file, but not give one away, writes into it."""
+    tmp_path.chmod(0o777)
+    for folder in (tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    theirs, read_only = tmp_path / "theirs.jsonl", tmp_path / "read-only.jsonl"
+    for path, mode in ((theirs, 0o666), (read_only, 0o444)):
+        path.write_text("old" * 9999)
+        os.chown(path, 4321, 4321)
+        path.chmod(mode)
+    as_another = f"""
+import os
+from pathlib import Path
+from clip_embed.output import *
+os.setgroups([]); os.setgid(1234); os.setuid(1234)
+for path in ({str(theirs)!r}, {str(read_only)!r}):
+    with open_output(Path(path), Format.jsonl) as output:
+        output.add(look_at("a.jpg"), np.ones(512, np.float32))
+"""
+    done = subprocess.run([sys.executable, "-c", as_another], check=False, capture_output=True, text=True)
+    assert done.stderr.endswith("PermissionError: [Errno 13] Permission denied\n")
+    assert (theirs.stat().st_uid, stat.S_IMODE(theirs.stat().st_mode)) == (4321, 0o666)
+    assert paths_in(theirs.read_bytes()) == ["a.jpg"]
+    assert read_only.read_text() == "old" * 9999
+
+
+def test_the_other_names_of_a_file_see_it_too(tmp_path):
+    """A hard link."""
+    out, other = tmp_path / "out.jsonl", tmp_path / "other.jsonl"
+    out.write_text("old" * 9999)
+    other.hardlink_to(out)
+    write(out)
+    assert paths_in(other.read_bytes()) == paths_in(out.read_bytes()) == ["a.jpg"]
+
+
+def test_every_name_is_printable_and_comes_back():
+    """Common names stay as they are: accents, emoji, no-break spaces, Windows' separators."""
+    plain = ["a b.jpg", "Größe.jpg", "👨\u200d👩\u200d👧.jpg", "at 5.00\u202fPM.png", r"p\u.jpg"]
+    assert [printable(name) for name in plain] == plain
+    odd = [
+        *(b"caf\xe9.jpg", b"\xff\xfe", b"a\nb\tc\r", b"\x1b[31mred", b"\x07\x7f\x9b", b"\\udce9", b"\\u001b\x1b"),
+        *(b"\\\\u000a", b"\\u00\n", "\u202egpj.exe\u2028".encode(), b"\\u005cu000a", b"\xed\xb3\xa9"),
+    ]
+    for name in map(os.fsdecode, odd):
+        shown = printable(name)
+        assert shown != name
+        assert shown.isprintable()
+        assert shown.encode().decode() == shown
+        assert original(shown) == name
+    assert len({printable(os.fsdecode(name)) for name in odd}) == len(odd)
