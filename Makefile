@@ -17,7 +17,8 @@ READY := $(VENV)/.ready-$(FOR)
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
 
-setup: $(READY) ## the environment, in .venv
+setup: $(READY) ## the environment, in .venv, and the library that resamples for preprocess
+	@$(BIN)/python -m clip_tools.kernel || true # Pillow takes its place
 
 # A failed set-up leaves no stamp, so the next make goes on from there.
 $(READY): $(PINS) requirements/uv.txt pyproject.toml
@@ -88,4 +89,4 @@ lock: setup ## resolve the requirements anew (needs the package index)
 	@./requirements/lock.sh $(BIN)/uv
 
 clean: ## remove what was built; the environment and the photographs stay
-	rm -rf .cache/demo .cache/models .pytest_cache .ruff_cache .mypy_cache models/clip_onnx/1/model.onnx models/clip_onnx/1/manifest.json models/clip_onnx/1/sample.npz
+	rm -rf .cache/demo .cache/models .pytest_cache .ruff_cache .mypy_cache models/clip_onnx/1/model.onnx models/clip_onnx/1/manifest.json models/clip_onnx/1/sample.npz models/preprocess/1/*.so

@@ -90,7 +90,7 @@ def test_too_many_bytes_says_how_many_are_accepted():
     assert str(LIMITS.max_image_bytes) in error.reason
 
 
-@pytest.mark.parametrize("size", [(3000, 3000), (65_500, 65_500), (65_500, 1), (1, 65_500)])
+@pytest.mark.parametrize("size", [(3000, 3000), (65_500, 65_500)])
 def test_bombs_are_refused_by_their_header(size):
     header = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG"))
     frame = header.index(b"\xff\xc0")
@@ -98,14 +98,34 @@ def test_bombs_are_refused_by_their_header(size):
     assert refusal(bytes(header)).code in ("too_many_pixels", "truncated")
 
 
-def test_a_sliver_is_refused_before_it_is_blown_up():
-    assert refusal(encoded(Image.new("RGB", (65_500, 1)), "PNG")).code == "too_many_pixels"
+@pytest.fixture
+def without_kernel(monkeypatch):
+    """As where the library was not built: Pillow resizes, and the whole image."""
+    monkeypatch.setattr("clip_preprocess.find_kernel", lambda: None)
 
 
-@pytest.mark.parametrize(("size", "cost"), [((30, 20), 224 * 336), ((400, 300), 400 * 300)])
-def test_a_requests_images_share_its_pixels_and_one_that_finds_too_few_takes_none(size, cost):
-    """Of an image that is enlarged, those count to which it is."""
-    image, small = encoded(Image.new("RGB", size)), encoded(Image.new("RGB", (1, 1)))
+@pytest.mark.parametrize("size", [(40_000, 1), (1, 3000)])
+def test_of_a_strip_only_its_centre_is_made(size):
+    strip = Image.new("RGB", size, (255, 0, 0))
+    strip.paste((0, 0, 255), (size[0] // 2 - 20, size[1] // 2 - 20, size[0] // 2 + 20, size[1] // 2 + 20))
+    assert (pixels_of(encoded(strip), LIMITS) == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize("size", [(65_500, 1), (1, 65_500)])
+def test_a_strip_is_refused_before_pillow_blows_it_up(without_kernel, size):
+    error = refusal(encoded(Image.new("RGB", size)))
+    assert (error.code, "when resized" in error.reason) == ("too_many_pixels", True)
+
+
+def test_a_strip_that_the_kernel_does_not_take_is_refused_too():
+    assert refusal(encoded(Image.new("P", (65_500, 1)))).code == "too_many_pixels"
+    assert refusal(encoded(Image.new("RGB", (1, 5_000_000)))).code == "too_many_pixels"
+
+
+@pytest.mark.parametrize(("mode", "size", "cost"), [("P", (30, 20), 224 * 336), ("RGB", (400, 300), 400 * 300)])
+def test_a_requests_images_share_its_pixels_and_one_that_finds_too_few_takes_none(mode, size, cost):
+    """Those of an image as it is decoded; or as it is resized, where Pillow does that and it is larger then."""
+    image, small = encoded(Image.new(mode, size)), encoded(Image.new("RGB", (1, 1)))
     budget = PixelBudget(2 * cost + 224 * 224)
     for _ in range(2):
         pixels_of(image, LIMITS, budget=budget)

@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+import clip_resample
 from clip_bounds import MAX_ICON_PIXELS, MAX_RLE_BITMAP_PIXELS, CountedReads, RefusedImage, check_structure
 
 SIDE_PX = 224
@@ -54,16 +56,30 @@ class PixelBudget:
     max_request_pixels: int
     taken: int = 0
 
-    def take(self, size: tuple[int, int]) -> None:
-        """For an image of this size, or of the one it is resized to; RefusedImage, and none, where too few are left."""
-        pixels = max(width * height for width, height in (size, _resized_size(*size)))
+    def take(self, image: Image.Image) -> None:
+        """For this image; RefusedImage, and none, where too few are left."""
+        pixels = max(width * height for width, height in _sizes(image).values())
         if self.taken + pixels > self.max_request_pixels:
             raise RefusedImage(
                 "too_many_pixels",
-                f"{size[0]} x {size[1]} px, after {self.taken} pixels of the same request; "
+                f"{image.width} x {image.height} px, after {self.taken} pixels of the same request; "
                 f"at most {self.max_request_pixels} are accepted in one: send fewer images at a time",
             )
         self.taken += pixels
+
+
+@cache
+def find_kernel() -> clip_resample.Kernel | None:
+    """What resamples instead of Pillow, to the same bytes; None where it was not built."""
+    try:
+        return clip_resample.kernel()
+    except clip_resample.NoKernel:
+        return None
+
+
+def _lent_memory() -> AbstractContextManager[None]:
+    kernel = find_kernel()
+    return kernel.lends_images() if kernel else nullcontext()
 
 
 def open_pixels(parameters: Mapping[str, str], device_id: int = 0) -> Callable[[bytes], np.ndarray]:
@@ -104,10 +120,10 @@ def pixels_of(
     """
     image = _opened(image_bytes, limits)
     if budget:
-        budget.take(image.size)
+        budget.take(image)
     try:
-        with warnings.catch_warnings():  # what Pillow has to say about odd palettes and metadata
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), _lent_memory():
+            warnings.simplefilter("ignore")  # what Pillow has to say about odd palettes and metadata
             if (
                 decode
                 and (image.format, image.mode) == ("JPEG", "RGB")
@@ -119,18 +135,23 @@ def pixels_of(
             _, box = (fast and image.draft(None, (2 * SIDE_PX, 2 * SIDE_PX))) or (None, None)
             image.load()
             size = _resized_size(*(full_size if box else image.size))
-            _check_pixels(image.size, limits)  # loading an icon may show another size
-            left, top = _crop_offset(size[0]), _crop_offset(size[1])
-            resized = image.resize(size, Image.Resampling.BICUBIC, box)
-            cropped = resized.crop((left, top, left + SIDE_PX, top + SIDE_PX))
-            return np.asarray(cropped.convert("RGB"))
+            _check_pixels(image, limits)  # loading an icon may show another size
+            return _resized_and_cropped(image, size, box)
     except RefusedImage:
         raise
-    except MemoryError:
+    except (MemoryError, clip_resample.KernelError):
         raise  # the server's trouble, not the image's
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         code = "truncated" if "truncated" in str(error).lower() else "corrupt"
         raise RefusedImage(code, f"{image.format} data cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _resized_and_cropped(image: Image.Image, size: tuple[int, int], box: clip_resample.Box | None) -> np.ndarray:
+    left, top = _crop_offset(size[0]), _crop_offset(size[1])
+    if (kernel := find_kernel()) and kernel.takes(image, size, box):
+        return kernel.crop(image, size, (left, top), SIDE_PX, box)
+    resized = image.resize(size, Image.Resampling.BICUBIC, box)
+    return np.asarray(resized.crop((left, top, left + SIDE_PX, top + SIDE_PX)).convert("RGB"))
 
 
 def _opened(image_bytes: bytes, limits: Limits) -> Image.Image:
@@ -159,20 +180,34 @@ def _opened(image_bytes: bytes, limits: Limits) -> Image.Image:
         raise
     except Exception as error:
         raise RefusedImage("corrupt", f"the header cannot be read: {error or type(error).__name__}") from error
-    _check_pixels(image.size, limits)
+    _check_pixels(image, limits)
+    if image.tile and image.tile[0][0] == "jpeg":
+        # All at once: where its data end within a row of blocks, libjpeg decodes that row again once it has more.
+        image.decodermaxblock = size_bytes
     if image.width * image.height > MAX_RLE_BITMAP_PIXELS and any(tile[0] == "bmp_rle" for tile in image.tile):
         raise RefusedImage("too_complex", f"over {MAX_RLE_BITMAP_PIXELS} pixels of RLE bitmap; save it anew, as JPEG")
     return image
 
 
-def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
-    """Raises RefusedImage for too many pixels, as they are or resized: 65500 x 1 would become 14672000 x 224."""
-    for what, (width, height) in (("", size), (" when resized", _resized_size(*size))):
+def _check_pixels(image: Image.Image, limits: Limits) -> None:
+    """Raises RefusedImage for more pixels in memory than the limit."""
+    for what, (width, height) in _sizes(image).items():
         if width * height > limits.max_image_pixels:
             raise RefusedImage(
                 "too_many_pixels",
                 f"{width} x {height} px{what}; at most {limits.max_image_pixels} pixels are accepted",
             )
+
+
+def _sizes(image: Image.Image) -> dict[str, tuple[int, int]]:
+    """What is in memory as a whole: the decoded image and, where Pillow resizes it, the resized one.
+
+    A strip of 40000 x 1 would become 8960000 x 224. The kernel makes only the part that the crop keeps.
+    """
+    resized = _resized_size(*image.size)
+    if (kernel := find_kernel()) and kernel.takes(image, resized):
+        return {"": image.size}
+    return {"": image.size, " when resized": resized}
 
 
 def _unidentified(image_bytes: bytes, limits: Limits) -> RefusedImage:
