@@ -51,6 +51,7 @@ models/clip_onnx/1/model.onnx: | setup
 # The last line judges, when all is written: it fails when a target is missed.
 bench: setup ## how fast it is: fills results/ with JSON, tables and pictures (over an hour)
 	@$(BIN)/clip-tools bench --soak 20000 $(ARGS)
+	@$(BIN)/clip-tools bench --preprocess --output results/preprocess.json >/dev/null
 	@$(BIN)/clip-tools serialisation >/dev/null
 	@$(BIN)/clip-tools onnx-profile >/dev/null
 	@$(BIN)/clip-tools perf --serve --concurrency 1,2,4,8,16,32 --request-rate 5,10,20,30 >/dev/null

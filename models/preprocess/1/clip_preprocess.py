@@ -77,7 +77,8 @@ def find_kernel() -> clip_resample.Kernel | None:
         return None
 
 
-def _lent_memory() -> AbstractContextManager[None]:
+def lent_memory() -> AbstractContextManager[None]:
+    """In which images are decoded, so that the kernel can read them where they are."""
     kernel = find_kernel()
     return kernel.lends_images() if kernel else nullcontext()
 
@@ -122,7 +123,7 @@ def pixels_of(
     if budget:
         budget.take(image)
     try:
-        with warnings.catch_warnings(), _lent_memory():
+        with warnings.catch_warnings(), lent_memory():
             warnings.simplefilter("ignore")  # what Pillow has to say about odd palettes and metadata
             if (
                 decode
@@ -134,9 +135,8 @@ def pixels_of(
             # The box is the whole image in the scaled one's coordinates, where its last pixel may be a part.
             _, box = (fast and image.draft(None, (2 * SIDE_PX, 2 * SIDE_PX))) or (None, None)
             image.load()
-            size = _resized_size(*(full_size if box else image.size))
             _check_pixels(image, limits)  # loading an icon may show another size
-            return _resized_and_cropped(image, size, box)
+            return centre_of(image, _resized_size(*full_size) if box else None, box)
     except RefusedImage:
         raise
     except (MemoryError, clip_resample.KernelError):
@@ -146,7 +146,11 @@ def pixels_of(
         raise RefusedImage(code, f"{image.format} data cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _resized_and_cropped(image: Image.Image, size: tuple[int, int], box: clip_resample.Box | None) -> np.ndarray:
+def centre_of(
+    image: Image.Image, size: tuple[int, int] | None = None, box: clip_resample.Box | None = None
+) -> np.ndarray:
+    """The decoded image resized and cropped, as `pixels_of` has it; `size` and `box` of one decoded at a fraction."""
+    size = size or _resized_size(*image.size)
     left, top = _crop_offset(size[0]), _crop_offset(size[1])
     if (kernel := find_kernel()) and kernel.takes(image, size, box):
         return kernel.crop(image, size, (left, top), SIDE_PX, box)

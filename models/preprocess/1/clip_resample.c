@@ -415,6 +415,10 @@ static int resample(const struct job *job, const uint8_t *pixels, uint8_t *out) 
     const int64_t less_width = (int64_t)job->width - job->resized_width;
     const int down_first = less_height > 0 && less_height > 2 * less_width;
 
+    if (!is_across && !is_down) {
+        return BAD_ARGUMENTS; /* there is nothing to resize */
+    }
+
     struct axis columns = {.begin = job->left, .end = job->left + side};
     struct axis rows = {.begin = job->top, .end = job->top + side};
     uint8_t *between = NULL;
@@ -426,8 +430,7 @@ static int resample(const struct job *job, const uint8_t *pixels, uint8_t *out) 
         state = make_axis(&rows, job->height, job->box_height, job->resized_height, job->top, side);
     }
     struct plane in = {pixels + rows.begin * stride, stride};
-    if (state != DONE) {
-    } else if (is_across && is_down) {
+    if (state == DONE && is_across && is_down) {
         const int32_t seen_rows = rows.end - rows.begin;
         const size_t seen_bytes = (size_t)(columns.end - columns.begin) * bands;
         between = malloc(down_first ? side * seen_bytes : seen_rows * kept_bytes);
@@ -450,13 +453,11 @@ static int resample(const struct job *job, const uint8_t *pixels, uint8_t *out) 
                 state = down(&rows, seen, rows.begin, kept_bytes, job->form, out);
             }
         }
-    } else if (is_across) {
+    } else if (state == DONE && is_across) {
         state = across(&columns, in, job->width, side, bands, job->form, out);
-    } else if (is_down) {
+    } else if (state == DONE && is_down) {
         in.pixels += (size_t)job->left * bands;
         state = down(&rows, in, rows.begin, kept_bytes, job->form, out);
-    } else {
-        state = BAD_ARGUMENTS; /* there is nothing to resize */
     }
     free(between);
     free_axis(&columns);
@@ -465,7 +466,13 @@ static int resample(const struct job *job, const uint8_t *pixels, uint8_t *out) 
 }
 
 /* The best form that this processor has. */
-int clip_resample_best_form(void) { return has_avx2() ? AVX2 : PORTABLE; }
+int clip_resample_best_form(void) {
+    static int best = -1; /* to ask is slow in a virtual machine */
+    if (best < 0) {
+        best = has_avx2() ? AVX2 : PORTABLE;
+    }
+    return best;
+}
 
 /* The `side` x `side` pixels at (left, top) of `image` as Pillow's resize(size, BICUBIC, (0, 0, *box)) gives them.
 
@@ -496,8 +503,12 @@ int clip_resample(const struct ArrowArray *image, int32_t width, int32_t height,
         return NO_MEMORY;
     }
     const int state = resample(&job, values->buffers[1], kept);
-    for (size_t pixel = 0; state == DONE && pixel < (size_t)side * side; pixel++) {
-        memcpy(out + 3 * pixel, kept + 4 * pixel, 3);
+    const size_t last = (size_t)side * side - 1;
+    for (size_t pixel = 0; state == DONE && pixel < last; pixel++) {
+        memcpy(out + 3 * pixel, kept + 4 * pixel, 4); /* the fourth byte is overwritten by the next pixel */
+    }
+    if (state == DONE) {
+        memcpy(out + 3 * last, kept + 4 * last, 3);
     }
     free(kept);
     return state;
