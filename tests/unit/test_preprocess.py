@@ -1,5 +1,6 @@
 """`clip_preprocess` on made images: what colours, order and limits mean."""
 
+import base64
 import dataclasses
 import io
 import sys
@@ -147,6 +148,38 @@ def test_an_image_that_cannot_be_decoded_has_cost_its_pixels_too():
 def test_formats_that_are_not_listed_are_not_read():
     tiff = encoded(Image.new("RGB", (9, 9)), "TIFF")
     assert refusal(tiff).code == "not_an_image"
+
+
+JPEG = encoded(Image.new("RGB", (9, 9)), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("sent", "named"),
+    [
+        (b"data:image/jpeg;base64," + base64.b64encode(JPEG), "a data URL"),
+        (base64.b64encode(JPEG), "base64 text"),
+        (b"\n" + base64.encodebytes(encoded(Image.new("RGB", (9, 9)))), "base64 text"),
+        (base64.b64encode(b"GIF89a" + b"x" * 60), "base64 text"),
+        (base64.b64encode(b"RIFF\x10\x20\0\0WEBPVP8 "), "base64 text"),
+        (base64.b64encode(b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf"), "base64 text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "a Git LFS pointer"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
+        (b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- a -->\n<!DOCTYPE svg PUBLIC "x">\n<svg/>', "an SVG drawing"),
+        (b"\r\n<!DOCTYPE html><html><body>Not found</body></html>", "an HTML page"),
+        (b"<HTML><svg></svg></HTML>", "an HTML page"),
+        (b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41" + bytes(99), "a video"),
+        (b"\0\0\0\x14ftypqt  " + bytes(99), "a video"),
+        (b"\x1aE\xdf\xa3\x01" + bytes(99), "a video"),
+        (b"RIFF\x10\0\0\0AVI LIST" + bytes(99), "a video"),
+        (b'{"image": "/9j/4AAQ"}', "JSON text"),
+        (b"<p>", "no decoder knows"),
+        (b"<!---->" * 9999, "no decoder knows"),
+        (b"\xff" * 99, "no decoder knows"),
+    ],
+)
+def test_what_people_send_by_mistake_is_named(sent, named):
+    error = refusal(sent)
+    assert (error.code, named in error.reason) == ("not_an_image", True), error
 
 
 def test_a_known_but_unlisted_format_is_named():

@@ -1,5 +1,6 @@
 """One encoded image -> the very pixels that open_clip's inference transform feeds to its model."""
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +27,18 @@ _SIGNATURES = {
     (0, b"%PDF"): "PDF",
     (0, b"%!PS"): "EPS",
     (0, b"8BPS"): "PSD",
+}
+
+
+# What people send in place of an image, by its first bytes after white space, and what to do instead.
+_MISTAKES = {
+    rb"data:": "a data URL; decode its base64 and send the bytes themselves",
+    rb"/9j/|iVBORw0KGgo|R0lGOD|UklGR|AAAA[A-Za-z0-9+/]{2}Z0eX": "base64 text; decode it and send the bytes themselves",
+    rb"version https://git-lfs": "a Git LFS pointer; fetch the file that it stands for with `git lfs pull`",
+    rb"(?i:<!doctype html|<html|<.*?<html)": "an HTML page, such as an error's or a login's; look at what was downloaded",
+    rb"(?i:<svg|<.*?<svg)": "an SVG drawing; render it and send PNG",
+    rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI |\0\0\x01[\xb3\xba]|FLV\x01": "a video; send one of its frames as JPEG",
+    rb"[{\[]": "JSON text; send the bytes of the image themselves",
 }
 
 
@@ -221,6 +234,10 @@ def _unidentified(image_bytes: bytes, limits: Limits) -> RefusedImage:
             if name in limits.formats:
                 return RefusedImage("corrupt", f"it begins as {name}, but its header cannot be read")
             return RefusedImage("unsupported_format", f"{name} is not accepted; send JPEG")
+    start = image_bytes[:2048].removeprefix(b"\xef\xbb\xbf").lstrip(b"\t\n\r ")
+    for signature, mistake in _MISTAKES.items():
+        if re.match(signature, start, re.DOTALL):
+            return RefusedImage("not_an_image", f"{len(image_bytes)} bytes of {mistake}")
     return RefusedImage("not_an_image", f"{len(image_bytes)} bytes that no decoder knows; send JPEG")
 
 
