@@ -35,7 +35,7 @@ _MISTAKES = {
     rb"data:": "a data URL; decode its base64 and send the bytes themselves",
     rb"/9j/|iVBORw0KGgo|R0lGOD|UklGR|AAAA[A-Za-z0-9+/]{2}Z0eX": "base64 text; decode it and send the bytes themselves",
     rb"version https://git-lfs": "a Git LFS pointer; fetch the file that it stands for with `git lfs pull`",
-    rb"(?i:<!doctype html|<html|<.*?<html)": "an HTML page, such as an error's or a login's; look at what was downloaded",
+    rb"(?i:<!doctype html|<html|<.*?<html)": "an HTML page, perhaps an error's; look at what was downloaded",
     rb"(?i:<svg|<.*?<svg)": "an SVG drawing; render it and send PNG",
     rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI |\0\0\x01[\xb3\xba]|FLV\x01": "a video; send one of its frames as JPEG",
     rb"[{\[]": "JSON text; send the bytes of the image themselves",
