@@ -11,7 +11,7 @@ FROM nvcr.io/nvidia/tritonserver:${TRITON_TAG}${TRITON_DIGEST}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # What preprocess and the tools import, pinned with hashes.
-COPY requirements/container.txt requirements/container-export.txt /opt/clip/requirements/
+COPY requirements/container.txt requirements/container-export.txt requirements/container-kernel.txt /opt/clip/requirements/
 RUN python3 -m pip install --no-cache-dir --break-system-packages --require-hashes \
       -r /opt/clip/requirements/container.txt
 
@@ -31,6 +31,12 @@ RUN if [ "${WITH_EXPORT}" = 1 ]; then \
 COPY models /opt/clip/models
 COPY tools/clip_tools /opt/clip/tools/clip_tools
 COPY client/clip_embed /opt/clip/client/clip_embed
+
+# The library that resamples for preprocess; its compiler does not stay in the image.
+RUN python3 -m pip install --no-cache-dir --target /tmp/ziglang --require-hashes \
+      -r /opt/clip/requirements/container-kernel.txt \
+    && PYTHONPATH=/opt/clip/tools:/tmp/ziglang python3 -m clip_tools.kernel \
+    && rm -r /tmp/ziglang
 
 # /onnx: the exported graphs, mounted. /var/cache/clip-embed: the volume with what the first start made.
 RUN install -d -o 1000 -g 1000 /onnx /var/cache/clip-embed \

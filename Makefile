@@ -17,7 +17,8 @@ READY := $(VENV)/.ready-$(FOR)
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
 
-setup: $(READY) ## the environment, in .venv
+setup: $(READY) ## the environment, in .venv, and the library that resamples for preprocess
+	@$(BIN)/python -m clip_tools.kernel || true # Pillow takes its place
 
 # A failed set-up leaves no stamp, so the next make goes on from there.
 $(READY): $(PINS) requirements/uv.txt pyproject.toml
@@ -50,6 +51,7 @@ models/clip_onnx/1/model.onnx: | setup
 # The last line judges, when all is written: it fails when a target is missed.
 bench: setup ## how fast it is: fills results/ with JSON, tables and pictures (over an hour)
 	@$(BIN)/clip-tools bench --soak 20000 $(ARGS)
+	@$(BIN)/clip-tools bench --preprocess --output results/preprocess.json >/dev/null
 	@$(BIN)/clip-tools serialisation >/dev/null
 	@$(BIN)/clip-tools onnx-profile >/dev/null
 	@$(BIN)/clip-tools perf --serve --concurrency 1,2,4,8,16,32 --request-rate 5,10,20,30 >/dev/null
@@ -88,4 +90,4 @@ lock: setup ## resolve the requirements anew (needs the package index)
 	@./requirements/lock.sh $(BIN)/uv
 
 clean: ## remove what was built; the environment and the photographs stay
-	rm -rf .cache/demo .cache/models .pytest_cache .ruff_cache .mypy_cache models/clip_onnx/1/model.onnx models/clip_onnx/1/manifest.json models/clip_onnx/1/sample.npz
+	rm -rf .cache/demo .cache/models .pytest_cache .ruff_cache .mypy_cache models/clip_onnx/1/model.onnx models/clip_onnx/1/manifest.json models/clip_onnx/1/sample.npz models/preprocess/1/*.so

@@ -21,6 +21,8 @@ echo 'tensorrt-cu13<11' |
 # What the container's Python models and its entry point import beside Triton's own packages (Ubuntu 24.04: Python 3.12).
 printf 'numpy<2\npillow\ntritonclient[grpc]\ntyper\nrich\nonnx\n' |
   "${compile[@]}" --python-version 3.12 --constraint requirements/all.txt - -o requirements/container.txt
+# What compiles the library of preprocess while the image is built.
+echo ziglang | "${compile[@]}" --python-version 3.12 --constraint requirements/all.txt - -o requirements/container-kernel.txt
 # What an image that exports by itself has besides.
 printf 'numpy<2\ntorch\ntorchvision\nopen_clip_torch\nonnx\nonnxscript\nonnxruntime\nsafetensors\n' |
   "${compile[@]}" --python-version 3.12 --constraint requirements/all.txt - -o requirements/container-export.txt

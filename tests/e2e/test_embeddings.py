@@ -89,6 +89,30 @@ def test_the_bad_images_of_a_request_are_all_named(client, images):
     ]
 
 
+def test_a_strip_is_embedded_by_its_centre(client):
+    """Pillow would make 8 GB of it; the served preprocess has the library that need not."""
+    strip, square = (Image.new("RGB", size, (200, 30, 60)) for size in ((40_000, 1), (224, 224)))
+    files = [io.BytesIO(), io.BytesIO()]
+    for image, file in zip((strip, square), files, strict=True):
+        image.save(file, "PNG")
+    vectors = client.embed([file.getvalue() for file in files])
+    assert np.array_equal(vectors[0], vectors[1])
+
+
+def test_a_preprocess_without_its_library_says_so_and_gives_the_same_pixels(server, repository, images):
+    name = "preprocess_pillow"
+    shutil.copytree(repository / "preprocess", repository / name, ignore=shutil.ignore_patterns("*.so"))
+    admin = server.options.access.grpc_headers()
+    with triton.InferenceServerClient(server.options.grpc_url.removeprefix("grpc://")) as client:
+        client.load_model(name, headers=admin)
+        pixels = [ask_at_once(client, model, images[:1])[0][0].as_numpy("pixels") for model in ("preprocess", name)]
+        client.unload_model(name, headers=admin)
+    assert np.array_equal(*pixels)
+    said = [line for line in server.options.log.read_text().splitlines() if "resamples with Pillow" in line]
+    assert len(said) == read_config(repository, name).instance_group[0].count  # none of `preprocess`
+    assert "make setup" in said[0]
+
+
 def test_64_bad_images_are_all_named_in_one_message(server):
     with EmbeddingClient(server.options.grpc_url, batch_size=64) as client, pytest.raises(InvalidImageError) as caught:
         client.embed([b"no image " + b"x" * 99] * 64)

@@ -1,5 +1,6 @@
 """A short run of every verb that measures, as a person would call it. No figure of it means anything."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -64,6 +65,18 @@ def test_bench_asks_servers_that_run_elsewhere(repository, server, pytorch, tmp_
     assert all(row["agreement"] >= 0.99999 and row["throughput"] > 0 for row in result["cells"])
     assert result["servers"] == {}
     server.process.raise_if_ended()
+
+
+def test_bench_measures_preprocess_with_its_library_against_pillow(repository, results):
+    output = results / "preprocess.json"
+    printed = run(CLIP_TOOLS, "bench", "--preprocess", "--quick", "--models", repository, "--output", output)
+    assert "| exact, 640x480, against Pillow | >= 2 | " in printed
+    rows = read(output)["rows"]
+    assert {(row["images"], row["mode"], row["resized_by"]) for row in rows} == set(
+        itertools.product(("640x480", "phone"), ("exact", "fast"), ("library", "Pillow"))
+    )
+    resize = {row["resized_by"]: row["resize_s"] for row in rows if (row["images"], row["mode"]) == ("phone", "exact")}
+    assert resize["library"] < resize["Pillow"]  # nine times faster: the one was not mistaken for the other
 
 
 def test_one_variable_moves_a_client_to_the_pytorch_service_and_back(server, oracle, pytorch, demo_photos, monkeypatch):
@@ -149,7 +162,7 @@ def test_serialisation_counts_what_is_sent(results):
 
 def test_report_takes_all_of_them(results):
     """Runs last in this file, on what the others left."""
-    names = {"bench", "perf", "profile", "sweep", "onnx-profile", "serialisation"}
+    names = {"bench", "perf", "profile", "sweep", "onnx-profile", "serialisation", "preprocess"}
     if {path.stem for path in results.glob("*.json")} < names:
         pytest.skip("the other tests of this file did not run")
     run(CLIP_TOOLS, "report", results)

@@ -1,5 +1,6 @@
 """`clip_preprocess` on made images: what colours, order and limits mean."""
 
+import base64
 import dataclasses
 import io
 import sys
@@ -90,7 +91,7 @@ def test_too_many_bytes_says_how_many_are_accepted():
     assert str(LIMITS.max_image_bytes) in error.reason
 
 
-@pytest.mark.parametrize("size", [(3000, 3000), (65_500, 65_500), (65_500, 1), (1, 65_500)])
+@pytest.mark.parametrize("size", [(3000, 3000), (65_500, 65_500)])
 def test_bombs_are_refused_by_their_header(size):
     header = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG"))
     frame = header.index(b"\xff\xc0")
@@ -98,14 +99,34 @@ def test_bombs_are_refused_by_their_header(size):
     assert refusal(bytes(header)).code in ("too_many_pixels", "truncated")
 
 
-def test_a_sliver_is_refused_before_it_is_blown_up():
-    assert refusal(encoded(Image.new("RGB", (65_500, 1)), "PNG")).code == "too_many_pixels"
+@pytest.fixture
+def without_kernel(monkeypatch):
+    """As where the library was not built: Pillow resizes, and the whole image."""
+    monkeypatch.setattr("clip_preprocess.find_kernel", lambda: None)
 
 
-@pytest.mark.parametrize(("size", "cost"), [((30, 20), 224 * 336), ((400, 300), 400 * 300)])
-def test_a_requests_images_share_its_pixels_and_one_that_finds_too_few_takes_none(size, cost):
-    """Of an image that is enlarged, those count to which it is."""
-    image, small = encoded(Image.new("RGB", size)), encoded(Image.new("RGB", (1, 1)))
+@pytest.mark.parametrize("size", [(40_000, 1), (1, 3000)])
+def test_of_a_strip_only_its_centre_is_made(size):
+    strip = Image.new("RGB", size, (255, 0, 0))
+    strip.paste((0, 0, 255), (size[0] // 2 - 20, size[1] // 2 - 20, size[0] // 2 + 20, size[1] // 2 + 20))
+    assert (pixels_of(encoded(strip), LIMITS) == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize("size", [(65_500, 1), (1, 65_500)])
+def test_a_strip_is_refused_before_pillow_blows_it_up(without_kernel, size):
+    error = refusal(encoded(Image.new("RGB", size)))
+    assert (error.code, "when resized" in error.reason) == ("too_many_pixels", True)
+
+
+def test_a_strip_that_the_kernel_does_not_take_is_refused_too():
+    assert refusal(encoded(Image.new("P", (65_500, 1)))).code == "too_many_pixels"
+    assert refusal(encoded(Image.new("RGB", (1, 5_000_000)))).code == "too_many_pixels"
+
+
+@pytest.mark.parametrize(("mode", "size", "cost"), [("P", (30, 20), 224 * 336), ("RGB", (400, 300), 400 * 300)])
+def test_a_requests_images_share_its_pixels_and_one_that_finds_too_few_takes_none(mode, size, cost):
+    """Those of an image as it is decoded; or as it is resized, where Pillow does that and it is larger then."""
+    image, small = encoded(Image.new(mode, size)), encoded(Image.new("RGB", (1, 1)))
     budget = PixelBudget(2 * cost + 224 * 224)
     for _ in range(2):
         pixels_of(image, LIMITS, budget=budget)
@@ -198,6 +219,38 @@ def test_a_photograph_of_108_megapixels_is_read(limits):
     assert limits.max_image_pixels >= 12_000 * 9_000
     photo = encoded(Image.new("L", (12_000, 9_000), 99), "JPEG")
     assert (pixels_of(photo, limits) == 99).all()
+
+
+JPEG = encoded(Image.new("RGB", (9, 9)), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("sent", "named"),
+    [
+        (b"data:image/jpeg;base64," + base64.b64encode(JPEG), "a data URL"),
+        (base64.b64encode(JPEG), "base64 text"),
+        (b"\n" + base64.encodebytes(encoded(Image.new("RGB", (9, 9)))), "base64 text"),
+        (base64.b64encode(b"GIF89a" + b"x" * 60), "base64 text"),
+        (base64.b64encode(b"RIFF\x10\x20\0\0WEBPVP8 "), "base64 text"),
+        (base64.b64encode(b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf"), "base64 text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "a Git LFS pointer"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
+        (b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- a -->\n<!DOCTYPE svg PUBLIC "x">\n<svg/>', "an SVG drawing"),
+        (b"\r\n<!DOCTYPE html><html><body>Not found</body></html>", "an HTML page"),
+        (b"<HTML><svg></svg></HTML>", "an HTML page"),
+        (b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41" + bytes(99), "a video"),
+        (b"\0\0\0\x14ftypqt  " + bytes(99), "a video"),
+        (b"\x1aE\xdf\xa3\x01" + bytes(99), "a video"),
+        (b"RIFF\x10\0\0\0AVI LIST" + bytes(99), "a video"),
+        (b'{"image": "/9j/4AAQ"}', "JSON text"),
+        (b"<p>", "no decoder knows"),
+        (b"<!---->" * 9999, "no decoder knows"),
+        (b"\xff" * 99, "no decoder knows"),
+    ],
+)
+def test_what_people_send_by_mistake_is_named(sent, named):
+    error = refusal(sent)
+    assert (error.code, named in error.reason) == ("not_an_image", True), error
 
 
 PARAMETERS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from clip_tools.errors import ToolError
 from clip_tools.paths import ROOT
 
-FILES = ("all", "client", "container", "container-export", "gpu", "tensorrt", "uv")
+FILES = ("all", "client", "container", "container-export", "container-kernel", "gpu", "tensorrt", "uv")
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==", re.MULTILINE)
 
 

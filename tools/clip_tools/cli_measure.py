@@ -61,6 +61,9 @@ def bench(
         str | None, typer.Option(help="The PyTorch service, where it runs elsewhere: http://HOST:8010.")
     ] = None,
     soak: Annotated[int, typer.Option(min=0, help="Watch the memory over so many requests; the target: 20000.")] = 0,
+    preprocess: Annotated[
+        bool, typer.Option("--preprocess", help="Only preprocess, alone: by its library and by Pillow, in the rounds.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="The shortest run through everything; no figure counts.")] = (
         False
     ),
@@ -74,11 +77,20 @@ def bench(
     """Embed the same photographs through every arm, in rounds, and compare."""
     from clip_tools.measuring import bench as verb
     from clip_tools.measuring import bench_section, results
+    from clip_tools.measuring import preprocess as alone
+    from clip_tools.measuring.targets import TARGETS
     from clip_tools.measuring.targets import check as judge
     from clip_tools.measuring.workload import ensure_model
 
     if result is not None:
         measured = results.read(result)
+    elif preprocess:
+        with progress() as tell:
+            measured = alone.preprocess_alone(
+                rounds=1 if quick else rounds, seconds=0.1 if quick else seconds, models=models, tell=tell
+            )
+        results.write(measured, output)
+        typer.echo(alone.preprocess_section(output.stem, measured).text)
     else:
         options = verb.BenchOptions(
             arms=tuple(arm.strip() for arm in arms.split(",") if arm.strip()),
@@ -105,7 +117,7 @@ def bench(
         results.write(measured, output)
         typer.echo(bench_section.bench_text(measured))
     if check:
-        verdicts = judge(measured)
+        verdicts = judge(measured, alone.TARGETS if measured["kind"] == "preprocess" else TARGETS)
         typer.echo(bench_section.verdicts_text(verdicts))
         if not all(verdict.is_met for verdict in verdicts):
             raise typer.Exit(1)

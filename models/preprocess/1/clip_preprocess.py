@@ -1,13 +1,16 @@
 """One encoded image -> the very pixels that open_clip's inference transform feeds to its model."""
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+import clip_resample
 from clip_bounds import (
     MAX_ICON_PIXELS,
     MAX_RLE_BITMAP_PIXELS,
@@ -20,6 +23,18 @@ from clip_bounds import (
 )
 
 SIDE_PX = 224
+
+
+# What people send in place of an image, by its first bytes after white space, and what to do instead.
+_MISTAKES = {
+    rb"data:": "a data URL; decode its base64 and send the bytes themselves",
+    rb"/9j/|iVBORw0KGgo|R0lGOD|UklGR|AAAA[A-Za-z0-9+/]{2}Z0eX": "base64 text; decode it and send the bytes themselves",
+    rb"version https://git-lfs": "a Git LFS pointer; fetch the file that it stands for with `git lfs pull`",
+    rb"(?i:<!doctype html|<html|<.*?<html)": "an HTML page, perhaps an error's; look at what was downloaded",
+    rb"(?i:<svg|<.*?<svg)": "an SVG drawing; render it and send PNG",
+    rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI |\0\0\x01[\xb3\xba]|FLV\x01": "a video; send one of its frames as JPEG",
+    rb"[{\[]": "JSON text; send the bytes of the image themselves",
+}
 
 
 @dataclass(frozen=True)
@@ -53,16 +68,31 @@ class PixelBudget:
     max_request_pixels: int
     taken: int = 0
 
-    def take(self, size: tuple[int, int]) -> None:
-        """For an image of this size, or of the one it is resized to; RefusedImage, and none, where too few are left."""
-        pixels = max(width * height for width, height in (size, _resized_size(*size)))
+    def take(self, image: Image.Image) -> None:
+        """For this image; RefusedImage, and none, where too few are left."""
+        pixels = max(width * height for width, height in _sizes(image).values())
         if self.taken + pixels > self.max_request_pixels:
             raise RefusedImage(
                 "too_many_pixels",
-                f"{size[0]} x {size[1]} px, after {self.taken} pixels of the same request; "
+                f"{image.width} x {image.height} px, after {self.taken} pixels of the same request; "
                 f"at most {self.max_request_pixels} are accepted in one: send fewer images at a time",
             )
         self.taken += pixels
+
+
+@cache
+def find_kernel() -> clip_resample.Kernel | None:
+    """What resamples instead of Pillow, to the same bytes; None where it was not built."""
+    try:
+        return clip_resample.kernel()
+    except clip_resample.NoKernel:
+        return None
+
+
+def lent_memory() -> AbstractContextManager[None]:
+    """In which images are decoded, so that the kernel can read them where they are."""
+    kernel = find_kernel()
+    return kernel.lends_images() if kernel else nullcontext()
 
 
 def open_pixels(parameters: Mapping[str, str], device_id: int = 0) -> Callable[[bytes], np.ndarray]:
@@ -103,10 +133,10 @@ def pixels_of(
     """
     image = _opened(image_bytes, limits)
     if budget:
-        budget.take(image.size)
+        budget.take(image)
     try:
-        with warnings.catch_warnings():  # what Pillow has to say about odd palettes and metadata
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), lent_memory():
+            warnings.simplefilter("ignore")  # what Pillow has to say about odd palettes and metadata
             if (
                 decode
                 and (image.format, image.mode) == ("JPEG", "RGB")
@@ -118,20 +148,28 @@ def pixels_of(
             _, box = (fast and image.draft(None, (2 * SIDE_PX, 2 * SIDE_PX))) or (None, None)
             image.load()
             check_depth(image.mode, limits.deep_gray)
-            size = _resized_size(*(full_size if box else image.size))
-            _check_pixels(image.size, limits)  # loading an icon may show another size
-            left, top = _crop_offset(size[0]), _crop_offset(size[1])
-            resized = image.resize(size, Image.Resampling.BICUBIC, box)
-            cropped = resized.crop((left, top, left + SIDE_PX, top + SIDE_PX))
-            return np.asarray(cropped.convert("RGB"))
+            _check_pixels(image, limits)  # loading an icon may show another size
+            return centre_of(image, _resized_size(*full_size) if box else None, box)
     except RefusedImage:
         raise
-    except MemoryError:
+    except (MemoryError, clip_resample.KernelError):
         raise  # the server's trouble, not the image's
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise RefusedImage(
             code_of(error), f"{image.format} data cannot be decoded: {error or type(error).__name__}"
         ) from error
+
+
+def centre_of(
+    image: Image.Image, size: tuple[int, int] | None = None, box: clip_resample.Box | None = None
+) -> np.ndarray:
+    """The decoded image resized and cropped, as `pixels_of` has it; `size` and `box` of one decoded at a fraction."""
+    size = size or _resized_size(*image.size)
+    left, top = _crop_offset(size[0]), _crop_offset(size[1])
+    if (kernel := find_kernel()) and kernel.takes(image, size, box):
+        return kernel.crop(image, size, (left, top), SIDE_PX, box)
+    resized = image.resize(size, Image.Resampling.BICUBIC, box)
+    return np.asarray(resized.crop((left, top, left + SIDE_PX, top + SIDE_PX)).convert("RGB"))
 
 
 def _opened(image_bytes: bytes, limits: Limits) -> Image.Image:
@@ -161,20 +199,34 @@ def _opened(image_bytes: bytes, limits: Limits) -> Image.Image:
     except Exception as error:
         reason = f"the header cannot be read: {error or type(error).__name__}"
         raise RefusedImage(code_of(error), reason) from error
-    _check_pixels(image.size, limits)
+    _check_pixels(image, limits)
+    if image.tile and image.tile[0][0] == "jpeg":
+        # All at once: where its data end within a row of blocks, libjpeg decodes that row again once it has more.
+        image.decodermaxblock = size_bytes
     if image.width * image.height > MAX_RLE_BITMAP_PIXELS and any(tile[0] == "bmp_rle" for tile in image.tile):
         raise RefusedImage("too_complex", f"over {MAX_RLE_BITMAP_PIXELS} pixels of RLE bitmap; save it anew, as JPEG")
     return image
 
 
-def _check_pixels(size: tuple[int, int], limits: Limits) -> None:
-    """Raises RefusedImage for too many pixels, as they are or resized: 65500 x 1 would become 14672000 x 224."""
-    for what, (width, height) in (("", size), (" when resized", _resized_size(*size))):
+def _check_pixels(image: Image.Image, limits: Limits) -> None:
+    """Raises RefusedImage for more pixels in memory than the limit."""
+    for what, (width, height) in _sizes(image).items():
         if width * height > limits.max_image_pixels:
             raise RefusedImage(
                 "too_many_pixels",
                 f"{width} x {height} px{what}; at most {limits.max_image_pixels} pixels are accepted",
             )
+
+
+def _sizes(image: Image.Image) -> dict[str, tuple[int, int]]:
+    """What is in memory as a whole: the decoded image and, where Pillow resizes it, the resized one.
+
+    A strip of 40000 x 1 would become 8960000 x 224. The kernel makes only the part that the crop keeps.
+    """
+    resized = _resized_size(*image.size)
+    if (kernel := find_kernel()) and kernel.takes(image, resized):
+        return {"": image.size}
+    return {"": image.size, " when resized": resized}
 
 
 def _unidentified(image_bytes: bytes, limits: Limits) -> RefusedImage:
@@ -183,6 +235,10 @@ def _unidentified(image_bytes: bytes, limits: Limits) -> RefusedImage:
         if name in limits.formats:
             return RefusedImage("corrupt", f"it begins as {name}, but its header cannot be read")
         return RefusedImage("unsupported_format", f"{name} is not accepted; send JPEG")
+    start = image_bytes[:2048].removeprefix(b"\xef\xbb\xbf").lstrip(b"\t\n\r ")
+    for signature, mistake in _MISTAKES.items():
+        if re.match(signature, start, re.DOTALL):
+            return RefusedImage("not_an_image", f"{len(image_bytes)} bytes of {mistake}")
     return RefusedImage("not_an_image", f"{len(image_bytes)} bytes that no decoder knows; send JPEG")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from PIL import AvifImagePlugin, Image
 
+import clip_resample
 from clip_preprocess import SIDE_PX, PixelBudget, RefusedImage, open_pixels
 
 # A gRPC status travels in HTTP/2 trailers, which clients cut off at 8 KiB by default.
@@ -42,6 +43,10 @@ class TritonPythonModel:
                 f"preprocess: parameter formats has {', '.join(sorted(unknown))}; "
                 f"this Pillow reads {', '.join(sorted(Image.OPEN))}"
             )
+        try:
+            clip_resample.kernel()
+        except clip_resample.NoKernel as error:
+            pb_utils.Logger.log_warn(f"preprocess resamples with Pillow, which takes twice as long an image: {error}")
 
     def execute(self, requests):
         return [self._response(request) for request in requests]

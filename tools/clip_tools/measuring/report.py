@@ -11,6 +11,7 @@ from typing import Any
 from clip_tools.errors import ToolError
 from clip_tools.measuring.bench_section import bench_section, headline
 from clip_tools.measuring.precision_section import precision_section
+from clip_tools.measuring.preprocess import preprocess_section
 from clip_tools.measuring.results import read
 from clip_tools.measuring.sections import (
     Section,
@@ -40,6 +41,7 @@ def environment_text(environment: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[str, dict[str, Any]], Section]]] = {
     "bench": ("Side by side", bench_section),
+    "preprocess": ("Preprocessing alone", preprocess_section),
     "perf": ("A standard load tester", perf_section),
     "serialisation": ("What is sent", serialisation_section),
     "onnx-profile": ("Inside the engine", onnx_section),

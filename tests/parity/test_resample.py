@@ -1,0 +1,228 @@
+"""The library that resamples gives Pillow's bytes, in both forms, and is used only where it does."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tests.resample_cases import MODES, SIDE_PX, Case, by_pillow, cases, differing, resized_size
+
+import clip_preprocess
+import clip_resample
+from clip_tools import kernel as built
+from clip_tools.paths import ROOT
+
+try:
+    KERNELS = [clip_resample.Kernel(clip_resample.library(), form) for form in clip_resample.FORMS]
+except clip_resample.NoKernel as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+def central(mode: str, width: int, height: int) -> Case:
+    size = resized_size(width, height)
+    return Case(mode, width, height, size, tuple(round((length - SIDE_PX) / 2) for length in size), None, seed=1)
+
+
+def test_hundreds_of_random_images_are_pillows_to_the_byte():
+    assert differing(KERNELS, seed=1, count=250) == []
+
+
+@pytest.mark.long
+def test_ten_thousand_random_images_are_pillows_to_the_byte():
+    assert differing(KERNELS, seed=2, count=10_000) == []
+
+
+def test_the_random_images_are_of_every_kind():
+    """What the tests above claim to cover."""
+    seen = list(cases(seed=1, count=250))
+    assert {case.mode for case in seen} == set(MODES)
+    sizes = [(case.width, case.height) for case in seen]
+    assert min(map(min, sizes)) == 1
+    assert max(map(max, sizes)) > 4000
+    assert max(max(size) / min(size) for size in sizes) > 50
+    down_first = [c for c in seen if c.height - c.size[1] > max(0, 2 * (c.width - c.size[0]))]
+    assert len(down_first) > 10
+    assert {(c.size[0] - SIDE_PX) % 2 for c in seen} == {(c.size[1] - SIDE_PX) % 2 for c in seen} == {0, 1}
+    assert len([c for c in seen if c.box]) > 20
+
+
+@pytest.mark.parametrize("height", [1300, 1400])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_order_of_the_passes_is_pillows(mode, height):
+    """652 x 1400 goes down first, 652 x 1300 across first, and rounding between them makes that visible."""
+    case = central(mode, 652, height)
+    image = case.image()
+    for kernel in KERNELS:
+        assert np.array_equal(kernel.crop(image, case.size, case.offset, SIDE_PX), by_pillow(case, image))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 3000), (3000, 1), pytest.param(40_000, 1, marks=pytest.mark.long)])
+def test_a_strip_is_pillows_too(width, height):
+    """Pillow makes the whole of it first, so in one colour here: 40000 x 1 becomes 2 GB."""
+    case = central("L", width, height)
+    image = case.image()
+    expected = by_pillow(case, image)
+    for kernel in KERNELS:
+        assert np.array_equal(kernel.crop(image, case.size, case.offset, SIDE_PX), expected)
+
+
+def test_an_image_of_many_megabytes_is_lent_in_one_piece_and_most_of_its_memory_given_back():
+    """By default Pillow keeps 16 MB in a piece, and lends no image of several."""
+    core = Image.core
+    before = core.get_block_size(), core.get_blocks_max()
+    try:
+        case = central("RGB", 5000, 5000)
+        with KERNELS[0].lends_images():
+            image = case.image()
+        assert np.array_equal(KERNELS[-1].crop(image, case.size, case.offset, SIDE_PX), by_pillow(case, image))
+        assert core.get_block_size() == 64 << 20
+    finally:
+        core.set_block_size(before[0])
+        core.set_blocks_max(before[1])
+
+
+def test_what_it_does_not_take_it_says_and_is_not_made_to():
+    takes = clip_resample.Kernel.takes
+    for mode in ("1", "P", "PA", "I", "I;16", "F", "LAB", "HSV"):
+        assert not takes(Image.new(mode, (9, 9)), (224, 224)), mode
+    assert not takes(Image.new("RGB", (224, 300)), (224, 300))  # Pillow copies that
+    assert takes(Image.new("RGB", (224, 300)), (224, 300), (0, 0, 224, 299.5))
+    assert not takes(Image.new("RGB", (1, 1)), (224, 1 << 31))
+    image = Image.new("RGB", (300, 300))
+    for size, offset, box in (
+        ((224, 224), (1, 0), None),
+        ((224, 224), (0, -1), None),
+        ((200, 224), (0, 0), None),
+        ((224, 224), (0, 0), (0, 0, 301, 300)),
+        ((224, 224), (0, 0), (1, 0, 300, 300)),
+        ((224, 224), (0, 0), (0, 0, 0, 300)),
+        ((224, 224), (0, 0), (0, 0, float("nan"), 300)),
+    ):
+        with pytest.raises(clip_resample.KernelError):
+            KERNELS[0].crop(image, size, offset, SIDE_PX, box)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    numbers=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 300), min_size=11, max_size=11),
+    right=st.sets(st.integers(0, 12)),
+    boxes=st.tuples(*[st.floats(width=32) | st.just(40.0)] * 2),
+)
+def test_no_arguments_make_the_library_read_or_write_elsewhere(numbers, right, boxes):
+    """The true ones of an image of 40 x 40, some of them replaced: it answers that they do not fit, or fills `out`."""
+    image = Image.new("RGB", (40, 40), (7, 7, 7))
+    _, lent = image.__arrow_c_array__()
+    pointer = clip_resample._pointer_of(lent, b"arrow_array")
+    out = np.zeros(16 * 16 * 3 + 64, np.uint8)
+    true = [40, 40, 4, 40.0, 40.0, 20, 20, 2, 2, 16, 3, out.nbytes - 64, 1]
+    other = [*numbers[:3], *boxes, *numbers[3:]]
+    values = [a if index in right else b for index, (a, b) in enumerate(zip(true, other, strict=True))]
+    values.insert(11, out.ctypes.data)
+    state = KERNELS[0]._crop(pointer, *values)
+    assert state in (0, 1)
+    assert not out[-64:].any()
+    assert out[:-64].any() == (state == 0)
+
+
+# Built to end the process at a wrong access, or at arithmetic that C does not define.
+
+
+def sanitized(tmp_path) -> tuple[str, dict[str, str]]:
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs gcc, for ziglang has no address sanitizer")
+    library = tmp_path / "sanitized.so"
+    flags = ["-g", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-fsanitize=address,undefined"]
+    command = [compiler, *flags, "-fno-sanitize-recover=all", built.SOURCE, "-o", library, "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"gcc has no address sanitizer here: {done.stderr.strip().splitlines()[-1]}")
+    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    options = {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
+    return str(library), os.environ | {"LD_PRELOAD": runtime.stdout.strip(), **options}
+
+
+def run_sanitized(tmp_path, *numbers: int) -> subprocess.CompletedProcess:
+    library, environment = sanitized(tmp_path)
+    return subprocess.run(
+        [sys.executable, "-m", "tests.resample_cases", library, *map(str, numbers)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.long
+def test_no_access_is_wrong_and_no_arithmetic_undefined_in_thousands_of_images_and_files(tmp_path):
+    done = run_sanitized(tmp_path, 3, 800, 800)
+    assert done.returncode == 0, done.stderr[-4000:]
+    count, pixels = map(int, done.stdout.split())
+    assert count == 800
+    assert pixels > 200
+
+
+@pytest.mark.long
+def test_the_sanitizer_would_find_a_wrong_access(tmp_path, monkeypatch):
+    source = tmp_path / built.SOURCE.name
+    text = built.SOURCE.read_text()
+    wrong = text.replace(
+        "const size_t stride = (size_t)job->width * bands,", "const size_t stride = (size_t)job->width * bands + 4,"
+    )
+    assert wrong != text
+    source.write_text(wrong)
+    monkeypatch.setattr(built, "SOURCE", source)
+    done = run_sanitized(tmp_path, 3, 5, 0)
+    assert "heap-buffer-overflow" in done.stderr
+
+
+# Where it comes from.
+
+
+def test_the_library_of_another_source_is_never_used(tmp_path, monkeypatch):
+    source = tmp_path / "clip_resample.c"
+    source.write_bytes(clip_resample.SOURCE.read_bytes())
+    monkeypatch.setattr(clip_resample, "SOURCE", source)
+    assert clip_resample.library() == built.library(source)
+    shutil.copy(built.library(), clip_resample.library())
+    assert clip_resample.kernel.__wrapped__().form in clip_resample.FORMS
+    source.write_text(source.read_text() + "/* changed */\n")
+    with pytest.raises(clip_resample.NoKernel, match="was not built; `make setup` builds it"):
+        clip_resample.kernel.__wrapped__()
+
+
+def test_a_library_that_is_none_or_gives_other_bytes_than_this_pillow_is_not_used(tmp_path, monkeypatch):
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"none")
+    with pytest.raises(clip_resample.NoKernel, match=r"broken.so cannot be loaded"):
+        clip_resample.Kernel(broken)
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda image, size, *_: resize(image, size, Image.Resampling.BILINEAR))
+    with pytest.raises(clip_resample.NoKernel, match=r"this Pillow .* in another way"):
+        clip_resample.Kernel(clip_resample.library())
+
+
+def test_a_build_that_fails_leaves_nothing_and_says_why_in_a_line(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "clip_resample.c"
+    source.write_text("no C")
+    compiler = (sys.executable, "-c", "import sys; sys.exit('Note: ...\\nclip_resample.c:1:1: error: unknown type')")
+    monkeypatch.setattr(built, "build", partial(built.build, source, compiler))
+    assert built.main() == 1
+    assert re.fullmatch(r"preprocess will resample with Pillow.*error: unknown type\n", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_without_it_the_pixels_are_the_same(monkeypatch, limits, demo_photos):
+    image_bytes = demo_photos[0].read_bytes()
+    with_it = clip_preprocess.pixels_of(image_bytes, limits)
+    monkeypatch.setattr(clip_preprocess, "find_kernel", lambda: None)
+    monkeypatch.setattr(clip_resample.Kernel, "crop", lambda *_: pytest.fail("the library was asked"))
+    assert np.array_equal(clip_preprocess.pixels_of(image_bytes, limits), with_it)
