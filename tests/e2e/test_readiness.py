@@ -282,7 +282,7 @@ def test_a_storm_of_calls_that_are_given_up_costs_others_nothing(served, demo_ph
     assert (traffic.lost, traffic.wrong, deaths.dishonest) == ([], [], 0)
     for got in (ours[0].result(), ours[1].result(), np.load(tmp_path / "vectors.npy")):
         assert np.abs(np.array(got) - expected).max() < SAME_IMAGE_MAX_ABS
-    assert max(deaths.started_s) < 10  # 0.6 s on two cores
+    assert max(deaths.started_s) < 30  # 3.7 s at most on two busy cores
     assert "tritonserver ended by SIGSEGV" in options.log.read_text()
 
 

@@ -53,7 +53,7 @@ def swapping(models, tmp_path_factory):
         yield running
         began = time.monotonic()
         running.stop()
-    assert time.monotonic() - began < 15  # 6 s on two cores
+    assert time.monotonic() - began < 20  # 6 s on two cores
 
 
 @pytest.fixture

@@ -56,8 +56,8 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
         Promise("stub_wedged", "So is one that hangs."),
         Promise(
             "storms",
-            "gRPC calls that other clients give up may kill the embedded server: it is seen at once, the next one is "
-            "started within a second, and clients that wait lose nothing.",
+            "gRPC calls that other clients give up may kill the embedded server: the next one is started at once, and "
+            "clients that wait lose nothing. Seen on two cores that had ten other things to do.",
         ),
         Promise(
             "left_midway",
