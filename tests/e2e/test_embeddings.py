@@ -102,7 +102,7 @@ def test_a_strip_is_embedded_by_its_centre(client):
 
 def test_a_preprocess_without_its_library_says_so_and_gives_the_same_pixels(server, repository, images):
     name = "preprocess_pillow"
-    shutil.copytree(repository / "preprocess", repository / name, ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(repository / "preprocess", server.served / name, ignore=shutil.ignore_patterns("*.so"))
     admin = server.options.access.grpc_headers()
     with triton.InferenceServerClient(server.options.grpc_url.removeprefix("grpc://")) as client:
         client.load_model(name, headers=admin)
