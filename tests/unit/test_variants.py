@@ -108,12 +108,6 @@ def test_a_variants_processes_are_served_as_it_says():
         assert config.instance_group[0].count == count
 
 
-def test_a_variant_is_not_warmed_up_in_batches_that_it_does_not_take():
-    config = read_config(MODELS, "clip_onnx", "ort-fp16")
-    change(config, Variant(max_batch=8))
-    assert [warm_up.batch_size for warm_up in config.model_warmup] == [1, 2, 4, 8]
-
-
 def test_a_variants_repository_serves_the_same_files(tmp_path):
     """The named configuration that is served is the one that is changed, and the committed files stay as they are."""
     repository = write_repository(Variant("cpu-bf16", preprocess_instances=1), tmp_path / "models")
