@@ -116,11 +116,16 @@ def export_onnx(weights: Weights, photographs: Sequence[bytes], output: Path = M
 
 
 def describe(
-    draft: Path, weights: Weights, precision: Precision, worst_cosine: float, max_abs_difference: float, **further: Any
+    draft: Path,
+    weights: Weights,
+    precision: Precision,
+    worst_cosine: float,
+    max_abs_difference: float,
+    *,
+    opset: int = OPSETS["portable"],
+    **further: Any,
 ) -> Manifest:
     """The manifest of a file that was just exported from these weights."""
-    import onnx
-
     return Manifest(
         sha256=sha256_of(draft),
         model=weights.model,
@@ -128,7 +133,7 @@ def describe(
         checkpoint_sha256=weights.checkpoint_sha256,
         trained=weights.seed is None,
         precision=precision,
-        opset=max(opset.version for opset in onnx.load(str(draft)).opset_import if not opset.domain),
+        opset=opset,
         max_batch=MAX_BATCH,
         worst_cosine=round(worst_cosine, 8),
         max_abs_difference=float(f"{max_abs_difference:.2e}"),

@@ -85,6 +85,7 @@ def export_variant(
             precision,
             found.worst_cosine,
             found.max_abs,
+            opset=graph.opset_import[0].version,
             matrices=count_matrices(graph),
             gate={
                 **asdict(found),
