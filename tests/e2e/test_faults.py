@@ -110,7 +110,7 @@ class Fed:
 
     def wait_until_it_has_begun(self) -> None:
         """It opens its output once it has found the server."""
-        unfinished = self.output.with_name(f".{self.output.name}.{self.process.pid}")
+        unfinished = self.output.with_name(f"{self.output.name}.parts") / f"{self.output.name}.unfinished"
         wait_until(lambda: unfinished.exists() or self.process.poll() is not None, what="clip-embed has begun")
 
     def finish(self) -> str:
