@@ -114,7 +114,9 @@ def test_plain_perf_analyzer_takes_the_input_that_perf_wrote(server, repository,
 
 def test_model_analyzer_profiles_the_ensemble(repository, tmp_path, results):
     """Two configurations; a small batch limit, for it first tries twice as many requests at once as that holds."""
-    models = write_repository(Variant(max_batch=2), tmp_path / "models", repository)
+    models = write_repository(Variant(), tmp_path / "models", repository)
+    for path in models.glob("*/config.pbtxt"):
+        path.write_text(path.read_text().replace("max_batch_size: 64", "max_batch_size: 2"))
     http, grpc, metrics = free_ports(3)
     ports = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
     folder = ["--folder", tmp_path / "analyzer", "--models", models]
