@@ -198,7 +198,7 @@ def test_a_plan_that_cannot_be_right_is_refused_before_the_server_loads_anything
 
 def test_a_change_in_place_that_does_not_load_leaves_the_server_ready(swapping, control, models):
     config = read_config(models, "clip_onnx")
-    config.optimization.execution_accelerators.cpu_execution_accelerator[0].name = "none"
+    config.optimization.execution_accelerators.cpu_execution_accelerator.add(name="none")
     with pytest.raises(ToolError, match="expected openvino"):
         control.load("clip_onnx", config)
     swap(control, SwapOptions("onnx", models=models), lambda _: None)

@@ -197,7 +197,7 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install():
 
 
 @pytest.fixture
-def waiting(run, url, brain, tmp_path):
+def waiting(run, url, brain, tmp_path, ctrl_c):
     """The command's process, which has printed a.jpg's line or is about to, and waits for the second image."""
     brain.reset()
     (tmp_path / "wait.jpg").write_bytes(b"wait")
