@@ -176,7 +176,7 @@ def test_a_plan_without_a_gpu_is_one_sentence(tmp_path: Path, weights: Weights, 
 
 @pytest.fixture
 def beside(onnx_model: Path, tmp_path: Path) -> Path:
-    """A folder that holds the session's FP32 graph, for the variants to be made of."""
+    """A folder that holds the session's FP32 graph, beside which a variant is written."""
     for path in (onnx_model, manifest_path(onnx_model)):
         (tmp_path / path.name).symlink_to(path)
     return tmp_path
