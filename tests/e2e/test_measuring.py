@@ -102,14 +102,46 @@ def test_perf_runs_the_real_perf_analyzer(server, repository, results):
     assert (results / "perf.svg").read_text().startswith("<?xml")
 
 
-def test_plain_perf_analyzer_takes_the_input_that_perf_wrote(server, repository, tmp_path):
-    source = tmp_path / "input.json"
+@pytest.fixture(scope="module")
+def perf_input(repository, tmp_path_factory) -> Path:
+    """Photographs as perf_analyzer takes them."""
+    source = tmp_path_factory.mktemp("perf") / "input.json"
     run(CLIP_TOOLS, "perf", "--models", repository, "--write-input", source)
-    address = server.options.grpc_url.removeprefix("grpc://")
-    model = ["-m", "clip_ensemble", "-i", "grpc", "-u", address, "--shape", "image_bytes:1", "--input-data", source]
-    key = [f"-H{name}:{value}" for name, value in server.options.access.grpc_headers().items()]  # it asks for metadata
-    printed = run(PERF_ANALYZER, *model, *key, "--request-count", 10)
+    return source
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_plain_perf_analyzer_needs_no_key_on_this_machine(server, perf_input, protocol):
+    """With the flags of its own documentation, and the photographs that `clip-tools perf` wrote."""
+    address = (server.options.grpc_url if protocol == "grpc" else server.options.http_url).partition("://")[2]
+    photographs = ["--shape", "image_bytes:1", "--input-data", perf_input]
+    printed = run(
+        PERF_ANALYZER, "-m", "clip_ensemble", "-i", protocol, "-u", address, *photographs, "--request-count", 10
+    )
     assert "Throughput:" in printed
+    assert "Composing models" in printed  # which it knows by the statistics
+
+
+def test_model_analyzer_measures_a_running_server(server, perf_input, tmp_path):
+    """In its remote mode, with its own flags; the keys are found for it."""
+    config = tmp_path / "config.yaml"
+    flags = {"input-data": str(perf_input), "shape": "image_bytes:1"}
+    flags |= {"measurement-request-count": 3, "stability-percentage": 999}
+    config.write_text(json.dumps({"profile_models": {"clip_ensemble": {"perf_analyzer_flags": flags}}}))
+    options = server.options
+    command = [sys.executable, "-m", "clip_tools.measuring.model_analyzer", "profile", "-f", config]
+    command += ["--triton-launch-mode=remote", "--reload-model-disable", "--client-protocol=grpc"]
+    command += [f"--triton-http-endpoint={options.http_url.partition('://')[2]}"]
+    command += [f"--triton-grpc-endpoint={options.grpc_url.partition('://')[2]}"]
+    command += [f"--triton-metrics-url={options.metrics_url}", f"--perf-analyzer-path={PERF_ANALYZER}"]
+    command += [f"--run-config-search-max-{name}=1" for name in ("concurrency", "instance-count", "model-batch-size")]
+    command += ["--concurrency-sweep-disable", "--skip-detailed-reports", f"--export-path={tmp_path}"]
+    command += [f"--checkpoint-directory={tmp_path}/checkpoints", f"--output-model-repository-path={tmp_path}/models"]
+    run(*command)
+    rows = (tmp_path / "results" / "metrics-model-inference.csv").read_text().splitlines()
+    assert len(rows) >= 2 and rows[1].startswith("clip_ensemble")
+    with EmbeddingClient(options.grpc_url) as client:
+        assert client.is_ready()
 
 
 def test_model_analyzer_profiles_the_ensemble(repository, tmp_path, results):

@@ -1,4 +1,4 @@
-"""What a stranger can do to the real server: embed, and read health and metrics; and how it is encrypted and keyed."""
+"""What a stranger can do to the real server: embed, and read; and how it is encrypted and keyed."""
 
 import asyncio
 import contextlib
@@ -42,6 +42,8 @@ API_KEY = "the-key-of-those-who-may-embed"
 
 # What is open to everybody. All else of the protocol is closed, also what a later version adds.
 OPEN_METHODS = {"ServerLive", "ServerReady", "ModelReady", "ModelInfer", "ModelStreamInfer"}
+# What may be read besides where the server listens on this machine alone.
+READ_METHODS = {"ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics"}
 STREAMS = {"ModelStreamInfer"}
 
 CONFIG = '{"backend": "python", "max_batch_size": 0}'
@@ -118,7 +120,7 @@ def ask_every_method(address: str, *, metadata=()) -> dict[str, str | None]:
 
 
 # Every route of Triton's HTTP that is not for everybody, with both ways to ask; {m} is a model.
-CLOSED_ROUTES = [
+READ_ROUTES = [
     "/v2",
     "/v2/models/{m}",
     "/v2/models/{m}/versions/1",
@@ -127,6 +129,8 @@ CLOSED_ROUTES = [
     "/v2/models/{m}/stats",
     "/v2/models/{m}/versions/1/stats",
     "/v2/models/stats",
+]
+CLOSED_ROUTES = [
     "/v2/models/{m}/trace/setting",
     "/v2/trace/setting",
     "/v2/logging",
@@ -174,9 +178,25 @@ def ask_http(port: int, method: str, route: str, **headers: str) -> int:
 
 
 @pytest.mark.promise
-def test_a_stranger_can_embed_and_read_health_and_metrics_and_nothing_else(server, record_reliability):
-    """Over both protocols, every method and route, without a key and with wrong ones."""
+@pytest.mark.parametrize("open_metadata", [True, False])
+def test_a_stranger_can_embed_and_read_and_nothing_else(
+    server, repository, tmp_path, record_reliability, open_metadata
+):
+    """Over both protocols, every method and route, without a key and with wrong ones; and closed to be read too."""
+    with contextlib.ExitStack() as stack:
+        if not open_metadata:
+            closed = options_for(repository, tmp_path / "log", open_metadata=False)
+            server = stack.enter_context(EmbeddedServer(closed))
+        readable = (READ_METHODS, READ_ROUTES) if open_metadata else (set(), [])
+        figures = ask_for_everything(server, *readable)
+    if open_metadata:
+        record_reliability("closed_apis", **figures)
+
+
+def ask_for_everything(server: EmbeddedServer, read_methods: set[str], read_routes: list[str]) -> dict[str, int]:
+    """How much was asked and refused. Without a key what is named may be read; nothing else may."""
     options, methods, refused = server.options, 0, 0
+    open_methods = OPEN_METHODS | read_methods
     with GrpcModelControl(options.grpc_url) as control:
         before = control.ready_models()
     address = f"127.0.0.1:{options.grpc_port}"
@@ -190,14 +210,16 @@ def test_a_stranger_can_embed_and_read_health_and_metrics_and_nothing_else(serve
     ):
         answers = ask_every_method(address, metadata=metadata)
         assert len(answers) == 20
-        assert {name for name, reason in answers.items() if reason is None} == OPEN_METHODS
+        assert {name for name, reason in answers.items() if reason is None} == open_methods
         assert all("restricted" in reason for reason in answers.values() if reason is not None), answers
-        methods, refused = methods + len(answers), refused + len(answers) - len(OPEN_METHODS)
+        methods, refused = methods + len(answers), refused + len(answers) - len(open_methods)
     with grpc.insecure_channel(address) as channel:
         assert ask_grpc(channel, "/grpc.health.v1.Health/Check", b"") is None
         for path in ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "/inference.Other/Method"):
             assert ask_grpc(channel, path, b"") is not None
-    for route in CLOSED_ROUTES:
+    for route in read_routes:
+        assert ask_http(options.http_port, "GET", route.format(m="clip_ensemble")) == 200, route
+    for route in (*CLOSED_ROUTES, *(route for route in READ_ROUTES if route not in read_routes)):
         for method in ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"):
             for headers in ({}, {"clip-admin-key": "wrong"}, {"triton-grpc-protocol-clip-admin-key": right}):
                 status = ask_http(options.http_port, method, route.format(m="clip_ensemble"), **headers)
@@ -218,7 +240,7 @@ def test_a_stranger_can_embed_and_read_health_and_metrics_and_nothing_else(serve
             assert client.embed([probe_image()]).shape == (1, 512)
     with GrpcModelControl(options.grpc_url) as control:
         assert control.ready_models() == before
-    record_reliability("closed_apis", methods=methods, refused=refused)
+    return {"methods": methods, "refused": refused}
 
 
 def test_with_the_key_every_method_is_open(server):
@@ -488,7 +510,13 @@ def test_the_nginx_of_deploy_lets_strangers_embed_and_nothing_else(
                 with pytest.raises(RequestTooLargeError):
                     client.embed([bytes(65 << 20)])
         with httpx.Client(base_url=f"https://localhost:{port}", verify=trusting) as http:
-            for route in (*CLOSED_ROUTES, *ODD_ROUTES, "/v2/models/preprocess/infer", "/v2/models/clip_onnx/infer"):
+            for route in (
+                *READ_ROUTES,
+                *CLOSED_ROUTES,
+                *ODD_ROUTES,
+                "/v2/models/preprocess/infer",
+                "/v2/models/clip_onnx/infer",
+            ):
                 path = route.format(m="clip_ensemble")
                 assert {http.get(path).status_code, http.post(path, content=b"{}").status_code} <= {400, 404}, path
         with grpc.secure_channel(

@@ -14,7 +14,7 @@ from clip_tools import cli
 from clip_tools.errors import ToolError
 from clip_tools.measuring import perf
 from clip_tools.serving import hidden_arguments, keyring
-from clip_tools.serving.access import CLOSED, OPEN, Access, Tls, exposure
+from clip_tools.serving.access import CLOSED, DESCRIPTIVE, OPEN, Access, Tls, exposure
 from clip_tools.serving.serve import ServeOptions
 from clip_tools.serving.tritonserver import on_this_machine
 
@@ -22,7 +22,7 @@ KEY, API_KEY, HTTP_KEY = "an-admin-key-of-25-letters", "an-api-key-of-23-letters
 
 
 def test_every_part_of_tritons_protocols_is_either_open_or_closed(triton_parts):
-    assert sorted((*OPEN, *CLOSED)) == sorted(triton_parts)
+    assert sorted((*OPEN, *DESCRIPTIVE, *CLOSED)) == sorted(triton_parts)
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +47,56 @@ def test_every_server_is_closed_also_when_nobody_gave_a_key():
     assert one.admin_key != other.admin_key
     assert len(one.admin_key) >= 32
     for access in (one, other):
-        grpc, http = access.secret_flags().values()
-        assert grpc == f"--grpc-restricted-protocol={','.join(CLOSED)}:clip-admin-key={access.admin_key}"
-        assert http == f"--http-restricted-api={','.join(CLOSED)}:clip-admin-key={access.admin_key}"
+        grpc, http = access.secret_flags(open_metadata=False).values()
+        everything = ",".join((*DESCRIPTIVE, *CLOSED))
+        assert grpc == f"--grpc-restricted-protocol={everything}:clip-admin-key={access.admin_key}"
+        assert http == f"--http-restricted-api={everything}:clip-admin-key={access.admin_key}"
+
+
+@pytest.mark.parametrize(
+    ("host", "told", "is_open"),
+    [
+        ("127.0.0.1", None, True),
+        ("::1", None, True),
+        ("0.0.0.0", None, False),  # noqa: S104
+        ("192.0.2.1", None, False),
+        ("192.0.2.1", True, True),
+        ("127.0.0.1", False, False),
+    ],
+)
+def test_what_describes_the_models_is_open_to_this_machine_alone_unless_it_is_told_otherwise(host, told, is_open):
+    flags = ServeOptions(host=host, open_metadata=told).secret_flags
+    assert len(flags) == 2
+    for flag in flags:
+        closed = flag.partition("=")[2].partition(":")[0].split(",")
+        assert set(closed) == {*CLOSED, *(() if is_open else DESCRIPTIVE)}
 
 
 def test_the_keys_come_from_the_environment_and_are_in_nothing_that_may_be_shown():
     access = Access.from_environment({"CLIP_ADMIN_KEY": KEY, "CLIP_API_KEY": API_KEY})
     assert access.http_headers() == {"clip-admin-key": KEY, "clip-api-key": API_KEY}
     assert access.grpc_headers()["triton-grpc-protocol-clip-api-key"] == API_KEY
-    assert "--grpc-restricted-protocol=inference:clip-api-key=" + API_KEY in access.secret_flags().values()
-    shown = f"{access!r} {ServeOptions(access=access)!r} {[*access.secret_flags()]} {access.flags()}"
+    assert (
+        "--grpc-restricted-protocol=inference:clip-api-key=" + API_KEY
+        in access.secret_flags(open_metadata=False).values()
+    )
+    shown = f"{access!r} {ServeOptions(access=access)!r} {[*access.secret_flags(open_metadata=False)]} {access.flags()}"
     assert KEY not in shown
     assert API_KEY not in shown
 
 
 def test_a_key_for_http_alone_is_asked_for_there_in_place_of_the_other():
     only = Access.from_environment({"CLIP_HTTP_KEY": HTTP_KEY})
-    (flag,) = [flag for flag in only.secret_flags().values() if "inference" in flag]
+    (flag,) = [flag for flag in only.secret_flags(open_metadata=False).values() if "inference" in flag]
     assert flag == f"--http-restricted-api=inference:clip-api-key={HTTP_KEY}"
     both = Access.from_environment({"CLIP_HTTP_KEY": HTTP_KEY, "CLIP_API_KEY": API_KEY})
-    assert [flag.partition("clip-api-key=")[2] for flag in both.secret_flags().values()][2:] == [API_KEY, HTTP_KEY]
+    assert [flag.partition("clip-api-key=")[2] for flag in both.secret_flags(open_metadata=False).values()][2:] == [
+        API_KEY,
+        HTTP_KEY,
+    ]
     assert both.http_headers()["clip-api-key"] == HTTP_KEY
     assert both.grpc_headers()["triton-grpc-protocol-clip-api-key"] == API_KEY
-    assert HTTP_KEY not in f"{both!r} {[*both.secret_flags()]}"
+    assert HTTP_KEY not in f"{both!r} {[*both.secret_flags(open_metadata=False)]}"
 
 
 @pytest.mark.parametrize("key", ["short", "with space and more letters", "sixteen,letters=:", "schlüssel-schlüssel"])

@@ -602,10 +602,12 @@ def test_a_plan_whose_vectors_are_wrong_stops_the_container_or_gives_way_to_onnx
     monkeypatch.setattr(entrypoint, "warning_if_untrained", lambda _: "")
     monkeypatch.setattr(entrypoint.signal, "signal", lambda *_: None)
     monkeypatch.setenv("TRT_FALLBACK", str(int(fallback)))
+    monkeypatch.setenv("CLIP_OPEN_METADATA", str(int(fallback)))
     with contextlib.nullcontext() if fallback else pytest.raises(SystemExit):
         entrypoint.main([])
     assert [one.config_name for one in starts] == (["trt", None] if fallback else ["trt"])
     assert all(one.check_vectors and one.models == entrypoint.served_folder() for one in starts)
+    assert all(one.open_metadata is fallback for one in starts)
     said = capsys.readouterr().err
     assert "worst cosine 0.5 is under 0.999" in said
     assert ("serving the ONNX model" in said) == fallback

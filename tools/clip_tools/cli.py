@@ -7,6 +7,7 @@ from typing import Annotated
 
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
+from clip_tools.serving.access import OPEN_METADATA_VARIABLE
 from clip_tools.serving.machine import INSTANCES
 from clip_tools.serving.proof import CHECK_VECTORS
 
@@ -64,6 +65,14 @@ def serve(
         int | None,
         typer.Option(min=1, envvar=INSTANCES, help="Processes that decode images; without it by the machine's cores."),
     ] = None,
+    open_metadata: Annotated[
+        bool | None,
+        typer.Option(
+            "--open-metadata/--closed-metadata",
+            envvar=OPEN_METADATA_VARIABLE,
+            help="Metadata, configurations and statistics need no key; by default where --host is this machine.",
+        ),
+    ] = None,
     tls_cert: Annotated[
         Path | None, typer.Option(help="The server's certificate, PEM: gRPC is encrypted, HTTP for this machine alone.")
     ] = None,
@@ -74,7 +83,8 @@ def serve(
 ) -> None:
     """Serve clip_ensemble by the embedded tritonserver until Ctrl-C. Further flags go to tritonserver.
 
-    Whoever reaches it can embed and ask whether it is ready. The rest needs the key of CLIP_ADMIN_KEY; without one, a
+    Whoever reaches it can embed and ask whether it is ready, and on this machine read what perf_analyzer reads:
+    metadata, configurations, statistics. The rest needs the key of CLIP_ADMIN_KEY; without one, a
     key of this run, which this user's `clip-tools` finds by itself. With CLIP_API_KEY embedding needs that one too, or
     with CLIP_HTTP_KEY that one over HTTP alone.
     """
@@ -98,6 +108,7 @@ def serve(
             check_vectors=check_vectors,
             preprocess_instances=preprocess_instances,
             access=Access.from_environment(os.environ, tls),
+            open_metadata=open_metadata,
         )
     )
 

@@ -88,7 +88,11 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
         ),
     ),
     "Who may do what": (
-        Promise("closed_apis", "A stranger can embed, and read health and metrics; every other call is refused."),
+        Promise(
+            "closed_apis",
+            "A stranger can embed and read health and metrics, and from the same machine metadata, configurations and "
+            "statistics; every other call is refused.",
+        ),
     ),
 }
 """By heading. A test can record nothing under another name."""

@@ -117,7 +117,13 @@ def _serve(settings: Settings, options: ServeOptions, arguments: Sequence[str], 
     shutil.rmtree(folder, ignore_errors=True)
     command = [*prepare(settings, folder, _say, with_plan=with_plan), *arguments]
     config_name = flags_in(command).get("model-config-name")
-    proven = dataclasses.replace(options, models=folder, config_name=config_name, check_vectors=settings.check_vectors)
+    proven = dataclasses.replace(
+        options,
+        models=folder,
+        config_name=config_name,
+        check_vectors=settings.check_vectors,
+        open_metadata=settings.open_metadata,
+    )
     if settings.cache_dir.is_dir():  # ort-trt keeps its engines in .cache, relative to where the server starts
         with contextlib.suppress(OSError):
             os.chdir(settings.cache_dir)

@@ -24,7 +24,7 @@ class ContainerServer(EmbeddedServer):
         """Start the process. What was prepared has been checked."""
         reap_orphans()
         self._keep_keys()
-        self._process = TritonProcess(self.command, os.environ, secrets=self.options.access.secret_flags())
+        self._process = TritonProcess(self.command, os.environ, secrets=self.options.secret_flags)
 
 
 def options_in(command: Sequence[str], keys: Mapping[str, str] | None = None) -> ServeOptions:

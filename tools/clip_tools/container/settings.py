@@ -8,7 +8,7 @@ from typing import cast, get_args
 from clip_tools.engines.precision import Precision
 from clip_tools.engines.tensorrt_library import RUNTIMES, Runtime
 from clip_tools.errors import ToolError
-from clip_tools.serving.access import keys_in
+from clip_tools.serving.access import OPEN_METADATA_VARIABLE, keys_in
 from clip_tools.serving.machine import INSTANCES
 from clip_tools.serving.proof import CHECK_VECTORS
 
@@ -33,6 +33,7 @@ class Settings:
     cache_dir: Path = Path("/var/cache/clip-embed")
     preprocess_instances: int | None = None
     check_vectors: bool = True
+    open_metadata: bool = False
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -54,6 +55,7 @@ class Settings:
             cache_dir=Path(read.text("CLIP_CACHE_DIR") or "/var/cache/clip-embed").absolute(),
             preprocess_instances=read.number(INSTANCES) if read.text(INSTANCES) else None,
             check_vectors=read.flag(CHECK_VECTORS, default="1"),
+            open_metadata=read.flag(OPEN_METADATA_VARIABLE),
             keys=keys_in(environment),
         )
         if settings.opt_batch > settings.max_batch:

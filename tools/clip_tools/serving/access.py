@@ -1,8 +1,10 @@
 """Who may ask a server what: keys that close Triton's APIs, and TLS for its gRPC.
 
-Without a key everybody may do what `OPEN` says. All the rest needs the admin key, which every server has: the one of
-CLIP_ADMIN_KEY, else one made for this run. With an API key (CLIP_API_KEY) inference needs that one too. With an HTTP
-key (CLIP_HTTP_KEY) inference over HTTP, whose JSON can bring Triton down (server#8738), needs that one instead.
+Without a key everybody may do what `OPEN` says and, where the server listens on this machine alone, read what
+`DESCRIPTIVE` says, as perf_analyzer does; CLIP_OPEN_METADATA settles it either way. All the rest needs the admin key,
+which every server has: the one of CLIP_ADMIN_KEY, else one made for this run. With an API key (CLIP_API_KEY) inference
+needs that one too. With an HTTP key (CLIP_HTTP_KEY) inference over HTTP, whose JSON can bring Triton down (server#8738),
+needs that one instead.
 """
 
 import secrets
@@ -16,10 +18,12 @@ from clip_tools.errors import ToolError
 ADMIN_KEY_VARIABLE = "CLIP_ADMIN_KEY"
 ADMIN_KEY_HEADER = "clip-admin-key"
 HTTP_KEY_VARIABLE = "CLIP_HTTP_KEY"
+OPEN_METADATA_VARIABLE = "CLIP_OPEN_METADATA"
 
 # Triton's own names for the parts of both protocols, all of them.
 OPEN = ("health", "inference")
-CLOSED = ("metadata", "model-config", "model-repository", "shared-memory", "statistics", "trace", "logging")
+DESCRIPTIVE = ("metadata", "model-config", "statistics")  # they tell of the models and change nothing
+CLOSED = ("model-repository", "shared-memory", "trace", "logging")
 
 SHORTEST_KEY = 16
 _USAGE = 2  # exit code
@@ -58,10 +62,11 @@ class Access:
         """The keys that the environment names, and made ones. Raises ToolError as `keys_in` does."""
         return cls(**keys_in(environment), tls=tls)
 
-    def secret_flags(self) -> dict[str, str]:
+    def secret_flags(self, *, open_metadata: bool) -> dict[str, str]:
         """tritonserver's flags that hold a key; of each what may be shown, and what it is."""
         flags = {}
-        admin, api = f"{','.join(CLOSED)}:{ADMIN_KEY_HEADER}", f"inference:{API_KEY_HEADER}"
+        closed = CLOSED if open_metadata else (*DESCRIPTIVE, *CLOSED)
+        admin, api = f"{','.join(closed)}:{ADMIN_KEY_HEADER}", f"inference:{API_KEY_HEADER}"
         grpc, http = "--grpc-restricted-protocol", "--http-restricted-api"
         for flag, title, key in (
             (grpc, admin, self.admin_key),
@@ -105,14 +110,14 @@ def keys_in(environment: Mapping[str, str]) -> dict[str, str]:
     return keys
 
 
+def is_this_machine_alone(host: str) -> bool:
+    """Whether a server that listens there is out of other machines' reach."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def exposure(host: str, access: Access) -> str | None:
     """What to know before other machines can reach the server; None when they cannot, or need a key or certificate."""
-    if (
-        host in ("localhost", "::1")
-        or host.startswith("127.")
-        or access.api_key
-        or (access.tls and access.tls.client_ca)
-    ):
+    if is_this_machine_alone(host) or access.api_key or (access.tls and access.tls.client_ca):
         return None
     # Beside an encrypted gRPC, HTTP is for this machine alone.
     crash = ", and a crafted HTTP request brings Triton down" if not (access.tls or access.http_key) else ""

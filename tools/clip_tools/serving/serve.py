@@ -19,7 +19,7 @@ from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, Model, check_files, deployment
 from clip_tools.serving import keyring
-from clip_tools.serving.access import Access, exposure
+from clip_tools.serving.access import Access, exposure, is_this_machine_alone
 from clip_tools.serving.drain import drain
 from clip_tools.serving.machine import Machine, write_served
 from clip_tools.serving.manifests import check_manifests
@@ -46,6 +46,8 @@ class ServeOptions:
     `rebuild_stale` builds a TensorRT plan again that does not fit what is here; else such a plan is refused.
     `check_vectors` holds what is served to open_clip's embeddings of the export's sample before it is called ready.
     `preprocess_instances` is how many processes decode; None: by the machine.
+    `open_metadata`: whether metadata, configurations and statistics need no key; None: where it listens on this machine
+    alone.
     """
 
     models: Path = MODELS
@@ -61,6 +63,13 @@ class ServeOptions:
     check_vectors: bool = False
     preprocess_instances: int | None = None
     access: Access = field(default_factory=Access)
+    open_metadata: bool | None = None
+
+    @property
+    def secret_flags(self) -> dict[str, str]:
+        """`Access.secret_flags` of a server that listens here."""
+        is_open = is_this_machine_alone(self.host) if self.open_metadata is None else self.open_metadata
+        return self.access.secret_flags(open_metadata=is_open)
 
     @property
     def grpc_url(self) -> str:
@@ -134,7 +143,7 @@ class EmbeddedServer:
         self._process = TritonProcess(
             command(installation, flags),
             {**os.environ, **installation.environment},
-            secrets=options.access.secret_flags(),
+            secrets=options.secret_flags,
             log=options.log,
         )
 

@@ -1,0 +1,50 @@
+"""The real Model Analyzer with the keys of the server that it asks: `python -m clip_tools.measuring.model_analyzer`.
+
+In remote mode it asks a running server for the repository's index and loads models, which Triton closes and opens
+together, and it has no option for a key. Its flags are its own.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from clip_tools.errors import ToolError, missing_extra
+from clip_tools.serving.access import Access
+from clip_tools.serving.keyring import access_of
+
+
+def give_keys(client: Any, scheme: str, headers_of: Callable[[Access], Mapping[str, str]]) -> None:
+    """Let every client of this tritonclient class send the keys of its server, where they are known."""
+    make = client.__init__
+
+    def make_with_keys(self: Any, url: str, *arguments: Any, **options: Any) -> None:
+        make(self, url, *arguments, **options)
+        if access := access_of(f"{scheme}://{url}", os.environ):
+            self.register_plugin(lambda request: request.headers.update(headers_of(access)))
+
+    client.__init__ = make_with_keys
+
+
+def main() -> None:
+    """Become Model Analyzer with the flags given."""
+    try:
+        analyzer, grpc, http = map(
+            importlib.import_module, ("model_analyzer.entrypoint", "tritonclient.grpc", "tritonclient.http")
+        )
+    except ImportError as error:
+        reason = missing_extra("profile", error)
+        sys.stderr.write(f"model-analyzer: {reason}\n")
+        sys.exit(reason.exit_code)
+    give_keys(grpc.InferenceServerClient, "grpc", Access.grpc_headers)
+    give_keys(http.InferenceServerClient, "http", Access.http_headers)
+    try:
+        analyzer.main()
+    except ToolError as error:  # a key of the environment that cannot be one
+        sys.stderr.write(f"model-analyzer: {error}\n")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
