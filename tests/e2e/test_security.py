@@ -179,7 +179,7 @@ def ask_http(port: int, method: str, route: str, **headers: str) -> int:
 
 @pytest.mark.promise
 @pytest.mark.parametrize("open_metadata", [True, False])
-def test_a_stranger_can_embed_and_read_and_nothing_else(
+def test_a_stranger_can_embed_and_read_health_and_metrics_and_nothing_else(
     server, repository, tmp_path, record_reliability, open_metadata
 ):
     """Over both protocols, every method and route, without a key and with wrong ones; and closed to be read too."""

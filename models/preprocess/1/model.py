@@ -3,12 +3,14 @@
 import faulthandler
 import json
 import os
+import time
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from PIL import AvifImagePlugin, Image
 
 import clip_resample
+from clip_metrics import Counters
 from clip_preprocess import SIDE_PX, PixelBudget, RefusedImage, open_pixels
 
 # A gRPC status travels in HTTP/2 trailers, which clients cut off at 8 KiB by default.
@@ -35,6 +37,7 @@ class TritonPythonModel:
             self._max_request_pixels = int(value["max_request_pixels"])
         except ValueError as error:
             raise pb_utils.TritonModelException(f"preprocess: {error}") from None
+        self._counters = Counters(pb_utils)
         os.nice(_NICENESS)
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # more instances use more cores, not more threads
         Image.init()
@@ -59,7 +62,7 @@ class TritonPythonModel:
                 return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
             images = images.reshape(-1)
             pixels = np.empty((len(images), SIDE_PX, SIDE_PX, 3), np.uint8)
-            budget, refused = PixelBudget(self._max_request_pixels), []
+            budget, refused, began_s = PixelBudget(self._max_request_pixels), [], time.process_time()
             for index, image_bytes in enumerate(images):
                 faulthandler.dump_traceback_later(_LONGEST_DECODE_S, exit=True)
                 try:
@@ -68,6 +71,8 @@ class TritonPythonModel:
                     refused.append((index, error))
                 finally:
                     faulthandler.cancel_dump_traceback_later()
+            cpu_s = time.process_time() - began_s
+            self._counters.add(len(images), [error.code for _, error in refused], cpu_s)
             if refused:
                 message = _refusal(refused, len(images))
                 return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))

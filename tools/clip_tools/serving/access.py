@@ -3,8 +3,8 @@
 Without a key everybody may do what `OPEN` says and, where the server listens on this machine alone, read what
 `DESCRIPTIVE` says, as perf_analyzer does; CLIP_OPEN_METADATA settles it either way. All the rest needs the admin key,
 which every server has: the one of CLIP_ADMIN_KEY, else one made for this run. With an API key (CLIP_API_KEY) inference
-needs that one too. With an HTTP key (CLIP_HTTP_KEY) inference over HTTP, whose JSON can bring Triton down (server#8738),
-needs that one instead.
+needs that one too. With an HTTP key (CLIP_HTTP_KEY) inference over HTTP, whose JSON can bring Triton down
+(server#8738), needs that one instead.
 """
 
 import secrets

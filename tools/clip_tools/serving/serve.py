@@ -295,6 +295,7 @@ def repository_flags(models: Path, config_name: str | None) -> list[str]:
         "--model-control-mode=explicit",
         f"--load-model={ENSEMBLE}",
         f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+        "--metrics-config=summary_latencies=true",  # percentiles in /metrics
     ]
     return [*flags, f"--model-config-name={config_name}"] if config_name else flags
 
