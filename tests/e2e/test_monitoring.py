@@ -34,7 +34,11 @@ def expressions() -> dict[str, list[str]]:
     for panel in json.loads((MONITORING / "dashboard.json").read_text())["panels"]:
         plain = [target["expr"].replace("$__rate_interval", "1m") for target in panel["targets"]]
         found.setdefault(panel["title"], []).extend(expr.replace("$instance", ".*") for expr in plain)
-    return found
+    (rule,) = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "monitoring" / "adapter-rules.yaml").read_text())[
+        "rules"
+    ]["custom"]
+    query = rule["metricsQuery"].replace("<<.LabelMatchers>>", 'namespace="n",pod="p"').replace("<<.GroupBy>>", "pod")
+    return found | {"clip_queue_us": [rule["seriesQuery"], query]}
 
 
 EXPRESSIONS = expressions()
@@ -52,8 +56,9 @@ def selectors(node: Any) -> Iterator[Any]:
 
 
 def is_asked_for(selector: Any, labels: dict[str, str]) -> bool:
-    """Whether a series with these labels of Triton's is one that the selector matches; job and instance are others'."""
-    wanted = [one for one in selector.matchers.matchers if one.name not in ("job", "instance")]
+    """Whether a series with these labels of Triton's is one that the selector matches; Prometheus adds the others."""
+    added = ("job", "instance", "namespace", "pod")
+    wanted = [one for one in selector.matchers.matchers if one.name not in added]
     return all(re.fullmatch(one.value, labels.get(one.name, "")) for one in wanted)
 
 
