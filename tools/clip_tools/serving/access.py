@@ -2,7 +2,8 @@
 
 Without a key everybody may do what `OPEN` says. All the rest needs the admin key, which every server has: the one of
 CLIP_ADMIN_KEY, else one made for this run. With an API key (CLIP_API_KEY) inference needs that one too. With an HTTP
-key (CLIP_HTTP_KEY) inference over HTTP, whose JSON can bring Triton down (server#8738), needs that one instead.
+key (CLIP_HTTP_KEY) inference over HTTP, whose JSON can bring Triton down (server#8738), needs that one instead. The
+models' configurations, in which clients read of which weights the vectors are, go with inference.
 """
 
 import secrets
@@ -18,8 +19,8 @@ ADMIN_KEY_HEADER = "clip-admin-key"
 HTTP_KEY_VARIABLE = "CLIP_HTTP_KEY"
 
 # Triton's own names for the parts of both protocols, all of them.
-OPEN = ("health", "inference")
-CLOSED = ("metadata", "model-config", "model-repository", "shared-memory", "statistics", "trace", "logging")
+OPEN = ("health", "inference", "model-config")
+CLOSED = ("metadata", "model-repository", "shared-memory", "statistics", "trace", "logging")
 
 SHORTEST_KEY = 16
 _USAGE = 2  # exit code
@@ -61,7 +62,7 @@ class Access:
     def secret_flags(self) -> dict[str, str]:
         """tritonserver's flags that hold a key; of each what may be shown, and what it is."""
         flags = {}
-        admin, api = f"{','.join(CLOSED)}:{ADMIN_KEY_HEADER}", f"inference:{API_KEY_HEADER}"
+        admin, api = f"{','.join(CLOSED)}:{ADMIN_KEY_HEADER}", f"inference,model-config:{API_KEY_HEADER}"
         grpc, http = "--grpc-restricted-protocol", "--http-restricted-api"
         for flag, title, key in (
             (grpc, admin, self.admin_key),
