@@ -31,7 +31,8 @@ from clip_embed.errors import (
 from clip_embed.finding import IMAGE_SUFFIXES, Search, UnusableList
 from clip_embed.names import printable
 from clip_embed.output import Format, Output, open_output
-from clip_embed.table import UnusableOutput, has_parts, parts_of
+from clip_embed.provenance import Provenance
+from clip_embed.table import Table, UnusableOutput, has_parts, parts_of
 from clip_embed.target import BACKEND_VARIABLE, DEFAULT_URL, URL_VARIABLE, Backend
 
 try:
@@ -221,12 +222,13 @@ class _Target:
     resume: bool
     prune: bool
 
-    def open(self) -> AbstractContextManager[Output]:
+    def open(self, provenance: Provenance | None) -> AbstractContextManager[Output]:
         if not self.resume or self.path is None:
-            return open_output(self.path, self.format)
+            return open_output(self.path, self.format, provenance)
         from clip_embed.resume import open_resumed  # which needs a system with flock
 
-        return open_resumed(self.path, parquet if self.format is Format.parquet else jsonl, prune=self.prune)
+        table: Table = parquet if self.format is Format.parquet else jsonl
+        return open_resumed(self.path, table, prune=self.prune, provenance=provenance)
 
     @property
     def kept(self) -> str:
@@ -290,7 +292,9 @@ def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: 
         paths = search.paths(arguments, cast(BufferedIOBase, sys.stdin.buffer))
         if (first := next(paths, None)) is None:
             _exit(USAGE, "; ".join(filter(None, (f"no images found in {' '.join(arguments)}", search.report()))))
-        with target.open() as output:
+        with target.open(served.provenance) as output:
+            if output.remark:
+                talk.say(output.remark)
             # tee holds no more images than are read ahead.
             to_embed, to_name = tee(output.unfinished(chain([first], paths)))
             results = client.embed_many(image.path for image in to_embed)

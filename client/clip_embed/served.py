@@ -3,49 +3,14 @@
 It stands in the parameters of the ensemble's configuration, which `clip-tools` writes as it starts or swaps a server.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Self
+
+from clip_embed.provenance import Provenance
 
 MODEL, CHECKPOINT, PREPROCESS, SUFFIXES = "clip_model", "clip_checkpoint", "clip_preprocess", "clip_suffixes"
 """The names of the parameters."""
-
-
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Whose vectors they are: those of one provenance belong in one index.
-
-    Args:
-        model: open_clip's name of the architecture.
-        checkpoint: the sha256 of the weights' file, or the tag by which open_clip found them.
-        preprocess: how pixels are made, such as `exact` (open_clip's own) or `fast`.
-    """
-
-    model: str
-    checkpoint: str
-    preprocess: str
-
-    def __str__(self) -> str:
-        is_digest = len(self.checkpoint) == 64
-        checkpoint = f"checkpoint {self.checkpoint[:12]}..." if is_digest else self.checkpoint
-        return f"{self.model}, {checkpoint}, preprocess {self.preprocess}"
-
-    def has_weights_of(self, other: "Provenance") -> bool:
-        """Whether the vectors can be compared: the pixels may be made another way, which moves them a little."""
-        return (self.model, self.checkpoint) == (other.model, other.checkpoint)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Self | None:
-        """None for what is no provenance."""
-        try:
-            found = json.loads(text)
-            return cls(*("" + found[name] for name in cls.__slots__))
-        except (ValueError, KeyError, TypeError):
-            return None
 
 
 @dataclass(frozen=True, slots=True)

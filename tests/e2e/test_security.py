@@ -31,7 +31,7 @@ from clip_embed import (
     RequestTooLargeError,
     ServerUnavailableError,
 )
-from clip_embed.served import Provenance
+from clip_embed.provenance import Provenance
 from clip_tools.engines.export_onnx import Manifest
 from clip_tools.serving import keyring
 from clip_tools.serving.access import Access, Tls

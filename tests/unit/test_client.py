@@ -35,7 +35,8 @@ from clip_embed import (
     ServerOverloadedError,
     ServerUnavailableError,
 )
-from clip_embed.served import Provenance, Served
+from clip_embed.provenance import Provenance
+from clip_embed.served import Served
 
 
 @pytest.fixture(scope="module")
