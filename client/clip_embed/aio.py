@@ -31,7 +31,7 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
             InvalidImageError: Bad images, named by index and path: those of the request that failed first.
             EmbeddingError: What else kept the embeddings away; see `clip_embed.errors`. The call's other requests are
                 cancelled, as they all are when this call is. A `retryable` one is the last attempt's.
-            TypeError: One image in place of a sequence, or something that is neither bytes nor a path.
+            TypeError: One image in place of a sequence, or something that `ImageSource` does not name.
         """
         dispatch = self._dispatch(images, keep_going=False)
         return stack([row async for row in self._results(dispatch)])

@@ -8,14 +8,30 @@ import errno
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from clip_embed.errors import EmbeddingError, ImageFailure, InvalidImageError
+from clip_embed.png import PilImage, is_pil_image, png_of_array, png_of_pil
 from clip_embed.wire import MAX_IMAGE_BYTES, Embeddings, ImageBytes
 
-ImageSource = bytes | bytearray | memoryview | str | os.PathLike[str]
-"""One image: the bytes of an encoded file, or a path to one (a str is always a path)."""
+
+class BinaryFile(Protocol):
+    """What `open(path, "rb")` gives."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+ImageSource = bytes | bytearray | memoryview | str | os.PathLike[str] | BinaryFile | PilImage | NDArray[np.uint8]
+"""One image: the bytes of an encoded file, a path to one (a str is always a path), or one that is open for reading.
+
+Or pixels: an image of Pillow, or a (H, W, 3) uint8 array, RGB. They are sent as PNG, so that nothing is lost. For
+512x512 that takes 8 to 15 ms of CPU, and 0.4 MB are sent where a JPEG has 0.1: give the file where there is one.
+"""
 
 MAX_REQUEST_BYTES = 1 << 30  # a protobuf message ends at 2 GiB
 
@@ -76,7 +92,7 @@ class Batches:
 
         Raises:
             InvalidImageError: A file cannot be read, and keep_going is False.
-            TypeError: An image is neither bytes nor a path.
+            TypeError: An image is none of what `ImageSource` names.
         """
         if self._again:
             return self._again.popleft()
@@ -153,37 +169,65 @@ class Batches:
 
 
 def read_image(image: ImageSource, index: int, *, max_file_bytes: int = MAX_IMAGE_BYTES) -> Item:
-    """The image's bytes, not copied if they are bytes already, else read from its path.
+    """The image's bytes: not copied if they are bytes already, else read from its file, or encoded.
 
     Raises:
         InvalidImageError: The file cannot be read, or is none (`unreadable`), or the image is too large (`too_large`).
-        TypeError: It is neither bytes nor a path.
+        TypeError: It is none of what `ImageSource` names.
     """
     source = None
+    content: ImageBytes
     match image:
         case bytes():
-            content: ImageBytes = image
+            content = image
         case bytearray() | memoryview():
             view = memoryview(image)
             content = view.cast("B") if view.nbytes and view.c_contiguous else view.tobytes()
         case str() | os.PathLike():
-            source = os.fsdecode(image)
+            path = source = os.fsdecode(image)
+            content = _or_failure(index, source, lambda: _read_file(path, max_file_bytes + 1))
+        case np.ndarray():
             try:
-                content = _read_file(source, max_file_bytes + 1)
-            except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
-                reason = getattr(error, "strerror", None) or str(error)
-                raise InvalidImageError([ImageFailure(index, "unreadable", reason, source)]) from error
-            if len(content) > max_file_bytes:
-                reason = f"over {max_file_bytes} bytes; for a server that takes more, raise max_batch_bytes"
-                raise InvalidImageError([ImageFailure(index, "too_large", reason, source)])
+                content = png_of_array(image)
+            except TypeError as error:
+                raise TypeError(f"images[{index}]: {error}") from None
+        case _ if is_pil_image(image):
+            content = _or_failure(index, None, lambda: png_of_pil(cast(PilImage, image)))
+        case _ if hasattr(image, "read"):
+            name = getattr(image, "name", None)
+            source = name if isinstance(name, str) else None
+            content = _or_failure(index, source, lambda: _read_open(image, max_file_bytes + 1))
         case _:
             raise TypeError(
-                f"images[{index}]: expected the bytes of an encoded image file, or a path, came {type(image).__name__}"
+                f"images[{index}]: expected the bytes of an encoded image file, a path, a file open for reading, an "
+                f"image of Pillow or a (H, W, 3) uint8 array, came {type(image).__name__}"
             )
+    if len(content) > max_file_bytes and not isinstance(image, bytes | bytearray | memoryview):
+        reason = f"over {max_file_bytes} bytes; for a server that takes more, raise max_batch_bytes"
+        raise InvalidImageError([ImageFailure(index, "too_large", reason, source)])
     if len(content) > MAX_REQUEST_BYTES:
         reason = f"{len(content)} bytes, and a request holds {MAX_REQUEST_BYTES} at most"
         raise InvalidImageError([ImageFailure(index, "too_large", reason, source)])
     return Item(index, content, source)
+
+
+def _or_failure(index: int, source: str | None, read: Callable[[], bytes]) -> bytes:
+    try:
+        return read()
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it, a closed file, a mode without a PNG
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InvalidImageError([ImageFailure(index, "unreadable", reason, source)]) from error
+
+
+def _read_open(file: Any, size_bytes: int) -> bytes:
+    """What is left in an open file, so many bytes at most; some kinds of file give less than they are asked for."""
+    parts: list[bytes] = []
+    while size_bytes > 0 and (part := file.read(size_bytes)):
+        if isinstance(part, str):
+            raise ValueError("it is open as text; open it with mode 'rb'")
+        parts.append(part)
+        size_bytes -= len(part)
+    return b"".join(parts)
 
 
 def _read_file(path: str, size_bytes: int) -> bytes:
@@ -211,5 +255,6 @@ def _require_file(status: os.stat_result) -> None:
 
 def require_many(images: Iterable[ImageSource]) -> None:
     """Raises TypeError for a single image: its letters or bytes would be taken for images."""
-    if isinstance(images, str | bytes | bytearray | memoryview | os.PathLike):
+    is_image = isinstance(images, np.ndarray) and images.ndim < 4  # of more, each (H, W, 3) is an image
+    if is_image or hasattr(images, "read") or isinstance(images, str | bytes | bytearray | memoryview | os.PathLike):
         raise TypeError(f"expected a sequence of images, came one {type(images).__name__}; give [image]")

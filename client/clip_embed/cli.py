@@ -28,11 +28,12 @@ from clip_embed.errors import (
     ModelNotReadyError,
     ServerUnavailableError,
 )
-from clip_embed.finding import Search, UnusableList
+from clip_embed.finding import IMAGE_SUFFIXES, Search, UnusableList
 from clip_embed.names import printable
 from clip_embed.output import Format, Output, open_output
-from clip_embed.table import UnusableOutput, has_parts, parts_of
-from clip_embed.target import DEFAULT_URL, URL_VARIABLE
+from clip_embed.provenance import Provenance
+from clip_embed.table import Table, UnusableOutput, has_parts, parts_of
+from clip_embed.target import BACKEND_VARIABLE, DEFAULT_URL, URL_VARIABLE, Backend
 
 try:
     import typer
@@ -111,9 +112,17 @@ def embed(
         typer.Option(
             metavar="GLOB",
             help="Take of the folders what is left out otherwise: by --exclude, as litter (thumbnails, trash, ._ "
-            "files) or by its suffix; may be repeated.",
+            "files) or by its ending; may be repeated.",
         ),
     ] = [],  # noqa: B006
+    every_file: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Take every file of the folders, whatever its ending, and let the server tell by its content whether "
+            "it is an image. Without it those are taken whose ending is that of a format that the server takes.",
+        ),
+    ] = False,
     null: Annotated[
         bool, typer.Option("--null", "-0", help="Each path on stdin ends with a NUL, as `find -print0` writes them.")
     ] = False,
@@ -146,17 +155,22 @@ def embed(
 ) -> None:
     """Embed images: data on stdout in the order of the images, one line on stderr for each that failed.
 
+    The last line on stderr says which files of the folders were not taken.
+
     The key of a server that asks for one is read from CLIP_API_KEY: an option could be seen in the list of processes.
+    INFERENCE_BACKEND=pytorch says that the server is the PyTorch service.
 
     Exit codes: 0 all good, 1 some images failed, 2 usage, 3 the server cannot be reached or used.
     """
     target = _target(output, output_format, resume=resume, prune=prune)
     if null and "-" not in images:
         _exit(USAGE, "-0 is for paths on stdin: give - as an IMAGE")
-    search = Search(tuple(exclude), tuple(include), b"\0" if null else b"\n")
+    search = Search(tuple(exclude), tuple(include), b"\0" if null else b"\n", None if every_file else IMAGE_SUFFIXES)
+    backend = cast(Backend, os.environ.get(BACKEND_VARIABLE) or "triton")  # EmbeddingClient looks at what it is
     try:
         client = EmbeddingClient(
             url,
+            backend=backend,
             timeout_s=timeout_s,
             attempt_timeout_s=attempt_timeout_s,
             batch_size=batch_size,
@@ -208,12 +222,13 @@ class _Target:
     resume: bool
     prune: bool
 
-    def open(self) -> AbstractContextManager[Output]:
+    def open(self, provenance: Provenance | None) -> AbstractContextManager[Output]:
         if not self.resume or self.path is None:
-            return open_output(self.path, self.format)
+            return open_output(self.path, self.format, provenance)
         from clip_embed.resume import open_resumed  # which needs a system with flock
 
-        return open_resumed(self.path, parquet if self.format is Format.parquet else jsonl, prune=self.prune)
+        table: Table = parquet if self.format is Format.parquet else jsonl
+        return open_resumed(self.path, table, prune=self.prune, provenance=provenance)
 
     @property
     def kept(self) -> str:
@@ -263,9 +278,6 @@ def _format(path: Path | None, chosen: Format | None) -> Format:
 
 def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: _Target) -> bool:
     """Embeds and writes; whether some images failed."""
-    paths = search.paths(arguments, cast(BufferedIOBase, sys.stdin.buffer))
-    if (first := next(paths, None)) is None:
-        _exit(USAGE, "; ".join(filter(None, (f"no images found in {' '.join(arguments)}", search.report()))))
     some_failed = False
     with client, _Talk(shows_bar=not (target.path is None and sys.stdout.isatty())) as talk:
         if not client.is_ready():
@@ -274,7 +286,15 @@ def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: 
                 NO_SERVER,
                 f"no {client.model} at {client.url}: start the server (make serve), or give --url{certificates}",
             )
-        with target.open() as output:
+        served = client.served()
+        if search.suffixes and served.suffixes:
+            search.suffixes = served.suffixes
+        paths = search.paths(arguments, cast(BufferedIOBase, sys.stdin.buffer))
+        if (first := next(paths, None)) is None:
+            _exit(USAGE, "; ".join(filter(None, (f"no images found in {' '.join(arguments)}", search.report()))))
+        with target.open(served.provenance) as output:
+            if output.remark:
+                talk.say(output.remark)
             # tee holds no more images than are read ahead.
             to_embed, to_name = tee(output.unfinished(chain([first], paths)))
             results = client.embed_many(image.path for image in to_embed)
@@ -290,8 +310,8 @@ def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: 
                 talk.say(f"{output.already_there} of the images were there already")
             if output.pruned:
                 talk.say(f"{output.pruned} rows of images that are gone were dropped")
-        if left_out := search.report():
-            talk.say(left_out)
+        if not_taken := search.report():
+            talk.say(not_taken)
     return some_failed
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from clip_embed.batches import ImageSource
 from clip_embed.credentials import Credentials
 from clip_embed.dispatch import Attempt, Dispatch, Probe
-from clip_embed.errors import EmbeddingError
+from clip_embed.errors import ContractError, CredentialsError, EmbeddingError
 from clip_embed.options import ClientOptions
+from clip_embed.served import Served
 from clip_embed.target import Target
 from clip_embed.transport import Transport, open_transport
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings
@@ -26,12 +27,15 @@ class EmbeddingClient(ClientOptions[Transport]):
     def embed(self, images: Iterable[ImageSource]) -> Embeddings:
         """The embeddings of N images: (N, 512) float32, C-contiguous, row i of image i, L2 norm 1.
 
+        An image is an encoded file's bytes, its path, the open file, or pixels: an image of Pillow or a (H, W, 3) uint8
+        array. Pixels are sent as PNG, which loses nothing and costs more than the file: see `ImageSource`.
+
         Raises:
             InvalidImageError: Bad images, named by index and path: those of the request that failed first.
                 `embed_many` finds every one.
             EmbeddingError: What else kept the embeddings away; see `clip_embed.errors`. The call's other requests are
                 cancelled. A `retryable` one is the last attempt's: there was no time for another.
-            TypeError: One image in place of a sequence, or something that is neither bytes nor a path.
+            TypeError: One image in place of a sequence, or something that `ImageSource` does not name.
         """
         return stack(list(self._results(self._dispatch(images, keep_going=False))))
 
@@ -44,7 +48,7 @@ class EmbeddingClient(ClientOptions[Transport]):
         at the first if the server is gone. `timeout_s` is each request's deadline, its attempts and waits included.
 
         Raises:
-            TypeError: One image in place of a sequence, or something that is neither bytes nor a path.
+            TypeError: One image in place of a sequence, or something that `ImageSource` does not name.
         """
         return self._results(self._dispatch(images, keep_going=True))
 
@@ -58,6 +62,30 @@ class EmbeddingClient(ClientOptions[Transport]):
         finally:
             for answer in answers:
                 answer.cancel()
+
+    def served(self, *, timeout_s: float = 5.0) -> Served:
+        """What the server says of itself: of which weights its vectors are, and which files it takes.
+
+        Raises:
+            ContractError: Several servers say that they serve different weights.
+            EmbeddingError: None answered.
+        """
+        self._raise_if_closed()
+        said: dict[str, Served] = {}
+        unanswered: EmbeddingError | None = None
+        for target, transport in zip(self._targets, self._servers.transports, strict=True):
+            try:
+                said[target.url] = transport.served(timeout_s).result()
+            except (CredentialsError, ContractError):  # it is closed to this client, or of an earlier version
+                said[target.url] = Served()
+            except EmbeddingError as error:
+                unanswered = error
+        if unanswered and not said:
+            raise unanswered
+        if len({one.provenance for one in said.values()}) > 1:
+            each = "; ".join(f"{url}: {one.provenance or 'it does not say'}" for url, one in said.items())
+            raise ContractError(f"expected servers of the same weights, came {each}")
+        return next(iter(said.values()))
 
     def close(self) -> None:
         """Drops the connections. Calls that are under way fail."""

@@ -9,12 +9,16 @@ from fnmatch import translate
 from io import BufferedIOBase
 from pathlib import Path
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-# Photographs, but not in a format that the server takes: left out, and counted.
-OTHER_SUFFIXES = {".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2", ".psd"}
+# Of the files that are taken where the server does not say: every one takes these.
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+)
 # What systems and programs put among photographs: thumbnails, resource forks, deleted files, older versions.
 LITTER = (
     "._*",
+    ".DS_Store",
+    "Thumbs.db",
+    "desktop.ini",
     "@eaDir",
     "#recycle",
     "#snapshot",
@@ -31,6 +35,10 @@ LITTER = (
     ".dtrash",
     ".stversions",
 )
+_MOST_ENDINGS = 10  # are named in the report
+_LONGEST_PATH = 4096  # bytes; Linux takes no more
+# What an image given in place of a list begins with: JPEG, PNG, GIF, WebP, TIFF (and raw formats), HEIC and AVIF.
+_IMAGE = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp", re.DOTALL)
 
 
 class UnusableList(Exception):
@@ -45,23 +53,32 @@ class Search:
         exclude: globs of names, or of paths inside the folder that is searched: what to leave out.
         include: the same, for what to take all the same: litter, what `exclude` names, other suffixes.
         separator: what ends each path on stdin.
+        suffixes: of the files to take, in lower case; None for all files, whatever their name.
     """
 
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     separator: bytes = b"\n"
-    left_out: Counter[str] = field(default_factory=Counter)
+    suffixes: frozenset[str] | None = IMAGE_SUFFIXES
+    not_taken: Counter[str] = field(default_factory=Counter)
+    litter: Counter[str] = field(default_factory=Counter)
     linked_folders: int = 0
 
     def report(self) -> str | None:
-        """What was left out so far, for people; None for nothing."""
+        """What was not taken so far, for people; None for nothing."""
         kinds = []
-        if self.left_out:
-            counts = ", ".join(f"{kind} {count}" for kind, count in sorted(self.left_out.items()))
-            kinds.append(f"{counts} (--include GLOB takes them)")
+        if self.not_taken:
+            endings = self.not_taken.most_common()
+            counts = [f"{count:,} {ending}" for ending, count in endings[:_MOST_ENDINGS]]
+            if rest := endings[_MOST_ENDINGS:]:
+                counts.append(f"{sum(count for _, count in rest):,} with {len(rest):,} other endings")
+            kinds.append(f"{', '.join(counts)} (--all tries every file by its content)")
+        if self.litter:
+            counts = [f"{count:,} litter {kind}{'s' * (count > 1)}" for kind, count in sorted(self.litter.items())]
+            kinds.append(f"{', '.join(counts)} (--include GLOB takes them)")
         if self.linked_folders:
-            kinds.append(f"links to folders {self.linked_folders} (give their paths too to search them)")
-        return f"left out: {'; '.join(kinds)}" if kinds else None
+            kinds.append(f"{self.linked_folders:,} links to folders (give their paths too to search them)")
+        return f"not taken: {'; '.join(kinds)}" if kinds else None
 
     def paths(self, arguments: Iterable[str], stdin: BufferedIOBase) -> Iterator[str]:
         """The paths, lazily, each as `pathlib` writes it: `./a//b.jpg` is `a/b.jpg`.
@@ -78,19 +95,22 @@ class Search:
                 yield str(Path(argument))
 
     def _listed(self, stdin: BufferedIOBase) -> Iterator[bytes]:
-        rest = b""
+        rest, is_begin = b"", True
         while chunk := stdin.read1(1 << 16):
+            if is_begin and _IMAGE.match(chunk):
+                raise UnusableList("stdin: expected a list of paths, came an image: give its path in place of -")
+            is_begin = False
+            if self.separator == b"\n" and b"\0" in chunk:
+                raise UnusableList("stdin: expected a path in each line, came a NUL; -0 is for lists of `find -print0`")
             *whole, rest = (rest + chunk).split(self.separator)
             yield from filter(None, map(self._path, whole))
         if path := self._path(rest):
             yield path
 
     def _path(self, item: bytes) -> bytes:
-        if self.separator == b"\0":
-            return item
-        if b"\0" in item:
-            raise UnusableList("stdin: expected a path in each line, came a NUL; give -0 for a list of `find -print0`")
-        return item.removesuffix(b"\r")
+        if len(item) > _LONGEST_PATH:
+            raise UnusableList(f"stdin: expected a list of paths, came {len(item):,} bytes without an end of a path")
+        return item if self.separator == b"\0" else item.removesuffix(b"\r")
 
     def _walk(self, given: str) -> Iterator[str]:
         exclude, include = _matcher(self.exclude), _matcher(self.include)
@@ -121,16 +141,15 @@ class Search:
         yield from unlisted
 
     def _is_left_out(self, name: str, *, is_folder: bool) -> bool:
-        """Whether it is litter, or no photograph that the server takes. Counts both, but for other files."""
-        suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
-        if not is_folder and suffix not in IMAGE_SUFFIXES:
-            if suffix in OTHER_SUFFIXES:
-                self.left_out[f"{suffix} files"] += 1
-            return True
+        """Whether it is litter, or a file that is not to be taken by its name. Counts both."""
         if _is_litter(name):
-            self.left_out["litter folders" if is_folder else "litter files"] += 1
+            self.litter["folder" if is_folder else "file"] += 1
             return True
-        return False
+        suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
+        if is_folder or self.suffixes is None or suffix in self.suffixes:
+            return False
+        self.not_taken[suffix or "without an ending"] += 1
+        return True
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -12,6 +12,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from clip_embed.credentials import Credentials
 from clip_embed.errors import EmbeddingError, error_from_grpc
+from clip_embed.served import Served
 from clip_embed.target import Target
 from clip_embed.wire import Embeddings, ImageBytes, grpc_request, read_grpc_answer
 
@@ -49,6 +50,10 @@ def _infer_call(channel: Any) -> Any:
     )
 
 
+def _served(parameters: Any) -> Served:
+    return Served.of({name: parameter.string_value for name, parameter in parameters.items()})
+
+
 def _our_error(error: Any, target: Target) -> EmbeddingError:
     return error_from_grpc(error.code().name, error.details() or "", url=target.url)
 
@@ -71,6 +76,11 @@ class GrpcTransport:
         request = service_pb2.ModelReadyRequest(name=self._model)
         call = self._stub.ModelReady.future(request, timeout=timeout_s, metadata=self._metadata)
         return self._answer(call, lambda answer: bool(answer.ready))
+
+    def served(self, timeout_s: float | None) -> Future[Served]:
+        request = service_pb2.ModelConfigRequest(name=self._model)
+        call = self._stub.ModelConfig.future(request, timeout=timeout_s, metadata=self._metadata)
+        return self._answer(call, lambda answer: _served(answer.config.parameters))
 
     def _answer(self, call: Any, read: Callable[[Any], T]) -> Future[T]:
         answer = _Answer[T](call)

@@ -15,7 +15,8 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 
 from clip_embed.credentials import Credentials
-from clip_embed.errors import error_from_grpc, error_from_http
+from clip_embed.errors import ContractError, error_from_grpc, error_from_http
+from clip_embed.served import Served
 from clip_embed.target import Target
 from clip_embed.wire import HEADER_LENGTH, Embeddings, ImageBytes, http_request, read_http_answer
 
@@ -81,6 +82,16 @@ class AsyncHttpTransport:
     async def is_ready(self, timeout_s: float | None) -> bool:
         return await self._can_be_asked(f"{self._model_path}/ready", f"{self._model_path}/infer", timeout_s)
 
+    async def served(self, timeout_s: float | None) -> Served:
+        answer = await self._request("GET", f"{self._model_path}/config", timeout_s)
+        if answer.status_code != httpx.codes.OK:
+            raise error_from_http(answer.status_code, answer.content, url=self._url)
+        try:
+            parameters = answer.json().get("parameters", {})
+            return Served.of({name: parameter["string_value"] for name, parameter in parameters.items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ContractError(f"expected a model's configuration, came {answer.content[:200]!r}") from error
+
     async def close(self) -> None:
         await self._http.aclose()
 
@@ -121,6 +132,9 @@ class HttpTransport:
 
     def is_ready(self, timeout_s: float | None) -> Future[bool]:
         return self._start(self._transport.is_ready, timeout_s)
+
+    def served(self, timeout_s: float | None) -> Future[Served]:
+        return self._start(self._transport.served, timeout_s)
 
     def close(self) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import IO
 
 from clip_embed.names import printable
+from clip_embed.provenance import Provenance, read_beside
 from clip_embed.table import ImageFile, UnusableOutput
 from clip_embed.wire import Embeddings
 
@@ -27,9 +28,14 @@ class _Rows:
         pass
 
 
-def open_rows(file: IO[bytes]) -> _Rows:
+def open_rows(file: IO[bytes], provenance: Provenance | None = None) -> _Rows:
     """Implements `table.Table`; each line is written at once and whole."""
     return _Rows(file)
+
+
+def read_provenance(path: Path) -> Provenance | None:
+    """Implements `table.Table`."""
+    return read_beside(path)
 
 
 def read_images(path: Path) -> Iterator[ImageFile]:
@@ -37,7 +43,12 @@ def read_images(path: Path) -> Iterator[ImageFile]:
     return (image for image, _ in _lines(path))
 
 
-def merge(paths: Iterable[Path], file: IO[bytes], wants: Callable[[ImageFile], bool]) -> None:
+def merge(
+    paths: Iterable[Path],
+    file: IO[bytes],
+    wants: Callable[[ImageFile], bool],
+    provenance: Provenance | None = None,
+) -> None:
     """Implements `table.Table`."""
     for path in paths:
         file.writelines(line for image, line in _lines(path) if wants(image))

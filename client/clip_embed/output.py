@@ -13,6 +13,7 @@ import numpy as np
 
 from clip_embed import jsonl, parquet
 from clip_embed.names import printable
+from clip_embed.provenance import Provenance, beside, write_beside
 from clip_embed.table import ImageFile, Rows, look_at
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
@@ -30,6 +31,7 @@ class Output(Protocol):
 
     already_there: int  # how many need none
     pruned: int  # how many rows were dropped because their image is gone
+    remark: str | None  # what there is to say of what it holds already
 
     def unfinished(self, paths: Iterable[str]) -> Iterator[ImageFile]: ...
 
@@ -70,6 +72,7 @@ class _All:
     """An output that begins empty, so that every image needs an embedding."""
 
     already_there = pruned = 0
+    remark: str | None = None
 
     def __init__(self, rows: Rows) -> None:
         self.add = rows.add
@@ -79,41 +82,45 @@ class _All:
 
 
 @contextmanager
-def open_output(path: Path | None, file_format: Format) -> Iterator[Output]:
+def open_output(path: Path | None, file_format: Format, provenance: Provenance | None = None) -> Iterator[Output]:
     """An output to a file, or to stdout when the path is None. After an exception nothing of a file is left.
 
-    Beside `NAME.npy` its images' paths are in `NAME.npy.paths`.
+    Beside `NAME.npy` its images' paths are in `NAME.npy.paths`, and the provenance of what is no Parquet is beside it.
 
     Raises:
         OSError: It cannot be written.
         UnusableOutput: Another process is writing it.
     """
     if path is None:
-        with _stream(sys.stdout.buffer, file_format) as rows:
+        with _stream(sys.stdout.buffer, file_format, provenance) as rows:
             yield _All(rows)
         return
     from clip_embed.destination import is_special, locked, whole  # which need a system with flock
 
     if is_special(path):
-        with path.open("wb") as file, _stream(file, file_format) as rows:
+        with path.open("wb") as file, _stream(file, file_format, provenance) as rows:
             yield _All(rows)
         return
-    with locked(path) as folder, ExitStack() as files:
-        names = None
-        if file_format is Format.npy:
-            names = files.enter_context(whole(path.with_name(f"{path.name}.paths"), folder))
-        written = _rows(files.enter_context(whole(path, folder)), file_format, names)
-        yield _All(files.enter_context(written))
+    with locked(path) as folder:
+        with ExitStack() as files:
+            names = None
+            if file_format is Format.npy:
+                names = files.enter_context(whole(path.with_name(f"{path.name}.paths"), folder))
+            written = _rows(files.enter_context(whole(path, folder)), file_format, provenance, names)
+            yield _All(files.enter_context(written))
+            beside(path).unlink(missing_ok=True)
+        if file_format is not Format.parquet:
+            write_beside(path, provenance)
 
 
 @contextmanager
-def _stream(file: IO[bytes], file_format: Format) -> Iterator[Rows]:
+def _stream(file: IO[bytes], file_format: Format, provenance: Provenance | None) -> Iterator[Rows]:
     """Rows for what cannot be sought in: JSON lines at once, else all at the end."""
     if file_format is Format.jsonl:
         yield jsonl.open_rows(file)
         return
     with tempfile.TemporaryFile() as finished:
-        with _rows(finished, file_format) as rows:
+        with _rows(finished, file_format, provenance) as rows:
             yield rows
         finished.seek(0)
         shutil.copyfileobj(finished, file)
@@ -121,7 +128,9 @@ def _stream(file: IO[bytes], file_format: Format) -> Iterator[Rows]:
 
 
 @contextmanager
-def _rows(file: IO[bytes], file_format: Format, names: IO[bytes] | None = None) -> Iterator[Rows]:
+def _rows(
+    file: IO[bytes], file_format: Format, provenance: Provenance | None, names: IO[bytes] | None = None
+) -> Iterator[Rows]:
     rows: Rows
     match file_format:
         case Format.npy:
@@ -129,7 +138,7 @@ def _rows(file: IO[bytes], file_format: Format, names: IO[bytes] | None = None) 
         case Format.jsonl:
             rows = jsonl.open_rows(file)
         case Format.parquet:
-            rows = parquet.open_rows(file)
+            rows = parquet.open_rows(file, provenance)
     try:
         yield rows
     except BaseException:

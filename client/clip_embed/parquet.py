@@ -1,4 +1,7 @@
-"""Parquet: the columns path, size_bytes, mtime_ns and embedding, which is a fixed-size list of 512 float32."""
+"""Parquet: the columns path, size_bytes, mtime_ns and embedding, which is a fixed-size list of 512 float32.
+
+Of which weights they are, its metadata say under the key `clip_embed.provenance`.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -7,9 +10,11 @@ from typing import IO, Any
 import numpy as np
 
 from clip_embed.names import printable
+from clip_embed.provenance import Provenance
 from clip_embed.table import ImageFile, UnusableOutput
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
+_PROVENANCE = b"clip_embed.provenance"
 ROW_GROUP = 8192  # rows, 16 MiB of embeddings: what a writer holds in memory; not measured
 
 
@@ -23,9 +28,9 @@ def require_pyarrow() -> Any:
 
 
 class _Rows:
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], provenance: Provenance | None) -> None:
         self._arrow = require_pyarrow()
-        self._schema = _schema(self._arrow)
+        self._schema = _schema(self._arrow, provenance)
         # The numbers of an embedding are all different: a dictionary of them would only cost time.
         self._writer = self._arrow.parquet.ParquetWriter(file, self._schema, use_dictionary=False)
         self._images: list[ImageFile] = []
@@ -59,9 +64,15 @@ class _Rows:
         self._writer.write_table(self._arrow.table(columns, schema=self._schema), ROW_GROUP)
 
 
-def open_rows(file: IO[bytes]) -> _Rows:
+def open_rows(file: IO[bytes], provenance: Provenance | None = None) -> _Rows:
     """Implements `table.Table`."""
-    return _Rows(file)
+    return _Rows(file, provenance)
+
+
+def read_provenance(path: Path) -> Provenance | None:
+    """Implements `table.Table`."""
+    with _open(path) as file:
+        return Provenance.from_json((file.schema_arrow.metadata or {}).get(_PROVENANCE, b""))
 
 
 def read_images(path: Path) -> Iterator[ImageFile]:
@@ -71,15 +82,22 @@ def read_images(path: Path) -> Iterator[ImageFile]:
             yield from _images(batch)
 
 
-def merge(paths: Iterable[Path], file: IO[bytes], wants: Callable[[ImageFile], bool]) -> None:
+def merge(
+    paths: Iterable[Path],
+    file: IO[bytes],
+    wants: Callable[[ImageFile], bool],
+    provenance: Provenance | None = None,
+) -> None:
     """Implements `table.Table`."""
     arrow = require_pyarrow()
     held: list[Any] = []
-    with arrow.parquet.ParquetWriter(file, _schema(arrow), use_dictionary=False) as writer:
+    schema = _schema(arrow, provenance)
+    with arrow.parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
 
         def write(at_least: int) -> None:
             if held and sum(batch.num_rows for batch in held) >= at_least:
-                writer.write_table(arrow.Table.from_batches(held).combine_chunks(), ROW_GROUP)
+                table = arrow.Table.from_batches(held).combine_chunks()
+                writer.write_table(table.replace_schema_metadata(schema.metadata), ROW_GROUP)
                 held.clear()
 
         for path in paths:
@@ -90,10 +108,16 @@ def merge(paths: Iterable[Path], file: IO[bytes], wants: Callable[[ImageFile], b
         write(1)
 
 
-def _schema(arrow: Any) -> Any:
+def _schema(arrow: Any, provenance: Provenance | None = None) -> Any:
     embedding = arrow.list_(arrow.float32(), EMBEDDING_SIZE)
     return arrow.schema(
-        [("path", arrow.string()), ("size_bytes", arrow.int64()), ("mtime_ns", arrow.int64()), ("embedding", embedding)]
+        [
+            ("path", arrow.string()),
+            ("size_bytes", arrow.int64()),
+            ("mtime_ns", arrow.int64()),
+            ("embedding", embedding),
+        ],
+        metadata={_PROVENANCE: provenance.to_json()} if provenance else None,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from clip_embed.errors import ContractError, error_from_http
 from clip_embed.http_transport import AsyncHttpTransport, HttpTransport
+from clip_embed.served import Served
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings, ImageBytes
 
 
@@ -28,6 +29,10 @@ class AsyncPyTorchTransport(AsyncHttpTransport):
 
     async def is_ready(self, timeout_s: float | None) -> bool:
         return await self._can_be_asked("health", "embed/base64", timeout_s)
+
+    async def served(self, timeout_s: float | None) -> Served:
+        """The service says nothing."""
+        return Served()
 
 
 class PyTorchTransport(HttpTransport):

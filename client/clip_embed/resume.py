@@ -11,11 +11,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from clip_embed import jsonl
 from clip_embed.destination import locked, whole
 from clip_embed.names import original, printable
-from clip_embed.table import ImageFile, Table, has_parts, is_gone, look_at
+from clip_embed.provenance import Provenance, beside, write_beside
+from clip_embed.table import ImageFile, Table, UnusableOutput, has_parts, is_gone, look_at
 from clip_embed.wire import Embeddings
 
+_PROVENANCE = "provenance.json"  # of the parts
 PART_ROWS = 1000  # 2 MiB of Parquet
 PART_S = 5.0  # what a kill may cost; neither was measured
 
@@ -24,9 +27,12 @@ class Resumed:
     """Implements `output.Output`. Each path has one row at most, that of the file as it is now.
 
     Rows of other paths stay, as of files that were not named this time; `prune` drops those of files that are gone.
+    Vectors of another provenance than the server's do not get into one file with them.
     """
 
-    def __init__(self, path: Path, table: Table, parts: Path, *, prune: bool) -> None:
+    def __init__(
+        self, path: Path, table: Table, parts: Path, *, prune: bool, provenance: Provenance | None = None
+    ) -> None:
         self._path = path
         self._parts = parts
         self._table = table
@@ -34,12 +40,40 @@ class Resumed:
         self._written_s = time.monotonic()
         self._seen: set[str] = set()
         self.already_there = 0
+        self._served = provenance
+        self._provenance, self.remark = self._agreed()
         self._finished = {image.path: image[1:] for file in self._files() for image in table.read_images(file)}
         gone = [name for name in self._finished if prune and is_gone(original(name))]
         for name in gone:
             del self._finished[name]
         self.pruned = len(gone)
         self._is_changed = has_parts(path) or not path.exists() or bool(gone)
+
+    def _agreed(self) -> tuple[Provenance | None, str | None]:
+        """The provenance of all rows, old and to come, and what to say where that of the old ones is not known.
+
+        Raises:
+            UnusableOutput: The old ones are of other weights, or of pixels that were made another way.
+        """
+        before = [self._table.read_provenance(self._path)] if self._path.exists() else []
+        if has_parts(self._path):
+            try:
+                before.append(Provenance.from_json((self._parts / _PROVENANCE).read_bytes()))
+            except FileNotFoundError:
+                before.append(None)
+        for one in before:
+            if one and one != self._served:
+                raise UnusableOutput(
+                    f"{self._path} has vectors of {one}, and the server "
+                    f"{f'gives those of {self._served}' if self._served else 'does not say whose it gives'}: "
+                    "begin a new file, or serve the same again"
+                )
+        if None not in before or self._served is None:
+            return self._served, None
+        return None, (
+            f"{self._path} does not say of which weights its vectors are, as files of earlier versions do not: they "
+            "cannot be compared with the server's"
+        )
 
     def unfinished(self, paths: Iterable[str]) -> Iterator[ImageFile]:
         """Each image once that has no row, or the row of a file that has changed since."""
@@ -69,8 +103,10 @@ class Resumed:
         if not self._rows:
             return
         number = max((int(part.stem) for part in self._parts.glob("*.part")), default=0) + 1
+        if self._served and number == 1:
+            (self._parts / _PROVENANCE).write_text(self._served.to_json())
         with whole(self._parts / f"{number:08d}.part", self._parts, like=self._path) as file:
-            rows = self._table.open_rows(file)
+            rows = self._table.open_rows(file, self._served)
             for image, embedding in self._rows:
                 rows.add(image, embedding)
             rows.finish()
@@ -91,7 +127,10 @@ class Resumed:
                 return True
 
             with whole(self._path, self._parts) as file:
-                self._table.merge(self._files(), file, wants)
+                self._table.merge(self._files(), file, wants, self._provenance)
+                beside(self._path).unlink(missing_ok=True)
+            if self._table is jsonl:
+                write_beside(self._path, self._provenance)
         shutil.rmtree(self._parts)
 
     def _files(self) -> Iterator[Path]:
@@ -101,15 +140,18 @@ class Resumed:
 
 
 @contextmanager
-def open_resumed(path: Path, table: Table, *, prune: bool = False) -> Iterator[Resumed]:
+def open_resumed(
+    path: Path, table: Table, *, prune: bool = False, provenance: Provenance | None = None
+) -> Iterator[Resumed]:
     """An output to a file that may be there from before. After an exception its parts are left, to be resumed.
 
     Raises:
         OSError: It cannot be written.
-        UnusableOutput: What is there was not written by this command, or another process is at it.
+        UnusableOutput: What is there was not written by this command or is of another provenance, or another process is
+            at it.
     """
     with locked(path) as parts:
-        output = Resumed(path, table, parts, prune=prune)
+        output = Resumed(path, table, parts, prune=prune, provenance=provenance)
         try:
             yield output
         except BaseException:

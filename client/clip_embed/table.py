@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
+from clip_embed.provenance import Provenance
 from clip_embed.wire import Embeddings
 
 _INT64 = 2**63 - 1  # Parquet's and SQL's; a time in ns is over it from the year 2262 on
@@ -37,8 +38,15 @@ class Rows(Protocol):
 class Table(Protocol):
     """A format whose rows have names, so that a run can go on where another ended. `jsonl` and `parquet` are two."""
 
-    def open_rows(self, file: IO[bytes], /) -> Rows:
+    def open_rows(self, file: IO[bytes], provenance: Provenance | None = None, /) -> Rows:
         """Writes a table to an open file, which it leaves open."""
+
+    def read_provenance(self, path: Path, /) -> Provenance | None:
+        """Of which weights a file's vectors are; None where it does not say.
+
+        Raises:
+            UnusableOutput: It is not a file that this module wrote.
+        """
 
     def read_images(self, path: Path, /) -> Iterator[ImageFile]:
         """The images whose embeddings a file holds.
@@ -47,7 +55,14 @@ class Table(Protocol):
             UnusableOutput: It is not a file that this module wrote.
         """
 
-    def merge(self, paths: Iterable[Path], file: IO[bytes], wants: Callable[[ImageFile], bool], /) -> None:
+    def merge(
+        self,
+        paths: Iterable[Path],
+        file: IO[bytes],
+        wants: Callable[[ImageFile], bool],
+        provenance: Provenance | None = None,
+        /,
+    ) -> None:
         """Writes the rows of several files as one table, in order: those that `wants`, called once for each, is for."""
 
 

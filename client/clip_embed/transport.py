@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from clip_embed.credentials import Credentials
+from clip_embed.served import Served
 from clip_embed.target import Target
 from clip_embed.wire import Embeddings, ImageBytes
 
@@ -17,6 +18,9 @@ class Transport(Protocol):
 
     def is_ready(self, timeout_s: float | None) -> Future[bool]:
         """Whether the server says that its model can be asked, in an answer to come."""
+
+    def served(self, timeout_s: float | None) -> Future[Served]:
+        """What the server says of itself, in an answer to come."""
 
     def close(self) -> None: ...
 

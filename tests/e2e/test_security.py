@@ -31,6 +31,8 @@ from clip_embed import (
     RequestTooLargeError,
     ServerUnavailableError,
 )
+from clip_embed.provenance import Provenance
+from clip_tools.engines.export_onnx import Manifest
 from clip_tools.serving import keyring
 from clip_tools.serving.access import Access, Tls
 from clip_tools.serving.model_control import GrpcModelControl
@@ -41,9 +43,9 @@ SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 API_KEY = "the-key-of-those-who-may-embed"
 
 # What is open to everybody. All else of the protocol is closed, also what a later version adds.
-OPEN_METHODS = {"ServerLive", "ServerReady", "ModelReady", "ModelInfer", "ModelStreamInfer"}
+OPEN_METHODS = {"ServerLive", "ServerReady", "ModelReady", "ModelConfig", "ModelInfer", "ModelStreamInfer"}
 # What may be read besides where the server listens on this machine alone.
-READ_METHODS = {"ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStatistics"}
+READ_METHODS = {"ServerMetadata", "ModelMetadata", "ModelStatistics"}
 STREAMS = {"ModelStreamInfer"}
 
 CONFIG = '{"backend": "python", "max_batch_size": 0}'
@@ -124,8 +126,6 @@ READ_ROUTES = [
     "/v2",
     "/v2/models/{m}",
     "/v2/models/{m}/versions/1",
-    "/v2/models/{m}/config",
-    "/v2/models/{m}/versions/1/config",
     "/v2/models/{m}/stats",
     "/v2/models/{m}/versions/1/stats",
     "/v2/models/stats",
@@ -235,9 +235,14 @@ def ask_for_everything(server: EmbeddedServer, read_methods: set[str], read_rout
     for route in ("/v2/health/live", "/v2/health/ready", "/v2/models/clip_ensemble/ready"):
         assert ask_http(options.http_port, "GET", route) == 200
     assert "nv_inference_request_success" in httpx.get(options.metrics_url).text
+    manifest = Manifest.read(options.models / "clip_onnx" / "1" / "model.onnx")
     for url in (options.grpc_url, options.http_url):
         with EmbeddingClient(url) as client:
             assert client.embed([probe_image()]).shape == (1, 512)
+            served = client.served()
+        weights = manifest.checkpoint_sha256 or manifest.pretrained
+        assert served.provenance == Provenance(manifest.model, weights, "exact")
+        assert {".jpg", ".jp2", ".png"} < served.suffixes
     with GrpcModelControl(options.grpc_url) as control:
         assert control.ready_models() == before
     return {"methods": methods, "refused": refused}
@@ -504,6 +509,7 @@ def test_the_nginx_of_deploy_lets_strangers_embed_and_nothing_else(
         for url in (f"https://localhost:{port}", f"grpcs://localhost:{port}"):
             with EmbeddingClient(url, ca_file=certificates.ca_pem, retry=None) as client:
                 assert client.is_ready()
+                assert client.served().provenance
                 assert client.embed(images).shape == (2, 512)
                 with pytest.raises(InvalidImageError, match="not_an_image"):
                     client.embed([b"no image"])

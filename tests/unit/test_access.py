@@ -77,7 +77,7 @@ def test_the_keys_come_from_the_environment_and_are_in_nothing_that_may_be_shown
     assert access.http_headers() == {"clip-admin-key": KEY, "clip-api-key": API_KEY}
     assert access.grpc_headers()["triton-grpc-protocol-clip-api-key"] == API_KEY
     assert (
-        "--grpc-restricted-protocol=inference:clip-api-key=" + API_KEY
+        "--grpc-restricted-protocol=inference,model-config:clip-api-key=" + API_KEY
         in access.secret_flags(open_metadata=False).values()
     )
     shown = f"{access!r} {ServeOptions(access=access)!r} {[*access.secret_flags(open_metadata=False)]} {access.flags()}"
@@ -88,7 +88,7 @@ def test_the_keys_come_from_the_environment_and_are_in_nothing_that_may_be_shown
 def test_a_key_for_http_alone_is_asked_for_there_in_place_of_the_other():
     only = Access.from_environment({"CLIP_HTTP_KEY": HTTP_KEY})
     (flag,) = [flag for flag in only.secret_flags(open_metadata=False).values() if "inference" in flag]
-    assert flag == f"--http-restricted-api=inference:clip-api-key={HTTP_KEY}"
+    assert flag == f"--http-restricted-api=inference,model-config:clip-api-key={HTTP_KEY}"
     both = Access.from_environment({"CLIP_HTTP_KEY": HTTP_KEY, "CLIP_API_KEY": API_KEY})
     assert [flag.partition("clip-api-key=")[2] for flag in both.secret_flags(open_metadata=False).values()][2:] == [
         API_KEY,

@@ -137,10 +137,41 @@ def test_what_is_left_out_of_folders_is_told(run, tmp_path):
         (tmp_path / name).write_bytes(b"a")
     done = run("p", "--exclude", "c*")
     assert done.returncode == 0
-    assert done.stderr == b"left out: .heic files 1, litter folders 1 (--include GLOB takes them)\n"
+    assert done.stderr.decode() == (
+        "not taken: 1 .heic (--all tries every file by its content); 1 litter folder (--include GLOB takes them)\n"
+    )
     done = run("q")
     assert (done.returncode, done.stdout) == (2, b"")
-    assert b"no images found in q; left out: .heic files 1" in done.stderr
+    assert b"no images found in q; not taken: 1 .heic" in done.stderr
+
+
+def test_the_files_that_the_server_says_it_takes_are_taken_and_with_all_every_one(run, tmp_path, brain):
+    """By its own list: an earlier client knows the formats of a later server."""
+    for name in ("p/a.jpg", "p/b.heic", "p/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"a")
+    brain.says = {"clip_suffixes": ".jpg .heic"}
+    try:
+        done, everything = run("p"), run("p", "--all")
+    finally:
+        brain.says = None
+    assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == ["p/a.jpg", "p/b.heic"]
+    assert done.stderr == b"not taken: 1 without an ending (--all tries every file by its content)\n"
+    assert [json.loads(line)["path"] for line in everything.stdout.splitlines()] == ["p/a.jpg", "p/b.heic", "p/c"]
+    assert everything.stderr == b""
+
+
+def test_an_image_in_place_of_a_list_is_one_sentence(run):
+    done = run("-", stdin=b"\xff\xd8\xff\xe0" + bytes(range(256)) * 100)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"clip-embed: stdin: expected a list of paths, came an image: give its path in place of -\n"
+
+
+def test_the_backend_is_that_of_the_environment(run):
+    """As for `EmbeddingClient.from_env`: the PyTorch service speaks HTTP alone."""
+    done = run("a.jpg", INFERENCE_BACKEND="pytorch")
+    assert done.returncode == 2
+    assert b"the pytorch backend speaks HTTP alone" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -154,7 +185,10 @@ def test_what_is_left_out_of_folders_is_told(run, tmp_path):
         (["a.jpg", "--format", "csv"], {}, "--format"),
         (["a.jpg", "-o", "no/such/out.jsonl"], {}, "cannot write no/such/out.jsonl"),
         (["a.jpg", "-o", "empty"], {}, "cannot write empty: Is a directory"),
-        *((["a.jpg", "-o", f"v.{ending}"], {}, "or say --format") for ending in ("npz", "CSV", "parquet.gz", "jsonl~")),
+        *(
+            (["a.jpg", "-o", f"v.{ending}"], {}, "or say --format")
+            for ending in ("npz", "json", "CSV", "parquet.gz", "jsonl~")
+        ),
         (["a.jpg", "-o", "v.Parquet", "--format", "npy"], {}, "ends with .parquet, and --format is npy"),
         (["a.jpg", "-0"], {}, "-0 is for paths on stdin"),
     ],

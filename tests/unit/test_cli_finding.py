@@ -27,15 +27,34 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_folders_images_are_sorted_and_other_files_left_out(here):
+def test_a_folders_images_are_sorted_and_other_files_not_taken_but_counted(here):
     """A named file is taken whatever its suffix; a found one only with an image's."""
-    make(here, "b.JPG", "a.webp", "notes.txt", "sub/z.jpeg", "sub/.DS_Store", "another/y.tiff", "sub.jpg/x.png")
+    make(here, "b.JPG", "a.webp", "notes.txt", "sub/z.jpeg", "sub/IMG_1", "another/y.tiff", "sub.jpg/x.png")
     search = Search()
     assert found(search, ".", "notes.txt", "missing") == [
         *("a.webp", "b.JPG", "another/y.tiff", "sub/z.jpeg", "sub.jpg/x.png"),
         *("notes.txt", "missing"),
     ]
-    assert search.report() is None
+    assert search.report() == "not taken: 1 .txt, 1 without an ending (--all tries every file by its content)"
+    assert Search().report() is None
+
+
+def test_the_endings_are_the_servers_or_all(here):
+    make(here, "p/a.jpg", "p/b.heic", "p/c.HEIC", "p/d.mov", "p/e", "p/.DS_Store", "p/Thumbs.db")
+    search = Search(suffixes=frozenset({".heic"}))
+    assert found(search, "p") == ["p/b.heic", "p/c.HEIC"]
+    assert search.not_taken == {".jpg": 1, ".mov": 1, "without an ending": 1}
+    everything = Search(suffixes=None)
+    assert found(everything, "p") == ["p/a.jpg", "p/b.heic", "p/c.HEIC", "p/d.mov", "p/e"]
+    assert everything.report() == "not taken: 2 litter files (--include GLOB takes them)"
+
+
+def test_a_report_is_one_line_also_of_a_thousand_endings(here):
+    search = Search()
+    search.not_taken.update({".heic": 12034, ".mov": 80, **{f".x{number}": 1 for number in range(1000)}})
+    report = search.report()
+    assert report.startswith("not taken: 12,034 .heic, 80 .mov, 1 .x0, ")
+    assert report.endswith("992 with 992 other endings (--all tries every file by its content)")
 
 
 def test_a_path_is_one_however_it_is_given(here):
@@ -63,7 +82,8 @@ def test_litter_is_left_out_and_counted(here):
     search = Search()
     assert found(search, "photos") == ["photos/a.jpg", "photos/#1/i.jpg", "photos/.hidden/h.jpg"]
     assert search.report() == (
-        "left out: .cr2 files 1, .heic files 2, litter files 2, litter folders 7 (--include GLOB takes them)"
+        "not taken: 2 .heic, 1 .cr2 (--all tries every file by its content); "
+        "3 litter files, 7 litter folders (--include GLOB takes them)"
     )
     assert found(Search(), "photos/@eaDir", "photos/._a.jpg") == [
         "photos/@eaDir/a.jpg/SYNO_THUMB.jpg",
@@ -87,7 +107,7 @@ def test_links_to_folders_are_counted_and_searched_where_they_are_named(here):
     (here / "p/linked.jpg").symlink_to("../albums/b.jpg")
     search = Search()
     assert found(search, "p") == ["p/a.jpg", "p/itself.jpg", "p/linked.jpg"]
-    assert search.report() == "left out: links to folders 2 (give their paths too to search them)"
+    assert search.report() == "not taken: 2 links to folders (give their paths too to search them)"
     assert found(Search(), "p/album") == ["p/album/b.jpg"]
 
 
@@ -115,6 +135,17 @@ def test_a_list_may_have_any_name_with_nul_behind_it(here):
     assert found(Search(), "-", stdin=b"\n".join(names)) == ["a", "b.jpg", got[1], " c", *got[3:]]
 
 
-def test_such_a_list_is_recognised():
-    with pytest.raises(UnusableList, match="give -0"):
-        found(Search(), "-", stdin=b"a.jpg\0b.jpg\0")
+@pytest.mark.parametrize(
+    ("stdin", "separator", "says"),
+    [
+        (b"a.jpg\0b.jpg\0", b"\n", "-0 is for lists"),
+        (b"\xff\xd8\xff\xe1\n\n and so on", b"\n", "came an image"),
+        (b"\x89PNG\r\n\x1a\n\0\0", b"\n", "came an image"),
+        (b"\0\0\0\x18ftypheic\0\0", b"\0", "came an image"),
+        (b'{"path": "a.jpg", "embedding": [' + b"0.0312, " * 512 + b"]}\n", b"\n", "bytes without an end of a path"),
+        (b"x" * 100_000, b"\0", "bytes without an end of a path"),
+    ],
+)
+def test_what_is_no_list_is_a_sentence_and_no_path(stdin, separator, says):
+    with pytest.raises(UnusableList, match=says):
+        next(Search(separator=separator).paths(["-"], io.BytesIO(stdin)))

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from test_client_loopback import vector_of
 
+from clip_embed import parquet
 from clip_embed.destination import is_special, through_links
 from clip_embed.names import original, printable
 from clip_embed.output import Format, open_output
+from clip_embed.provenance import Provenance, read_beside
 from clip_embed.table import UnusableOutput, look_at, parts_of
 
 
@@ -194,3 +196,19 @@ def test_every_name_is_printable_and_comes_back():
         assert shown.encode().decode() == shown
         assert original(shown) == name
     assert len({printable(os.fsdecode(name)) for name in odd}) == len(odd)
+
+
+@pytest.mark.parametrize("file_format", list(Format))
+def test_of_which_weights_the_vectors_are_is_kept_with_them_and_goes_with_them(tmp_path, file_format):
+    """In Parquet's metadata, or beside the file; a file that is written over has none of the old one's."""
+    if file_format is Format.parquet:
+        pytest.importorskip("pyarrow.parquet", reason="pip install 'clip-embed[parquet]'")
+    read = parquet.read_provenance if file_format is Format.parquet else read_beside
+    out, known = tmp_path / f"out.{file_format}", Provenance("ViT-B-32", "0" * 64, "exact")
+    for provenance in (known, None):
+        with open_output(out, file_format, provenance) as output:
+            output.add(look_at("a.jpg"), vector_of(b"a"))
+        assert read(out) == provenance
+    with pytest.raises(RuntimeError), open_output(out, file_format, known):
+        raise RuntimeError
+    assert read(out) is None

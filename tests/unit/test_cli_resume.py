@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
 pytest.importorskip("rich", reason="pip install 'clip-embed[cli]'")
 
 from clip_embed import jsonl, parquet, resume
+from clip_embed.provenance import Provenance
 from clip_embed.resume import open_resumed
 from clip_embed.table import UnusableOutput, has_parts, look_at, parts_of
 
@@ -471,3 +473,44 @@ def test_a_file_that_changes_while_it_is_embedded_is_embedded_again(out, table, 
     assert image != look_at(str(photos[0]))
     assert embed(out, table, photos[:1]) == photos[:1]
     assert_has(out, photos[:1])
+
+
+ONE, OTHER = Provenance("ViT-B-32", "a" * 64, "exact"), Provenance("ViT-B-32", "b" * 64, "exact")
+
+
+@pytest.mark.parametrize("after", [OTHER, Provenance("ViT-B-32", "a" * 64, "fast"), None])
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_vectors_of_another_server_do_not_get_into_one_file(out, table, photos, is_killed, after):
+    """Whether a run ended well or left its parts; and nothing of what is there is changed."""
+    with (
+        pytest.raises(InterruptedError) if is_killed else nullcontext(),
+        open_resumed(out, table, provenance=ONE) as output,
+    ):
+        for image in output.unfinished(map(str, photos[:3])):
+            output.add(image, vector_of(Path(image.path).read_bytes()))
+        if is_killed:
+            raise InterruptedError
+    with (
+        pytest.raises(UnusableOutput, match=r"has vectors of ViT-B-32, checkpoint aaaaaaaaaaaa\.\.\., .*begin a new"),
+        open_resumed(out, table, provenance=after),
+    ):
+        pass
+    with open_resumed(out, table, provenance=ONE) as output:
+        for image in output.unfinished(map(str, photos)):
+            output.add(image, vector_of(Path(image.path).read_bytes()))
+    assert (output.already_there, output.remark) == (3, None)
+    assert table.read_provenance(out) == ONE
+    assert_has(out, photos)
+
+
+def test_a_file_of_an_earlier_version_is_gone_on_with_and_stays_one_of_unknown_weights(run, out, table, photos, brain):
+    embed(out, table, photos[:4])
+    brain.says = {"clip_model": "ViT-B-32", "clip_checkpoint": "tag", "clip_preprocess": "exact"}
+    code, _, stderr = run(str(out.parent / "photos"), "--out", out.name, "--resume")
+    assert code == 0
+    assert "does not say of which weights its vectors are" in stderr
+    assert_has(out, photos)
+    assert table.read_provenance(out) is None
+    code, _, stderr = run("photos", "--out", f"new-{out.name}", "--resume")
+    assert (code, stderr) == (0, "")
+    assert table.read_provenance(out.with_name(f"new-{out.name}")) == Provenance("ViT-B-32", "tag", "exact")

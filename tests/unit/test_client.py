@@ -3,6 +3,7 @@
 import array
 import ast
 import graphlib
+import io
 import itertools
 import os
 import pickle
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from test_client_loopback import Brain, serve, vector_of
 
 import clip_embed
@@ -33,6 +35,8 @@ from clip_embed import (
     ServerOverloadedError,
     ServerUnavailableError,
 )
+from clip_embed.provenance import Provenance
+from clip_embed.served import Served
 
 
 @pytest.fixture(scope="module")
@@ -124,19 +128,83 @@ def test_embeddings_can_be_written_to(client):
     next(client.embed_many([b"a"]))[:] *= 2
 
 
-@pytest.mark.parametrize("one", ["photo.jpg", b"bytes", bytearray(b"bytes"), memoryview(b"bytes")])
+@pytest.mark.parametrize(
+    "one",
+    [
+        *("photo.jpg", b"bytes", bytearray(b"bytes"), memoryview(b"bytes")),
+        *(io.BytesIO(b"lines\nof a file"), np.zeros((4, 4, 3), np.uint8)),
+    ],
+)
 def test_one_image_in_place_of_many_is_refused(client, one, brain):
-    """A str is a sequence of str, and bytes one of ints: without the check each letter would be a path."""
+    """A str is a sequence of str, a file one of lines: without the check each letter would be a path."""
     for call in (client.embed, client.embed_many):
         with pytest.raises(TypeError, match=r"give \[image\]"):
             call(one)
     assert brain.requests == []
 
 
-def test_pixels_are_refused_by_name(client):
-    """Decoded pixels are not an encoded file."""
-    with pytest.raises(TypeError, match=r"images\[1\].*encoded image file.*ndarray"):
-        client.embed([b"a", np.zeros((2, 2, 3), np.uint8)])
+def test_pixels_are_sent_as_png_and_none_is_lost(client, brain):
+    """Arrays, also views of others, and Pillow's images in their own mode: palette, alpha, one bit."""
+    noise = np.random.default_rng(0).integers(0, 256, (31, 17, 3), dtype=np.uint8)
+    smooth = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None], (200, 3, 3))
+    arrays = [noise, smooth, noise[::-1, ::2], noise[:1, :1]]
+    palette = Image.fromarray(noise).quantize(7)
+    palette.info["transparency"] = 3
+    images = [palette, Image.fromarray(noise).convert("LA"), Image.new("1", (9, 2), 1), Image.fromarray(noise)]
+    client.embed([*arrays, *images])
+    sent = [Image.open(io.BytesIO(one)) for one in brain.embedded]
+    for array_, one in zip(arrays, sent, strict=False):
+        assert np.array_equal(np.asarray(one), array_)
+    for image, one in zip(images, sent[len(arrays) :], strict=True):
+        assert one.mode == image.mode
+        assert np.array_equal(np.asarray(one.convert("RGBA")), np.asarray(image.convert("RGBA")))
+
+
+def test_open_files_are_read_from_where_they_are(client, brain, tmp_path):
+    """Whatever `read` gives at a time; in text mode, or closed, one is an image that cannot be read."""
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"skipped, then the image")
+    with path.open("rb") as file, path.open() as text, path.open("rb", buffering=0) as raw:
+        file.seek(len(b"skipped, "))
+        client.embed([file, io.BytesIO(b"in memory"), raw])
+        assert sorted(brain.embedded) == [b"in memory", b"skipped, then the image", b"then the image"]
+        first, second = client.embed_many([text, file_that_is_closed(path)])
+    assert (first.failures[0].source, first.failures[0].code) == (str(path), "unreadable")
+    assert "mode 'rb'" in first.failures[0].reason
+    assert "closed" in second.failures[0].reason
+
+
+def file_that_is_closed(path):
+    with path.open("rb") as file:
+        return file
+
+
+def test_pixels_that_are_no_image_are_refused_by_index(client, brain):
+    """Not guessed at: a batch dimension, floats, gray; and a mode of Pillow's that PNG would change."""
+    for wrong in (np.zeros((2, 2, 3)), np.zeros((2, 2), np.uint8), np.zeros((2, 2, 4), np.uint8), object()):
+        with pytest.raises(TypeError, match=r"images\[1\]: expected .*\(H, W, 3\) uint8 array"):
+            client.embed([b"a", wrong])
+    with pytest.raises(InvalidImageError, match=r"mode CMYK.*convert\('RGB'\)"):
+        client.embed([Image.new("CMYK", (2, 2))])
+    assert brain.embedded == []
+
+
+def test_what_a_server_says_of_itself_is_read_and_a_closed_one_says_nothing(client, brain):
+    assert client.served() == Served()
+    brain.says = {"clip_model": "ViT-B-32", "clip_checkpoint": "a" * 64, "clip_preprocess": "exact", "other": "1"}
+    assert client.served() == Served(Provenance("ViT-B-32", "a" * 64, "exact"))
+    brain.says = {"clip_suffixes": ".jpg .heic"}
+    assert client.served() == Served(suffixes=frozenset({".jpg", ".heic"}))
+
+
+def test_servers_of_different_weights_are_no_servers_of_one_client(url, brain):
+    other = Brain()
+    other.says = {"clip_model": "ViT-B-16", "clip_checkpoint": "tag", "clip_preprocess": "exact"}
+    with serve("grpc", other) as second, EmbeddingClient(urls=[url, second]) as client:
+        with pytest.raises(ContractError, match=r"same weights, came .*does not say; .*ViT-B-16, tag"):
+            client.served()
+        brain.says = other.says
+        assert client.served().provenance.model == "ViT-B-16"
 
 
 def test_bad_images_are_named_by_the_callers_index_and_path(url, tmp_path):

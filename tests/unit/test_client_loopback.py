@@ -47,6 +47,7 @@ class Brain:
         self.refusals: list[tuple[str, str]] = []  # of the next requests: status and message
         self.alter = lambda embeddings: embeddings
         self.ready = True
+        self.says: dict[str, str] | None = None  # the parameters of its configuration; None: it is closed
 
     def embed(self, raw: bytes, count: int) -> np.ndarray:
         images = []
@@ -84,6 +85,14 @@ class GrpcServer(service_pb2_grpc.GRPCInferenceServiceServicer):
     def ModelReady(self, request, context):
         return service_pb2.ModelReadyResponse(ready=self.brain.ready and request.name == "clip_ensemble")
 
+    def ModelConfig(self, request, context):
+        if self.brain.says is None:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "This protocol is restricted, expecting header 'x'")
+        answer = service_pb2.ModelConfigResponse()
+        for name, value in self.brain.says.items():
+            answer.config.parameters[name].string_value = value
+        return answer
+
     def ModelInfer(self, request, context):
         context.add_callback(lambda: None if context.is_active() or answered else self.brain.cancelled.release())
         answered = False
@@ -108,6 +117,13 @@ def http_handler(brain: Brain) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
+            if self.path == "/v2/models/clip_ensemble/config" and brain.says is not None:
+                parameters = {name: {"string_value": value} for name, value in brain.says.items()}
+                self.reply(200, json.dumps({"name": "clip_ensemble", "parameters": parameters}).encode())
+                return
+            if self.path == "/v2/models/clip_ensemble/config":
+                self.reply(403, b'{"error":"This API is restricted, expecting header \'x\'"}')
+                return
             ready = brain.ready and self.path == "/v2/models/clip_ensemble/ready"
             self.reply(*((200, b"") if ready else (400, b'{"error":"Model version not ready"}')))
 

@@ -600,6 +600,7 @@ def test_a_plan_whose_vectors_are_wrong_stops_the_container_or_gives_way_to_onnx
     monkeypatch.setattr(entrypoint, "prepare", prepare)
     monkeypatch.setattr(entrypoint, "Supervisor", PlanIsWrong)
     monkeypatch.setattr(entrypoint, "warning_if_untrained", lambda _: "")
+    monkeypatch.setattr(entrypoint, "write_told", lambda *_: None)
     monkeypatch.setattr(entrypoint.signal, "signal", lambda *_: None)
     monkeypatch.setenv("TRT_FALLBACK", str(int(fallback)))
     monkeypatch.setenv("CLIP_OPEN_METADATA", str(int(fallback)))

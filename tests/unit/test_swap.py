@@ -12,6 +12,7 @@ from clip_tools.serving import swap as swapping
 from clip_tools.serving.model_control import GrpcModelControl, reason_in
 from clip_tools.serving.proof import WrongVectors
 from clip_tools.serving.swap import SwapOptions, becomes_idle, plan_swap, same_configuration, swap
+from clip_tools.serving.told import tell
 
 
 class FakeServer:
@@ -19,7 +20,9 @@ class FakeServer:
     not load again in place goes on as it was. `fails` names what goes wrong."""
 
     def __init__(self, name: str = "onnx", *fails: str) -> None:
-        self.models = {model.name: model.config for model in deployment(MODELS, name)}
+        models = deployment(MODELS, name)
+        tell(models)
+        self.models = {model.name: model.config for model in models}
         self.fails, self.log, self.weights = set(fails), [], {}
         self.counts: list[int] = []
         self.batches: list[int] = []
@@ -109,7 +112,8 @@ def test_a_model_of_the_same_name_is_loaded_again_in_place_and_the_ensemble_stay
 def test_a_name_that_changes_preprocess_alone_leaves_the_engine_alone():
     server = FakeServer()
     swapped(server, "fast")
-    assert server.log == ["load preprocess", "ask clip_ensemble"]
+    assert server.log == ["load preprocess", "load clip_ensemble", "ask clip_ensemble"]
+    assert server.models["clip_ensemble"].parameters["clip_preprocess"].string_value == "fast"  # what clients are told
     swapped(server, "onnx")
     assert server.models["preprocess"] == read_config(MODELS, "preprocess")
 
@@ -143,7 +147,7 @@ def test_warm_ups_are_no_reason_to_load_a_model_again():
     [
         ("trt", "engine", "3 of 7 (clip_trt held to open_clip)"),
         ("trt", "ensemble", "6 of 7 (clip_ensemble held to open_clip)"),
-        ("fast", "ensemble", "3 of 3 (clip_ensemble held to open_clip)"),
+        ("fast", "ensemble", "4 of 4 (clip_ensemble held to open_clip)"),
     ],
 )
 def test_what_does_not_give_open_clips_vectors_is_taken_back(monkeypatch, name, wrong, step):

@@ -70,7 +70,7 @@ def serve(
         typer.Option(
             "--open-metadata/--closed-metadata",
             envvar=OPEN_METADATA_VARIABLE,
-            help="Metadata, configurations and statistics need no key; by default where --host is this machine.",
+            help="Metadata and statistics need no key; by default where --host is this machine.",
         ),
     ] = None,
     tls_cert: Annotated[
@@ -84,7 +84,7 @@ def serve(
     """Serve clip_ensemble by the embedded tritonserver until Ctrl-C. Further flags go to tritonserver.
 
     Whoever reaches it can embed and ask whether it is ready, and on this machine read what perf_analyzer reads:
-    metadata, configurations, statistics. The rest needs the key of CLIP_ADMIN_KEY; without one, a
+    metadata and statistics. The rest needs the key of CLIP_ADMIN_KEY; without one, a
     key of this run, which this user's `clip-tools` finds by itself. With CLIP_API_KEY embedding needs that one too, or
     with CLIP_HTTP_KEY that one over HTTP alone.
     """

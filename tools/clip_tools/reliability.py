@@ -90,7 +90,7 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
     "Who may do what": (
         Promise(
             "closed_apis",
-            "A stranger can embed and read health and metrics, and from the same machine metadata, configurations and "
+            "A stranger can embed and read health, configurations and metrics, and from the same machine metadata and "
             "statistics; every other call is refused.",
         ),
     ),

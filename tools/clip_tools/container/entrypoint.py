@@ -30,6 +30,7 @@ from clip_tools.serving.manifests import wrong_file
 from clip_tools.serving.proof import WrongVectors
 from clip_tools.serving.serve import ServeOptions, repository_flags, warning_if_untrained
 from clip_tools.serving.supervisor import Supervisor
+from clip_tools.serving.told import write_told
 
 _FALLBACK = "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead"
 
@@ -117,6 +118,7 @@ def _serve(settings: Settings, options: ServeOptions, arguments: Sequence[str], 
     shutil.rmtree(folder, ignore_errors=True)
     command = [*prepare(settings, folder, _say, with_plan=with_plan), *arguments]
     config_name = flags_in(command).get("model-config-name")
+    write_told(folder, config_name)
     proven = dataclasses.replace(
         options,
         models=folder,

@@ -4,7 +4,8 @@ Without a key everybody may do what `OPEN` says and, where the server listens on
 `DESCRIPTIVE` says, as perf_analyzer does; CLIP_OPEN_METADATA settles it either way. All the rest needs the admin key,
 which every server has: the one of CLIP_ADMIN_KEY, else one made for this run. With an API key (CLIP_API_KEY) inference
 needs that one too. With an HTTP key (CLIP_HTTP_KEY) inference over HTTP, whose JSON can bring Triton down
-(server#8738), needs that one instead.
+(server#8738), needs that one instead. A model's configuration, where clients read whose vectors these are, needs what
+inference needs.
 """
 
 import secrets
@@ -21,8 +22,8 @@ HTTP_KEY_VARIABLE = "CLIP_HTTP_KEY"
 OPEN_METADATA_VARIABLE = "CLIP_OPEN_METADATA"
 
 # Triton's own names for the parts of both protocols, all of them.
-OPEN = ("health", "inference")
-DESCRIPTIVE = ("metadata", "model-config", "statistics")  # they tell of the models and change nothing
+OPEN = ("health", "inference", "model-config")
+DESCRIPTIVE = ("metadata", "statistics")  # they tell of the models and change nothing
 CLOSED = ("model-repository", "shared-memory", "trace", "logging")
 
 SHORTEST_KEY = 16
@@ -66,7 +67,7 @@ class Access:
         """tritonserver's flags that hold a key; of each what may be shown, and what it is."""
         flags = {}
         closed = CLOSED if open_metadata else (*DESCRIPTIVE, *CLOSED)
-        admin, api = f"{','.join(closed)}:{ADMIN_KEY_HEADER}", f"inference:{API_KEY_HEADER}"
+        admin, api = f"{','.join(closed)}:{ADMIN_KEY_HEADER}", f"inference,model-config:{API_KEY_HEADER}"
         grpc, http = "--grpc-restricted-protocol", "--http-restricted-api"
         for flag, title, key in (
             (grpc, admin, self.admin_key),

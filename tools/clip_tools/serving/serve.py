@@ -26,6 +26,7 @@ from clip_tools.serving.manifests import check_manifests
 from clip_tools.serving.process import DRAIN_S, EXIT_TIMEOUT_S, TritonProcess
 from clip_tools.serving.proof import WrongVectors, check_vectors
 from clip_tools.serving.supervisor import Supervisor
+from clip_tools.serving.told import write_told
 from clip_tools.serving.tritonserver import command, find_installation
 from clip_tools.serving.watchdog import PROBE_DEADLINE_S, ImageProbe, Watchdog, decoding_cpu_s
 
@@ -46,7 +47,7 @@ class ServeOptions:
     `rebuild_stale` builds a TensorRT plan again that does not fit what is here; else such a plan is refused.
     `check_vectors` holds what is served to open_clip's embeddings of the export's sample before it is called ready.
     `preprocess_instances` is how many processes decode; None: by the machine.
-    `open_metadata`: whether metadata, configurations and statistics need no key; None: where it listens on this machine
+    `open_metadata`: whether metadata and statistics need no key; None: where it listens on this machine
     alone.
     """
 
@@ -139,6 +140,7 @@ class EmbeddedServer:
         self._keep_keys()
         self._served = tempfile.TemporaryDirectory(prefix="clip-tools-served-")
         write_served(options.models, self.served, Machine.here(options.preprocess_instances))
+        write_told(self.served, options.config_name)
         flags = [*repository_flags(self.served, options.config_name), *self._flags(), *options.arguments]
         self._process = TritonProcess(
             command(installation, flags),

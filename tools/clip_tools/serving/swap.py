@@ -18,6 +18,7 @@ from clip_tools.serving.manifests import check_manifests
 from clip_tools.serving.model_control import ModelControl
 from clip_tools.serving.proof import check_vectors
 from clip_tools.serving.serve import check_plans, probe_image
+from clip_tools.serving.told import tell
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,7 +141,9 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
     is loaded again in place: Triton makes the new one ready first, then moves the requests over; so it can be asked
     only when it serves already, and one that does not load changes nothing.
     """
-    *wanted, ensemble = deployment(options.models, options.name)
+    models = deployment(options.models, options.name)
+    tell(models)
+    *wanted, ensemble = models
     before = control.configuration(ENSEMBLE)
     ready = set(control.ready_models())
     present = [step.model_name for step in before.ensemble_scheduling.step if step.model_name in ready]
