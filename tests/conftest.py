@@ -14,6 +14,7 @@ import pytest
 from clip_tools import photos, proxy, reliability
 from clip_tools.demo import weights_from_environment
 from clip_tools.engines.export_onnx import export_onnx, is_exported, manifest_path, write_graph
+from clip_tools.engines.export_text import MERGES, export_text
 from clip_tools.engines.sample import FILE as SAMPLE
 from clip_tools.engines.sample import Sample
 from clip_tools.measuring.services import free_ports
@@ -23,7 +24,12 @@ from clip_tools.repository import read_config
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions
 
 # What the server's own Python finds beside a model.
-sys.path += [str(MODELS / "preprocess" / "1"), str(BACKENDS / "onnxruntime"), str(BACKENDS / "tensorrt")]
+sys.path += [
+    str(MODELS / "preprocess" / "1"),
+    str(MODELS / "tokenize" / "1"),
+    str(BACKENDS / "onnxruntime"),
+    str(BACKENDS / "tensorrt"),
+]
 import clip_preprocess
 
 proxy.leave_this_machine_out()
@@ -78,13 +84,27 @@ def limits() -> clip_preprocess.Limits:
     return clip_preprocess.Limits.of(value)
 
 
+def kept_model(weights: Weights, name: str) -> Path:
+    """Where what is exported of these weights is kept between runs."""
+    folder = hashlib.sha256(f"{weights} {weights.checkpoint_sha256}".encode()).hexdigest()[:12]
+    return CACHE / "models" / folder / name
+
+
 @pytest.fixture(scope="session")
 def onnx_model(weights: Weights, demo_photos: list[Path]) -> Path:
     """model.onnx of the weights, exported once and kept; never the one in models/, which is the user's."""
-    name = hashlib.sha256(f"{weights} {weights.checkpoint_sha256}".encode()).hexdigest()[:12]
-    path = CACHE / "models" / name / "model.onnx"
+    path = kept_model(weights, "model.onnx")
     if not is_exported(path, weights) or Sample.read(path) is None:
         export_onnx(weights, [photo.read_bytes() for photo in demo_photos], path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_model(weights: Weights) -> Path:
+    """The text tower of the same weights, with its merges beside it."""
+    path = kept_model(weights, "text/model.onnx")
+    if not is_exported(path, weights) or Sample.read(path) is None:
+        export_text(weights, path)
     return path
 
 
@@ -100,11 +120,20 @@ def gpu_model(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def repository(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model repository as it is committed, with the tests' model in it."""
     folder = tmp_path_factory.mktemp("repository") / "models"
-    built = shutil.ignore_patterns("*.onnx", "*.plan", "manifest*.json", SAMPLE, "__pycache__")
+    built = shutil.ignore_patterns("*.onnx", "*.plan", "manifest*.json", SAMPLE, MERGES, "__pycache__")
     shutil.copytree(MODELS, folder, ignore=built)
     for path in (onnx_model, manifest_path(onnx_model), onnx_model.with_name(SAMPLE)):
         (folder / "clip_onnx" / "1" / path.name).symlink_to(path)
     return folder
+
+
+def with_text(repository: Path, models: Path, text_model: Path) -> Path:
+    """The repository at `models`, with the text tower in it."""
+    shutil.copytree(repository, models, symlinks=True)
+    for path in (text_model, manifest_path(text_model), text_model.with_name(SAMPLE)):
+        (models / "clip_text_onnx" / "1" / path.name).symlink_to(path)
+    (models / "tokenize" / "1" / MERGES).symlink_to(text_model.with_name(MERGES))
+    return models
 
 
 def with_second_model(repository: Path, models: Path, name: str) -> Path:

@@ -1,10 +1,11 @@
-"""A thin client of the CLIP embedding server: encoded images in, unit vectors out.
+"""A thin client of the CLIP embedding server: encoded images and texts in, unit vectors out.
 
 from clip_embed import EmbeddingClient
 
 with EmbeddingClient("grpc://localhost:8001") as client:
     embeddings = client.embed(["cat.jpg", "dog.jpg"])  # (2, 512) float32, each row of L2 norm 1
     similarity = embeddings @ embeddings.T             # cosine
+    found = embeddings @ client.embed_text(["a dog"])[0]
 """
 
 from clip_embed.aio import AsyncEmbeddingClient
@@ -17,6 +18,8 @@ from clip_embed.errors import (
     EmbeddingError,
     ImageFailure,
     InvalidImageError,
+    InvalidInputError,
+    InvalidTextError,
     ModelNotReadyError,
     RequestTooLargeError,
     ServerError,
@@ -35,6 +38,8 @@ __all__ = [
     "ImageFailure",
     "ImageSource",
     "InvalidImageError",
+    "InvalidInputError",
+    "InvalidTextError",
     "ModelNotReadyError",
     "RequestTooLargeError",
     "Retry",

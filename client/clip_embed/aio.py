@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, Self
 
-from clip_embed.batches import ImageSource
+from clip_embed.batches import ImageSource, text_bytes
 from clip_embed.client import stack
 from clip_embed.credentials import Credentials
 from clip_embed.dispatch import Attempt, Dispatch, Probe
@@ -17,7 +17,7 @@ from clip_embed.wire import Embeddings
 
 
 class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
-    """Embeds images on a server, for any number of tasks of one event loop. Files are read in a thread.
+    """Embeds images and texts on a server, for any number of tasks of one event loop. Files are read in a thread.
 
     When that loop is closed, as at the end of `asyncio.run`, the next one may use the client: it connects anew.
     """
@@ -40,6 +40,12 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
         """`EmbeddingClient.embed_many` for `async for`. The images are taken from their iterable in a thread."""
         return self._results(self._dispatch(images, keep_going=True))
 
+    async def embed_text(self, texts: Iterable[str]) -> Embeddings:
+        """`EmbeddingClient.embed_text` to await."""
+        client = self._of_texts()
+        dispatch = client._dispatch(text_bytes(texts), keep_going=False)
+        return stack([row async for row in client._results(dispatch)])
+
     async def is_ready(self, *, timeout_s: float = 5.0) -> bool:
         """Whether a server answers and its model is loaded; False also when nothing listens or time runs out."""
         if self._is_closed:
@@ -59,6 +65,8 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
             self._is_closed = True
             for transport in self._servers.transports:
                 await transport.close()
+            if self._texts:
+                await self._texts.close()
 
     async def __aenter__(self) -> Self:
         return self

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_embed.errors import EmbeddingError, ImageFailure, InvalidImageError
+from clip_embed.errors import EmbeddingError, ImageFailure, InvalidImageError, InvalidInputError, InvalidTextError
 from clip_embed.png import PilImage, is_pil_image, png_of_array, png_of_pil
 from clip_embed.wire import MAX_IMAGE_BYTES, Embeddings, ImageBytes
 
@@ -122,7 +122,7 @@ class Batches:
             EmbeddingError: The error, of the caller's images; keep_going is False.
         """
         failures: dict[int, ImageFailure] = {}
-        if isinstance(error, InvalidImageError):
+        if isinstance(error, InvalidInputError):
             named = {failure.index: failure for failure in error.failures}
             failures = {
                 item.index: replace(named[place], index=item.index, source=item.source)
@@ -131,10 +131,10 @@ class Batches:
             }
         if not self._keep_going:
             if failures:
-                raise InvalidImageError(list(failures.values())) from error
+                raise type(error)(list(failures.values())) from error
             raise error
         for index, failure in failures.items():
-            self._results[index] = InvalidImageError([failure])
+            self._results[index] = type(error)([failure])
         rest = tuple(item for item in request if item.index not in failures)
         if failures and rest:
             self._again.append(rest)
@@ -258,3 +258,27 @@ def require_many(images: Iterable[ImageSource]) -> None:
     is_image = isinstance(images, np.ndarray) and images.ndim < 4  # of more, each (H, W, 3) is an image
     if is_image or hasattr(images, "read") or isinstance(images, str | bytes | bytearray | memoryview | os.PathLike):
         raise TypeError(f"expected a sequence of images, came one {type(images).__name__}; give [image]")
+
+
+def text_bytes(texts: Iterable[str]) -> Iterator[bytes]:
+    """Each text in UTF-8.
+
+    Raises:
+        InvalidTextError: One has half of a surrogate pair, so it is no Unicode text (`not_text`).
+        TypeError: One text in place of a sequence, or something that is no text.
+    """
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"expected a sequence of texts, came one {type(texts).__name__}; give [text]")
+    return map(_utf8, enumerate(texts))
+
+
+def _utf8(numbered: tuple[int, str]) -> bytes:
+    index, text = numbered
+    if not isinstance(text, str):
+        raise TypeError(f"texts[{index}]: expected a str, came {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidTextError(
+            [ImageFailure(index, "not_text", f"{error.reason} at character {error.start}")]
+        ) from error

@@ -25,6 +25,7 @@ from clip_embed.errors import (
     CredentialsError,
     EmbeddingError,
     InvalidImageError,
+    InvalidTextError,
     ModelNotReadyError,
     ServerUnavailableError,
 )
@@ -32,8 +33,9 @@ from clip_embed.finding import IMAGE_SUFFIXES, Search, UnusableList
 from clip_embed.names import printable
 from clip_embed.output import Format, Output, open_output
 from clip_embed.provenance import Provenance
-from clip_embed.table import Table, UnusableOutput, has_parts, parts_of
+from clip_embed.table import Table, TextRow, UnusableOutput, has_parts, parts_of
 from clip_embed.target import BACKEND_VARIABLE, DEFAULT_URL, URL_VARIABLE, Backend
+from clip_embed.wire import DEFAULT_MODEL, TEXT_MODEL
 
 try:
     import typer
@@ -57,8 +59,16 @@ def embed(
     images: Annotated[
         list[str],
         typer.Argument(metavar="IMAGE", help="Files, folders to search for images, or - for paths on stdin."),
-    ],
+    ] = [],  # noqa: B006  typer makes a new one
     *,
+    text: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TEXT",
+            help='A text to embed in place of images; may be repeated. - is each line of stdin. Its jsonl is {"text": '
+            '..., "embedding": [...]}; of npy FILE.paths has the texts; parquet has none.',
+        ),
+    ] = [],  # noqa: B006
     url: Annotated[
         str,
         typer.Option(
@@ -153,7 +163,7 @@ def embed(
         Path | None, typer.Option(envvar=KEY_FILE_VARIABLE, help="Its private key, PEM, not encrypted.")
     ] = None,
 ) -> None:
-    """Embed images: data on stdout in the order of the images, one line on stderr for each that failed.
+    """Embed images, or texts: data on stdout in their order, one line on stderr for each image that failed.
 
     The last line on stderr says which files of the folders were not taken.
 
@@ -163,6 +173,10 @@ def embed(
     Exit codes: 0 all good, 1 some images failed, 2 usage, 3 the server cannot be reached or used.
     """
     target = _target(output, output_format, resume=resume, prune=prune)
+    if bool(images) == bool(text):
+        _exit(USAGE, "expected images, or texts with --text, and not both")
+    if text and (resume or target.format is Format.parquet):
+        _exit(USAGE, "--text writes jsonl or npy, and takes no --resume")
     if null and "-" not in images:
         _exit(USAGE, "-0 is for paths on stdin: give - as an IMAGE")
     search = Search(tuple(exclude), tuple(include), b"\0" if null else b"\n", None if every_file else IMAGE_SUFFIXES)
@@ -171,6 +185,7 @@ def embed(
         client = EmbeddingClient(
             url,
             backend=backend,
+            model=TEXT_MODEL if text else DEFAULT_MODEL,
             timeout_s=timeout_s,
             attempt_timeout_s=attempt_timeout_s,
             batch_size=batch_size,
@@ -184,7 +199,8 @@ def embed(
         _exit(USAGE, _one_line(error))
     # The work has its own thread, so that Ctrl-C meets this one, which only waits: in the midst of grpc's code it could
     # be lost, or leave a client that does not close.
-    work = ThreadPoolExecutor(1).submit(_run, client, search, images, target)
+    pool = ThreadPoolExecutor(1)
+    work = pool.submit(_run_texts, client, text, target) if text else pool.submit(_run, client, search, images, target)
     try:
         some_failed = work.result()
     except KeyboardInterrupt:
@@ -193,6 +209,8 @@ def embed(
         os._exit(INTERRUPTED)
     except HOPELESS as error:
         _exit(NO_SERVER, f"{_one_line(error)}{target.kept}")
+    except InvalidTextError as error:
+        _exit(SOME_FAILED, f"{_one_line(error)}; nothing was written")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit meets the pipe again
         raise typer.Exit(BROKEN_PIPE) from None
@@ -280,12 +298,7 @@ def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: 
     """Embeds and writes; whether some images failed."""
     some_failed = False
     with client, _Talk(shows_bar=not (target.path is None and sys.stdout.isatty())) as talk:
-        if not client.is_ready():
-            certificates = " or the right --ca-file, --cert-file and --key-file" if "s://" in client.url else ""
-            _exit(
-                NO_SERVER,
-                f"no {client.model} at {client.url}: start the server (make serve), or give --url{certificates}",
-            )
+        _require_ready(client)
         served = client.served()
         if search.suffixes and served.suffixes:
             search.suffixes = served.suffixes
@@ -313,6 +326,36 @@ def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: 
         if not_taken := search.report():
             talk.say(not_taken)
     return some_failed
+
+
+def _run_texts(client: EmbeddingClient, given: list[str], target: _Target) -> bool:
+    """Embeds and writes all texts, or none; whether some failed, which is no."""
+    with client:
+        _require_ready(client)
+        texts: list[str] = []
+        for text in given:
+            texts += _lines_of_stdin() if text == "-" else [text]
+        embeddings = client.embed_text(texts)
+        with target.open(None) as output:
+            for text, embedding in zip(texts, embeddings, strict=True):
+                output.add(TextRow(text, None, None), embedding)
+    return False
+
+
+def _lines_of_stdin() -> list[str]:
+    """What is not UTF-8 in them the client refuses."""
+    return sys.stdin.buffer.read().decode(errors="surrogateescape").splitlines()
+
+
+def _require_ready(client: EmbeddingClient) -> None:
+    if client.is_ready():
+        return
+    certificates = " or the right --ca-file, --cert-file and --key-file" if "s://" in client.url else ""
+    export = ", with a text tower (clip-tools export-onnx)" if client.model == TEXT_MODEL else ""
+    _exit(
+        NO_SERVER,
+        f"no {client.model} at {client.url}: start the server (make serve){export}, or give --url{certificates}",
+    )
 
 
 class _Talk:

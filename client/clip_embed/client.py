@@ -7,7 +7,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from clip_embed.batches import ImageSource
+from clip_embed.batches import ImageSource, text_bytes
 from clip_embed.credentials import Credentials
 from clip_embed.dispatch import Attempt, Dispatch, Probe
 from clip_embed.errors import ContractError, CredentialsError, EmbeddingError
@@ -19,7 +19,7 @@ from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
 
 class EmbeddingClient(ClientOptions[Transport]):
-    """Embeds images on a server. Thread-safe: one client, and so one connection, serves a whole process.
+    """Embeds images and texts on a server. Thread-safe: one client, and so one connection, serves a whole process.
 
     In a process that is forked it connects anew. It cannot be pickled.
     """
@@ -51,6 +51,19 @@ class EmbeddingClient(ClientOptions[Transport]):
             TypeError: One image in place of a sequence, or something that `ImageSource` does not name.
         """
         return self._results(self._dispatch(images, keep_going=True))
+
+    def embed_text(self, texts: Iterable[str]) -> Embeddings:
+        """The embeddings of N texts: (N, D) float32, C-contiguous, row i of text i, L2 norm 1, comparable with images'.
+
+        A text is cut where the model's context ends, as open_clip cuts it; the empty text has an embedding too.
+
+        Raises:
+            InvalidTextError: Bad texts, named by index: over 64 KiB, or no Unicode.
+            EmbeddingError: As `embed`; ModelNotReadyError where the server has no text tower.
+            TypeError: One text in place of a sequence, or something that is no text.
+        """
+        client = self._of_texts()
+        return stack(list(client._results(client._dispatch(text_bytes(texts), keep_going=False))))
 
     def is_ready(self, *, timeout_s: float = 5.0) -> bool:
         """Whether a server answers and its model is loaded; False also when nothing listens or time runs out."""
@@ -93,6 +106,8 @@ class EmbeddingClient(ClientOptions[Transport]):
             self._is_closed = True
             for transport in self._servers.transports:
                 transport.close()
+            if self._texts:
+                self._texts.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,9 @@
 """The errors, named by what the caller should do, and the one place where foreign errors become ours.
 
 EmbeddingError                everything below; `retryable` says whether the same call may succeed later
-├ InvalidImageError           fix or drop the images that `.failures` names
+├ InvalidInputError           fix or drop what `.failures` names
+│ ├ InvalidImageError         images
+│ └ InvalidTextError          texts
 ├ RequestTooLargeError        lower batch_size or max_batch_bytes, or raise the server's limit
 ├ ServerUnavailableError      start the server, or try again                        retryable
 ├ ServerOverloadedError       back off, then try again                              retryable
@@ -25,13 +27,13 @@ from clip_embed.names import printable
 
 @dataclass(frozen=True, slots=True)
 class ImageFailure:
-    """One refused image.
+    """One refused image or text.
 
     Args:
-        index: position in the caller's images, from 0.
+        index: position in the caller's images or texts, from 0.
         code: the server's `empty`, `too_large`, `not_an_image`, `unsupported_format`, `too_many_pixels`, `too_complex`,
-            `too_deep`, `truncated` or `corrupt`; or the client's `unreadable` (no such file, no permission, a folder, a
-            device).
+            `too_deep`, `truncated` or `corrupt`, and of a text `too_large` or `not_text`; or the client's `unreadable`
+            (no such file, no permission, a folder, a device).
         reason: one sentence for a person; empty when the server gave none.
         source: the path, when the image was given as one.
     """
@@ -59,8 +61,8 @@ class EmbeddingError(Exception):
         return super().__str__() + (f" (after {self.attempts} attempts)" if self.attempts > 1 else "")
 
 
-class InvalidImageError(EmbeddingError):
-    """Some images of the call cannot be embedded: fix or drop those that `failures` names (at least one)."""
+class InvalidInputError(EmbeddingError):
+    """Some images or texts of the call cannot be embedded: fix or drop those that `failures` names (at least one)."""
 
     def __init__(self, failures: Sequence[ImageFailure]) -> None:
         self.failures = tuple(failures)
@@ -70,6 +72,14 @@ class InvalidImageError(EmbeddingError):
         shown = "; ".join(map(str, self.failures[:5]))
         left_out = f"; and {len(self.failures) - 5} more" if len(self.failures) > 5 else ""
         return f"{len(self.failures)} refused: {shown}{left_out}"
+
+
+class InvalidImageError(InvalidInputError):
+    """Some images of the call cannot be embedded."""
+
+
+class InvalidTextError(InvalidInputError):
+    """Some texts of the call cannot be embedded."""
 
 
 class RequestTooLargeError(EmbeddingError):
@@ -129,6 +139,7 @@ _QUEUE_FULL = ("Exceeds maximum queue size", "Request timeout expired", "http2 h
 # A Python model's process is gone: another server, or the one that takes this one's place, can embed the same images.
 _STUB_LOST = "is not healthy"
 _NOT_READY = ("unknown model", "no available versions", "not at ready state", "loading or unloading", "not ready")
+_NO_TEXTS = "the server has no text tower: make it there with `clip-tools export-onnx --text`, and start it again"
 _DENIED = (
     "is restricted, expecting header",
     "CERTIFICATE_VERIFY_FAILED",
@@ -166,7 +177,7 @@ def error_from_grpc(status: str, message: str, *, url: str) -> EmbeddingError:
     nothing listens.
     """
     if status == "INVALID_ARGUMENT" and (failures := parse_failures(message)):
-        return InvalidImageError(failures)
+        return (InvalidTextError if " texts refused. " in message else InvalidImageError)(failures)
     kind: type[EmbeddingError]
     if status in ("UNAUTHENTICATED", "PERMISSION_DENIED") or _says(message, _DENIED):
         kind = CredentialsError
@@ -184,7 +195,8 @@ def error_from_grpc(status: str, message: str, *, url: str) -> EmbeddingError:
         kind = ContractError
     else:
         kind = ServerError
-    return kind(f"{url}: {message.strip() or status}; {kind.advice}")
+    advice = _NO_TEXTS if "unknown model: 'clip_text_ensemble'" in message else kind.advice
+    return kind(f"{url}: {message.strip() or status}; {advice}")
 
 
 def error_from_http(status: int, body: bytes, *, url: str) -> EmbeddingError:
@@ -199,20 +211,23 @@ def error_from_http(status: int, body: bytes, *, url: str) -> EmbeddingError:
     return error_from_grpc(name, message, url=url)
 
 
-_REFUSED = re.compile(r"image_bytes: \d+ of (?P<count>\d+) images refused\. (?P<items>.*)", re.DOTALL)
+_REFUSED = re.compile(
+    r"(?:image_bytes: \d+ of (?P<images>\d+) images|text: \d+ of (?P<texts>\d+) texts) refused\. (?P<items>.*)",
+    re.DOTALL,
+)
 _ITEM = re.compile(r"(?:^|; )\[(?P<index>\d+)\] (?P<code>[a-z][a-z_]*)(?:: |(?=; \[)|$)")
 
 
 def parse_failures(message: str) -> tuple[ImageFailure, ...]:
-    """The bad images that the server's message names, with indices inside the request; none when it names none.
+    """The bad images or texts that the server's message names, by their indices in the request; none if it names none.
 
-    The message is written by `models/preprocess`, and Triton puts the model's name before it:
+    The message is written by `models/preprocess` or `models/tokenize`, and Triton puts the model's name before it:
     `in ensemble 'clip_ensemble', image_bytes: 2 of 5 images refused. [1] truncated: ends early; [3] empty: 0 bytes`.
     A reason may itself hold `;` and `[7]`: an item begins only where its index also comes after the last one.
     """
     if (refused := _REFUSED.search(message)) is None:
         return ()
-    items, count = refused["items"], int(refused["count"])
+    items, count = refused["items"], int(refused["images"] or refused["texts"])
     starts: list[re.Match[str]] = []
     for item in _ITEM.finditer(items):
         if (int(starts[-1]["index"]) if starts else -1) < int(item["index"]) < count:

@@ -18,7 +18,7 @@ from clip_embed.credentials import Credentials
 from clip_embed.errors import ContractError, error_from_grpc, error_from_http
 from clip_embed.served import Served
 from clip_embed.target import Target
-from clip_embed.wire import HEADER_LENGTH, Embeddings, ImageBytes, http_request, read_http_answer
+from clip_embed.wire import HEADER_LENGTH, Embeddings, ImageBytes, http_request, input_of, read_http_answer
 
 T = TypeVar("T")
 
@@ -60,6 +60,7 @@ class AsyncHttpTransport:
 
     def __init__(self, target: Target, model: str, credentials: Credentials) -> None:
         self._url = target.url
+        self._input = input_of(model)
         self._model_path = f"v2/models/{quote(model, safe='')}"
         self._http = httpx.AsyncClient(
             base_url=target.address,
@@ -73,7 +74,7 @@ class AsyncHttpTransport:
         )
 
     async def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Embeddings:
-        headers, body = http_request(images)
+        headers, body = http_request(images, self._input)
         answer = await self._request("POST", f"{self._model_path}/infer", timeout_s, headers=headers, content=body)
         if answer.status_code != httpx.codes.OK:
             raise error_from_http(answer.status_code, answer.content, url=self._url)

@@ -14,7 +14,7 @@ from clip_embed.errors import ServerUnavailableError
 from clip_embed.retry import Retry
 from clip_embed.servers import Server, Servers, TransportT
 from clip_embed.target import BACKEND_VARIABLE, DEFAULT_URL, URL_VARIABLE, Backend, Target, parse_urls
-from clip_embed.wire import DEFAULT_MODEL
+from clip_embed.wire import DEFAULT_MODEL, TEXT_MODEL
 
 _forks = 0  # between the first of this process's ancestors and itself
 _opening = threading.Lock()
@@ -110,6 +110,7 @@ class ClientOptions(Generic[TransportT]):
         self._forks = _forks
         self._reopen()
         self._is_closed = False
+        self._texts: Self | None = None
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a client cannot be pickled, for its connections cannot: make one in each process")
@@ -159,6 +160,24 @@ class ClientOptions(Generic[TransportT]):
             for target in self._targets
         ]
         self._opened.append(Servers(servers, self._retry))
+
+    def _of_texts(self) -> Self:
+        """The client of the text tower on the same servers, which is closed with this one.
+
+        Raises:
+            ValueError: They are the PyTorch service, which embeds images alone.
+        """
+        if any(target.backend == "pytorch" for target in self._targets):
+            raise ValueError(f"{self.url}: the PyTorch service embeds images alone; texts need the Triton server")
+        if self.model == TEXT_MODEL:
+            return self
+        with _opening:
+            if self._texts is None:
+                texts = object.__new__(type(self))
+                vars(texts).update(vars(self), model=TEXT_MODEL, _opened=[])
+                texts._reopen()
+                self._texts = texts
+            return self._texts
 
     def _dispatch(self, images: Iterable[ImageSource], *, keep_going: bool) -> Dispatch[TransportT]:
         require_many(images)

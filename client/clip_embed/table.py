@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 from clip_embed.provenance import Provenance
 from clip_embed.wire import Embeddings
@@ -24,6 +24,13 @@ class ImageFile(NamedTuple):
     path: str
     size_bytes: int | None
     mtime_ns: int | None
+
+
+class TextRow(ImageFile):
+    """A text in the place of a path."""
+
+    def _asdict(self) -> dict[str, Any]:
+        return {"text": self.path}
 
 
 class Rows(Protocol):

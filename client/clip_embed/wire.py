@@ -17,6 +17,8 @@ from clip_embed.errors import ContractError
 
 DEFAULT_MODEL = "clip_ensemble"
 INPUT = "image_bytes"
+TEXT_MODEL = "clip_text_ensemble"
+TEXT_INPUT = "text"
 OUTPUT = "embedding"
 EMBEDDING_SIZE = 512
 MAX_IMAGE_BYTES = 32 << 20
@@ -24,10 +26,15 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 _RAW_INPUT_CONTENTS = b"\x3a"  # ModelInferRequest's field 7, length-delimited
 
 ImageBytes = bytes | memoryview
-"""One encoded image file; a memoryview is flat and of bytes, so that `len` is its size."""
+"""One encoded image file, or a text in UTF-8; a memoryview is flat and of bytes, so that `len` is its size."""
 
 Embeddings = NDArray[np.float32]
 """(N, 512), C-contiguous, each row of L2 norm 1; or one such row, (512,)."""
+
+
+def input_of(model: str) -> str:
+    """The name of what the model takes."""
+    return TEXT_INPUT if model == TEXT_MODEL else INPUT
 
 
 def grpc_request(model: str, images: Sequence[ImageBytes]) -> bytes:
@@ -38,19 +45,19 @@ def grpc_request(model: str, images: Sequence[ImageBytes]) -> bytes:
     tritonclient's own way 3.3 ms (2 cores, Python 3.11, protobuf 4.25.9).
     """
     head = service_pb2.ModelInferRequest(model_name=model)
-    head.inputs.add(name=INPUT, datatype="BYTES", shape=[len(images), 1])
+    head.inputs.add(name=input_of(model), datatype="BYTES", shape=[len(images), 1])
     head.outputs.add(name=OUTPUT)
     size = _elements_size(images)
     return b"".join((head.SerializeToString(), _RAW_INPUT_CONTENTS, _varint(size), *_elements(images)))
 
 
-def http_request(images: Sequence[ImageBytes]) -> tuple[dict[str, str], bytes]:
+def http_request(images: Sequence[ImageBytes], name: str = INPUT) -> tuple[dict[str, str], bytes]:
     """The headers and the body of an infer request for N >= 1 images."""
     head = json.dumps(
         {
             "inputs": [
                 {
-                    "name": INPUT,
+                    "name": name,
                     "datatype": "BYTES",
                     "shape": [len(images), 1],
                     "parameters": {"binary_data_size": _elements_size(images)},

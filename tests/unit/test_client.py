@@ -521,7 +521,7 @@ def test_the_modules_import_in_one_direction():
 
 def test_every_error_is_an_embedding_error_and_says_whether_to_retry():
     errors = [value for name, value in vars(clip_embed).items() if name.endswith("Error")]
-    assert len(errors) == 10
+    assert len(errors) == 12
     assert all(issubclass(error, EmbeddingError) for error in errors)
     assert {error.__name__ for error in errors if error.retryable} == {
         "ServerUnavailableError",

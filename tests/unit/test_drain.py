@@ -22,7 +22,9 @@ def server():
             self.server.asked.append((self.path, self.headers["clip-admin-key"]))
             is_unloading = len(self.server.asked) < self.server.unloaded_after
             state = "UNLOADING" if is_unloading else "UNAVAILABLE"
-            body = json.dumps([{"name": "clip_ensemble", "state": state}, {"name": "preprocess", "state": "READY"}])
+            body = json.dumps(
+                [{"name": "clip_text_ensemble", "state": state}, {"name": "preprocess", "state": "READY"}]
+            )
             self.send_response(200 if self.headers["clip-admin-key"] == KEY["clip-admin-key"] else 403)
             self.end_headers()
             self.wfile.write(body.encode())
@@ -31,7 +33,7 @@ def server():
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
-        made.asked, made.unloaded_after = [], 4
+        made.asked, made.unloaded_after = [], 5
         made.url = f"http://127.0.0.1:{made.server_port}"
         thread = threading.Thread(target=made.serve_forever)
         thread.start()
@@ -43,7 +45,9 @@ def server():
 def test_it_waits_until_the_ensemble_has_answered(server):
     drain(server.url, KEY, 30)
     index = ("/v2/repository/index", KEY["clip-admin-key"])
-    assert server.asked == [("/v2/repository/models/clip_ensemble/unload", KEY["clip-admin-key"]), *[index] * 3]
+    names = ("clip_ensemble", "clip_text_ensemble")
+    unloads = [(f"/v2/repository/models/{name}/unload", KEY["clip-admin-key"]) for name in names]
+    assert server.asked == [*unloads, *[index] * 3]
 
 
 def test_it_waits_no_longer_than_it_may(server):

@@ -14,9 +14,9 @@ from clip_tools.engines.export_onnx import GRAPH, describe
 from clip_tools.errors import ToolError
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
-from clip_tools.repository import deployment
+from clip_tools.repository import deployment, text_deployment
 from clip_tools.serving import manifests
-from clip_tools.serving.manifests import check_manifests, wrong_file
+from clip_tools.serving.manifests import check_manifests, check_towers, wrong_file
 
 
 @pytest.fixture
@@ -80,6 +80,34 @@ def test_an_earlier_versions_graph_is_served_and_said_to_be_slower(models, graph
     check_manifests(deployment(models), said.append)
     assert len(said) == lines
     assert all("`clip-tools export-onnx` makes a faster one" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "refused"),
+    [
+        ("random:0", "random:0", False),
+        ("random:0", "random:1", True),
+        (None, "random:1", False),
+        ("tag", "random:0", True),
+    ],
+)
+def test_an_image_and_a_text_tower_of_different_weights_do_not_serve_together(models, image, text, refused):
+    """Where a manifest is missing, nothing is known."""
+    for name, pretrained in (("clip_onnx", image), ("clip_text_onnx", text)):
+        file = models / name / "1" / "model.onnx"
+        file.write_text("graph")
+        file.with_name("manifest.json").unlink(missing_ok=True)
+        if pretrained:
+            manifest = describe(file, Weights("ViT-B-32", pretrained), "fp32", 1.0, 0.0)
+            file.with_name("manifest.json").write_text(manifest.to_json())
+    towers = deployment(models), text_deployment(models)
+    if not refused:
+        check_towers(*towers)
+        return
+    with pytest.raises(
+        ToolError, match=rf"clip_onnx is of ViT-B-32 {image} and clip_text_onnx of ViT-B-32 {text}.*remove"
+    ):
+        check_towers(*towers)
 
 
 @pytest.mark.parametrize(("name", "file"), [("onnx", "clip_onnx/1/model.onnx"), ("trt", "clip_trt/1/model.plan")])

@@ -8,7 +8,16 @@ import pytest
 from clip_embed import wire
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
-from clip_tools.repository import check_files, config_names, deployment, read_config
+from clip_tools.repository import (
+    ENSEMBLE,
+    TEXT_ENSEMBLE,
+    check_files,
+    config_names,
+    deployment,
+    read_config,
+    text_deployment,
+)
+from clip_tools.serving.serve import repository_flags
 
 NAMED = [None, *config_names(MODELS)]
 
@@ -17,9 +26,10 @@ def tensors(entries) -> list[tuple[str, int, tuple[int, ...]]]:
     return [(entry.name, entry.data_type, tuple(entry.dims)) for entry in entries]
 
 
+@pytest.mark.parametrize("root", [ENSEMBLE, TEXT_ENSEMBLE])
 @pytest.mark.parametrize("config_name", NAMED)
-def test_each_tensor_has_one_name_type_and_shape_from_end_to_end(config_name):
-    *steps, ensemble = deployment(MODELS, config_name)
+def test_each_tensor_has_one_name_type_and_shape_from_end_to_end(config_name, root):
+    *steps, ensemble = deployment(MODELS, config_name, root=root)
     assert tensors(ensemble.config.input) == tensors(steps[0].config.input)
     assert tensors(ensemble.config.output) == tensors(steps[-1].config.output)
     for before, after in itertools.pairwise(steps):
@@ -27,9 +37,10 @@ def test_each_tensor_has_one_name_type_and_shape_from_end_to_end(config_name):
     assert {model.config.max_batch_size for model in (*steps, ensemble)} == {64}
 
 
+@pytest.mark.parametrize("root", [ENSEMBLE, TEXT_ENSEMBLE])
 @pytest.mark.parametrize("config_name", NAMED)
-def test_no_queue_is_without_a_limit_nor_too_short_for_64_clients(config_name):
-    *steps, _ = deployment(MODELS, config_name)
+def test_no_queue_is_without_a_limit_nor_too_short_for_64_clients(config_name, root):
+    *steps, _ = deployment(MODELS, config_name, root=root)
     for model in steps:
         policy = model.config.dynamic_batching.default_queue_policy
         assert 64 < policy.max_queue_size <= 128
@@ -48,6 +59,9 @@ def test_the_client_asks_for_the_ensembles_tensors():
     assert [entry.name for entry in ensemble.input] == [wire.INPUT]
     assert [entry.name for entry in ensemble.output] == [wire.OUTPUT]
     assert list(ensemble.output[0].dims) == [wire.EMBEDDING_SIZE]
+    texts = read_config(MODELS, wire.TEXT_MODEL)
+    assert [entry.name for entry in texts.input] == [wire.TEXT_INPUT]
+    assert tensors(texts.output) == tensors(ensemble.output)
     limits = read_config(MODELS, "preprocess").parameters
     assert limits["max_image_bytes"].string_value == str(wire.MAX_IMAGE_BYTES)
 
@@ -65,6 +79,15 @@ def test_each_preprocess_configuration_is_the_exact_one_but_for_its_mode(name, m
     for config in (exact, other):
         del config.instance_group[:]  # on a GPU where that decodes
     assert other == exact
+
+
+def test_texts_are_served_where_their_tower_was_exported(tmp_path):
+    models = tmp_path / "models"
+    shutil.copytree(MODELS, models, ignore=shutil.ignore_patterns("*.onnx"))
+    assert not any(TEXT_ENSEMBLE in flag for flag in repository_flags(models, None))
+    (models / "clip_text_onnx" / "1" / "model.onnx").touch()
+    assert [model.name for model in text_deployment(models)] == ["tokenize", "clip_text_onnx", TEXT_ENSEMBLE]
+    assert f"--load-model={TEXT_ENSEMBLE}" in repository_flags(models, None)
 
 
 def test_an_unknown_configuration_name_lists_the_known():

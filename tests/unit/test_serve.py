@@ -79,6 +79,7 @@ def started(monkeypatch, client, **options):
     nobody = ServeOptions(metrics_port=1, **options)
     server = EmbeddedServer(nobody)
     server._process = Process()
+    server._text_models = []  # also where a text tower was exported
     return server
 
 

@@ -8,6 +8,7 @@ from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, read_config
+from clip_tools.serving import manifests
 from clip_tools.serving import swap as swapping
 from clip_tools.serving.model_control import GrpcModelControl, reason_in
 from clip_tools.serving.proof import WrongVectors
@@ -68,6 +69,10 @@ class FakeServer:
             return np.zeros((1, 512), np.float32)
         for step in self.configuration("clip_ensemble").ensemble_scheduling.step:
             self.configuration(step.model_name)
+        return np.eye(1, 512, dtype=np.float32)
+
+    def embed_text(self, text):
+        self.log.append("ask clip_text_ensemble")
         return np.eye(1, 512, dtype=np.float32)
 
     def answered(self, model):
@@ -134,6 +139,46 @@ def test_a_server_with_a_gpu_warms_the_engine_up_also_when_it_is_asked_from_a_ma
     server.models["clip_trt"].instance_group[0].kind = 1  # KIND_GPU, as a server completes it
     swapped(server, "onnx")
     assert [one.batch_size for one in server.models["clip_onnx"].model_warmup] == [1, 2, 4, 8, 16, 32, 64]
+
+
+@pytest.fixture
+def with_texts(monkeypatch):
+    """A server that embeds texts too, from a repository where their tower is."""
+    texts = deployment(MODELS, root="clip_text_ensemble")
+    monkeypatch.setattr(
+        swapping, "text_deployment", lambda _, name: deployment(MODELS, name, root="clip_text_ensemble")
+    )
+    server = FakeServer()
+    server.models |= {model.name: model.config for model in texts}
+    return server
+
+
+def test_the_text_tower_stays_unless_its_own_configuration_or_the_weights_change(with_texts):
+    swapped(with_texts, "trt")
+    swapped(with_texts, "onnx")
+    assert not any("text" in line for line in with_texts.log)
+    swapped(with_texts, "cpu-fp32")
+    assert with_texts.log[-4:] == [
+        "load clip_onnx",
+        "load clip_text_onnx",
+        "ask clip_text_ensemble",
+        "ask clip_ensemble",
+    ]
+    with_texts.log.clear()
+    swapped(with_texts, "onnx", allow_other_weights=True)
+    assert {"load tokenize", "load clip_text_onnx"} <= set(with_texts.log)
+    assert "tokenize" in with_texts.models
+
+
+def test_towers_of_different_weights_are_refused_before_anything_changes(with_texts, monkeypatch):
+    """Also where the vectors may be other ones: no text would be near any image."""
+    monkeypatch.setattr(manifests, "_made_of", lambda file: ("ViT-B-32", file.parents[1].name))
+    with pytest.raises(
+        ToolError, match="clip_trt is of ViT-B-32 clip_trt and clip_text_onnx of ViT-B-32 clip_text_onnx"
+    ):
+        swapped(with_texts, "trt", allow_other_weights=True)
+    assert with_texts.log == []
+    swapped(FakeServer(), "trt")  # which serves no texts
 
 
 def test_warm_ups_are_no_reason_to_load_a_model_again():

@@ -32,11 +32,15 @@ def export_onnx(
         ),
     ] = "laion2b_s34b_b79k",
     precision: PrecisionName = "fp32",
+    image: Annotated[bool, typer.Option("--image", help="The image tower alone.")] = False,
+    text: Annotated[
+        bool, typer.Option("--text", help="The text tower alone, with its tokenizer's merges; in FP32.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
             help="Where the model goes, its manifest beside it; by default model.onnx or model.PRECISION.onnx of "
-            "clip_onnx."
+            "clip_onnx, model.onnx of clip_text_onnx. The image tower alone, unless --text."
         ),
     ] = None,
     photographs: Annotated[
@@ -52,15 +56,22 @@ def export_onnx(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Calibrate on fewer than 100 images.")] = False,
 ) -> None:
-    """Export an open_clip image tower to ONNX, compare it with PyTorch, and write its manifest."""
+    """Export an open_clip model's image and text tower to ONNX, compare them with PyTorch, and write their manifests.
+
+    A precision other than fp32 is for the image tower alone. stdout has each tower's manifest, the image's first.
+    """
     from clip_tools import photos
     from clip_tools.engines import export_onnx as verb
     from clip_tools.engines.calibration import check_count
+    from clip_tools.engines.export_text import TEXT_MODEL_PATH, export_text
     from clip_tools.engines.export_variant import export_variant
-    from clip_tools.oracle import Weights
+    from clip_tools.oracle import Weights, load_oracle, load_tokenizer
 
     weights, wanted = Weights(model, pretrained), checked_precision(precision)
-    target = output or default_onnx(wanted)
+    if text and (wanted != "fp32" or (image and output)):
+        raise ToolError("--text: expected without --precision, and with --output without --image", exit_code=2)
+    exports_text = text or (wanted == "fp32" and not image and output is None)
+    exports_image = image or not text
     if (wanted in ("int8", "fp8")) != (calibration is not None):
         expected = "needs --calibration with a folder of images" if calibration is None else "takes no --calibration"
         raise ToolError(f"--precision {wanted} {expected}", exit_code=2)
@@ -69,20 +80,27 @@ def export_onnx(
         images = photos.images_in(calibration)
         if note := check_count(len(images), force=force):
             sys.stderr.write(f"{note}\n")
+    manifests = []
     with progress(f"exporting {model}, {pretrained}") as advance:
-        if photographs:
-            paths = photos.images_in(photographs)
-        else:
-            paths = photos.demo_photos() if wanted == "fp32" else photos.gate_photos()
-        if wanted == "fp32":
-            manifest = verb.export_onnx(weights, [path.read_bytes() for path in paths], target)
-        else:
-            manifest = export_variant(weights, wanted, paths, target, calibration=images, advance=advance)
-    if reason := manifest.gate.get("counts_for_nothing"):
+        if exports_text:
+            load_tokenizer(model)  # one that is refused, before anything is written
+        oracle = load_oracle(weights) if wanted == "fp32" else None
+        ours = photos.demo_photos if wanted == "fp32" else photos.gate_photos
+        paths = photos.images_in(photographs) if photographs else ours()
+        if exports_image and wanted == "fp32":
+            files = [path.read_bytes() for path in paths]
+            manifests.append(verb.export_onnx(weights, files, output or verb.MODEL_PATH, oracle=oracle))
+        elif exports_image:
+            target = output or default_onnx(wanted)
+            manifests.append(export_variant(weights, wanted, paths, target, calibration=images, advance=advance))
+        if exports_text:
+            manifests.append(export_text(weights, output or TEXT_MODEL_PATH, oracle=oracle))
+    if reason := manifests[0].gate.get("counts_for_nothing"):
         sys.stderr.write(f"its gate counts for nothing: {reason}\n")
-    if not manifest.trained:
+    if not manifests[0].trained:
         sys.stderr.write("untrained weights: good for trying things out, worth nothing as embeddings\n")
-    typer.echo(manifest.to_json())
+    for manifest in manifests:
+        typer.echo(manifest.to_json())
 
 
 @app.command("build-engine")
@@ -144,6 +162,9 @@ def verify(
     images: Annotated[
         Path | None, typer.Option(help="A folder of 100 or more images; by default 121 photographs of ours.")
     ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="The text tower, on 120 texts of ours, in place of images.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="The architecture; by default the engine's manifest's.")] = None,
     pretrained: Annotated[
         str | None, typer.Option(help="A tag, a checkpoint's path or random:SEED; by default the manifest's.")
@@ -171,16 +192,23 @@ def verify(
     given = Weights()
     weights = Weights(model or given.model, pretrained or given.pretrained) if model or pretrained else None
     held_to = checked_precision(precision) if precision else None
+    if text and (images or held_to):
+        raise ToolError(
+            "--text takes neither --images nor --precision: its texts are ours, its tower is FP32", exit_code=2
+        )
     with progress("reading the images") as advance:
-        paths = photos.images_in(images) if images else photos.gate_photos()
-        verdict = verb.verify(found, weights, paths, precision=held_to, advance=advance)
+        if text:
+            verdict = verb.verify_text(found, weights, advance=advance)
+        else:
+            paths = photos.images_in(images) if images else photos.gate_photos()
+            verdict = verb.verify(found, weights, paths, precision=held_to, advance=advance)
     Console(stderr=True).print(verb.verdict_table(verdict))
-    text = json.dumps({"kind": "verify", "environment": asdict(fingerprint()), **verdict.to_dict()}, indent=2)
+    result = json.dumps({"kind": "verify", "environment": asdict(fingerprint()), **verdict.to_dict()}, indent=2)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text + "\n")
+        output.write_text(result + "\n")
     else:
-        typer.echo(text)
+        typer.echo(result)
     if picture:
         verb.draw_histogram(verdict, picture)
     if verdict.counts_for_nothing:

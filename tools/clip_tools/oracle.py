@@ -1,4 +1,4 @@
-"""What open_clip itself gives for an image: the reference that everything here is held against.
+"""What open_clip itself gives for an image or a text: the reference that everything here is held against.
 
 It uses open_clip's own transform and model and none of the served code, so that a mistake cannot agree with itself.
 """
@@ -98,6 +98,33 @@ class Oracle:
         with torch.inference_mode():
             inputs = batch.to(self.device, torch.float16 if self.precision == "fp16" else torch.float32)
             return self.model.encode_image(inputs, normalize=True).float().cpu()
+
+    def embed_tokens(self, tokens: Any) -> "npt.NDArray[np.float32]":
+        """(N, D) float32, L2 norm 1: open_clip's answer for N texts, (N, context) int64 of its tokenizer."""
+        import torch
+
+        with torch.inference_mode():
+            parts = torch.split(torch.as_tensor(tokens).to(self.device), 32)
+            rows = [self.model.encode_text(part, normalize=True).float().cpu() for part in parts]
+        result: npt.NDArray[np.float32] = torch.cat(rows).numpy()
+        return result
+
+
+def load_tokenizer(model: str) -> Any:
+    """open_clip's tokenizer of this architecture. Raises ToolError for one that `tokenize` does not have."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise missing_extra("export", error) from error
+    text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
+    other = text.get("hf_tokenizer_name") or text.get("hf_model_name") or ("siglip" in model.lower() and "SigLIP's")
+    if other or text.get("tokenizer_kwargs"):  # before open_clip asks a hub for it
+        raise ToolError(
+            f"{model}: its tokenizer ({other or text['tokenizer_kwargs']}) is not the byte-pair one that `tokenize` "
+            "serves; export the image tower alone with --image",
+            exit_code=2,
+        )
+    return open_clip.get_tokenizer(model)
 
 
 def best_device() -> str:

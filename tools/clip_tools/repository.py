@@ -7,6 +7,7 @@ from typing import Any
 from clip_tools.errors import ToolError, missing_extra
 
 ENSEMBLE = "clip_ensemble"
+TEXT_ENSEMBLE = "clip_text_ensemble"
 
 _DEFAULT_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
 _BUILT_BY = {"onnxruntime": "clip-tools export-onnx", "tensorrt": "clip-tools build-engine"}
@@ -70,9 +71,20 @@ def deployment(models: Path, config_name: str | None = None, *, root: str = ENSE
     return [*steps, Model(root, config, file)]
 
 
+def text_deployment(models: Path, config_name: str | None = None) -> list[Model]:
+    """The models that serving texts loads beside those of images; none where no text tower was exported."""
+    if not (models / TEXT_ENSEMBLE / "config.pbtxt").is_file():
+        return []
+    found = deployment(models, config_name, root=TEXT_ENSEMBLE)
+    file = found[-2].file
+    return found if file and file.is_file() else []
+
+
 def build_command(model: Model) -> str | None:
     """The command that makes the model's file; None for one that is not made."""
     how = _BUILT_BY.get(model.config.backend)
+    if how and any(tensor.name == "tokens" for tensor in model.config.input):
+        return f"{how} --text"
     words = model.file.name.split(".")[1:-1] if how and model.file and model.config.backend == "onnxruntime" else []
     if words and words[-1].startswith("part"):  # model.NAME.part1.onnx
         return f"clip-tools tune-precision --apply {words[0]}"

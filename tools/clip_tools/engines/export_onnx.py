@@ -20,6 +20,9 @@ from clip_tools.oracle import IMAGE_SIZE_PX, Oracle, Weights, load_oracle
 from clip_tools.paths import MODELS
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from clip_tools.engines.engine_manifest import EngineManifest
 
 MODEL_PATH = MODELS / "clip_onnx" / "1" / "model.onnx"
@@ -40,9 +43,10 @@ _BATCHES = (1, 2, 5, 16)
 class Manifest:
     """What an exported ONNX file is, kept beside it.
 
-    `graph` is the version of the graph's form. Of the lower precisions alone: `matrices` counts the products by
-    precision, `gate` has the agreement with open_clip and why it counts for nothing, if it does, and `calibration` what
-    an eight-bit graph was calibrated on.
+    `graph` is the version of the graph's form, `tensors` the dimensions of what it takes and gives, of one image or
+    text; empty: an earlier version's, 224 px and 512 numbers. Of the lower precisions alone: `matrices` counts the
+    products by precision, `gate` has the agreement with open_clip and why it counts for nothing, if it does, and
+    `calibration` what an eight-bit graph was calibrated on.
     """
 
     sha256: str
@@ -58,6 +62,7 @@ class Manifest:
     versions: dict[str, str]
     date: str
     graph: int = 1
+    tensors: dict[str, list[int]] = field(default_factory=dict)
     matrices: dict[str, int] = field(default_factory=dict)
     gate: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -94,22 +99,24 @@ def is_exported(model_path: Path, weights: Weights) -> bool:
     )
 
 
-def export_onnx(weights: Weights, photographs: Sequence[bytes], output: Path = MODEL_PATH) -> Manifest:
+def export_onnx(
+    weights: Weights, photographs: Sequence[bytes], output: Path = MODEL_PATH, *, oracle: Oracle | None = None
+) -> Manifest:
     """Export, compare with PyTorch, then put model, manifest and sample in place. Raises ToolError on any drift.
 
     The graph: `pixels` (batch, 224, 224, 3) uint8 RGB -> `embedding` (batch, 512) float32 with L2 norm 1. The layout
     change, `(x / 255 - mean) / std`, the tower, the projection and the norm are all in it. Nothing is in place until
-    it has passed.
+    it has passed. `oracle`: that of the weights, where it is loaded already.
     """
     if not photographs:
         raise ToolError("the export is compared on photographs, and none were given")
-    oracle = load_oracle(weights)
+    oracle = oracle or load_oracle(weights)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         draft = Path(folder) / output.name
         write_graph(oracle, draft)
         worst_cosine, max_abs_difference = compare(oracle, draft, photographs)
-        manifest = describe(draft, weights, "fp32", worst_cosine, max_abs_difference)
+        manifest = describe(draft, weights, "fp32", worst_cosine, max_abs_difference, tensors=tensors_of(draft))
         put_in_place(draft, manifest, output)
     keep_sample(output, weights, photographs, oracle)
     return manifest
@@ -144,6 +151,17 @@ def describe(
         graph=GRAPH,
         **further,
     )
+
+
+def tensors_of(draft: Path) -> dict[str, list[int]]:
+    """The dimensions behind the batch of what a graph takes and gives, by name."""
+    import onnx
+
+    graph = onnx.load(str(draft), load_external_data=False).graph
+    return {
+        tensor.name: [dim.dim_value for dim in tensor.type.tensor_type.shape.dim][1:]
+        for tensor in (*graph.input, *graph.output)
+    }
 
 
 def put_in_place(draft: Path, manifest: "Manifest | EngineManifest", output: Path, beside: Path | None = None) -> None:
@@ -191,6 +209,13 @@ def write_graph(oracle: Oracle, path: Path, form: Form = "portable") -> None:
             return torch.nn.functional.normalize(image_features, dim=-1)
 
     pixels = torch.zeros((2, IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), dtype=torch.uint8)
+    trace(PixelsToEmbedding().eval(), pixels, "pixels", path)
+
+
+def trace(module: Any, example: Any, name: str, path: Path) -> None:
+    """Write what torch.onnx.export makes of a module that gives `embedding`, of one tensor of this name."""
+    import torch
+
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
     exporter_log.setLevel(logging.ERROR)
@@ -198,12 +223,12 @@ def write_graph(oracle: Oracle, path: Path, form: Form = "portable") -> None:
         with warnings.catch_warnings():  # the exporter's own deprecations
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                PixelsToEmbedding().eval(),
-                (pixels,),
+                module,
+                (example,),
                 dynamo=True,
-                input_names=["pixels"],
+                input_names=[name],
                 output_names=["embedding"],
-                dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)}},
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},),
                 opset_version=OPSETS["portable"],
                 verbose=False,
             )
@@ -211,6 +236,10 @@ def write_graph(oracle: Oracle, path: Path, form: Form = "portable") -> None:
         exporter_log.setLevel(level)
     if program is None:
         raise ToolError("torch.onnx.export gave no program: this torch is newer than these tools")
+    outputs = program.model.graph.outputs
+    for value in [value for node in program.model.graph for value in node.outputs]:
+        if value.name == "embedding" and value not in outputs:  # torch's name for a look-up, as in a text tower
+            value.name = "looked_up"
     program.save(str(path), external_data=False)
 
 
@@ -219,12 +248,9 @@ def compare(oracle: Oracle, model_path: Path, photographs: Sequence[bytes]) -> t
 
     On the photographs and on random pixels, at batches of 1 to 16. Raises ToolError on drift.
     """
-    try:
-        import numpy as np
-        import onnxruntime
-        import torch
-    except ImportError as error:
-        raise missing_extra("cpu", error) from error
+    import numpy as np
+    import torch
+
     pixels = np.stack([oracle.pixels(data) for data in photographs])
     noise = np.random.default_rng(0).integers(0, 256, (8, *pixels.shape[1:]), dtype=np.uint8)
     pixels = np.concatenate([pixels, noise])
@@ -232,12 +258,24 @@ def compare(oracle: Oracle, model_path: Path, photographs: Sequence[bytes]) -> t
     mean, std = torch.tensor(oracle.mean).view(1, 3, 1, 1), torch.tensor(oracle.std).view(1, 3, 1, 1)
     with torch.inference_mode():
         expected = oracle.model.encode_image((scaled - mean) / std, normalize=True).numpy()
+    return check_drift(model_path, "pixels", pixels, expected)
+
+
+def check_drift(
+    model_path: Path, name: str, inputs: "npt.NDArray[Any]", expected: "npt.NDArray[np.float32]"
+) -> tuple[float, float]:
+    """(Worst cosine, largest element difference) of what the file makes of its input `name`. ToolError on drift."""
+    try:
+        import numpy as np
+        import onnxruntime
+    except ImportError as error:
+        raise missing_extra("cpu", error) from error
     session = onnxruntime.InferenceSession(str(model_path), providers=["CPUExecutionProvider"])
     cosines, differences = [], []
     for batch in _BATCHES:
-        for start in range(0, len(pixels), batch):
+        for start in range(0, len(inputs), batch):
             rows = slice(start, start + batch)
-            (got,) = session.run(["embedding"], {"pixels": pixels[rows]})
+            (got,) = session.run(["embedding"], {name: inputs[rows]})
             if got.shape != expected[rows].shape:
                 raise ToolError(f"the exported graph gives {got.shape} for a batch of {len(expected[rows])}")
             cosines.append((got * expected[rows]).sum(axis=1).min())

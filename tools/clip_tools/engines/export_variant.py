@@ -11,6 +11,7 @@ from clip_tools.engines.export_onnx import (
     compare,
     describe,
     put_in_place,
+    tensors_of,
     write_graph,
 )
 from clip_tools.engines.gates import (
@@ -86,6 +87,7 @@ def export_variant(
             found.worst_cosine,
             found.max_abs,
             opset=graph.opset_import[0].version,
+            tensors=tensors_of(draft),
             matrices=count_matrices(graph),
             gate={
                 **asdict(found),

@@ -30,12 +30,12 @@ class OnnxRun:
 
 def run_onnx(
     model: "onnx.ModelProto | Path",
-    pixels: "npt.NDArray[np.uint8]",
+    inputs: "npt.NDArray[Any]",
     *,
     batch_size: int = 8,
     advance: Callable[[int], None] = lambda images: None,
 ) -> OnnxRun:
-    """Embed (N, 224, 224, 3) uint8 RGB pixels. `advance` is told after each batch how many images it had.
+    """Embed (N, 224, 224, 3) uint8 RGB pixels, or (N, context) tokens. `advance` is told how many each batch had.
 
     A graph with FP16 or BF16 in it runs as its FP32 `twin`. Raises ToolError for a file that ONNX Runtime refuses.
     """
@@ -51,9 +51,9 @@ def run_onnx(
         low = is_low(graph)
         session = open_session(twin(graph) if low else graph)
         rows = []
-        for start in range(0, len(pixels), batch_size):
-            batch = pixels[start : start + batch_size]
-            rows.append(session.run(["embedding"], {"pixels": batch})[0])
+        for start in range(0, len(inputs), batch_size):
+            batch = inputs[start : start + batch_size]
+            rows.append(session.run(["embedding"], {graph.graph.input[0].name: batch})[0])
             advance(len(batch))
     except ToolError:
         raise

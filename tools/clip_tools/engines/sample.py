@@ -1,4 +1,4 @@
-"""The sample of an export: a few photographs and what open_clip makes of them in FP32, kept beside the graph.
+"""The sample of an export: a few photographs or texts and what open_clip makes of them in FP32, kept beside the graph.
 
 By it a server is proven before it is called ready, and an engine before a server is swapped to it (serving/proof.py),
 where neither open_clip nor PyTorch is installed.
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clip_tools.oracle import Oracle, Weights
 
@@ -29,15 +29,16 @@ _MOST_BYTES, _MOST_PIXELS = 8 << 20, 50_000_000  # of each
 
 @dataclass(frozen=True)
 class Sample:
-    """What open_clip makes of the photographs, in their order.
+    """What open_clip makes of the photographs, or of the texts, in their order.
 
-    `weights` says of which: the architecture, and the checkpoint's sha256 or the tag. `files` are the encoded images,
-    `pixels` (N, 224, 224, 3) uint8 RGB, `embeddings` (N, 512) float32 with L2 norm 1.
+    `weights` says of which: the architecture, and the checkpoint's sha256 or the tag. `files` are the encoded images or
+    texts; `inputs` is what the engine takes of them, (N, side, side, 3) uint8 RGB or (N, context) int64 tokens;
+    `embeddings` (N, D) float32 with L2 norm 1.
     """
 
     weights: tuple[str, str]
     files: tuple[bytes, ...]
-    pixels: "npt.NDArray[np.uint8]"
+    inputs: "npt.NDArray[Any]"
     embeddings: "npt.NDArray[np.float32]"
 
     @classmethod
@@ -50,10 +51,11 @@ class Sample:
                 sizes = kept["sizes"].cumsum()
                 files = tuple(part.tobytes() for part in np.split(kept["files"], sizes[:-1]))
                 model, checkpoint = kept["weights"].tolist()
-                found = cls((model, checkpoint), files, kept["pixels"], kept["embeddings"])
+                inputs = kept["pixels" if "pixels" in kept else "tokens"]
+                found = cls((model, checkpoint), files, inputs, kept["embeddings"])
         except Exception:  # a damaged archive has many
             return None
-        return found if len(files) == len(found.pixels) == len(found.embeddings) else None
+        return found if len(files) == len(found.inputs) == len(found.embeddings) else None
 
     def is_of(self, manifest: "Manifest") -> bool:
         """Whether the graph with this manifest was made of the same weights."""
@@ -70,8 +72,8 @@ class Sample:
                 weights=np.array(self.weights),
                 files=np.frombuffer(b"".join(self.files), np.uint8),
                 sizes=np.array([len(one) for one in self.files]),
-                pixels=self.pixels,
                 embeddings=self.embeddings,
+                **{"pixels" if self.inputs.ndim == 4 else "tokens": self.inputs},
             )
             draft.replace(graph.with_name(FILE))
 
@@ -86,8 +88,13 @@ def keep_sample(graph: Path, weights: Weights, photographs: Iterable[bytes], ora
     some = tuple(itertools.islice(filter(_is_small, photographs), PHOTOGRAPHS))
     if not some:
         return
-    known = (weights.model, weights.checkpoint_sha256 or weights.pretrained)
-    Sample(known, some, np.stack([oracle.pixels(one) for one in some]), oracle.embed(some)).write(graph)
+    pixels = np.stack([oracle.pixels(one) for one in some])
+    Sample(known_as(weights), some, pixels, oracle.embed(some)).write(graph)
+
+
+def known_as(weights: Weights) -> tuple[str, str]:
+    """How a sample names its weights."""
+    return weights.model, weights.checkpoint_sha256 or weights.pretrained
 
 
 def _is_small(photograph: bytes) -> bool:

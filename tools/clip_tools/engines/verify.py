@@ -1,5 +1,6 @@
 """`clip-tools verify`: an engine's embeddings against open_clip's own in FP32, and whether they pass the gate."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,12 +25,16 @@ from clip_tools.engines.gates import (
 from clip_tools.engines.onnx_runner import run_onnx
 from clip_tools.engines.precision import Precision
 from clip_tools.engines.reference import Reference, reference
+from clip_tools.engines.texts import texts
 from clip_tools.errors import ToolError, missing_extra
-from clip_tools.oracle import Weights
+from clip_tools.oracle import Weights, load_oracle, load_tokenizer
+from clip_tools.repository import text_deployment
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from clip_embed import EmbeddingClient
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 
@@ -38,8 +43,9 @@ Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 class Verdict:
     """The agreement, what it was held to, and whether it passed.
 
-    `exact_pixels`: they are to be open_clip's own. `how` says what computed it. `counts_for_nothing` is why a passed
-    gate proves nothing, None when it counts. `cosines` are those of the images, in their order.
+    `what` was embedded: images or texts. `exact_pixels`: they are to be open_clip's own. `how` says what computed it.
+    `counts_for_nothing` is why a passed gate proves nothing, None when it counts. `cosines` are those of the images, in
+    their order.
     """
 
     engine: str
@@ -55,6 +61,7 @@ class Verdict:
     counts_for_nothing: str | None
     images_sha256: str
     cosines: tuple[float, ...]
+    what: str = "images"
 
     @property
     def gate_name(self) -> str:
@@ -113,6 +120,47 @@ def verify(
         counts_for_nothing=counts_for_nothing(len(images), trained=trained),
         images_sha256=expected.images_sha256,
         cosines=tuple(float(value) for value in cosines(embeddings, expected.embeddings)),
+    )
+
+
+def verify_text(
+    engine: Engine, weights: Weights | None, *, advance: Advance = lambda what, done, total: None
+) -> Verdict:
+    """As `verify`, of a text tower on texts of ours: a file, a configuration to serve here, or a running server."""
+    some = texts()
+    served = text_deployment(engine.models, engine.config_name)
+    if not (engine.file or engine.url or served):
+        raise ToolError(f"{engine.models} has no text tower: make it with `clip-tools export-onnx --text`", exit_code=2)
+    file = engine.file or (served[-2].file if served else None)
+    weights = _weights(weights, file)
+    advance("open_clip in FP32", 0, len(some))
+    tokens = load_tokenizer(weights.model)(some).numpy()
+    expected = load_oracle(weights).embed_tokens(tokens)
+    advance("open_clip in FP32", len(some), len(some))
+    if engine.file:
+        run = run_onnx(engine.file, tokens)
+        embeddings, how = run.embeddings, run.how
+    else:
+        with _url(engine) as url:
+            embeddings = _ask(url, lambda client: client.embed_text(some), os.environ if engine.url else {})
+        how = f"served, through clip_embed ({engine.title})"
+    found, trained = agreement(embeddings, expected, tuple(some)), weights.seed is None
+    gate = gate_of("fp32")
+    return Verdict(
+        engine=engine.title,
+        sha256=sha256_of(file) if file and not engine.url else None,
+        precision="fp32",
+        exact_pixels=True,
+        gate=gate,
+        model=weights.model,
+        trained=trained,
+        how=how,
+        agreement=found,
+        failures=tuple(failures(found, gate, trained=trained)),
+        counts_for_nothing=counts_for_nothing(len(some), trained=trained),
+        images_sha256=hashlib.sha256("\0".join(some).encode()).hexdigest(),
+        cosines=tuple(float(value) for value in cosines(embeddings, expected)),
+        what="texts",
     )
 
 
@@ -205,9 +253,23 @@ def _url(engine: Engine) -> Iterator[str]:
 def _embed_served(
     url: str, images: Sequence[Path], advance: Advance, environment: Mapping[str, str]
 ) -> "npt.NDArray[np.float32]":
-    try:
-        import numpy as np
+    import numpy as np
 
+    def embed(client: "EmbeddingClient") -> "npt.NDArray[np.float32]":
+        rows = []
+        for start in range(0, len(images), 8):
+            batch = [path.read_bytes() for path in images[start : start + 8]]
+            rows.append(client.embed(batch))
+            advance("the engine", start + len(batch), len(images))
+        return np.concatenate(rows)
+
+    return _ask(url, embed, environment)
+
+
+def _ask(
+    url: str, embed: "Callable[[EmbeddingClient], npt.NDArray[np.float32]]", environment: Mapping[str, str]
+) -> "npt.NDArray[np.float32]":
+    try:
         from clip_embed import EmbeddingClient
         from clip_embed.credentials import environment_options
     except ImportError as error:
@@ -216,14 +278,8 @@ def _embed_served(
         opened = EmbeddingClient(url, timeout_s=120, **environment_options(environment))
     except ValueError as error:
         raise ToolError(str(error), exit_code=2) from error
-    rows = []
     with opened as client:
-        for start in range(0, len(images), 8):
-            batch = [path.read_bytes() for path in images[start : start + 8]]
-            rows.append(client.embed(batch))
-            advance("the engine", start + len(batch), len(images))
-    embeddings: npt.NDArray[np.float32] = np.concatenate(rows)
-    return embeddings
+        return embed(client)
 
 
 def verdict_table(verdict: Verdict) -> Any:
@@ -233,7 +289,7 @@ def verdict_table(verdict: Verdict) -> Any:
     gate, found = verdict.gate, verdict.agreement
     table = Table(title=f"{verdict.engine} against open_clip in FP32: {verdict.model}", title_justify="left")
     table.add_column("")
-    table.add_column(f"{found.images} images", justify="right")
+    table.add_column(f"{found.images} {verdict.what}", justify="right")
     table.add_column(f"gate of {verdict.gate_name}", justify="right")
     for title, value, least in (
         ("worst cosine", f"{found.worst_cosine:.6f}", gate.worst_cosine),

@@ -33,20 +33,28 @@ _QUICK_GELU = 1.702
 
 def is_plain_vit(visual: Any) -> bool:
     """Whether this is open_clip's plain ViT, pooled by its class token, with nothing in it that this graph has not."""
-    import torch
-    from open_clip.transformer import QuickGELU, ResidualAttentionBlock, Transformer, VisionTransformer
+    from open_clip.transformer import VisionTransformer
 
-    if type(visual) is not VisionTransformer or type(visual.transformer) is not Transformer:
-        return False
-    blocks = visual.transformer.resblocks
     return (
-        visual.attn_pool is None
+        type(visual) is VisionTransformer
+        and has_plain_blocks(visual.transformer)
+        and visual.attn_pool is None
         and visual.pool_type == "tok"
         and not visual.output_tokens
         and visual.proj is not None
-        and all(type(block) is ResidualAttentionBlock for block in blocks)
-        and all(type(block.attn) is torch.nn.MultiheadAttention for block in blocks)
-        and all(type(block.mlp.gelu) in (torch.nn.GELU, QuickGELU) for block in blocks)
+    )
+
+
+def has_plain_blocks(transformer: Any) -> bool:
+    """Whether each of its blocks is one that `Tower.block` writes."""
+    import torch
+    from open_clip.transformer import QuickGELU, ResidualAttentionBlock, Transformer
+
+    return type(transformer) is Transformer and all(
+        type(block) is ResidualAttentionBlock
+        and type(block.attn) is torch.nn.MultiheadAttention
+        and type(block.mlp.gelu) in (torch.nn.GELU, QuickGELU)
+        for block in transformer.resblocks
     )
 
 
@@ -58,9 +66,9 @@ def vit_graph(visual: Any, mean: "tuple[float, ...]", std: "tuple[float, ...]", 
     """
     import numpy as np
 
-    tower = _Tower(form)
+    tower = Tower(form)
     (patch_h, patch_w), (grid_h, grid_w) = visual.patch_size, visual.grid_size
-    kernel = _array(visual.conv1.weight).astype(np.float64)  # (width, 3, patch_h, patch_w)
+    kernel = array_of(visual.conv1.weight).astype(np.float64)  # (width, 3, patch_h, patch_w)
     width, tokens = len(kernel), grid_h * grid_w + 1
     tower.tokens, tower.width = tokens, width
     patch = 3 * patch_h * patch_w
@@ -77,8 +85,8 @@ def vit_graph(visual: Any, mean: "tuple[float, ...]", std: "tuple[float, ...]", 
     means, stds = (np.array(value, np.float64)[:, None, None] for value in (mean, std))
     weight = (kernel / (scale * stds)).transpose(2, 3, 1, 0).reshape(patch, width)
     offset = (kernel * ((centre / 255 - means) / stds)).sum(axis=(1, 2, 3))
-    position = _array(visual.positional_embedding).astype(np.float64)
-    position[0] += _array(visual.class_embedding)
+    position = array_of(visual.positional_embedding).astype(np.float64)
+    position[0] += array_of(visual.class_embedding)
     position[1:] += offset
     x = tower.node("MatMul", [x, tower.constant("patch_weight", weight)], "patch_products", name=PATCH_EMBEDDING)
     x = tower.node("Pad", [x, tower.integers("one_token_before", (0, 1, 0, 0, 0, 0))], "patch_products_padded")
@@ -91,22 +99,23 @@ def vit_graph(visual: Any, mean: "tuple[float, ...]", std: "tuple[float, ...]", 
     for index, block in enumerate(blocks):
         x = tower.block(x, block, f"block_{index}", last=index == len(blocks) - 1)
     x = tower.norm(x, visual.ln_post, "ln_post")
-    proj = tower.constant("projection_weight", _array(visual.proj))
-    x = tower.node("MatMul", [x, proj], "image_features", name="projection")
-    length = tower.node("ReduceL2", [x, tower.integers("last_axis", (-1,))], "length", keepdims=1)
-    # torch's normalize has the same bound
-    length = tower.node("Max", [length, tower.constant("least_length", 1e-12)], "length_bounded")
-    tower.node("Div", [x, length], "embedding")
-    return tower.model(visual.image_size, visual.proj.shape[1])
+    return tower.embedding(x, visual.proj, "image_features", ("pixels", "UINT8", (*visual.image_size, 3)))
 
 
 @dataclass
-class _Tower:
-    """The nodes and constants so far; each method adds some and gives the name of their result."""
+class Tower:
+    """The nodes and constants so far; each method adds some and gives the name of their result.
+
+    `tokens` is how many one image or text has, or the name of the int64 tensor (1,) that says so. What depends on the
+    other two is for texts: `mask` is added to the scores, (tokens, tokens), and `pooled` is which token of each text
+    its embedding is made of, (batch, 1); by default no mask, and the first.
+    """
 
     form: Form
-    tokens: int = 0
+    tokens: int | str = 0
     width: int = 0
+    mask: str | None = None
+    pooled: str | None = None
     nodes: list[Any] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
 
@@ -136,8 +145,18 @@ class _Tower:
         name = self.integers(f"shape_{'_'.join('n' if size < 0 else str(size) for size in shape)}", shape)
         return self.node("Reshape", [x, name], made)
 
+    def by_item(self, x: str, shape: "tuple[int, ...]", made: str) -> str:
+        """Reshaped to (batch, tokens, *shape)."""
+        if isinstance(self.tokens, int):
+            return self.reshape(x, (-1, self.tokens, *shape), made)
+        whole = f"shape_of_tokens_{'_'.join(map(str, shape))}"
+        if not any(whole in node.output for node in self.nodes):
+            parts = [self.integers("any", (-1,)), self.tokens, self.integers(f"{whole}_end", shape)]
+            self.node("Concat", parts, whole, axis=0)
+        return self.node("Reshape", [x, whole], made)
+
     def norm(self, x: str, norm: Any, name: str) -> str:
-        parameters = [self.constant(f"{name}_{key}", _array(getattr(norm, key))) for key in ("weight", "bias")]
+        parameters = [self.constant(f"{name}_{key}", array_of(getattr(norm, key))) for key in ("weight", "bias")]
         return self.node("LayerNormalization", [x, *parameters], name, axis=-1, epsilon=norm.eps)
 
     def linear(self, x: str, weight: "Array", bias: "Array", name: str) -> str:
@@ -149,25 +168,27 @@ class _Tower:
         product = self.node("MatMul", factors, f"{name}_product", name=name)
         return self.node("Add", [product, offset], f"{name}_sum")
 
-    def class_token(self, x: str, name: str) -> str:
-        """(batch, width): the first token of each image."""
+    def pooled_token(self, x: str, name: str) -> str:
+        """(batch, width): of each image the class token, which is its first; of each text the one that is `pooled`."""
         if self.form == "portable":
-            x = self.reshape(x, (-1, self.tokens, self.width), f"{name}_by_image")
+            x = self.by_item(x, (self.width,), f"{name}_by_item")
+        if self.pooled:
+            return self.node("GatherND", [x, self.pooled], name, batch_dims=1)
         return self.node("Gather", [x, self.integers("first", 0)], name, axis=1)
 
     def block(self, x: str, block: Any, name: str, *, last: bool) -> str:
-        """A residual attention block; the last one gives the class token alone, (batch, width)."""
+        """A residual attention block; the last one gives the pooled token alone, (batch, width)."""
         attention, mlp = block.attn, block.mlp
         width, heads = attention.embed_dim, attention.num_heads
-        weight, bias = _array(attention.in_proj_weight).T.copy(), _array(attention.in_proj_bias).copy()
+        weight, bias = array_of(attention.in_proj_weight).T.copy(), array_of(attention.in_proj_bias).copy()
         scale = 1 / math.sqrt(width // heads)
         weight[:, :width] *= scale
         bias[:width] *= scale
         normed = self.norm(x, block.ln_1, f"{name}_ln_1")
         if last:
-            x = self.class_token(x, "class_token")
-            first = self.norm(x, block.ln_1, f"{name}_ln_1_class_token")
-            query = self.linear(first, weight[:, :width], bias[:width], f"{name}_query")
+            x = self.pooled_token(x, "pooled_token" if self.pooled else "class_token")
+            pooled = self.norm(x, block.ln_1, f"{name}_ln_1_pooled")
+            query = self.linear(pooled, weight[:, :width], bias[:width], f"{name}_query")
             both = self.linear(normed, weight[:, width:], bias[width:], f"{name}_key_value")
             mixed = self.attend_one(query, both, heads, name)
         else:
@@ -176,7 +197,7 @@ class _Tower:
         weight, bias = _scaled(attention.out_proj, block.ls_1)
         x = self.node("Add", [x, self.linear(mixed, weight, bias, f"{name}_out")], f"{name}_attended")
         x_normed = self.norm(x, block.ln_2, f"{name}_ln_2")
-        up, up_bias = _array(mlp.c_fc.weight).T, _array(mlp.c_fc.bias)
+        up, up_bias = array_of(mlp.c_fc.weight).T, array_of(mlp.c_fc.bias)
         down, down_bias = _scaled(mlp.c_proj, block.ls_2)
         hidden = self.linear(x_normed, up, up_bias, f"{name}_up")
         if type(mlp.gelu).__name__ == "QuickGELU":
@@ -191,23 +212,27 @@ class _Tower:
         """Of query, key and value side by side: what every token takes from all."""
         if self.form == "gpu":
             return self.attention(self.split(both, 3, -1, name), heads, name)
-        x = self.reshape(both, (-1, self.tokens, 3, heads, self.width // heads), f"{name}_by_head")
+        x = self.by_item(both, (3, heads, self.width // heads), f"{name}_by_head")
         x = self.node("Transpose", [x], f"{name}_heads", perm=[2, 0, 3, 1, 4])
         query, key, value = self.split(x, 3, 0, name)
-        return self.multiply(query, key, value, name)
+        return self.multiply(query, key, value, self.mask, name)
 
     def attend_one(self, query: str, both: str, heads: int, name: str) -> str:
-        """(batch, width): what the class token takes from all."""
+        """(batch, width): what the pooled token takes from all."""
         size = self.width // heads
         if self.form == "gpu":
             query = self.node("Unsqueeze", [query, self.integers("token_axis", (1,))], f"{name}_query_token")
             mixed = self.attention([query, *self.split(both, 2, -1, name)], heads, name)
             return self.node("Squeeze", [mixed, "token_axis"], f"{name}_mixed_token")
         query = self.reshape(query, (1, -1, heads, 1, size), f"{name}_query_heads")
-        x = self.reshape(both, (-1, self.tokens, 2, heads, size), f"{name}_by_head")
+        x = self.by_item(both, (2, heads, size), f"{name}_by_head")
         x = self.node("Transpose", [x], f"{name}_heads", perm=[2, 0, 3, 1, 4])
         key, value = self.split(x, 2, 0, name)
-        return self.multiply(query, key, value, name)
+        mask = None
+        if self.mask and self.pooled:  # its own row: (batch, 1, tokens) -> (batch, 1, 1, tokens)
+            row = self.node("Gather", [self.mask, self.pooled], "pooled_mask_row", axis=0)
+            mask = self.node("Unsqueeze", [row, self.integers("second_axis", (1,))], "pooled_mask")
+        return self.multiply(query, key, value, mask, name)
 
     def split(self, x: str, parts: int, axis: int, name: str) -> list[str]:
         from onnx import helper
@@ -220,38 +245,49 @@ class _Tower:
         sizes = {"q_num_heads": heads, "kv_num_heads": heads}
         return self.node("Attention", parts, f"{name}_mixed", name=f"{name}_attention", scale=1.0, **sizes)
 
-    def multiply(self, query: str, key: str, value: str, name: str) -> str:
+    def multiply(self, query: str, key: str, value: str, mask: str | None, name: str) -> str:
         """Attention by products, of (1, batch, heads, tokens, size): (batch x queries, width)."""
         key = self.node("Transpose", [key], f"{name}_key_turned", perm=[0, 1, 2, 4, 3])
         scores = self.node("MatMul", [query, key], f"{name}_scores")
+        if mask:
+            scores = self.node("Add", [scores, mask], f"{name}_scores_masked")
         shares = self.node("Softmax", [scores], f"{name}_shares", axis=-1)
         x = self.node("MatMul", [shares, value], f"{name}_mixed_heads")
         x = self.node("Transpose", [x], f"{name}_mixed_tokens", perm=[0, 1, 3, 2, 4])
         return self.reshape(x, (-1, self.width), f"{name}_mixed")
 
-    def model(self, image_size: "tuple[int, int]", dims: int) -> "onnx.ModelProto":
+    def embedding(
+        self, x: str, projection: Any, made: str, taken: "tuple[str, str, tuple[int, ...]]"
+    ) -> "onnx.ModelProto":
+        """The whole graph: (batch, width) projected to `made` and to L2 norm 1, of an input's name, type and shape."""
         from onnx import TensorProto, helper
 
+        x = self.node("MatMul", [x, self.constant("projection_weight", array_of(projection))], made, name="projection")
+        length = self.node("ReduceL2", [x, self.integers("last_axis", (-1,))], "length", keepdims=1)
+        # torch's normalize has the same bound
+        length = self.node("Max", [length, self.constant("least_length", 1e-12)], "length_bounded")
+        self.node("Div", [x, length], "embedding")
+        name, datatype, shape = taken
         graph = helper.make_graph(
             self.nodes,
-            "image_tower",
-            [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", *image_size, 3])],
-            [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", dims])],
+            made.replace("features", "tower"),
+            [helper.make_tensor_value_info(name, getattr(TensorProto, datatype), ["batch", *shape])],
+            [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", projection.shape[1]])],
             list(self.constants.values()),
         )
         opset = helper.make_opsetid("", OPSETS[self.form])
         return helper.make_model(graph, opset_imports=[opset], ir_version=10, producer_name="clip-tools")
 
 
-def _array(parameter: Any) -> "Array":
+def array_of(parameter: Any) -> "Array":
     found: Array = parameter.detach().float().numpy()
     return found
 
 
 def _scaled(linear: Any, scale: Any) -> "tuple[Array, Array]":
     """(in, out) weight and (out,) bias of a linear layer with the LayerScale behind it, which may be an Identity."""
-    weight, bias = _array(linear.weight).T, _array(linear.bias)
+    weight, bias = array_of(linear.weight).T, array_of(linear.bias)
     if not hasattr(scale, "gamma"):
         return weight, bias
-    gamma = _array(scale.gamma)
+    gamma = array_of(scale.gamma)
     return weight * gamma, bias * gamma

@@ -143,7 +143,7 @@ def _compare(onnxruntime: Any, served: Path, other: Path, plan: Any, batches: Se
     for provider in dict([plan.providers[0], ("CPUExecutionProvider", {})]).items():
         pair = [session(served, provider), session(other, provider)]
         for path, one in zip((served, other), pair, strict=True):
-            found = float(cosines(embed(one, sample.pixels), sample.embeddings).min())
+            found = float(cosines(embed(one, sample.inputs), sample.embeddings).min())
             worst[str(path)] = min(found, worst.get(str(path), 1.0))
         for batch in batches:
             seconds = times(pair[0], pair[1], _pixels(batch), _PAIRED_ROUNDS)
@@ -155,7 +155,7 @@ def _compare(onnxruntime: Any, served: Path, other: Path, plan: Any, batches: Se
         {"file": path.name, "nodes": len(onnx.load(str(path)).graph.node), "worst_cosine": round(worst[str(path)], 7)}
         for path in (served, other)
     ]
-    return {"graphs": graphs, "photographs": len(sample.pixels), "times": [asdict(row) for row in rows]}
+    return {"graphs": graphs, "photographs": len(sample.inputs), "times": [asdict(row) for row in rows]}
 
 
 def _pixels(batch: int) -> Any:

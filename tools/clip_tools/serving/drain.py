@@ -11,19 +11,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from clip_tools.proxy import DIRECT
-from clip_tools.repository import ENSEMBLE
+from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE
 
 _ANSWER_S = 5.0  # for the server to answer about its models: one that hangs is not waited for
 _POLL_S = 0.05
 
 
 def drain(http_url: str, headers: Mapping[str, str], timeout_s: float) -> None:
-    """Unload the ensemble: new requests are told so at once; return when those it has are answered, or after the time.
+    """Unload the ensembles: new requests are told so at once; return when those it has are answered, or after the time.
 
     Raises OSError when the server does not answer, or does not let its models be changed.
     """
     deadline = time.monotonic() + timeout_s
-    _post(f"{http_url}/v2/repository/models/{ENSEMBLE}/unload", headers)
+    for name in (ENSEMBLE, TEXT_ENSEMBLE):  # one that is not loaded is no error
+        _post(f"{http_url}/v2/repository/models/{name}/unload", headers)
     while time.monotonic() < deadline:
         index = json.loads(_post(f"{http_url}/v2/repository/index", headers))
         if not any(_is_unloading(model) for model in index):
@@ -32,7 +33,7 @@ def drain(http_url: str, headers: Mapping[str, str], timeout_s: float) -> None:
 
 
 def _is_unloading(model: Mapping[str, Any]) -> bool:
-    return model["name"] == ENSEMBLE and model.get("state") == "UNLOADING"
+    return model["name"] in (ENSEMBLE, TEXT_ENSEMBLE) and model.get("state") == "UNLOADING"
 
 
 def _post(url: str, headers: Mapping[str, str]) -> bytes:

@@ -74,7 +74,7 @@ class Machine:
         took 11 s of each start, for nothing.
         """
         before = config.SerializeToString(deterministic=True)
-        if config.backend == "python":
+        if config.backend == "python" and any(tensor.name == "image_bytes" for tensor in config.input):
             counts = {group.name: group.count for group in present.instance_group} if present else {}
             for group in config.instance_group:
                 if self.instances is not None or group.name == BY_CORES:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from clip_tools.digest import sha256_of
+from clip_tools.engines.engine_manifest import EngineManifest
 from clip_tools.engines.export_onnx import GRAPH, Manifest, manifest_path
 from clip_tools.errors import ToolError
 from clip_tools.repository import Model, build_command
@@ -56,3 +57,28 @@ def check_manifests(
                 f"{model.name}: {model.file} is an earlier version's: `{build_command(model)}` makes a faster one that "
                 "gives the same vectors\n"
             )
+
+
+def check_towers(images: Sequence[Model], texts: Sequence[Model]) -> None:
+    """Raises ToolError for an image and a text tower of different weights, whose vectors have nothing in common.
+
+    Both are deployments. Where a manifest is missing nothing is known, and nothing is refused.
+    """
+    if not texts:
+        return
+    (image, of_images), (text, of_texts) = ((models[-2], _made_of(models[-2].file)) for models in (images, texts))
+    if of_images and of_texts and of_images != of_texts:
+        raise ToolError(
+            f"{image.name} is of {' '.join(of_images)} and {text.name} of {' '.join(of_texts)}: expected the same "
+            "weights, for else no text is near any image. Export both again with `clip-tools export-onnx`, or remove "
+            f"{text.file} to serve images alone"
+        )
+
+
+def _made_of(file: Path | None) -> tuple[str, str] | None:
+    """The architecture and the weights of an engine, by its manifest or that of the graph that it was built of."""
+    if file and file.suffix == ".plan":
+        plan = EngineManifest.read(file)
+        file = file.absolute().parents[2] / "clip_onnx" / "1" / plan.onnx if plan else None
+    made = Manifest.read(file) if file else None
+    return (made.model, made.checkpoint_sha256 or made.pretrained) if made else None

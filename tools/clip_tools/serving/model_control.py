@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clip_tools.errors import ToolError, missing_extra
-from clip_tools.repository import ENSEMBLE
+from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE
 from clip_tools.serving.access import ADMIN_KEY_VARIABLE
 from clip_tools.serving.keyring import access_of
 
@@ -42,6 +42,9 @@ class ModelControl(Protocol):
 
     def embed_image(self, image: bytes) -> "npt.NDArray[np.float32]":
         """What `clip_ensemble` answers for one encoded image, (1, 512)."""
+
+    def embed_text(self, text: bytes) -> "npt.NDArray[np.float32]":
+        """What `clip_text_ensemble` answers for one text in UTF-8, (1, 512)."""
 
     def answered(self, model: str) -> int:
         """How many requests the model has answered since it was loaded, failures among them."""
@@ -163,6 +166,11 @@ class GrpcModelControl:
         import numpy as np
 
         return self._infer(ENSEMBLE, "image_bytes", "BYTES", np.array([[image]], dtype=object))
+
+    def embed_text(self, text: bytes) -> "npt.NDArray[np.float32]":
+        import numpy as np
+
+        return self._infer(TEXT_ENSEMBLE, "text", "BYTES", np.array([[text]], dtype=object))
 
     def answered(self, model: str) -> int:
         with self._our_errors():

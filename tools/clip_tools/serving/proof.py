@@ -1,12 +1,17 @@
 """Whether what is served gives open_clip's vectors, on the sample that was kept beside the exported graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_tools.engines.engine import Engine, graph_of, has_exact_pixels, precision_of_engine
+from clip_tools.engines.export_onnx import Manifest
 from clip_tools.engines.gates import Gate, agreement, failures, gate_name, gate_of
+from clip_tools.engines.precision import Precision
 from clip_tools.engines.sample import FILE, Sample
 from clip_tools.errors import ToolError
+from clip_tools.repository import Model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +32,24 @@ def check_vectors(
     `exact_pixels`: whether they are made of open_clip's own pixels; None: if the configuration's `preprocess` gives
     these. Raises WrongVectors when the worst cosine is under the gate of the engine's precision.
     """
+    exact = has_exact_pixels(engine) if exact_pixels is None else exact_pixels
+    return _held(engine.runs, engine.title, partial(precision_of_engine, engine), embed, exact_pixels=exact)
+
+
+def check_text_vectors(texts: Sequence[Model], embed: "Callable[[Sample], npt.NDArray[np.float32]]") -> str:
+    """The same of the texts that a deployment of the text tower embeds. Raises WrongVectors."""
+    return _held(texts[-2].file, texts[-1].name, lambda made: made.precision, embed, exact_pixels=True)
+
+
+def _held(
+    file: Path | None,
+    title: str,
+    precision_in: Callable[[Manifest], Precision],
+    embed: "Callable[[Sample], npt.NDArray[np.float32]]",
+    *,
+    exact_pixels: bool,
+) -> str:
     not_held = "its vectors were not held to open_clip's"
-    file = engine.runs
     known = graph_of(file) if file else None
     if file is None or known is None:
         return f"{not_held}: the graph of {file} and its manifest are not both here"
@@ -39,18 +60,18 @@ def check_vectors(
             f"{not_held}: {graph.resolve().parent} has no {FILE} of these weights, which `clip-tools export-onnx` "
             f"writes: export {made.model}, {made.pretrained}, again"
         )
-    exact = has_exact_pixels(engine) if exact_pixels is None else exact_pixels
-    precision = precision_of_engine(engine, made)
-    gate, title = gate_of(precision, exact_pixels=exact), gate_name(precision, exact_pixels=exact)
+    precision = precision_in(made)
+    gate, of_gate = gate_of(precision, exact_pixels=exact_pixels), gate_name(precision, exact_pixels=exact_pixels)
+    what = "photographs" if sample.inputs.ndim == 4 else "texts"
     found = agreement(embed(sample), sample.embeddings)
     # The mean and the neighbours of ten images or fewer tell little.
     if under := failures(found, Gate(gate.worst_cosine), trained=False):
         raise WrongVectors(
-            f"the vectors of {engine.title} are not open_clip's: {'; '.join(under)}, the gate of {title}, on "
-            f"{found.images} photographs. Make {file.resolve()} again or take another engine; "
+            f"the vectors of {title} are not open_clip's: {'; '.join(under)}, the gate of {of_gate}, on "
+            f"{found.images} {what}. Make {file.resolve()} again or take another engine; "
             f"`clip-tools verify` shows more; {CHECK_VECTORS}=0 serves it as it is"
         )
     return (
-        f"its vectors are open_clip's: worst cosine {found.worst_cosine:.5f} on {found.images} photographs "
-        f"({title}: at least {gate.worst_cosine})"
+        f"its vectors are open_clip's: worst cosine {found.worst_cosine:.5f} on {found.images} {what} "
+        f"({of_gate}: at least {gate.worst_cosine})"
     )

@@ -7,24 +7,24 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clip_tools.engines.engine import Engine
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import MODELS
-from clip_tools.repository import ENSEMBLE, Model, check_files, deployment
+from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, Model, check_files, deployment, text_deployment
 from clip_tools.serving import keyring
 from clip_tools.serving.access import Access, exposure, is_this_machine_alone
 from clip_tools.serving.drain import drain
 from clip_tools.serving.machine import Machine, write_served
-from clip_tools.serving.manifests import check_manifests
+from clip_tools.serving.manifests import check_manifests, check_towers
 from clip_tools.serving.process import DRAIN_S, EXIT_TIMEOUT_S, TritonProcess
-from clip_tools.serving.proof import WrongVectors, check_vectors
+from clip_tools.serving.proof import WrongVectors, check_text_vectors, check_vectors
 from clip_tools.serving.supervisor import Supervisor
 from clip_tools.serving.told import write_told
 from clip_tools.serving.tritonserver import command, find_installation
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from clip_embed import EmbeddingClient
 
 _CHECK_S = 30.0  # how long the sample may wait for room
+PROBE_TEXT = "a photograph"
 _STARTING_S = 5.0  # how long one that is told to stop before it has embedded may take; not measured
 
 
@@ -133,7 +134,8 @@ class EmbeddedServer:
         options = self.options
         models = deployment(options.models, options.config_name)
         check_files(models)
-        check_manifests(models)
+        check_manifests([*models, *self._text_models])
+        check_towers(models, self._text_models)
         check_plans(models, rebuild=options.rebuild_stale)
         installation = find_installation()
         check_ports(options)
@@ -148,6 +150,17 @@ class EmbeddedServer:
             secrets=options.secret_flags,
             log=options.log,
         )
+
+    @cached_property
+    def _text_models(self) -> list[Model]:
+        """What it loads to embed texts; none where it does not."""
+        return text_deployment(self.options.models, self.options.config_name)
+
+    def _probe(
+        self, new_client: "Callable[[], EmbeddingClient]", cpu_s: Callable[[], float] = lambda: 0.0
+    ) -> ImageProbe:
+        texts = [PROBE_TEXT] if self._text_models else []
+        return ImageProbe(new_client, probe_image(), self.options.metrics_url, cpu_s, texts)
 
     def _keep_keys(self) -> None:
         """For this user's `clip-tools`, until `stop`."""
@@ -196,7 +209,7 @@ class EmbeddedServer:
 
         process, wrong = self.process, ""
         deadline = time.monotonic() + self.options.ready_timeout_s
-        probe = ImageProbe(partial(self.client, timeout_s=60), probe_image(), self.options.metrics_url)
+        probe = self._probe(partial(self.client, timeout_s=60))
         with self.client(timeout_s=60) as client:
             while time.monotonic() < deadline:
                 process.raise_if_ended()
@@ -232,10 +245,10 @@ class EmbeddedServer:
 
         deadline = time.monotonic() + _CHECK_S
 
-        def embed_one(image: bytes) -> "npt.NDArray[np.float32]":
+        def embed_one(embed: "Callable[[list[Any]], npt.NDArray[np.float32]]", one: Any) -> "npt.NDArray[np.float32]":
             while True:
                 try:
-                    return client.embed([image])
+                    return embed([one])
                 except (ServerOverloadedError, DeadlineExceededError):
                     if time.monotonic() > deadline:
                         raise
@@ -244,9 +257,15 @@ class EmbeddedServer:
                 time.sleep(0.1)
 
         try:
-            return check_vectors(
+            said = check_vectors(
                 Engine(models=self.options.models, config_name=self.options.config_name),
-                lambda sample: np.concatenate([embed_one(image) for image in sample.files]),
+                lambda sample: np.concatenate([embed_one(client.embed, image) for image in sample.files]),
+            )
+            if not self._text_models:
+                return said
+            return f"{said}; of texts, " + check_text_vectors(
+                self._text_models,
+                lambda sample: np.concatenate([embed_one(client.embed_text, one.decode()) for one in sample.files]),
             )
         except (ServerOverloadedError, DeadlineExceededError, InvalidImageError) as error:
             return f"its vectors were not held to open_clip's: {error}"
@@ -254,8 +273,7 @@ class EmbeddedServer:
     def watchdog(self) -> Watchdog:
         """What tells when it no longer embeds."""
         new_client = partial(self.client, timeout_s=PROBE_DEADLINE_S)
-        cpu_s = partial(decoding_cpu_s, self.pid)
-        return Watchdog(self.pid, ImageProbe(new_client, probe_image(), self.options.metrics_url, cpu_s))
+        return Watchdog(self.pid, self._probe(new_client, partial(decoding_cpu_s, self.pid)))
 
     def client(self, *, timeout_s: float) -> "EmbeddingClient":
         """A client of this server, which asks once."""
@@ -293,9 +311,10 @@ def repository_flags(models: Path, config_name: str | None) -> list[str]:
     """tritonserver's flags for a repository, also in the container."""
     flags = [
         f"--model-repository={models}",
-        # Explicit: only what the ensemble needs is loaded, and `clip-tools swap` can change it.
+        # Explicit: only what the ensembles need is loaded, and `clip-tools swap` can change it.
         "--model-control-mode=explicit",
         f"--load-model={ENSEMBLE}",
+        *([f"--load-model={TEXT_ENSEMBLE}"] if text_deployment(models, config_name) else []),
         f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         "--metrics-config=summary_latencies=true",  # percentiles in /metrics
     ]

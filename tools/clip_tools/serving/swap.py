@@ -1,7 +1,7 @@
 """`clip-tools swap`: a running server goes from one named configuration to another, and no request is lost."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,13 @@ from clip_tools.engines.engine import Engine
 from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
-from clip_tools.repository import ENSEMBLE, check_files, deployment
+from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, Model, check_files, deployment, text_deployment
 from clip_tools.serving import keyring
 from clip_tools.serving.machine import Machine
-from clip_tools.serving.manifests import check_manifests
+from clip_tools.serving.manifests import check_manifests, check_towers
 from clip_tools.serving.model_control import ModelControl
-from clip_tools.serving.proof import check_vectors
-from clip_tools.serving.serve import check_plans, probe_image
+from clip_tools.serving.proof import check_text_vectors, check_vectors
+from clip_tools.serving.serve import PROBE_TEXT, check_plans, probe_image
 from clip_tools.serving.told import tell
 
 if TYPE_CHECKING:
@@ -65,13 +65,13 @@ def check_deployment(url: str, options: SwapOptions) -> None:
     A server that this user runs here is held to what `clip-tools serve` asks. Of another one's files only those that
     are also here are looked at.
     """
-    models = deployment(options.models, options.name)
+    models, texts = deployment(options.models, options.name), text_deployment(options.models, options.name)
     if keyring.runs_here(url):
         check_files(models)
-        check_manifests(models)
+        check_manifests([*models, *texts])
         check_plans(models)
     else:
-        here = [model for model in models if model.file and model.file.is_file()]
+        here = [model for model in [*models, *texts] if model.file and model.file.is_file()]
         check_manifests(here, backends=("onnxruntime", "tensorrt"))
 
 
@@ -108,7 +108,7 @@ def check_embeds(control: ModelControl, model: str, like: "npt.NDArray[np.float3
     import numpy as np
 
     got = _embed_probe(control, model)
-    if got.shape != (2, 512) or not np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-2):
+    if got.ndim != 2 or len(got) != 2 or not np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-2):
         raise ToolError(f"{model} answers {got.shape}, norm {np.linalg.norm(got):.3f}, where two unit vectors were due")
     if like is not None and (cosine := float((got * like).sum(axis=1).min())) < MIN_COSINE_OF_SAME_WEIGHTS:
         raise ToolError(
@@ -139,13 +139,18 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
 
     A model that is new is loaded beside the present one and asked before the ensemble changes. A model of the same name
     is loaded again in place: Triton makes the new one ready first, then moves the requests over; so it can be asked
-    only when it serves already, and one that does not load changes nothing.
+    only when it serves already, and one that does not load changes nothing. The text tower of a server that has one is
+    loaded again where it is configured otherwise, or where the weights may be others.
+
+    Raises ToolError when the text tower is of other weights than the engine asked for.
     """
     models = deployment(options.models, options.name)
     tell(models)
     *wanted, ensemble = models
     before = control.configuration(ENSEMBLE)
     ready = set(control.ready_models())
+    texts = text_deployment(options.models, options.name) if TEXT_ENSEMBLE in ready else []
+    check_towers([*wanted, ensemble], texts)
     present = [step.model_name for step in before.ensemble_scheduling.step if step.model_name in ready]
     like = None
     if present and not options.allow_other_weights:
@@ -175,6 +180,7 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
                 undo_own_failure=True,  # Triton unloads an ensemble whose new configuration does not load
             )
         )
+    steps += _text_steps(control, options, texts, machine)
     if steps:
         steps.append(Step(f"{ENSEMBLE} embeds", lambda: _check_ensemble(control)))
         if options.check_vectors:
@@ -183,6 +189,28 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
     for name in present:
         if name not in in_use:
             steps.append(_retire(control, name, control.configuration(name), options.settle_s))
+    return steps
+
+
+def _text_steps(control: ModelControl, options: SwapOptions, texts: Sequence[Model], machine: Machine) -> list[Step]:
+    """Load those models of the text tower in place that change."""
+    steps = []
+    for model in texts[:-1]:
+        old = control.configuration(model.name)
+        machine.fit(model.config, old)
+        if options.allow_other_weights or not same_configuration(old, model.config):
+            steps.append(_load(control, model.name, model.config, old))
+    if steps:
+
+        def check() -> str | None:
+            if not options.check_vectors:
+                _check_answer(TEXT_ENSEMBLE, partial(control.embed_text, PROBE_TEXT.encode()))
+                return None
+            return check_text_vectors(
+                texts, partial(_one_by_one, lambda sample: (partial(control.embed_text, text) for text in sample.files))
+            )
+
+        steps.append(Step(f"{TEXT_ENSEMBLE} embeds", check))
     return steps
 
 
@@ -208,24 +236,34 @@ def _load(control: ModelControl, name: str, config: Any, old: Any | None) -> Ste
 
 def _check_vectors(control: ModelControl, options: SwapOptions, model: str | None = None) -> str:
     """Of the engine `model` alone, on open_clip's own pixels, or of the whole ensemble; an image at a time."""
-    import numpy as np
 
-    def embed(sample: Sample) -> "npt.NDArray[np.float32]":
+    def questions(sample: Sample) -> "Iterable[Callable[[], npt.NDArray[np.float32]]]":
         if model is None:
-            return np.concatenate([_when_there_is_room(partial(control.embed_image, image)) for image in sample.files])
-        one_by_one = (partial(control.embed_pixels, model, pixels[None]) for pixels in sample.pixels)
-        return np.concatenate([_when_there_is_room(ask) for ask in one_by_one])
+            return (partial(control.embed_image, image) for image in sample.files)
+        return (partial(control.embed_pixels, model, pixels[None]) for pixels in sample.inputs)
 
     engine = Engine(models=options.models, config_name=options.name)
-    return check_vectors(engine, embed, exact_pixels=True if model else None)
+    return check_vectors(engine, partial(_one_by_one, questions), exact_pixels=True if model else None)
+
+
+def _one_by_one(
+    questions: "Callable[[Sample], Iterable[Callable[[], npt.NDArray[np.float32]]]]", sample: Sample
+) -> "npt.NDArray[np.float32]":
+    import numpy as np
+
+    return np.concatenate([_when_there_is_room(ask) for ask in questions(sample)])
 
 
 def _check_ensemble(control: ModelControl) -> None:
+    _check_answer(ENSEMBLE, partial(control.embed_image, probe_image()))
+
+
+def _check_answer(model: str, ask: "Callable[[], npt.NDArray[np.float32]]") -> None:
     import numpy as np
 
-    got = _when_there_is_room(partial(control.embed_image, probe_image()))
-    if got.shape != (1, 512) or not np.isclose(np.linalg.norm(got), 1, atol=1e-2):
-        raise ToolError(f"{ENSEMBLE} answers {got.shape}, norm {np.linalg.norm(got):.3f}, where a unit vector was due")
+    got = _when_there_is_room(ask)
+    if got.ndim != 2 or len(got) != 1 or not np.isclose(np.linalg.norm(got), 1, atol=1e-2):
+        raise ToolError(f"{model} answers {got.shape}, norm {np.linalg.norm(got):.3f}, where a unit vector was due")
 
 
 def _when_there_is_room(ask: "Callable[[], npt.NDArray[np.float32]]") -> "npt.NDArray[np.float32]":

@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -119,7 +119,9 @@ def decoding_cpu_s(server_pid: int) -> float:
 
 
 class ImageProbe:
-    """Sends an image through `clip_ensemble`. A server that only takes its time, or has no room, embeds for others.
+    """Sends an image through `clip_ensemble`, and texts through the text tower where there is one.
+
+    A server that only takes its time, or has no room, embeds for others.
 
     Args:
         new_client: makes a client, one for each image, whose connection is new as well.
@@ -127,6 +129,7 @@ class ImageProbe:
             taken for a sign of life.
         cpu_s: the CPU time that its `preprocess` has taken. While that goes on, it decodes something dear; one that
             hangs ends by itself.
+        texts: what to send through the text tower.
     """
 
     def __init__(
@@ -135,7 +138,9 @@ class ImageProbe:
         image: bytes,
         metrics_url: str | None,
         cpu_s: Callable[[], float] = lambda: 0.0,
+        texts: Sequence[str] = (),
     ) -> None:
+        self._texts = texts
         self._new_client, self._image, self._metrics_url, self._cpu_s = new_client, image, metrics_url, cpu_s
         self._served = self._count()
         self._seen_s, self._seen_cpu_s = time.monotonic(), cpu_s()
@@ -150,12 +155,14 @@ class ImageProbe:
         return None
 
     def ask(self) -> None:
-        """Return when the server embedded the image, or is only busy. Raises EmbeddingError when neither is so."""
+        """Return when the server embedded the image and the texts, or is only busy. Else raises EmbeddingError."""
         from clip_embed import DeadlineExceededError, ServerOverloadedError
 
         try:
             with self._new_client() as client:
                 client.embed([self._image])
+                if self._texts:
+                    client.embed_text(self._texts)
         except ServerOverloadedError:
             if not self._was_busy() and self._served is not None:
                 raise

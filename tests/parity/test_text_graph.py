@@ -1,0 +1,84 @@
+"""The graph that is written of a plain text tower: open_clip's own answer, of no more tokens than it has."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from clip_tools.engines.export_onnx import check_drift
+from clip_tools.engines.export_text import write_text_graph
+from clip_tools.engines.text_graph import is_plain_text
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
+open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'clip-embed[export]'")
+torch = pytest.importorskip("torch")
+
+CONTEXT, WORDS = 12, 50  # the end of a text is the highest token
+
+
+def small_tower(**changes) -> SimpleNamespace:
+    """A model with open_clip's text tower in small; no weight is 0 or 1 by default."""
+    torch.manual_seed(0)
+    sizes = {"context_length": CONTEXT, "vocab_size": WORDS, "width": 32, "heads": 2, "layers": 2, "output_dim": 24}
+    tower = open_clip.transformer.TextTransformer(**(sizes | changes)).eval()
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(torch.randn_like(parameter) / 8)
+    return SimpleNamespace(text=tower)
+
+
+def texts() -> np.ndarray:
+    """Of every length, in no order, zeros behind their end; one ends twice."""
+    noise = np.random.default_rng(0)
+    tokens = noise.integers(1, WORDS - 1, (24, CONTEXT))
+    for row, length in zip(tokens, noise.permutation(np.arange(24) % (CONTEXT - 1) + 1), strict=True):
+        row[length] = WORDS - 1
+        row[length + 1 :] = 0
+    tokens[3, [2, 5]] = WORDS - 1
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"act_layer": open_clip.transformer.QuickGELU}, {"ls_init_value": 0.5}, {"layers": 1}],
+    ids=str,
+)
+def test_a_plain_text_tower_gives_open_clips_answer_at_every_length(changes, tmp_path):
+    model, tokens = small_tower(**changes), texts()
+    assert is_plain_text(model)
+    write_text_graph(model, tokens[:2], tmp_path / "text.onnx")
+    with torch.inference_mode():
+        expected = torch.nn.functional.normalize(model.text(torch.from_numpy(tokens)), dim=-1).numpy()
+    check_drift(tmp_path / "text.onnx", "tokens", tokens, expected)
+    graph = onnx.load(str(tmp_path / "text.onnx"))
+    onnx.checker.check_model(graph, full_check=True)
+    assert graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
+
+
+def test_what_stands_behind_the_last_end_is_not_computed(tmp_path):
+    """A token that has no vector there is no error."""
+    model, tokens = small_tower(), texts()[:1]
+    write_text_graph(model, texts()[:2], tmp_path / "text.onnx")
+    end = int(tokens.argmax())
+    assert end < CONTEXT - 1
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "text.onnx"), providers=["CPUExecutionProvider"])
+    whole = session.run(None, {"tokens": tokens})[0]
+    tokens[0, end + 1 :] = -10 * WORDS
+    assert np.array_equal(session.run(None, {"tokens": tokens})[0], whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"no_causal_mask": True},
+        {"embed_cls": True},
+        {"pool_type": "last"},
+        {"proj_bias": True},
+        {"proj_type": "none"},
+        {"scale_heads": True},
+    ],
+)
+def test_a_tower_that_reads_more_or_is_built_otherwise_is_no_plain_one(changes):
+    assert not is_plain_text(small_tower(**changes))
