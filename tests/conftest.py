@@ -94,7 +94,8 @@ def kept_model(weights: Weights, name: str) -> Path:
 def onnx_model(weights: Weights, demo_photos: list[Path]) -> Path:
     """model.onnx of the weights, exported once and kept; never the one in models/, which is the user's."""
     path = kept_model(weights, "model.onnx")
-    if not is_exported(path, weights) or Sample.read(path) is None:
+    kept = Sample.read(path)
+    if not is_exported(path, weights) or kept is None or kept.upright_embeddings is None:
         export_onnx(weights, [photo.read_bytes() for photo in demo_photos], path)
     return path
 

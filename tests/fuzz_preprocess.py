@@ -149,7 +149,7 @@ def main() -> None:
         content = _made_apart(name) if name.removeprefix("bomb ") in LARGEST else fuzz_files.make(name)
         started = time.process_time()  # of this process alone, whoever else uses the core
         try:
-            pixels = pixels_of(content, limits)
+            pixels = pixels_of(content, limits, upright=True)
             came = "pixels" if (pixels.shape, str(pixels.dtype)) == ((SIDE_PX, SIDE_PX, 3), "uint8") else "no pixels"
         except RefusedImage as error:
             came = error.code if "\n" not in error.reason else f"more than a line: {error.reason}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 MODES = ("RGB", "L", "RGBA", "LA", "CMYK", "RGBX", "YCbCr")
 SIDE_PX = 224
@@ -30,6 +30,7 @@ class Case:
     offset: tuple[int, int]
     box: tuple[float, float, float, float] | None
     seed: int
+    orientation: int = 1
 
     def image(self) -> Image.Image:
         """Noise, or noise of nothing but black and white, which overshoots on both sides."""
@@ -38,7 +39,9 @@ class Case:
         pixels = noise.integers(0, 256, (self.height, self.width, bands), dtype=np.uint8)
         if self.seed % 3 == 0:
             pixels = np.where(pixels > 127, 255, 0).astype(np.uint8)
-        return Image.frombytes(self.mode, (self.width, self.height), pixels.tobytes())
+        image = Image.frombytes(self.mode, (self.width, self.height), pixels.tobytes())
+        image.getexif()[ExifTags.Base.Orientation] = self.orientation
+        return image
 
 
 def cases(seed: int, count: int) -> Iterator[Case]:
@@ -60,7 +63,9 @@ def cases(seed: int, count: int) -> Iterator[Case]:
         box = None
         if chosen.random() < 0.2:  # as `fast` has it: the last pixel may be a part
             box = (0, 0, *(max(1, length - chosen.choice((0, 0.125, 0.5, 0.875))) for length in (width, height)))
-        yield Case(MODES[number % len(MODES)], width, height, size, offset, box, seed=chosen.randrange(1 << 30))
+        orientation = 1 if box else chosen.randint(1, 8)
+        mode = MODES[number % len(MODES)]
+        yield Case(mode, width, height, size, offset, box, chosen.randrange(1 << 30), orientation)
         number += 1
 
 
@@ -73,20 +78,24 @@ def resized_size(width: int, height: int) -> tuple[int, int]:
 
 def by_pillow(case: Case, image: Image.Image) -> np.ndarray:
     """The reference."""
-    left, top = case.offset
-    resized = image.resize(case.size, Image.Resampling.BICUBIC, case.box)
+    size, (left, top) = case.size, case.offset
+    if case.orientation > 4:  # sides are exchanged
+        size, (left, top) = size[::-1], (top, left)
+    resized = ImageOps.exif_transpose(image).resize(size, Image.Resampling.BICUBIC, case.box)
     return np.asarray(resized.crop((left, top, left + SIDE_PX, top + SIDE_PX)).convert("RGB"))
 
 
 def differing(kernels: list, seed: int, count: int) -> list[Case]:
     """The cases in which a kernel does not give Pillow's bytes."""
+    from clip_orientation import turn_of  # beside the library, wherever that is
+
     found = []
     for case in cases(seed, count):
         with kernels[0].lends_images():
             image = case.image()
         expected = by_pillow(case, image)
         if any(
-            not np.array_equal(kernel.crop(image, case.size, case.offset, SIDE_PX, case.box), expected)
+            not np.array_equal(kernel.crop(image, case.size, case.offset, SIDE_PX, case.box, turn_of(image)), expected)
             for kernel in kernels
         ):
             found.append(case)
@@ -111,7 +120,7 @@ def main(library: str, seed: str, count: str, files: str) -> None:
     limits, pixels = clip_preprocess.Limits.of(parameters), 0
     for name in fuzz_files.names(int(seed), int(files)) if int(files) else ():
         try:
-            clip_preprocess.pixels_of(fuzz_files.make(name), limits)
+            clip_preprocess.pixels_of(fuzz_files.make(name), limits, upright=True)
             pixels += 1
         except clip_preprocess.RefusedImage:
             pass

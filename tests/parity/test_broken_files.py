@@ -51,7 +51,7 @@ def test_a_damaged_photograph_gives_pixels_or_a_known_refusal(limits, demo_photo
     with Image.open(demo_photos[0]) as photo:
         photo.resize((96, 64)).save(buffer, image_format)
     try:
-        pixels = pixels_of(damaged(buffer.getvalue(), plan), limits)
+        pixels = pixels_of(damaged(buffer.getvalue(), plan), limits, upright=True)
     except RefusedImage as error:
         assert error.code in CODES
         assert "\n" not in error.reason
@@ -69,7 +69,7 @@ def test_a_file_made_to_cost_much_costs_little(limits, name):
     content, came = make(), "pixels"
     started = time.monotonic()
     try:
-        pixels_of(content, limits)
+        pixels_of(content, limits, upright=True)
     except RefusedImage as error:
         came = error.code
     assert time.monotonic() - started < BOMB_LIMIT_S

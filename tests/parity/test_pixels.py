@@ -77,6 +77,49 @@ def test_exif_orientations(oracle, limits, demo_photos, orientation):
     assert_same(buffer.getvalue(), oracle, limits, orientation)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("mode", "image_format", "size"),
+    [
+        ("RGB", "JPEG", (333, 500)),
+        ("RGB", "JPEG", (4032, 3024)),
+        ("L", "JPEG", (500, 1333)),
+        ("CMYK", "JPEG", (1333, 400)),
+        ("RGBA", "PNG", (225, 224)),
+        ("P", "PNG", (301, 224)),
+        ("1", "PNG", (224, 301)),
+        ("RGB", "WEBP", (224, 300)),
+        ("RGB", "AVIF", (400, 300)),
+        ("RGB", "TIFF", (400, 300)),
+    ],
+)
+def test_upright_is_open_clips_transform_of_the_turned_image(
+    oracle, limits, demo_photos, orientation, mode, image_format, size
+):
+    """Whichever way the image lies: in which order its axes are resized, and where the crop of an odd side begins."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    with Image.open(demo_photos[3]) as photo:
+        photo.convert("RGB").resize(size).convert(mode).save(buffer, image_format, exif=exif)
+    upright = dataclasses.replace(oracle, orientation="exif")
+    assert np.array_equal(pixels_of(buffer.getvalue(), limits, upright=True), upright.pixels(buffer.getvalue()))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_fast_mode_turns_as_exact_does(limits, orientation):
+    """An edge stays where it is, to the pixel, in a file whose crop begins between two pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.new("RGB", (2311, 1807))
+    image.paste((255, 255, 255), (1000, 0, 2311, 1500))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, exif=exif)
+    exact, fast = (pixels_of(buffer.getvalue(), limits, upright=True, fast=mode).astype(int) for mode in (False, True))
+    assert np.array_equal(exact > 127, fast > 127)
+    assert (exact != fast).any()  # it was decoded at a fraction
+
+
 def test_odd_files_give_open_clips_pixels_or_are_refused(oracle, limits, odd_images: Path):
     """Of Pillow's own test images: the same pixels, or an error where open_clip has one too or a limit forbids it."""
     same, refused, ours_alone = 0, 0, []

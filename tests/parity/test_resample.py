@@ -47,8 +47,10 @@ def test_the_random_images_are_of_every_kind():
     assert min(map(min, sizes)) == 1
     assert max(map(max, sizes)) > 4000
     assert max(max(size) / min(size) for size in sizes) > 50
-    down_first = [c for c in seen if c.height - c.size[1] > max(0, 2 * (c.width - c.size[0]))]
-    assert len(down_first) > 10
+    less = [(c.height - c.size[1], c.width - c.size[0], c.orientation > 4) for c in seen]
+    assert len([1 for down, across, is_sideways in less if not is_sideways and down > max(0, 2 * across)]) > 5
+    assert len([1 for down, across, is_sideways in less if is_sideways and across > max(0, 2 * down)]) > 5
+    assert {c.orientation for c in seen} == set(range(1, 9))
     assert {(c.size[0] - SIDE_PX) % 2 for c in seen} == {(c.size[1] - SIDE_PX) % 2 for c in seen} == {0, 1}
     assert len([c for c in seen if c.box]) > 20
 
@@ -111,8 +113,8 @@ def test_what_it_does_not_take_it_says_and_is_not_made_to():
 
 @settings(max_examples=500, deadline=None)
 @given(
-    numbers=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 300), min_size=11, max_size=11),
-    right=st.sets(st.integers(0, 12)),
+    numbers=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 300), min_size=12, max_size=12),
+    right=st.sets(st.integers(0, 13)),
     boxes=st.tuples(*[st.floats(width=32) | st.just(40.0)] * 2),
 )
 def test_no_arguments_make_the_library_read_or_write_elsewhere(numbers, right, boxes):
@@ -121,10 +123,10 @@ def test_no_arguments_make_the_library_read_or_write_elsewhere(numbers, right, b
     _, lent = image.__arrow_c_array__()
     pointer = clip_resample._pointer_of(lent, b"arrow_array")
     out = np.zeros(16 * 16 * 3 + 64, np.uint8)
-    true = [40, 40, 4, 40.0, 40.0, 20, 20, 2, 2, 16, 3, out.nbytes - 64, 1]
+    true = [40, 40, 4, 40.0, 40.0, 20, 20, 2, 2, 16, 6, 3, out.nbytes - 64, 1]
     other = [*numbers[:3], *boxes, *numbers[3:]]
     values = [a if index in right else b for index, (a, b) in enumerate(zip(true, other, strict=True))]
-    values.insert(11, out.ctypes.data)
+    values.insert(12, out.ctypes.data)
     state = KERNELS[0]._crop(pointer, *values)
     assert state in (0, 1)
     assert not out[-64:].any()

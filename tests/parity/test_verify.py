@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
+from clip_tools import photos
 from clip_tools.cli import app
 from clip_tools.engines import export_variant as exporting
 from clip_tools.engines.build_engine import EngineOptions
@@ -15,7 +17,9 @@ from clip_tools.engines.engine import Engine, find_engine
 from clip_tools.engines.engine_manifest import stale_reason
 from clip_tools.engines.export_onnx import Manifest, compare, manifest_path
 from clip_tools.engines.export_variant import export_variant
+from clip_tools.engines.gates import cosines
 from clip_tools.engines.precision import lower
+from clip_tools.engines.sample import Sample
 from clip_tools.engines.verify import verify
 from clip_tools.errors import ToolError
 from clip_tools.oracle import Oracle, Weights
@@ -144,6 +148,25 @@ def test_a_served_model_is_verified_through_the_client(
     verdict = verify(Engine(url=server.options.grpc_url), weights, demo_photos)
     assert verdict.passed, verdict.failures
     assert "served" in verdict.how
+
+
+def test_an_upright_configuration_is_compared_with_open_clip_on_turned_images(
+    repository: Path, onnx_model: Path, weights: Weights, tmp_path: Path
+) -> None:
+    """Photographs as a phone stores them; those that lie as they are seen would pass either way."""
+    for index, path in enumerate(photos.demo_photos()[:8]):
+        exif = Image.Exif()
+        exif[0x0112] = index + 1
+        with Image.open(path) as photo:
+            photo.convert("RGB").resize((400, 300)).save(tmp_path / f"{index}.jpg", exif=exif)
+    images = photos.images_in(tmp_path)
+    engine = Engine(config_name="upright", models=repository)
+    verdict = verify(engine, weights, images)
+    assert (verdict.orientation, verdict.failures) == ("exif", ())
+    assert not verify(engine, weights, images, orientation="ignore").passed
+    kept = Sample.read(onnx_model)
+    assert kept.upright_embeddings is not None
+    assert cosines(kept.embeddings, kept.upright_embeddings).min() < 0.9999
 
 
 def test_an_engine_that_is_none_is_refused(tmp_path: Path) -> None:

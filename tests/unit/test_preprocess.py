@@ -49,14 +49,34 @@ def test_the_centre_is_kept_and_the_sides_are_cut():
     assert (pixels_of(encoded(wide), LIMITS) == (0, 0, 255)).all()
 
 
-def test_exif_orientation_is_not_applied():
+def test_exif_orientation_is_applied_where_it_was_asked_for():
     left_red = Image.new("RGB", (448, 448))
     left_red.paste((255, 0, 0), (0, 0, 224, 448))
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down, for programs that turn images
-    turned, plain = (pixels_of(encoded(left_red, "PNG", **extra), LIMITS) for extra in ({"exif": exif}, {}))
-    assert (turned == plain).all()
-    assert (plain[:, 0] == (255, 0, 0)).all()
+    exif[0x0112] = 3  # upside down
+    marked, plain = (encoded(left_red, "PNG", **extra) for extra in ({"exif": exif}, {}))
+    assert (pixels_of(marked, LIMITS) == pixels_of(plain, LIMITS)).all()
+    assert (pixels_of(plain, LIMITS, upright=True)[:, 0] == (255, 0, 0)).all()
+    assert (pixels_of(marked, LIMITS, upright=True)[:, -1] == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"II*\0\x08\0\0\0" + b"\xff" * 60_000,
+        b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\xff\xff\xff\xff\0\6\0\0",  # 4 billion values, of which none is there
+        b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\x09\0\0\0\0\0\0",  # a ninth way
+        b"MM\0*\0\0\0\x08\0\1\x01\x12\0\2\0\0\0\2six\0\0\0\0\0",  # a word
+        b"MM\0*",
+        b"no EXIF",
+        b"",
+    ],
+)
+def test_a_photograph_with_broken_exif_stays_as_it_lies(exif):
+    jpeg = encoded(Image.linear_gradient("L").resize((300, 500)), "JPEG")
+    length = (8 + len(exif)).to_bytes(2, "big")
+    broken = jpeg[:2] + b"\xff\xe1" + length + b"Exif\0\0" + exif + jpeg[2:]
+    assert (pixels_of(broken, LIMITS, upright=True) == pixels_of(jpeg, LIMITS)).all()
 
 
 def test_an_animation_gives_its_first_frame():
@@ -280,6 +300,8 @@ def test_another_decoder_is_asked_for_rgb_jpegs_alone_and_pillow_for_what_it_can
 def test_a_mode_that_is_none_or_cannot_be_had_is_said_so(monkeypatch):
     with pytest.raises(ValueError, match="mode is quick, not exact, fast or nvimgcodec"):
         open_pixels({**PARAMETERS, "mode": "quick"})
+    with pytest.raises(ValueError, match="orientation is upright, not ignore or exif"):
+        open_pixels({**PARAMETERS, "mode": "exact", "orientation": "upright"})
     with pytest.raises(ValueError, match="deep_gray is scale, not refuse or clip"):
         open_pixels({**PARAMETERS, "mode": "exact", "deep_gray": "scale"})
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)

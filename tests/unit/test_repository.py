@@ -71,11 +71,14 @@ def test_trt_routes_through_clip_trt_and_the_default_through_clip_onnx():
     assert [model.name for model in deployment(MODELS, "trt")] == ["preprocess", "clip_trt", "clip_ensemble"]
 
 
-@pytest.mark.parametrize(("name", "mode"), [("fast", "fast"), ("gpu-decode", "nvimgcodec")])
-def test_each_preprocess_configuration_is_the_exact_one_but_for_its_mode(name, mode):
+@pytest.mark.parametrize(
+    ("name", "parameter", "value"),
+    [("fast", "mode", "fast"), ("gpu-decode", "mode", "nvimgcodec"), ("upright", "orientation", "exif")],
+)
+def test_each_preprocess_configuration_is_the_exact_one_but_for_one_parameter(name, parameter, value):
     exact, other = (read_config(MODELS, "preprocess", config) for config in (None, name))
-    assert (exact.parameters["mode"].string_value, other.parameters["mode"].string_value) == ("exact", mode)
-    other.parameters["mode"].string_value = "exact"
+    assert other.parameters[parameter].string_value == value
+    other.parameters[parameter].string_value = {"mode": "exact", "orientation": "ignore"}[parameter]
     for config in (exact, other):
         del config.instance_group[:]  # on a GPU where that decodes
     assert other == exact

@@ -109,7 +109,7 @@ def test_an_engine_that_is_given_the_very_pixels_has_no_such_excuse(models):
     fast = Engine(models=models, config_name="fast")
     assert "near pixels" in check_vectors(fast, off_by(0.9995))
     with pytest.raises(WrongVectors, match="the gate of fp32, on"):
-        check_vectors(fast, off_by(0.9995), exact_pixels=True)
+        check_vectors(fast, off_by(0.9995), on_pixels=True)
 
 
 def test_the_mean_of_so_few_is_not_asked(models):
@@ -127,12 +127,15 @@ def test_photographs_far_larger_than_others_are_not_kept(tmp_path, monkeypatch, 
         Image.new("1", (width, height)).save(buffer, "PNG")
         return buffer.getvalue() + bytes(more)
 
+    @dataclasses.dataclass
     class Oracle:
+        orientation: str = "ignore"
+
         def pixels(self, _image):
             return np.zeros((224, 224, 3), np.uint8)
 
         def embed(self, images):
-            return np.zeros((len(images), 512), np.float32)
+            return np.full((len(images), 512), self.orientation == "exif", np.float32)
 
     small = [png(30, 30 + number) for number in range(11)]
     large = [png(8000, 8000), png(30, 30, 9_000_000)]
@@ -141,6 +144,20 @@ def test_photographs_far_larger_than_others_are_not_kept(tmp_path, monkeypatch, 
     assert Sample.read(graph) is None
     keep_sample(graph, WEIGHTS, [large[0], *small[:3], large[1], *small[3:]], Oracle())
     assert Sample.read(graph).files == tuple(small[:10])
+
+
+def test_an_upright_configuration_is_held_to_the_upright_vectors(models, sample):
+    """Of a photograph that lies on its side they are others."""
+    graph, upright = models / "clip_onnx" / "1" / "model.onnx", Engine(models=models, config_name="upright")
+    assert "were not held to open_clip's" in check_vectors(upright, off_by(1.0))
+    turned = np.roll(sample.embeddings, 1, axis=0)
+    dataclasses.replace(sample, upright_embeddings=turned).write(graph)
+    assert "its vectors are open_clip's" in check_vectors(upright, lambda _: turned)
+    assert "its vectors are open_clip's" in check_vectors(upright, off_by(1.0), on_pixels=True)
+    with pytest.raises(WrongVectors):
+        check_vectors(upright, off_by(1.0))
+    with pytest.raises(WrongVectors):
+        check_vectors(Engine(models=models), lambda _: turned)
 
 
 def test_vectors_that_are_no_numbers_are_wrong(models):

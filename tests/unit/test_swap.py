@@ -198,9 +198,9 @@ def test_warm_ups_are_no_reason_to_load_a_model_again():
 def test_what_does_not_give_open_clips_vectors_is_taken_back(monkeypatch, name, wrong, step):
     """The engine alone, on the very pixels; then all of it, also where only `preprocess` changed."""
 
-    def check(engine, _embed, *, exact_pixels):
+    def check(engine, _embed, *, on_pixels):
         assert engine.config_name == name
-        if wrong == ("engine" if exact_pixels else "ensemble"):
+        if wrong == ("engine" if on_pixels else "ensemble"):
             raise WrongVectors("worst cosine 0.5")
         return "right"
 

@@ -13,6 +13,7 @@ from clip_tools.engines.gates import PRECISIONS
 from clip_tools.engines.precision import Precision
 from clip_tools.engines.tensorrt_library import RUNTIMES, Runtime
 from clip_tools.errors import ToolError
+from clip_tools.oracle import ORIENTATIONS, Orientation
 from clip_tools.paths import MODELS, RESULTS
 
 app = typer.Typer()
@@ -172,6 +173,10 @@ def verify(
     precision: Annotated[
         str | None, typer.Option(help="Whose gate it is held to; by default the engine's own precision.")
     ] = None,
+    orientation: Annotated[
+        str | None,
+        typer.Option(help="ignore or exif, as the server behind --url has it; by default the configuration's."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Where the JSON goes, in place of stdout.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Where a histogram goes, as PNG.")] = None,
     models: Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")] = MODELS,
@@ -192,16 +197,18 @@ def verify(
     given = Weights()
     weights = Weights(model or given.model, pretrained or given.pretrained) if model or pretrained else None
     held_to = checked_precision(precision) if precision else None
-    if text and (images or held_to):
+    turned = checked_orientation(orientation) if orientation else None
+    if text and (images or held_to or turned):
         raise ToolError(
-            "--text takes neither --images nor --precision: its texts are ours, its tower is FP32", exit_code=2
+            "--text takes neither --images, --precision nor --orientation: its texts are ours, its tower is FP32",
+            exit_code=2,
         )
     with progress("reading the images") as advance:
         if text:
             verdict = verb.verify_text(found, weights, advance=advance)
         else:
             paths = photos.images_in(images) if images else photos.gate_photos()
-            verdict = verb.verify(found, weights, paths, precision=held_to, advance=advance)
+            verdict = verb.verify(found, weights, paths, precision=held_to, orientation=turned, advance=advance)
     Console(stderr=True).print(verb.verdict_table(verdict))
     result = json.dumps({"kind": "verify", "environment": asdict(fingerprint()), **verdict.to_dict()}, indent=2)
     if output:
@@ -281,6 +288,14 @@ def checked_precision(name: str) -> Precision:
         if precision == name:
             return precision
     raise ToolError(f"--precision {name}: expected one of {', '.join(PRECISIONS)}", exit_code=2)
+
+
+def checked_orientation(name: str) -> Orientation:
+    """The orientation of this name. Raises ToolError for another."""
+    for orientation in ORIENTATIONS:
+        if orientation == name:
+            return orientation
+    raise ToolError(f"--orientation {name}: expected one of {', '.join(ORIENTATIONS)}", exit_code=2)
 
 
 def checked_runtime(name: str) -> Runtime:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, missing_extra
@@ -20,6 +20,9 @@ from clip_tools.errors import ToolError, missing_extra
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+Orientation = Literal["ignore", "exif"]
+ORIENTATIONS: tuple[Orientation, ...] = get_args(Orientation)
 
 DEFAULT_MODEL = "ViT-B-32"
 DEFAULT_PRETRAINED = "laion2b_s34b_b79k"
@@ -58,7 +61,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Oracle:
-    """open_clip's model, and its own inference transform. `device` is PyTorch's name: "cpu" or "cuda"."""
+    """open_clip's model, and its own inference transform. `device` is PyTorch's name: "cpu" or "cuda".
+
+    `orientation`: images as they lie in the file, which is open_clip's own way, or turned first as their EXIF says.
+    """
 
     model: Any
     transform: Any
@@ -66,13 +72,13 @@ class Oracle:
     std: tuple[float, float, float]
     device: str = "cpu"
     precision: Literal["fp32", "fp16"] = "fp32"
+    orientation: Orientation = "ignore"
 
     def pixels(self, image_bytes: bytes) -> "npt.NDArray[np.uint8]":
         """(224, 224, 3) uint8 RGB: open_clip's transform up to, and without, its normalisation."""
         import numpy as np
-        from PIL import Image
 
-        image = Image.open(BytesIO(image_bytes))
+        image = self._opened(image_bytes)
         for step in self.transform.transforms:
             if type(step).__name__ in ("ToTensor", "MaybeToTensor"):
                 return np.asarray(image)
@@ -82,14 +88,19 @@ class Oracle:
     def embed(self, images: Sequence[bytes], *, batch_size: int = 16) -> "npt.NDArray[np.float32]":
         """(N, 512) float32, L2 norm 1: open_clip's answer for N encoded images, in order."""
         import torch
-        from PIL import Image
 
         rows = []
         for start in range(0, len(images), batch_size):
-            batch = [self.transform(Image.open(BytesIO(data))) for data in images[start : start + batch_size]]
+            batch = [self.transform(self._opened(data)) for data in images[start : start + batch_size]]
             rows.append(self.encode(torch.stack(batch)))
         result: npt.NDArray[np.float32] = torch.cat(rows).numpy() if rows else torch.empty(0, EMBEDDING_DIM).numpy()
         return result
+
+    def _opened(self, image_bytes: bytes) -> Any:
+        from PIL import Image, ImageOps
+
+        image = Image.open(BytesIO(image_bytes))
+        return ImageOps.exif_transpose(image) if self.orientation == "exif" else image
 
     def encode(self, batch: Any) -> Any:
         """(N, 512) float32 tensor on the CPU, of what the transform gives for N images, stacked."""

@@ -21,6 +21,7 @@ from clip_bounds import (
     code_of,
     format_of,
 )
+from clip_orientation import Turn, turn_of
 
 SIDE_PX = 224
 
@@ -98,15 +99,19 @@ def lent_memory() -> AbstractContextManager[None]:
 def open_pixels(parameters: Mapping[str, str], device_id: int = 0) -> Callable[[bytes], np.ndarray]:
     """`pixels_of` as the parameters of `config.pbtxt` say. Raises ValueError for a mode that cannot be had."""
     limits = Limits.of(parameters)
+    orientation = parameters.get("orientation", "ignore")
+    if orientation not in ("ignore", "exif"):
+        raise ValueError(f"parameter orientation is {orientation}, not ignore or exif")
+    made = partial(pixels_of, limits=limits, upright=orientation == "exif")
     match parameters["mode"]:
         case "exact":
-            return partial(pixels_of, limits=limits)
+            return made
         case "fast":
-            return partial(pixels_of, limits=limits, fast=True)
+            return partial(made, fast=True)
         case "nvimgcodec":
             from clip_gpu_decode import open_decoder
 
-            return partial(pixels_of, limits=limits, decode=open_decoder(device_id))
+            return partial(made, decode=open_decoder(device_id))
     raise ValueError(f"parameter mode is {parameters['mode']}, not exact, fast or nvimgcodec")
 
 
@@ -114,6 +119,7 @@ def pixels_of(
     image_bytes: bytes,
     limits: Limits,
     *,
+    upright: bool = False,
     fast: bool = False,
     decode: Callable[[bytes], np.ndarray | None] | None = None,
     budget: PixelBudget | None = None,
@@ -121,8 +127,11 @@ def pixels_of(
     """The image as (224, 224, 3) uint8, RGB, height x width x channel, 0..255.
 
     The order is open_clip's (`open_clip/transform.py`): resize the shortest side to 224 bicubic, crop the
-    centre, convert to RGB, in the file's own colour mode until then. No EXIF rotation; the first frame of an
-    animation. Raises RefusedImage.
+    centre, convert to RGB, in the file's own colour mode until then. The first frame of an animation. Raises
+    RefusedImage.
+
+    `upright` turns the image first as its EXIF says: open_clip's pixels of `PIL.ImageOps.exif_transpose(image)`. Else
+    it stays as it lies in the file, as open_clip has it.
 
     `fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its size inside the DCT, but never below twice the target, and resizes
     from there: other bytes, of 121 photographs at most 12 of 255 away. What that costs, `clip-tools verify --engine
@@ -142,14 +151,16 @@ def pixels_of(
                 and (image.format, image.mode) == ("JPEG", "RGB")
                 and (decoded := decode(image_bytes)) is not None
             ):
-                image = Image.fromarray(decoded)
+                turn = turn_of(image) if upright else None
+                return centre_of(Image.fromarray(decoded), turn=turn)
             full_size = image.size
             # The box is the whole image in the scaled one's coordinates, where its last pixel may be a part.
             _, box = (fast and image.draft(None, (2 * SIDE_PX, 2 * SIDE_PX))) or (None, None)
             image.load()
             check_depth(image.mode, limits.deep_gray)
             _check_pixels(image, limits)  # loading an icon may show another size
-            return centre_of(image, _resized_size(*full_size) if box else None, box)
+            turn = turn_of(image) if upright else None
+            return centre_of(image, _resized_size(*full_size) if box else None, box, turn)
     except RefusedImage:
         raise
     except (MemoryError, clip_resample.KernelError):
@@ -161,13 +172,34 @@ def pixels_of(
 
 
 def centre_of(
-    image: Image.Image, size: tuple[int, int] | None = None, box: clip_resample.Box | None = None
+    image: Image.Image,
+    size: tuple[int, int] | None = None,
+    box: clip_resample.Box | None = None,
+    turn: Turn | None = None,
 ) -> np.ndarray:
-    """The decoded image resized and cropped, as `pixels_of` has it; `size` and `box` of one decoded at a fraction."""
+    """The decoded image turned, resized and cropped, as `pixels_of` has it.
+
+    `size` and `box`, of one decoded at a fraction, are those before the turn.
+    """
     size = size or _resized_size(*image.size)
-    left, top = _crop_offset(size[0]), _crop_offset(size[1])
+    offset = _crop_offset(size[0]), _crop_offset(size[1])
+    if turn is None:
+        return _cropped(image, size, offset, box)
+    if box:  # near in any case, so it is turned when it is small
+        ends = tuple(length - SIDE_PX - start for length, start in zip(size, offset, strict=True))
+        left, top = (b if is_mirrored else a for a, b, is_mirrored in zip(offset, ends, turn.mirrors, strict=True))
+        return np.asarray(Image.fromarray(_cropped(image, size, (left, top), box)).transpose(turn.method))
+    if (kernel := find_kernel()) and kernel.takes(image, size):
+        return kernel.crop(image, size, offset, SIDE_PX, turn=turn)
+    return centre_of(image.transpose(turn.method))
+
+
+def _cropped(
+    image: Image.Image, size: tuple[int, int], offset: tuple[int, int], box: clip_resample.Box | None
+) -> np.ndarray:
     if (kernel := find_kernel()) and kernel.takes(image, size, box):
-        return kernel.crop(image, size, (left, top), SIDE_PX, box)
+        return kernel.crop(image, size, offset, SIDE_PX, box)
+    left, top = offset
     resized = image.resize(size, Image.Resampling.BICUBIC, box)
     return np.asarray(resized.crop((left, top, left + SIDE_PX, top + SIDE_PX)).convert("RGB"))
 

@@ -20,6 +20,9 @@
 
 enum { DONE = 0, BAD_ARGUMENTS = 1, NO_MEMORY = 2 };
 enum { PORTABLE = 0, AVX2 = 1 };
+/* How the image is turned before it is resized: its columns or rows from the far end on, its sides exchanged. No pixel is
+   moved for that: the windows lie mirrored, and the passes come in the order of the turned image. */
+enum { MIRRORED_COLUMNS = 1, MIRRORED_ROWS = 2, SIDEWAYS = 4, TURNS = 8 };
 
 #define BITS 22
 #define HALF (1 << (BITS - 1))
@@ -73,8 +76,9 @@ static void free_axis(struct axis *axis) {
 }
 
 /* The windows of pixels kept..kept + count of an axis that is resized from the first `box` of its `length` pixels to
-   `resized`. */
-static int make_axis(struct axis *axis, int32_t length, float box, int32_t resized, int32_t kept, int32_t count) {
+   `resized`. Of a mirrored one both are counted from its far end, and the windows come in the order of its memory. */
+static int make_axis(struct axis *axis, int32_t length, float box, int32_t resized, int32_t kept, int32_t count,
+                     int is_mirrored) {
     const double scale = (double)box / resized;
     const double filter_scale = scale < 1 ? 1 : scale;
     const double support = 2.0 * filter_scale, inverse = 1.0 / filter_scale;
@@ -102,14 +106,17 @@ static int make_axis(struct axis *axis, int32_t length, float box, int32_t resiz
         for (int32_t x = first; x < end; x++) {
             sum += axis->weights[x - first] = bicubic((x - center + 0.5) * inverse);
         }
-        for (int32_t x = 0; x < end - first; x++) {
+        const int32_t taps = end - first, window = is_mirrored ? count - 1 - i : i;
+        for (int32_t x = 0; x < taps; x++) {
             const double weight = sum != 0 ? axis->weights[x] / sum : axis->weights[x];
-            axis->whole[i * stride + x] = (int32_t)((weight < 0 ? -0.5 : 0.5) + weight * (1 << BITS));
+            axis->whole[window * stride + (is_mirrored ? taps - 1 - x : x)] =
+                (int32_t)((weight < 0 ? -0.5 : 0.5) + weight * (1 << BITS));
         }
-        axis->first[i] = first;
-        axis->taps[i] = end - first;
+        first = is_mirrored ? length - end : first;
+        axis->first[window] = first;
+        axis->taps[window] = taps;
         axis->begin = first < axis->begin ? first : axis->begin;
-        axis->end = end > axis->end ? end : axis->end;
+        axis->end = first + taps > axis->end ? first + taps : axis->end;
     }
     return DONE;
 }
@@ -415,7 +422,7 @@ static uint8_t *scratch(int which, size_t bytes) {
 }
 
 struct job {
-    int32_t width, height, bands, resized_width, resized_height, left, top, side, form;
+    int32_t width, height, bands, resized_width, resized_height, left, top, side, turn, form;
     float box_width, box_height;
 };
 
@@ -427,20 +434,26 @@ static int resample(const struct job *job, const uint8_t *pixels, uint8_t *out) 
     /* Pillow's rule since 13: where the height shrinks by more than twice what the width does, down comes first. */
     const int64_t less_height = (int64_t)job->height - job->resized_height;
     const int64_t less_width = (int64_t)job->width - job->resized_width;
-    const int down_first = less_height > 0 && less_height > 2 * less_width;
+    const int is_sideways = (job->turn & SIDEWAYS) != 0;
+    const int down_first = is_sideways ? !(less_width > 0 && less_width > 2 * less_height)
+                                       : less_height > 0 && less_height > 2 * less_width;
 
     if (!is_across && !is_down) {
         return BAD_ARGUMENTS; /* there is nothing to resize */
     }
 
-    struct axis columns = {.begin = job->left, .end = job->left + side};
-    struct axis rows = {.begin = job->top, .end = job->top + side};
+    /* Where an axis is not resized, the kept pixels are all there is to see. */
+    const int is_mirrored_across = job->turn & MIRRORED_COLUMNS, is_mirrored_down = job->turn & MIRRORED_ROWS;
+    const int32_t left = is_mirrored_across ? job->width - side - job->left : job->left;
+    const int32_t top = is_mirrored_down ? job->height - side - job->top : job->top;
+    struct axis columns = {.begin = left, .end = left + side}, rows = {.begin = top, .end = top + side};
     int state = DONE;
     if (is_across) {
-        state = make_axis(&columns, job->width, job->box_width, job->resized_width, job->left, side);
+        state = make_axis(&columns, job->width, job->box_width, job->resized_width, job->left, side,
+                          is_mirrored_across);
     }
     if (is_down && state == DONE) {
-        state = make_axis(&rows, job->height, job->box_height, job->resized_height, job->top, side);
+        state = make_axis(&rows, job->height, job->box_height, job->resized_height, job->top, side, is_mirrored_down);
     }
     struct plane in = {pixels + rows.begin * stride, stride};
     if (state == DONE && is_across && is_down) {
@@ -469,7 +482,7 @@ static int resample(const struct job *job, const uint8_t *pixels, uint8_t *out) 
     } else if (state == DONE && is_across) {
         state = across(&columns, in, job->width, side, bands, job->form, out);
     } else if (state == DONE && is_down) {
-        in.pixels += (size_t)job->left * bands;
+        in.pixels += (size_t)columns.begin * bands;
         state = down(&rows, in, rows.begin, kept_bytes, job->form, out);
     }
     free_axis(&columns);
@@ -489,11 +502,14 @@ int clip_resample_best_form(void) {
 /* The `side` x `side` pixels at (left, top) of `image` as Pillow's resize(size, BICUBIC, (0, 0, *box)) gives them.
 
    `image` is what Pillow lends of an image of 1 byte a pixel, or of 4 of which `bands_out` (3 or 4) are wanted. `out`
-   has side * side * bands_out bytes. Returns 0; 1 for arguments that do not fit each other; 2 for want of memory. */
+   has side * side * bands_out bytes. Where `turn` is not 0, the image is resized as if it had been turned before, and
+   (left, top) and the box are counted from the turned image's corner; but sides, and `out`, stay in the order of the
+   image as it lies. Returns 0; 1 for arguments that do not fit each other; 2 for want of memory. */
 int clip_resample(const struct ArrowArray *image, int32_t width, int32_t height, int32_t bands, float box_width,
                   float box_height, int32_t resized_width, int32_t resized_height, int32_t left, int32_t top,
-                  int32_t side, int32_t bands_out, uint8_t *out, int64_t out_bytes, int32_t form) {
-    if (!image || !out || width < 1 || height < 1 || width > MAX_LENGTH || height > MAX_LENGTH || side < 1 || side > MAX_SIDE || left < 0 || top < 0 ||
+                  int32_t side, int32_t turn, int32_t bands_out, uint8_t *out, int64_t out_bytes, int32_t form) {
+    if (!image || !out || width < 1 || height < 1 || width > MAX_LENGTH || height > MAX_LENGTH || side < 1 || side > MAX_SIDE ||
+        left < 0 || top < 0 || turn < 0 || turn >= TURNS ||
         resized_width < 1 || resized_height < 1 || left > resized_width - side || top > resized_height - side ||
         !(box_width >= 0.5f && box_width <= (float)width && box_height >= 0.5f && box_height <= (float)height) ||
         !((bands == 1 && bands_out == 1) || (bands == 4 && (bands_out == 3 || bands_out == 4))) ||
@@ -505,7 +521,7 @@ int clip_resample(const struct ArrowArray *image, int32_t width, int32_t height,
         values->length != (int64_t)width * height * bands) {
         return BAD_ARGUMENTS;
     }
-    const struct job job = {width, height, bands, resized_width, resized_height, left, top, side, form,
+    const struct job job = {width, height, bands, resized_width, resized_height, left, top, side, turn, form,
                             box_width, box_height};
     if (bands_out != 3) {
         return resample(&job, values->buffers[1], out);

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, __version__
 
+from clip_orientation import Turn
+
 SOURCE = Path(__file__).resolve().with_name("clip_resample.c")
 # What clip_resample.c calls PORTABLE and AVX2.
 FORMS = (0, 1)
@@ -76,7 +78,7 @@ class Kernel:
         except (OSError, AttributeError) as error:
             raise NoKernel(f"{path.name} cannot be loaded ({error}); remove it and run `make setup`") from error
         number, pointer, size = ctypes.c_int32, ctypes.c_void_p, ctypes.c_float
-        image, resized, crop = [pointer, *[number] * 3, size, size], [number] * 2, [number] * 3
+        image, resized, crop = [pointer, *[number] * 3, size, size], [number] * 2, [number] * 4
         self._crop.argtypes = [*image, *resized, *crop, number, pointer, ctypes.c_int64, number]
         self.form = best_form if form is None else form
         self._compare_with_pillow()
@@ -113,9 +115,18 @@ class Kernel:
         return is_lent and is_resized and max(size) <= _MAX_RESIZED_SIDE_PX
 
     def crop(
-        self, image: Image.Image, size: tuple[int, int], offset: tuple[int, int], side_px: int, box: Box | None = None
+        self,
+        image: Image.Image,
+        size: tuple[int, int],
+        offset: tuple[int, int],
+        side_px: int,
+        box: Box | None = None,
+        turn: Turn | None = None,
     ) -> np.ndarray:
         """`image.resize(size, BICUBIC, box)`, cropped to side_px from `offset` on: (side_px, side_px, 3) uint8 RGB.
+
+        With a `turn`, that of the turned image, without turning it: `size` is the image's as it lies, and `offset` is
+        along the same axes, but from the corner of the turned image.
 
         For images that it `takes` and that were decoded while it `lends_images`; else, and for a crop that lies
         outside or a box that does not begin at (0, 0), KernelError.
@@ -134,11 +145,13 @@ class Kernel:
             raise KernelError(f"{mode} {image.size}: {error}") from error
         kept = np.empty((side_px, side_px, kept_bytes), np.uint8)
         source = (_pointer_of(lent, b"arrow_array"), *image.size, pixel_bytes, *box[2:])
-        target = (kept_bytes, kept.ctypes.data, kept.nbytes)
+        flags = turn.mirrors[0] + 2 * turn.mirrors[1] + 4 * turn.is_sideways if turn else 0
+        target = (flags, kept_bytes, kept.ctypes.data, kept.nbytes)
         if state := self._crop(*source, *size, *offset, side_px, *target, self.form):
             if state == _NO_MEMORY:
                 raise MemoryError
             raise KernelError(f"{mode} {image.size}, box {box}, to {size}, of which {side_px} px from {offset} on")
-        if mode == "RGB":
+        if mode == "RGB" and not turn:
             return kept
-        return np.asarray(Image.frombuffer(mode, (side_px, side_px), kept, "raw", mode, 0, 1).convert("RGB"))
+        made = Image.frombuffer(mode, (side_px, side_px), kept, "raw", mode, 0, 1).convert("RGB")
+        return np.asarray(made.transpose(turn.method) if turn else made)

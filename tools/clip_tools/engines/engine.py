@@ -9,6 +9,7 @@ from clip_tools.engines.engine_manifest import EngineManifest
 from clip_tools.engines.export_onnx import Manifest
 from clip_tools.engines.precision import Precision, precision_of
 from clip_tools.errors import ToolError
+from clip_tools.oracle import Orientation
 from clip_tools.paths import MODELS
 from clip_tools.repository import config_names, deployment
 
@@ -85,6 +86,14 @@ def has_exact_pixels(engine: Engine) -> bool:
         return True
     parameters = [model.config.parameters for model in deployment(engine.models, engine.config_name)]
     return all(found["mode"].string_value == "exact" for found in parameters if "mode" in found)
+
+
+def orientation_of(engine: Engine) -> Orientation:
+    """Which way up its preprocess is to make images; a running server, which does not say, leaves them as they lie."""
+    if engine.file or engine.url:
+        return "ignore"
+    parameters = [model.config.parameters for model in deployment(engine.models, engine.config_name)]
+    return "exif" if any(found["orientation"].string_value == "exif" for found in parameters) else "ignore"
 
 
 def graph_of(file: Path) -> tuple[Path, Manifest] | None:

@@ -4,12 +4,12 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_tools.errors import ToolError
-from clip_tools.oracle import Oracle, Weights, best_device, load_oracle
+from clip_tools.oracle import Oracle, Orientation, Weights, best_device, load_oracle
 from clip_tools.paths import CACHE
 
 if TYPE_CHECKING:
@@ -34,9 +34,14 @@ class Reference:
 
 
 def reference(
-    weights: Weights, paths: Sequence[Path], *, oracle: Oracle | None = None, folder: Path = REFERENCES
+    weights: Weights,
+    paths: Sequence[Path],
+    *,
+    orientation: Orientation = "ignore",
+    oracle: Oracle | None = None,
+    folder: Path = REFERENCES,
 ) -> Reference:
-    """open_clip's pixels and embeddings of the files; from the cache when these weights have met these files.
+    """open_clip's pixels and embeddings of the files; from the cache when these weights have met these files this way.
 
     Raises ToolError for a file that is no image: its name, and what to do.
     """
@@ -46,7 +51,8 @@ def reference(
         raise ToolError("nothing to compare on: no images were given")
     data = [path.read_bytes() for path in paths]
     images_sha256 = _digest(data)
-    key = json.dumps([weights.model, weights.checkpoint_sha256 or weights.pretrained, images_sha256])
+    parts = [weights.model, weights.checkpoint_sha256 or weights.pretrained, images_sha256]
+    key = json.dumps([*parts, orientation] if orientation != "ignore" else parts)
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
     names = tuple(path.name for path in paths)
     try:
@@ -54,7 +60,7 @@ def reference(
             return Reference(names, kept["pixels"], kept["embeddings"], images_sha256)
     except (OSError, ValueError, KeyError):  # none yet, or a broken one
         pass
-    oracle = oracle or load_oracle(weights, device=best_device())
+    oracle = replace(oracle or load_oracle(weights, device=best_device()), orientation=orientation)
     pixels = np.stack([_pixels(oracle, file, one) for file, one in zip(paths, data, strict=True)])
     made = Reference(names, pixels, oracle.embed(data), images_sha256)
     folder.mkdir(parents=True, exist_ok=True)

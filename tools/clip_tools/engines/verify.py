@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools.digest import sha256_of
-from clip_tools.engines.engine import Engine, graph_of, has_exact_pixels, precision_of_engine
+from clip_tools.engines.engine import Engine, graph_of, has_exact_pixels, orientation_of, precision_of_engine
 from clip_tools.engines.engine_manifest import EngineManifest
 from clip_tools.engines.gates import (
     TIE,
@@ -27,7 +27,7 @@ from clip_tools.engines.precision import Precision
 from clip_tools.engines.reference import Reference, reference
 from clip_tools.engines.texts import texts
 from clip_tools.errors import ToolError, missing_extra
-from clip_tools.oracle import Weights, load_oracle, load_tokenizer
+from clip_tools.oracle import Orientation, Weights, load_oracle, load_tokenizer
 from clip_tools.repository import text_deployment
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 class Verdict:
     """The agreement, what it was held to, and whether it passed.
 
-    `what` was embedded: images or texts. `exact_pixels`: they are to be open_clip's own. `how` says what computed it.
-    `counts_for_nothing` is why a passed gate proves nothing, None when it counts. `cosines` are those of the images, in
-    their order.
+    `what` was embedded: images or texts. `exact_pixels`: they are to be open_clip's own. `orientation`: which way up
+    both sides had the images. `how` says what computed it. `counts_for_nothing` is why a passed gate proves nothing,
+    None when it counts. `cosines` are those of the images, in their order.
     """
 
     engine: str
@@ -62,6 +62,7 @@ class Verdict:
     images_sha256: str
     cosines: tuple[float, ...]
     what: str = "images"
+    orientation: Orientation = "ignore"
 
     @property
     def gate_name(self) -> str:
@@ -86,12 +87,14 @@ def verify(
     images: Sequence[Path],
     *,
     precision: Precision | None = None,
+    orientation: Orientation | None = None,
     advance: Advance = lambda what, done, total: None,
 ) -> Verdict:
     """Hold the engine against open_clip in FP32 on the images. `weights` None takes them from the engine's manifest.
 
-    `precision` None takes that of the engine's manifest, or of the graph itself; for a URL it is FP32. Raises ToolError
-    when the engine cannot be run, or is of other weights than given.
+    `precision` None takes that of the engine's manifest, or of the graph itself; for a URL it is FP32. `orientation`
+    None takes that of the configuration; for a URL images stay as they lie. Raises ToolError when the engine cannot be
+    run, or is of other weights than given.
     """
     file = engine.runs
     held_to = precision or precision_of_engine(engine)
@@ -100,7 +103,8 @@ def verify(
     else:
         weights = _weights(weights, file)
     advance("open_clip in FP32", 0, len(images))
-    expected = reference(weights, images)
+    turned = orientation or orientation_of(engine)
+    expected = reference(weights, images, orientation=turned)
     advance("open_clip in FP32", len(images), len(images))
     embeddings, how = _embed(engine, images, expected, advance)
     found = agreement(embeddings, expected.embeddings, expected.names)
@@ -120,6 +124,7 @@ def verify(
         counts_for_nothing=counts_for_nothing(len(images), trained=trained),
         images_sha256=expected.images_sha256,
         cosines=tuple(float(value) for value in cosines(embeddings, expected.embeddings)),
+        orientation=turned,
     )
 
 
@@ -287,7 +292,9 @@ def verdict_table(verdict: Verdict) -> Any:
     from rich.table import Table
 
     gate, found = verdict.gate, verdict.agreement
-    table = Table(title=f"{verdict.engine} against open_clip in FP32: {verdict.model}", title_justify="left")
+    images = ", images turned by their EXIF" if verdict.orientation == "exif" else ""
+    title = f"{verdict.engine} against open_clip in FP32: {verdict.model}{images}"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column(f"{found.images} {verdict.what}", justify="right")
     table.add_column(f"gate of {verdict.gate_name}", justify="right")

@@ -5,12 +5,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_tools.engines.engine import Engine, graph_of, has_exact_pixels, precision_of_engine
+from clip_tools.engines.engine import Engine, graph_of, has_exact_pixels, orientation_of, precision_of_engine
 from clip_tools.engines.export_onnx import Manifest
 from clip_tools.engines.gates import Gate, agreement, failures, gate_name, gate_of
 from clip_tools.engines.precision import Precision
 from clip_tools.engines.sample import FILE, Sample
 from clip_tools.errors import ToolError
+from clip_tools.oracle import Orientation
 from clip_tools.repository import Model
 
 if TYPE_CHECKING:
@@ -25,15 +26,17 @@ class WrongVectors(ToolError):
 
 
 def check_vectors(
-    engine: Engine, embed: "Callable[[Sample], npt.NDArray[np.float32]]", *, exact_pixels: bool | None = None
+    engine: Engine, embed: "Callable[[Sample], npt.NDArray[np.float32]]", *, on_pixels: bool = False
 ) -> str:
     """How near `embed`'s vectors are to open_clip's, or why nobody can tell, in words.
 
-    `exact_pixels`: whether they are made of open_clip's own pixels; None: if the configuration's `preprocess` gives
-    these. Raises WrongVectors when the worst cosine is under the gate of the engine's precision.
+    `on_pixels`: they are made of the sample's pixels, which are open_clip's own, and not of its files by `preprocess`.
+    Raises WrongVectors when the worst cosine is under the gate of the engine's precision.
     """
-    exact = has_exact_pixels(engine) if exact_pixels is None else exact_pixels
-    return _held(engine.runs, engine.title, partial(precision_of_engine, engine), embed, exact_pixels=exact)
+    exact = on_pixels or has_exact_pixels(engine)
+    orientation: Orientation = "ignore" if on_pixels else orientation_of(engine)
+    precision_in = partial(precision_of_engine, engine)
+    return _held(engine.runs, engine.title, precision_in, embed, exact_pixels=exact, orientation=orientation)
 
 
 def check_text_vectors(texts: Sequence[Model], embed: "Callable[[Sample], npt.NDArray[np.float32]]") -> str:
@@ -48,6 +51,7 @@ def _held(
     embed: "Callable[[Sample], npt.NDArray[np.float32]]",
     *,
     exact_pixels: bool,
+    orientation: Orientation = "ignore",
 ) -> str:
     not_held = "its vectors were not held to open_clip's"
     known = graph_of(file) if file else None
@@ -55,7 +59,8 @@ def _held(
         return f"{not_held}: the graph of {file} and its manifest are not both here"
     graph, made = known
     sample = Sample.read(graph)
-    if sample is None or not sample.is_of(made):
+    expected = sample.embeddings_of(orientation) if sample and sample.is_of(made) else None
+    if sample is None or expected is None:
         return (
             f"{not_held}: {graph.resolve().parent} has no {FILE} of these weights, which `clip-tools export-onnx` "
             f"writes: export {made.model}, {made.pretrained}, again"
@@ -63,7 +68,7 @@ def _held(
     precision = precision_in(made)
     gate, of_gate = gate_of(precision, exact_pixels=exact_pixels), gate_name(precision, exact_pixels=exact_pixels)
     what = "photographs" if sample.inputs.ndim == 4 else "texts"
-    found = agreement(embed(sample), sample.embeddings)
+    found = agreement(embed(sample), expected)
     # The mean and the neighbours of ten images or fewer tell little.
     if under := failures(found, Gate(gate.worst_cosine), trained=False):
         raise WrongVectors(

@@ -243,7 +243,7 @@ def _check_vectors(control: ModelControl, options: SwapOptions, model: str | Non
         return (partial(control.embed_pixels, model, pixels[None]) for pixels in sample.inputs)
 
     engine = Engine(models=options.models, config_name=options.name)
-    return check_vectors(engine, partial(_one_by_one, questions), exact_pixels=True if model else None)
+    return check_vectors(engine, partial(_one_by_one, questions), on_pixels=model is not None)
 
 
 def _one_by_one(
