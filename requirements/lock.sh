@@ -19,7 +19,7 @@ echo 'tensorrt-cu13<11' |
 # The client alone.
 "${compile[@]}" --python-version 3.11 pyproject.toml --constraint requirements/all.txt -o requirements/client.txt
 # What the container's Python models and its entry point import beside Triton's own packages (Ubuntu 24.04: Python 3.12).
-printf 'numpy<2\npillow\nregex\nftfy\ntritonclient[grpc]\ntyper\nrich\nonnx\n' |
+printf 'numpy<2\npillow\npillow-heif\nregex\nftfy\ntritonclient[grpc]\ntyper\nrich\nonnx\n' |
   "${compile[@]}" --python-version 3.12 --constraint requirements/all.txt - -o requirements/container.txt
 # What compiles the library of preprocess while the image is built.
 echo ziglang | "${compile[@]}" --python-version 3.12 --constraint requirements/all.txt - -o requirements/container-kernel.txt

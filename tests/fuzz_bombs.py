@@ -11,9 +11,11 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 
+import pillow_heif
 from PIL import Image
 
 _MIB = 1 << 20
+pillow_heif.register_heif_opener()
 
 
 def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
@@ -247,6 +249,55 @@ def avif_of_size(width: int, height: int) -> bytes:
     return bytes(avif)
 
 
+def with_box(content: bytes, path: tuple[bytes, ...], change: Callable[[bytes], bytes]) -> bytes:
+    """An ISO media file with the contents of the boxes at this path changed; what is behind them may lie elsewhere."""
+    parts, at = [], 0
+    while at < len(content):
+        (size,), kind = struct.unpack_from(">I", content, at), content[at + 4 : at + 8]
+        body = content[at + 8 : at + size]
+        if kind == path[0]:
+            skip = 4 if kind == b"meta" else 0  # its version
+            body = change(body) if len(path) == 1 else body[:skip] + with_box(body[skip:], path[1:], change)
+        parts.append(box(kind, body))
+        at += size
+    return b"".join(parts)
+
+
+def heif(width: int = 64, height: int = 48, **options: object) -> bytes:
+    """A HEIC of one colour."""
+    return encoded(flat(width, height), "HEIF", enc_params={"preset": "ultrafast"}, quality=10, **options)
+
+
+def heif_of_size(width: int, height: int) -> bytes:
+    """A HEIC whose header says so."""
+    return with_box(
+        heif(), (b"meta", b"iprp", b"ipco", b"ispe"), lambda body: body[:4] + struct.pack(">II", width, height)
+    )
+
+
+def heif_of_pictures(count: int, side: int = 1000) -> bytes:
+    """A HEIC whose one image is coded so many times."""
+    content = heif(side, side)
+    picture = content[content.rindex(b"mdat") + 4 :]
+    content = with_box(content, (b"mdat",), lambda body: body * count)
+    return with_box(content, (b"meta", b"iloc"), lambda body: body[:-4] + struct.pack(">I", len(picture) * count))
+
+
+def deep_heif(side: int) -> bytes:
+    """A HEIC of one colour in 10 bits, with alpha."""
+    buffer = io.BytesIO()
+    pixels = struct.pack("<4H", 1 << 12, 1 << 13, 1 << 14, 1 << 15) * side**2
+    options = {"chroma": 444, "quality": 10, "enc_params": {"preset": "ultrafast"}}
+    pillow_heif.encode("RGBA;16", (side, side), pixels, buffer, **options)
+    return buffer.getvalue()
+
+
+def heif_of_a_tile(count: int) -> bytes:
+    """A HEIC of a grid that names one tile of 512 x 512 so many times."""
+    references = box(b"dimg", struct.pack(">HH", 1, count) + b"\0\2" * count)
+    return with_box(heif(1024, 1024, tile_size=512), (b"meta", b"iref"), lambda body: body[:4] + references)
+
+
 def icon_of(picture: bytes, entries: int = 1) -> bytes:
     """An icon whose entries all show this file."""
     entry = struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, len(picture), 6 + 16 * entries)
@@ -352,6 +403,19 @@ BOMBS: dict[str, Bomb] = {
     ),
     "avif: 50,000 items": ("too_complex", lambda: avif_of_items(50_000)),
     "avif: claims 65535 x 65535": ("corrupt", lambda: avif_of_size(65_535, 65_535)),
+    "heif: 5,000 pictures in an image": ("too_complex", lambda: heif_of_pictures(5000)),
+    "heif: 3 pictures in an image": ("pixels", lambda: heif_of_pictures(3)),
+    "heif: a grid of one tile 4,000 times": ("too_complex", lambda: heif_of_a_tile(4000)),
+    "heif: claims 65535 x 65535": ("too_many_pixels", lambda: heif_of_size(65_535, 65_535)),
+    "heif: claims 8 x 8": ("corrupt", lambda: heif_of_size(8, 8)),
+    "heif: 9,000 places": (
+        "too_complex",
+        lambda: with_box(heif(), (b"meta", b"iloc"), lambda body: body + bytes(90_000)),
+    ),
+    "heif: 100 KB of set-up": (
+        "too_complex",
+        lambda: with_box(heif(), (b"meta", b"iprp", b"ipco", b"hvcC"), lambda body: body + bytes(100_000)),
+    ),
     "ico: a PNG of 3000 x 3000": ("too_many_pixels", lambda: icon_of(encoded(flat(3000, 3000), "PNG"))),
     "ico: 1,000 profiles": (
         "too_complex",
@@ -412,4 +476,7 @@ LARGEST: dict[str, Bomb] = {
     ),
     "avif: 10480 x 10480": ("pixels", lambda: encoded(flat(10480, 10480), "AVIF", speed=10)),
     "avif: 3,000 items": ("corrupt", lambda: avif_of_items(3000)),
+    "heif: 7400 x 7400": ("pixels", lambda: heif(7400, 7400)),
+    "heif: 7400 x 7400 in 10 bits with alpha": ("pixels", lambda: deep_heif(7400)),
+    "heif: 8 pictures of 7400 x 7400": ("pixels", lambda: heif_of_pictures(8, 7400)),
 }

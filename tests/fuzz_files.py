@@ -19,7 +19,7 @@ from clip_tools import photos
 from tests import fuzz_bombs
 from tests.fuzz_bombs import BOMBS, LARGEST, encoded, segment
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO", "TGA")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM", "ICO", "TGA")
 _TIFF_COMPRESSIONS = ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "tiff_lzma", "zstd", "group4")
 _ACCEPTED = frozenset(
     [
@@ -112,7 +112,13 @@ def whole_files() -> tuple[bytes, ...]:
         image = Image.new("I;16", (160, 107), 3000) if mode == "I;16" else photo.convert(mode)
         files.append(encoded(image, "PNG"))
     files.append(encoded(photo, "PNG", icc_profile=profile, exif=exif))
-    for image_format in ("PNG", "GIF", "WEBP", "AVIF", "TIFF"):
+    files += [
+        encoded(photo, "HEIF", tile_size=64, exif=exif, icc_profile=profile),
+        encoded(photo.convert("RGBA"), "HEIF", chroma=444),
+        encoded(photo.convert("L"), "HEIF"),
+        fuzz_bombs.deep_heif(32),
+    ]
+    for image_format in ("PNG", "GIF", "WEBP", "AVIF", "HEIF", "TIFF"):
         files.append(encoded(photo, image_format, save_all=True, append_images=[second.copy()]))
     for compression in _TIFF_COMPRESSIONS:
         image = photo.convert("1") if compression == "group4" else photo

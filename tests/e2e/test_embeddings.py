@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import httpx
 import numpy as np
+import pillow_heif
 import pytest
 import tritonclient.grpc as triton
 from hypothesis import given, settings
@@ -100,9 +101,21 @@ def test_a_strip_is_embedded_by_its_centre(client):
     assert np.array_equal(vectors[0], vectors[1])
 
 
-def test_a_preprocess_without_its_library_says_so_and_gives_the_same_pixels(server, repository, images):
+def test_a_heic_gives_the_embedding_of_its_pixels(client, images):
+    pillow_heif.register_heif_opener()
+    with Image.open(io.BytesIO(images[0])) as photo:
+        heic, png = io.BytesIO(), io.BytesIO()
+        photo.convert("RGB").resize((400, 300)).save(heic, "HEIF")
+    with Image.open(heic) as decoded:
+        decoded.save(png, "PNG")
+    assert np.array_equal(client.embed([heic.getvalue()]), client.embed([png.getvalue()]))
+
+
+def test_a_preprocess_without_its_library_and_heif_says_so_and_gives_the_same_pixels(server, repository, images):
     name = "preprocess_pillow"
     shutil.copytree(repository / "preprocess", server.served / name, ignore=shutil.ignore_patterns("*.so"))
+    opener = server.served / name / "1" / "clip_heif.py"
+    opener.write_text(opener.read_text().replace("import pillow_heif", "import not_installed as pillow_heif"))
     admin = server.options.access.grpc_headers()
     with triton.InferenceServerClient(server.options.grpc_url.removeprefix("grpc://")) as client:
         client.load_model(name, headers=admin)
@@ -112,6 +125,8 @@ def test_a_preprocess_without_its_library_says_so_and_gives_the_same_pixels(serv
     before, after = server.options.log.read_text().split(f"loading: {name}", 1)
     assert "resamples with Pillow" not in before
     assert re.search(r"resamples with Pillow.*`make setup` builds it", after)
+    assert "accepts no HEIC and HEIF" not in before
+    assert "accepts no HEIC and HEIF: No module named 'not_installed'; install pillow-heif" in after
 
 
 def test_64_bad_images_are_all_named_in_one_message(server):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+import clip_heif
 from clip_preprocess import SIDE_PX, Limits, PixelBudget, RefusedImage, open_pixels, pixels_of
 
 LIMITS = Limits(
@@ -277,7 +278,7 @@ PARAMETERS = {
     "max_image_bytes": "1000000",
     "max_image_pixels": "1000000",
     "max_jpeg_scans": "100",
-    "formats": "JPEG PNG",
+    "formats": "JPEG PNG HEIF",
     "deep_gray": "refuse",
 }
 
@@ -295,6 +296,18 @@ def test_another_decoder_is_asked_for_rgb_jpegs_alone_and_pillow_for_what_it_can
     for other in (jpeg, grey, png):
         assert (pixels_of(other, LIMITS, decode=decode) == pixels_of(other, LIMITS)).all()
     assert asked == [jpeg, jpeg]
+
+
+def test_without_its_package_heif_is_off_and_the_rest_goes_on(monkeypatch):
+    heic = ftyp(b"heic") + b"\0" * 50
+    with pytest.raises(RefusedImage, match="corrupt: it begins as HEIC"):
+        pixels_of(heic, Limits.of(PARAMETERS))
+    monkeypatch.setattr("clip_preprocess.missing_opener", clip_heif.missing_opener.__wrapped__)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    limits = Limits.of(PARAMETERS)
+    assert limits.formats == ("JPEG", "PNG")
+    with pytest.raises(RefusedImage, match="HEIC is not accepted; send JPEG"):
+        pixels_of(heic, limits)
 
 
 def test_a_mode_that_is_none_or_cannot_be_had_is_said_so(monkeypatch):

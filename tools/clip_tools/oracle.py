@@ -138,6 +138,14 @@ def load_tokenizer(model: str) -> Any:
     return open_clip.get_tokenizer(model)
 
 
+def open_heif_too() -> None:
+    """Have Pillow open HEIC and HEIF, by the opener that `preprocess` has, where it is installed."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
+
+
 def best_device() -> str:
     """PyTorch's name for where models run best here: "cuda" with a GPU that it can use, else "cpu"."""
     import torch
@@ -155,6 +163,7 @@ def load_oracle(weights: Weights, *, device: str = "cpu", precision: Literal["fp
         import torch
     except ImportError as error:
         raise missing_extra("export", error) from error
+    open_heif_too()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     config = open_clip.get_model_config(weights.model)
     if config is None:

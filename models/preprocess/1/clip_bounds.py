@@ -129,19 +129,19 @@ def check_structure(image_bytes: bytes, *, max_jpeg_scans: int, max_image_pixels
     elif image_bytes.startswith(b"\x89PNG"):
         _check_png(image_bytes)
     elif image_bytes.startswith(b"\0\0\1\0"):
-        _refuse_over(len(_COMPRESSED_TEXT.findall(image_bytes)), _MAX_COMPRESSED_TEXTS, "compressed texts in an icon")
+        refuse_over(len(_COMPRESSED_TEXT.findall(image_bytes)), _MAX_COMPRESSED_TEXTS, "compressed texts in an icon")
     elif image_bytes[:2] in (b"II", b"MM"):
         _check_tiff(image_bytes, max_image_pixels)
     elif image_bytes[:2] in (b"P1", b"P2", b"P3"):
-        _refuse_over(len(image_bytes), _MAX_PLAIN_PPM_BYTES, "bytes of plain PPM")
-        _refuse_over(image_bytes.count(b"#"), _MAX_PLAIN_PPM_COMMENTS, "comments")
+        refuse_over(len(image_bytes), _MAX_PLAIN_PPM_BYTES, "bytes of plain PPM")
+        refuse_over(image_bytes.count(b"#"), _MAX_PLAIN_PPM_COMMENTS, "comments")
     elif image_bytes[4:8] == b"ftyp":
         _check_avif(image_bytes)
     elif image_bytes.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")):
         _check_jpeg2000(image_bytes, max_image_pixels // _J2K_PIXEL_COST)
 
 
-def _refuse_over(count: int, limit: int, what: str) -> None:
+def refuse_over(count: int, limit: int, what: str) -> None:
     if count > limit:
         raise RefusedImage("too_complex", f"over {limit} {what}; save it anew, as JPEG")
 
@@ -167,7 +167,7 @@ def _check_jpeg(data: bytes, max_scans: int, max_pixels: int) -> None:
         position += max(2, int.from_bytes(data[position : position + 2], "big"))
         if marker == _SOS:
             scans += 1
-            _refuse_over(scans, max_scans, "JPEG scans, each of which passes over the whole image")
+            refuse_over(scans, max_scans, "JPEG scans, each of which passes over the whole image")
             if not is_progressive and body[:1] >= bytes((components,)):
                 return  # libjpeg takes no second scan then
         else:
@@ -178,8 +178,8 @@ def _check_jpeg(data: bytes, max_scans: int, max_pixels: int) -> None:
                 is_progressive = marker in _PROGRESSIVE
                 images_of_this_size = max(1, max_pixels // max(1, width * height))
                 max_scans = min(max_scans, _MAX_SCANS_OF_THE_LARGEST * images_of_this_size)
-            _refuse_over(segments, _MAX_JPEG_SEGMENTS, "JPEG segments")
-            _refuse_over(exifs, _MAX_EXIF_SEGMENTS, "EXIF segments")
+            refuse_over(segments, _MAX_JPEG_SEGMENTS, "JPEG segments")
+            refuse_over(exifs, _MAX_EXIF_SEGMENTS, "EXIF segments")
 
 
 _COMPRESSED_TEXT = re.compile(rb"iCCP|zTXt|iTXt")
@@ -190,8 +190,8 @@ def _check_png(data: bytes) -> None:
     while len(kind := data[position + 4 : position + 8]) == 4 and kind != b"IEND":
         texts += _COMPRESSED_TEXT.match(kind) is not None
         chunks += 1
-        _refuse_over(texts, _MAX_COMPRESSED_TEXTS, "compressed texts and profiles")
-        _refuse_over(chunks, _MAX_PNG_CHUNKS, "PNG chunks")
+        refuse_over(texts, _MAX_COMPRESSED_TEXTS, "compressed texts and profiles")
+        refuse_over(chunks, _MAX_PNG_CHUNKS, "PNG chunks")
         position += 12 + int.from_bytes(data[position : position + 4], "big")
 
 
@@ -223,12 +223,12 @@ def _check_tiff(data: bytes, max_pixels: int) -> None:
             continue
         across, down = -(-width // part_width), -(-height // part_height)
         parts = across * down * planes
-        _refuse_over(parts, _MAX_TIFF_SEGMENTS, "TIFF strips or tiles")
-        _refuse_over(tags[offsets][0], 2 * parts + 64, f"offsets where {parts} strips or tiles were expected")
-        _refuse_over(across * part_width * down * part_height, 2 * max_pixels, "pixels in TIFF tiles")
+        refuse_over(parts, _MAX_TIFF_SEGMENTS, "TIFF strips or tiles")
+        refuse_over(tags[offsets][0], 2 * parts + 64, f"offsets where {parts} strips or tiles were expected")
+        refuse_over(across * part_width * down * part_height, 2 * max_pixels, "pixels in TIFF tiles")
         if sizes in tags:
             read_bytes = sum(min(size, len(data)) for size in tags[sizes][1])
-            _refuse_over(read_bytes, 8 * len(data), "bytes in TIFF strips or tiles, more than the file has")
+            refuse_over(read_bytes, 8 * len(data), "bytes in TIFF strips or tiles, more than the file has")
 
 
 def _tiff_tags(data: bytes) -> dict[int, tuple[int, tuple[int, ...]]]:
@@ -256,7 +256,7 @@ def _tiff_tags(data: bytes) -> dict[int, tuple[int, tuple[int, ...]]]:
     return tags
 
 
-def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """The (kind, start, end) of the contents of each box of an ISO media file."""
     while end - start >= 8:
         size, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
@@ -269,21 +269,21 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]
 
 
 def _check_avif(data: bytes) -> None:
-    for kind, start, end in _boxes(data, 0, len(data)):
+    for kind, start, end in boxes(data, 0, len(data)):
         if kind == b"moov":
-            _refuse_over(end - start, _MAX_AVIF_MOVIE_BYTES, "bytes that describe an AVIF sequence")
+            refuse_over(end - start, _MAX_AVIF_MOVIE_BYTES, "bytes that describe an AVIF or HEIF sequence")
         if kind != b"meta":
             continue
-        for table, first, last in _boxes(data, start + 4, end):
+        for table, first, last in boxes(data, start + 4, end):
             if table == b"iprp":
-                for inner, begin, stop in _boxes(data, first, last):
+                for inner, begin, stop in boxes(data, first, last):
                     if inner == b"ipco":
-                        properties = itertools.islice(_boxes(data, begin, stop), _MAX_AVIF_PROPERTIES + 1)
-                        _refuse_over(sum(1 for _ in properties), _MAX_AVIF_PROPERTIES, "AVIF properties")
+                        properties = itertools.islice(boxes(data, begin, stop), _MAX_AVIF_PROPERTIES + 1)
+                        refuse_over(sum(1 for _ in properties), _MAX_AVIF_PROPERTIES, "AVIF or HEIF properties")
                     else:
-                        _refuse_over(stop - begin, _MAX_AVIF_TABLE_BYTES, "bytes in an AVIF table")
+                        refuse_over(stop - begin, _MAX_AVIF_TABLE_BYTES, "bytes in an AVIF or HEIF table")
             elif table != b"idat":
-                _refuse_over(last - first, _MAX_AVIF_TABLE_BYTES, "bytes in an AVIF table")
+                refuse_over(last - first, _MAX_AVIF_TABLE_BYTES, "bytes in an AVIF or HEIF table")
 
 
 _COD, _COC, _SOT, _SOD = 0x52, 0x53, 0x90, 0x93
@@ -292,7 +292,7 @@ _COD, _COC, _SOT, _SOD = 0x52, 0x53, 0x90, 0x93
 def _check_jpeg2000(data: bytes, max_pixels: int) -> None:
     """Bounds tiles, precincts, code-blocks and packets, in the main header and in those of the tile-parts."""
     stream = (
-        0 if data[:1] == b"\xff" else next((at for kind, at, _ in _boxes(data, 0, len(data)) if kind == b"jp2c"), -1)
+        0 if data[:1] == b"\xff" else next((at for kind, at, _ in boxes(data, 0, len(data)) if kind == b"jp2c"), -1)
     )
     position = stream + 2
     if stream < 0 or len(data) < position + 40:
@@ -304,7 +304,7 @@ def _check_jpeg2000(data: bytes, max_pixels: int) -> None:
     if width * height > max_pixels:  # the box around the codestream may say less
         raise RefusedImage("too_many_pixels", f"{width} x {height} px; at most {max_pixels} pixels are accepted")
     tiles = -(-(x1 - tile_x) // tile_w) * -(-(y1 - tile_y) // tile_h)
-    _refuse_over(tiles, _MAX_J2K_TILES, "JPEG 2000 tiles")
+    refuse_over(tiles, _MAX_J2K_TILES, "JPEG 2000 tiles")
     layers, part_start, part_bytes = 1, 0, 0
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker, length = data[position + 1], int.from_bytes(data[position + 2 : position + 4], "big")
@@ -326,8 +326,8 @@ def _check_jpeg2000(data: bytes, max_pixels: int) -> None:
             sizes = (min(width, tile_w), min(height, tile_h))
             blocks, precincts = _parts_of_a_tile(sizes, body[levels_at:], has_precincts=bool(style[0] & 1))
             scale = min(tiles, 1 + width * height // (sizes[0] * sizes[1])) * components
-            _refuse_over(scale * blocks, _MAX_J2K_PARTS, "JPEG 2000 code-blocks")
-            _refuse_over(scale * precincts * layers, _MAX_J2K_PARTS, "JPEG 2000 packets")
+            refuse_over(scale * blocks, _MAX_J2K_PARTS, "JPEG 2000 code-blocks")
+            refuse_over(scale * precincts * layers, _MAX_J2K_PARTS, "JPEG 2000 packets")
         position += 2 + max(2, length)
 
 

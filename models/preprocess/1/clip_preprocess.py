@@ -21,6 +21,8 @@ from clip_bounds import (
     code_of,
     format_of,
 )
+from clip_heif import NAME as HEIF
+from clip_heif import check_heif, missing_opener
 from clip_orientation import Turn, turn_of
 
 SIDE_PX = 224
@@ -50,14 +52,20 @@ class Limits:
 
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> "Limits":
-        """As the parameters of `config.pbtxt` say. Raises ValueError for one that says nothing."""
+        """As the parameters of `config.pbtxt` say, without HEIF where its opener is missing.
+
+        Raises ValueError for one that says nothing.
+        """
         if parameters["deep_gray"] not in ("refuse", "clip"):
             raise ValueError(f"parameter deep_gray is {parameters['deep_gray']}, not refuse or clip")
+        formats = parameters["formats"].split()
+        if HEIF in formats and missing_opener():
+            formats.remove(HEIF)
         return cls(
             max_image_bytes=int(parameters["max_image_bytes"]),
             max_image_pixels=int(parameters["max_image_pixels"]),
             max_jpeg_scans=int(parameters["max_jpeg_scans"]),
-            formats=tuple(parameters["formats"].split()),
+            formats=tuple(formats),
             deep_gray=parameters["deep_gray"],
         )
 
@@ -216,6 +224,8 @@ def _opened(image_bytes: bytes, limits: Limits) -> Image.Image:
     # Pillow raises above twice this figure, also for an image inside an image (ICO holds PNGs).
     Image.MAX_IMAGE_PIXELS = max(1, max_pixels // 2)
     check_structure(image_bytes, max_jpeg_scans=limits.max_jpeg_scans, max_image_pixels=limits.max_image_pixels)
+    if HEIF in limits.formats and image_bytes[4:8] == b"ftyp":
+        check_heif(image_bytes, limits.max_image_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -264,7 +274,7 @@ def _sizes(image: Image.Image) -> dict[str, tuple[int, int]]:
 def _unidentified(image_bytes: bytes, limits: Limits) -> RefusedImage:
     """Why no decoder took these bytes, as well as their first few tell."""
     if name := format_of(image_bytes):
-        if name in limits.formats:
+        if name in limits.formats or (name == "HEIC" and HEIF in limits.formats):
             return RefusedImage("corrupt", f"it begins as {name}, but its header cannot be read")
         return RefusedImage("unsupported_format", f"{name} is not accepted; send JPEG")
     start = image_bytes[:2048].removeprefix(b"\xef\xbb\xbf").lstrip(b"\t\n\r ")

@@ -9,6 +9,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from PIL import AvifImagePlugin, Image
 
+import clip_heif
 import clip_resample
 from clip_metrics import Counters
 from clip_preprocess import SIDE_PX, PixelBudget, RefusedImage, open_pixels
@@ -41,7 +42,11 @@ class TritonPythonModel:
         os.nice(_NICENESS)
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # more instances use more cores, not more threads
         Image.init()
-        if unknown := set(value["formats"].split()) - set(Image.OPEN):
+        formats = set(value["formats"].split())
+        if clip_heif.NAME in formats and (why := clip_heif.missing_opener()):
+            pb_utils.Logger.log_warn(f"preprocess accepts no HEIC and HEIF: {why}")
+            formats.remove(clip_heif.NAME)
+        if unknown := formats - set(Image.OPEN):
             raise pb_utils.TritonModelException(
                 f"preprocess: parameter formats has {', '.join(sorted(unknown))}; "
                 f"this Pillow reads {', '.join(sorted(Image.OPEN))}"

@@ -10,6 +10,7 @@ from clip_embed.served import CHECKPOINT, MODEL, PREPROCESS, SUFFIXES
 from clip_tools.engines.engine_manifest import EngineManifest
 from clip_tools.engines.export_onnx import Manifest
 from clip_tools.errors import missing_extra
+from clip_tools.oracle import open_heif_too
 from clip_tools.repository import ENSEMBLE, Model, deployment
 
 
@@ -70,5 +71,6 @@ def suffixes_of(formats: Sequence[str]) -> list[str]:
         from PIL import Image
     except ImportError as error:
         raise missing_extra("server", error) from error
+    open_heif_too()
     taken = {"MPO", *formats} if "JPEG" in formats else set(formats)  # an MPO begins as a JPEG does
     return sorted({suffix for suffix, name in Image.registered_extensions().items() if name in taken})
