@@ -3,7 +3,9 @@
 It prints how many calls were given up and how many were answered.
 """
 
+import contextlib
 import random
+import socket
 import sys
 import threading
 import time
@@ -22,7 +24,49 @@ KINDS = {
     "cancel": (None, 1.0, 5),
     "late cancel": (None, 1.0, 60),
     "both": ((20, 100), 1 / 3, 5),
+    # These leave their connection with calls in flight: it is closed, or lost as by a client that is killed; or the
+    # calls are those of a stream.
+    "closed": (None, 1.0, 60),
+    "lost": (None, 1.0, 60),
+    "stream": (None, 1.0, 60),
 }
+LEAVING = ("closed", "lost", "stream")
+IN_FLIGHT = 6
+
+
+class Way:
+    """A way to the server that can be lost."""
+
+    def __init__(self, url: str) -> None:
+        self._server = url.rpartition(":")[::2]
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._ends = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            self._ends.append(self._listener.accept()[0])
+            self._ends.append(socket.create_connection(self._server))
+            threading.Thread(target=self._copy, args=self._ends, daemon=True).start()
+            self._copy(*self._ends[::-1])
+
+    def _copy(self, one, other) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(1 << 16):
+                other.sendall(data)
+
+    def close(self) -> None:
+        for end in (self._listener, *self._ends):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+def image():
+    tensor = triton.InferInput("image_bytes", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[probe_image()]], dtype=object))
+    return tensor
 
 
 def storm(url: str, kind: str, seed: int, calls: int) -> tuple[int, int]:
@@ -35,10 +79,32 @@ def storm(url: str, kind: str, seed: int, calls: int) -> tuple[int, int]:
         with lock:
             counts[what] += 1
 
+    def leave(number: int) -> None:
+        rng = random.Random(f"{seed} {number}")  # noqa: S311
+        for _ in range(calls // IN_FLIGHT):
+            way = Way(url)
+            client = triton.InferenceServerClient(way.url if kind == "lost" else url)
+            if kind == "stream":
+                client.start_stream(lambda result, error: count("given up" if error else "answered"))
+            try:
+                for _ in range(IN_FLIGHT):
+                    if kind == "stream":
+                        client.async_stream_infer("clip_ensemble", [image()])
+                    else:
+                        client.async_infer(
+                            "clip_ensemble", [image()], lambda result, error: count("given up" if error else "answered")
+                        )
+                time.sleep(rng.uniform(0, 2 * after_ms) / 1000)
+            except InferenceServerException:
+                count("given up")
+            way.close()
+            if kind == "stream":
+                client.stop_stream(cancel_requests=True)
+            client.close()
+
     def one(number: int) -> None:
         rng = random.Random(f"{seed} {number}")  # noqa: S311
-        tensor = triton.InferInput("image_bytes", [1, 1], "BYTES")
-        tensor.set_data_from_numpy(np.array([[probe_image()]], dtype=object))
+        tensor = image()
         with triton.InferenceServerClient(url) as client:
             for _ in range(calls):
                 timeout_s = rng.uniform(*deadlines) / 1000 if deadlines else None
@@ -62,7 +128,7 @@ def storm(url: str, kind: str, seed: int, calls: int) -> tuple[int, int]:
                         return
                     count("given up")
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(THREADS)]
+    threads = [threading.Thread(target=leave if kind in LEAVING else one, args=(number,)) for number in range(THREADS)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,4 +1,4 @@
-"""`python -m clip_tools.kernel`: builds the library that resamples for `preprocess`, with the compiler of ziglang."""
+"""`python -m clip_tools.kernel`: builds the two C libraries of this project, with the compiler of ziglang."""
 
 import hashlib
 import os
@@ -12,14 +12,22 @@ from pathlib import Path
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
 
+# Resamples for `preprocess`; clip_resample.py finds it by itself.
 SOURCE = MODELS / "preprocess" / "1" / "clip_resample.c"
+# Preloaded into the embedded tritonserver.
+IGNORE_CANCELLATION = Path(__file__).with_name("serving") / "ignore_cancellation.c"
+# What is lost without each.
+WITHOUT = {
+    SOURCE: "preprocess will resample with Pillow, which takes twice as long an image",
+    IGNORE_CANCELLATION: "gRPC calls that clients give up may end the embedded server (SECURITY.md)",
+}
 # Any processor of the kind: what it has beyond that, the library finds out when it runs. glibc as in manylinux2014.
 _PROCESSORS = ("x86_64", "aarch64")
 _FLAGS = ("-O3", "-s", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
 
 
 def library(source: Path = SOURCE) -> Path:
-    """Where `clip_resample.py` looks for the library of this very source."""
+    """Where the library of this very source is looked for."""
     return source.with_suffix(f".{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so")
 
 
@@ -46,13 +54,15 @@ def build(source: Path = SOURCE, compiler: Sequence[str] = (sys.executable, "-m"
 
 
 def main() -> int:
-    """Build it; 1, and a line on stderr, where that fails."""
-    try:
-        build()
-    except (ToolError, OSError) as error:
-        sys.stderr.write(f"preprocess will resample with Pillow, which takes twice as long an image: {error}\n")
-        return 1
-    return 0
+    """Build them; 1, and a line on stderr, where that fails."""
+    failed = 0
+    for source, loss in WITHOUT.items():
+        try:
+            build(source)
+        except (ToolError, OSError) as error:
+            sys.stderr.write(f"{loss}: {error}\n")
+            failed = 1
+    return failed
 
 
 if __name__ == "__main__":

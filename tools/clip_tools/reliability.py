@@ -56,13 +56,18 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
         Promise("stub_wedged", "So is one that hangs."),
         Promise(
             "storms",
-            "gRPC calls that other clients give up may kill the embedded server: the next one is started at once, and "
-            "clients that wait lose nothing. Seen on two cores that had ten other things to do.",
+            "gRPC calls that other clients cancel, let run out of time, or leave with their connection, do not end the "
+            "embedded server, and its other clients lose nothing.",
+        ),
+        Promise(
+            "storms_unprotected",
+            "Where `ignore_cancellation.c` could not be built they may end it: the next one is started at once, and "
+            "clients that wait lose nothing.",
         ),
         Promise(
             "left_midway",
-            "Half-sent requests, and connections, streams, channels and tasks that end before their answer, leave no "
-            "file, thread or shared memory behind.",
+            "Half-sent requests, and connections, streams and tasks that end before their answer, ten thousand of "
+            "each, leave no file, thread or shared memory behind.",
         ),
         Promise("faults_server_killed", "A server killed under load: its clients wait for the next one on its port."),
         Promise("faults_replica_killed", "One of two servers killed under load: the other one answers."),

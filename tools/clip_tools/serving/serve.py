@@ -14,6 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_tools import kernel
 from clip_tools.engines.engine import Engine
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import MODELS
@@ -412,6 +413,8 @@ def serve(options: ServeOptions) -> None:
     ).strip()
     if warning := exposure(options.host, options.access):
         sys.stderr.write(f"clip-tools: {warning}\n")
+    if not kernel.library(source := kernel.IGNORE_CANCELLATION).is_file():
+        sys.stderr.write(f"clip-tools: {kernel.WITHOUT[source]}: {source.name} is not built; run `make setup`\n")
     supervisor = Supervisor(
         lambda: EmbeddedServer(options), lambda line: sys.stderr.write(f"clip-tools: {line}\n"), ready_line
     )

@@ -121,7 +121,8 @@ def _embed_probe(control: ModelControl, model: str) -> "npt.NDArray[np.float32]"
     """One by one, since an engine may take no batch."""
     import numpy as np
 
-    return np.concatenate([control.embed_pixels(model, pixels[None]) for pixels in probe_pixels()])
+    questions = (partial(control.embed_pixels, model, pixels[None]) for pixels in probe_pixels())
+    return np.concatenate([_when_there_is_room(ask) for ask in questions])
 
 
 def probe_pixels() -> "npt.NDArray[np.uint8]":

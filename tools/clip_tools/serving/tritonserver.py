@@ -1,7 +1,8 @@
 """The real `tritonserver` of the nvidia-pytriton wheel, runnable from this environment with plain flags.
 
-The wheel is made for its own launcher, so three things are put right before the binary starts: a backend directory
-that Triton accepts, the library path, and the Python whose packages the models see.
+The wheel is made for its own launcher, so these are put right before the binary starts: a backend directory
+that Triton accepts, the library path, the Python whose packages the models see, and what cancels calls
+(`ignore_cancellation.c`).
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from clip_tools import kernel
 from clip_tools.errors import ToolError
 from clip_tools.paths import BACKENDS
 
@@ -51,6 +53,9 @@ def find_installation() -> Installation:
             part for part in (str(libraries), str(libpython), os.environ.get("LD_LIBRARY_PATH", "")) if part
         ),
     }
+    library = kernel.library(kernel.IGNORE_CANCELLATION)
+    if library.is_file():
+        environment["LD_PRELOAD"] = os.pathsep.join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
     return Installation(
         binary=package / "tritonserver" / "bin" / "tritonserver",
         environment=environment,
