@@ -297,7 +297,9 @@ main()
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("entry", "program"), [("storms", [CLIP_TOOLS]), ("storms_unprotected", [sys.executable, "-c", UNPROTECTED])]
+    ("entry", "program"),
+    [("storms", [CLIP_TOOLS]), ("storms_unprotected", [sys.executable, "-c", UNPROTECTED])],
+    ids=["protected", "unprotected"],
 )
 def test_storms_of_every_kind(repository, demo_photos, tmp_path, record_reliability, entry, program):
     """How many kill the server, how long until the next one answers, and that others lose nothing."""
