@@ -25,6 +25,15 @@ def test_fp16_is_fp16_and_the_service_says_on_what(oracle, weights, demo_photos)
         assert client.get("/health").json() == {"status": "ready", "device": device, "precision": "fp16"}
         body = {"images": [base64.b64encode(image).decode() for image in images]}
         answer = np.array(client.post("/embed/base64", json=body).json()["embeddings"], np.float32)
+        form = client.post(
+            "/embed/batch", files=[("files", (path.name, path.read_bytes())) for path in demo_photos[:2]]
+        )
+        assert np.array_equal(np.array(form.json()["embeddings"], np.float32), answer)
+        assert form.json()["count"] == 2
+        info = client.get("/model-info").json()
+        assert info == form.json()["model_info"]
+        assert info["model_name"] == weights.model and info["precision"] == "fp16" and info["embedding_dim"] == 512
+        assert client.post("/embed/base64", json={"images": []}).status_code == 400
     expected = oracle.embed(images)
     assert (answer * expected).sum(axis=1).min() > 0.99
     assert np.abs(answer - expected).max() > 1e-5

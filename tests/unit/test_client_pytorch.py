@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_client_loopback import vector_of
 
-from clip_embed import AsyncEmbeddingClient, ContractError, EmbeddingClient, InvalidImageError
+from clip_embed import AsyncEmbeddingClient, ContractError, EmbeddingClient, InvalidImageError, base64_images
 
 pytest.importorskip("httpx", reason="pip install 'clip-embed[http]'")
 
@@ -83,6 +83,20 @@ def test_a_bad_image_is_named(environment):
     with EmbeddingClient.from_env() as client, pytest.raises(InvalidImageError) as caught:
         client.embed([b"one", b"bad", b"two"])
     assert [(failure.index, failure.code) for failure in caught.value.failures] == [(1, "not_an_image")]
+
+
+def test_base64_goes_in_and_lists_come_out_as_before(environment):
+    """Line ends and a data URL are as good as plain base64; what is no base64 is named, and nothing is sent."""
+    one, two = (base64.encodebytes(image).decode() for image in (b"one" * 40, b"two"))
+    with base64_images.EmbeddingClient.from_env() as client:
+        assert isinstance(client, EmbeddingClient)
+        vectors = client.embed_base64_images([one, f"data:image/jpeg;base64,{two}"])
+        assert vectors == [vector_of(b"one" * 40).tolist(), vector_of(b"two").tolist()]
+        with pytest.raises(InvalidImageError) as caught:
+            client.embed_base64_images([one, "no base64!"])
+        with pytest.raises(TypeError, match="one text"):
+            client.embed_base64_images(one)
+    assert [(failure.index, failure.code) for failure in caught.value.failures] == [(1, "not_base64")]
 
 
 def test_an_answer_of_another_shape_is_refused(environment):

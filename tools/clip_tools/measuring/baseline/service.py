@@ -1,5 +1,6 @@
-"""POST /embed/base64 with `{"images": ["<base64>", ...]}` -> `{"embeddings": [[...], ...]}`.
+"""POST /embed/base64: `{"images": ["<base64>", ...]}` -> `{"embeddings": [[...], ...], "count": N, "model_info": ...}`.
 
+/embed/batch takes the same images as `files` of a form, and /model-info says which model it is.
 It is written as such services are, and as well as they can be in one process: open_clip's own transform and model on
 the GPU or, without one, with PyTorch's threads on every core; `torch.inference_mode`; FastAPI's thread pool so that one
 request is decoded while another computes; and one request computing at a time, for two would share the same cores. A
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from clip_tools.errors import missing_extra
-from clip_tools.oracle import Weights, best_device, load_oracle
+from clip_tools.oracle import EMBEDDING_DIM, Weights, best_device, load_oracle
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -36,15 +37,20 @@ def create_app(weights: Weights, precision: Literal["fp32", "fp16"] = "fp32") ->
     """The service with its model loaded and one image embedded. Raises ToolError for what is missing."""
     try:
         import torch
-        from fastapi import Body, FastAPI, HTTPException
+        from fastapi import Body, FastAPI, HTTPException, UploadFile
         from PIL import Image
     except ImportError as error:
         raise missing_extra("baseline", error) from error
     oracle = load_oracle(weights, device=best_device(), precision=precision)
     computing = threading.Lock()
     app = FastAPI(title="open_clip in PyTorch", docs_url=None, redoc_url=None, openapi_url=None)
+    device = "GPU" if oracle.device == "cuda" else "CPU"
+    info = {"model_name": weights.model, "pretrained": weights.pretrained, "embedding_dim": EMBEDDING_DIM}
+    info |= {"device": device, "precision": precision}
 
-    def embed(images: list[bytes]) -> list[list[float]]:
+    def embed(images: list[bytes]) -> dict[str, Any]:
+        if not 1 <= len(images) <= MAX_IMAGES:
+            raise HTTPException(400, f"expected 1 to {MAX_IMAGES} images, came {len(images)}")
         refused, tensors = [], []
         for index, image in enumerate(images):
             try:
@@ -56,20 +62,24 @@ def create_app(weights: Weights, precision: Literal["fp32", "fp16"] = "fp32") ->
             raise HTTPException(400, reason)
         batch = torch.stack(tensors)
         with computing:
-            embeddings: list[list[float]] = oracle.encode(batch).tolist()
-        return embeddings
+            embeddings = oracle.encode(batch).tolist()
+        return {"embeddings": embeddings, "count": len(embeddings), "model_info": info}
 
-    def embed_base64(images: Annotated[list[str], Body(embed=True)]) -> dict[str, list[list[float]]]:
-        if not 1 <= len(images) <= MAX_IMAGES:
-            raise HTTPException(400, f"expected 1 to {MAX_IMAGES} images, came {len(images)}")
+    def embed_base64(images: Annotated[list[str], Body(embed=True)]) -> dict[str, Any]:
         try:
             contents = [base64.b64decode(image, validate=True) for image in images]
         except binascii.Error as error:
             raise HTTPException(400, f"images: expected base64: {error}") from error
-        return {"embeddings": embed(contents)}
+        return embed(contents)
+
+    def embed_batch(files: list[UploadFile]) -> dict[str, Any]:
+        return embed([file.file.read() for file in files])
+
+    def model_info() -> dict[str, Any]:
+        return info
 
     def health() -> dict[str, str]:
-        return {"status": "ready", "device": "GPU" if oracle.device == "cuda" else "CPU", "precision": precision}
+        return {"status": "ready", "device": device, "precision": precision}
 
     async def errors_as_triton_writes_them(_request: Any, error: Any) -> Any:
         from fastapi.responses import JSONResponse
@@ -77,6 +87,8 @@ def create_app(weights: Weights, precision: Literal["fp32", "fp16"] = "fp32") ->
         return JSONResponse({"error": str(error.detail)}, error.status_code)
 
     app.add_api_route("/embed/base64", embed_base64, methods=["POST"])
+    app.add_api_route("/embed/batch", embed_batch, methods=["POST"])
+    app.add_api_route("/model-info", model_info, methods=["GET"])
     app.add_api_route("/health", health, methods=["GET"])
     app.add_exception_handler(HTTPException, errors_as_triton_writes_them)
     with computing:
