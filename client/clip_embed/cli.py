@@ -1,55 +1,54 @@
 """The command `clip-embed`: images and folders of them in, embeddings on stdout, talk on stderr."""
 
-import logging
 import os
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from io import BufferedIOBase
 from itertools import chain, tee
 from pathlib import Path
-from typing import Annotated, NoReturn, Self, cast
+from typing import Annotated, cast
 
 from clip_embed import jsonl, parquet
 from clip_embed.client import EmbeddingClient
-from clip_embed.credentials import (
-    API_KEY_VARIABLE,
-    CA_FILE_VARIABLE,
-    CERT_FILE_VARIABLE,
-    KEY_FILE_VARIABLE,
-)
-from clip_embed.errors import (
-    ContractError,
-    CredentialsError,
-    EmbeddingError,
-    InvalidImageError,
-    InvalidTextError,
-    ModelNotReadyError,
-    ServerUnavailableError,
-)
+from clip_embed.errors import EmbeddingError, InvalidImageError, InvalidTextError
 from clip_embed.finding import IMAGE_SUFFIXES, Search, UnusableList
+from clip_embed.library import ENDINGS
 from clip_embed.names import printable
 from clip_embed.output import Format, Output, open_output
 from clip_embed.provenance import Provenance
 from clip_embed.table import Table, TextRow, UnusableOutput, has_parts, parts_of
-from clip_embed.target import BACKEND_VARIABLE, DEFAULT_URL, URL_VARIABLE, Backend
+from clip_embed.target import DEFAULT_URL
 from clip_embed.wire import DEFAULT_MODEL, TEXT_MODEL
 
 try:
     import typer
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from clip_embed.terminal import (
+        BROKEN_PIPE,
+        HOPELESS,
+        INTERRUPTED,
+        NO_SERVER,
+        SOME_FAILED,
+        USAGE,
+        CaFile,
+        CertFile,
+        KeyFile,
+        Talk,
+        Url,
+        connect,
+        exit_with,
+        one_line,
+        require_ready,
+        served_by,
+    )
 except ModuleNotFoundError:  # only the installed command imports this module, so it may end the process
     sys.stderr.write("clip-embed: the command needs more packages: pip install 'clip-embed[cli]'\n")
     sys.exit(2)
 
-SOME_FAILED, USAGE, NO_SERVER, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
-# The next image would fare no better.
-HOPELESS = (ServerUnavailableError, ModelNotReadyError, CredentialsError, ContractError)
-
-_log = logging.getLogger("clip_embed")
+# What `clip-embed NAME LIBRARY ...` does with what was embedded; see `cli_library`.
+ON_LIBRARIES = ("search", "duplicates")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -69,12 +68,7 @@ def embed(
             '..., "embedding": [...]}; of npy FILE.paths has the texts; parquet has none.',
         ),
     ] = [],  # noqa: B006
-    url: Annotated[
-        str,
-        typer.Option(
-            envvar=URL_VARIABLE, help="The server: grpc(s):// or http(s)://; several with commas between them."
-        ),
-    ] = DEFAULT_URL,
+    url: Url = DEFAULT_URL,
     output_format: Annotated[
         Format | None,
         typer.Option(
@@ -147,25 +141,14 @@ def embed(
         ),
     ] = 300.0,
     attempt_timeout_s: Annotated[float, typer.Option(min=0.001, help="Deadline of each attempt, in seconds.")] = 30.0,
-    ca_file: Annotated[
-        Path | None,
-        typer.Option(
-            envvar=CA_FILE_VARIABLE,
-            help="Certificates, PEM, by which a grpcs:// or https:// server is known; default: the system's for "
-            "https://, those that gRPC brings for grpcs://.",
-        ),
-    ] = None,
-    cert_file: Annotated[
-        Path | None,
-        typer.Option(envvar=CERT_FILE_VARIABLE, help="Your certificate, PEM, for a server that asks for one."),
-    ] = None,
-    key_file: Annotated[
-        Path | None, typer.Option(envvar=KEY_FILE_VARIABLE, help="Its private key, PEM, not encrypted.")
-    ] = None,
+    ca_file: CaFile = None,
+    cert_file: CertFile = None,
+    key_file: KeyFile = None,
 ) -> None:
     """Embed images, or texts: data on stdout in their order, one line on stderr for each image that failed.
 
-    The last line on stderr says which files of the folders were not taken.
+    The last line on stderr says which files of the folders were not taken. `clip-embed search` and `clip-embed
+    duplicates` work on the .parquet or .npy file that comes of it; a folder of such a name is ./search.
 
     The key of a server that asks for one is read from CLIP_API_KEY: an option could be seen in the list of processes.
     INFERENCE_BACKEND=pytorch says that the server is the PyTorch service.
@@ -174,29 +157,23 @@ def embed(
     """
     target = _target(output, output_format, resume=resume, prune=prune)
     if bool(images) == bool(text):
-        _exit(USAGE, "expected images, or texts with --text, and not both")
+        exit_with(USAGE, "expected images, or texts with --text, and not both")
     if text and (resume or target.format is Format.parquet):
-        _exit(USAGE, "--text writes jsonl or npy, and takes no --resume")
+        exit_with(USAGE, "--text writes jsonl or npy, and takes no --resume")
     if null and "-" not in images:
-        _exit(USAGE, "-0 is for paths on stdin: give - as an IMAGE")
+        exit_with(USAGE, "-0 is for paths on stdin: give - as an IMAGE")
     search = Search(tuple(exclude), tuple(include), b"\0" if null else b"\n", None if every_file else IMAGE_SUFFIXES)
-    backend = cast(Backend, os.environ.get(BACKEND_VARIABLE) or "triton")  # EmbeddingClient looks at what it is
-    try:
-        client = EmbeddingClient(
-            url,
-            backend=backend,
-            model=TEXT_MODEL if text else DEFAULT_MODEL,
-            timeout_s=timeout_s,
-            attempt_timeout_s=attempt_timeout_s,
-            batch_size=batch_size,
-            max_in_flight=max_in_flight,
-            api_key=os.environ.get(API_KEY_VARIABLE) or None,
-            ca_file=ca_file,
-            cert_file=cert_file,
-            key_file=key_file,
-        )
-    except (ValueError, ModuleNotFoundError) as error:
-        _exit(USAGE, _one_line(error))
+    client = connect(
+        url,
+        model=TEXT_MODEL if text else DEFAULT_MODEL,
+        timeout_s=timeout_s,
+        attempt_timeout_s=attempt_timeout_s,
+        batch_size=batch_size,
+        max_in_flight=max_in_flight,
+        ca_file=ca_file,
+        cert_file=cert_file,
+        key_file=key_file,
+    )
     # The work has its own thread, so that Ctrl-C meets this one, which only waits: in the midst of grpc's code it could
     # be lost, or leave a client that does not close.
     pool = ThreadPoolExecutor(1)
@@ -208,16 +185,16 @@ def embed(
         wait([work], timeout=2.0)
         os._exit(INTERRUPTED)
     except HOPELESS as error:
-        _exit(NO_SERVER, f"{_one_line(error)}{target.kept}")
+        exit_with(NO_SERVER, f"{one_line(error)}{target.kept}")
     except InvalidTextError as error:
-        _exit(SOME_FAILED, f"{_one_line(error)}; nothing was written")
+        exit_with(SOME_FAILED, f"{one_line(error)}; nothing was written")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit meets the pipe again
         raise typer.Exit(BROKEN_PIPE) from None
     except OSError as error:
-        _exit(USAGE, f"cannot write {output or 'stdout'}: {error.strerror or error}{target.kept}")
+        exit_with(USAGE, f"cannot write {output or 'stdout'}: {error.strerror or error}{target.kept}")
     except (UnusableOutput, UnusableList) as error:
-        _exit(USAGE, _one_line(error))
+        exit_with(USAGE, one_line(error))
     if some_failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -228,7 +205,23 @@ def main() -> None:
         if argument.startswith("-") and argument != printable(argument):  # typer would print it as it is
             sys.stderr.write(f"clip-embed: {printable(argument)}: no such option; is it a file, give ./NAME\n")
             sys.exit(USAGE)
+    if is_on_library(sys.argv[1:]):
+        from clip_embed import cli_library
+
+        cli_library.app()
     app()
+
+
+def is_on_library(arguments: list[str]) -> bool:
+    """Whether they are `search LIBRARY ...` or `duplicates LIBRARY ...`, and no images to embed.
+
+    Where a file or folder has that name, only if a library comes next: `clip-embed search` goes on to embed the folder.
+    """
+    if not arguments or arguments[0] not in ON_LIBRARIES:
+        return False
+    if not os.path.lexists(arguments[0]):
+        return True
+    return len(arguments) > 1 and (arguments[1] == "--help" or arguments[1].lower().endswith(ENDINGS))
 
 
 @dataclass(frozen=True)
@@ -264,22 +257,22 @@ def _target(path: Path | None, file_format: Format | None, *, resume: bool, prun
 
         path = through_links(path)
         if resume and is_special(path):
-            _exit(USAGE, f"--resume needs a file that can be read and replaced, {path} is none")
+            exit_with(USAGE, f"--resume needs a file that can be read and replaced, {path} is none")
     if path is None and resume:
-        _exit(USAGE, "--resume needs --output FILE")
+        exit_with(USAGE, "--resume needs --output FILE")
     if prune and not resume:
-        _exit(USAGE, "--prune needs --resume")
+        exit_with(USAGE, "--prune needs --resume")
     if path is None and file_format is not Format.jsonl and sys.stdout.isatty():
-        _exit(USAGE, f"{file_format} is binary and stdout is a terminal: give --output FILE")
+        exit_with(USAGE, f"{file_format} is binary and stdout is a terminal: give --output FILE")
     if resume and file_format is Format.npy:
-        _exit(USAGE, "npy does not name its images: --resume needs jsonl or parquet")
+        exit_with(USAGE, "npy does not name its images: --resume needs jsonl or parquet")
     if path is not None and not resume and has_parts(path):
-        _exit(USAGE, f"{parts_of(path)} holds what an earlier run finished: add --resume to go on, or remove it")
+        exit_with(USAGE, f"{parts_of(path)} holds what an earlier run finished: add --resume to go on, or remove it")
     if file_format is Format.parquet:
         try:
             parquet.require_pyarrow()
         except ModuleNotFoundError as error:
-            _exit(USAGE, str(error))
+            exit_with(USAGE, str(error))
     return _Target(path, file_format, resume, prune)
 
 
@@ -288,23 +281,22 @@ def _format(path: Path | None, chosen: Format | None) -> Format:
     ending = path.name.rpartition(".")[2].lower() if path and "." in path.name else ""
     named = Format(ending) if ending in list(Format) else None
     if path and chosen and named and named is not chosen:
-        _exit(USAGE, f"{path} ends with .{ending}, and --format is {chosen}: change one of them")
+        exit_with(USAGE, f"{path} ends with .{ending}, and --format is {chosen}: change one of them")
     if path and ending and not (chosen or named):
-        _exit(USAGE, f"{path}: expected a name that ends with .jsonl, .npy or .parquet; or say --format")
+        exit_with(USAGE, f"{path}: expected a name that ends with .jsonl, .npy or .parquet; or say --format")
     return chosen or named or Format.jsonl
 
 
 def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: _Target) -> bool:
     """Embeds and writes; whether some images failed."""
     some_failed = False
-    with client, _Talk(shows_bar=not (target.path is None and sys.stdout.isatty())) as talk:
-        _require_ready(client)
-        served = client.served()
+    with client, Talk(shows_bar=not (target.path is None and sys.stdout.isatty())) as talk:
+        served = served_by(client)
         if search.suffixes and served.suffixes:
             search.suffixes = served.suffixes
         paths = search.paths(arguments, cast(BufferedIOBase, sys.stdin.buffer))
         if (first := next(paths, None)) is None:
-            _exit(USAGE, "; ".join(filter(None, (f"no images found in {' '.join(arguments)}", search.report()))))
+            exit_with(USAGE, "; ".join(filter(None, (f"no images found in {' '.join(arguments)}", search.report()))))
         with target.open(served.provenance) as output:
             if output.remark:
                 talk.say(output.remark)
@@ -331,7 +323,7 @@ def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: 
 def _run_texts(client: EmbeddingClient, given: list[str], target: _Target) -> bool:
     """Embeds and writes all texts, or none; whether some failed, which is no."""
     with client:
-        _require_ready(client)
+        require_ready(client)
         texts: list[str] = []
         for text in given:
             texts += _lines_of_stdin() if text == "-" else [text]
@@ -347,73 +339,8 @@ def _lines_of_stdin() -> list[str]:
     return sys.stdin.buffer.read().decode(errors="surrogateescape").splitlines()
 
 
-def _require_ready(client: EmbeddingClient) -> None:
-    if client.is_ready():
-        return
-    certificates = " or the right --ca-file, --cert-file and --key-file" if "s://" in client.url else ""
-    export = ", with a text tower (clip-tools export-onnx)" if client.model == TEXT_MODEL else ""
-    _exit(
-        NO_SERVER,
-        f"no {client.model} at {client.url}: start the server (make serve){export}, or give --url{certificates}",
-    )
-
-
-class _Talk:
-    """What is said on stderr: lines, and a progress bar if it is a terminal and the run lasts over two seconds."""
-
-    def __init__(self, *, shows_bar: bool) -> None:
-        self._console = Console(stderr=True)
-        self._bar = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self._console,
-            transient=True,
-            redirect_stdout=False,  # rich would send the data to stderr
-            disable=not (shows_bar and self._console.is_terminal),
-        )
-        self._task = self._bar.add_task("", total=None)  # a folder's size is not known before its end
-        self._begun_s = time.monotonic()
-        self._handler = _Handler(self)  # of what the client logs: a server that goes, and that comes back
-
-    def __enter__(self) -> Self:
-        _log.addHandler(self._handler)
-        _log.setLevel(logging.INFO)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _log.removeHandler(self._handler)
-        self._bar.stop()
-
-    def advance(self) -> None:
-        self._bar.advance(self._task)
-        if not self._bar.live.is_started and time.monotonic() - self._begun_s > 2:
-            self._bar.start()
-
-    def say(self, line: str) -> None:
-        self._console.print(printable(line), markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-
-class _Handler(logging.Handler):
-    def __init__(self, talk: _Talk) -> None:
-        super().__init__()
-        self._talk = talk
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._talk.say(_one_line(record.getMessage()))
-
-
 def _describe(error: EmbeddingError) -> str:
     """`code: reason`."""
     if isinstance(error, InvalidImageError):
-        return ": ".join(filter(None, (error.failures[0].code, _one_line(error.failures[0].reason))))
-    return f"{type(error).__name__}: {_one_line(error)}"
-
-
-def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
-
-
-def _exit(code: int, message: str) -> NoReturn:
-    sys.stderr.write(f"clip-embed: {printable(message)}\n")
-    raise typer.Exit(code)
+        return ": ".join(filter(None, (error.failures[0].code, one_line(error.failures[0].reason))))
+    return f"{type(error).__name__}: {one_line(error)}"

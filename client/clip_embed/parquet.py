@@ -69,6 +69,20 @@ def open_rows(file: IO[bytes], provenance: Provenance | None = None) -> _Rows:
     return _Rows(file, provenance)
 
 
+def open_vectors(path: Path) -> tuple[int, int, Iterator[tuple[list[ImageFile], Embeddings]]]:
+    """(N, D, the images and their (n, D) vectors, some at a time) of a file. Raises UnusableOutput as `read_images`."""
+    with _open(path) as file:
+        count = file.metadata.num_rows
+
+    def batches() -> Iterator[tuple[list[ImageFile], Embeddings]]:
+        with _open(path) as file:
+            for batch in file.iter_batches(batch_size=ROW_GROUP):
+                vectors = batch.column("embedding").flatten().to_numpy()
+                yield list(_images(batch)), vectors.reshape(batch.num_rows, EMBEDDING_SIZE)
+
+    return count, EMBEDDING_SIZE, batches()
+
+
 def read_provenance(path: Path) -> Provenance | None:
     """Implements `table.Table`."""
     with _open(path) as file:

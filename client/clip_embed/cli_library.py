@@ -1,0 +1,321 @@
+"""`clip-embed search` and `clip-embed duplicates`: what is done with the vectors that `clip-embed` wrote."""
+
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from clip_embed import duplicates as finding
+from clip_embed import gallery
+from clip_embed.client import EmbeddingClient
+from clip_embed.duplicates import Keep
+from clip_embed.errors import EmbeddingError
+from clip_embed.finding import IMAGE_SUFFIXES
+from clip_embed.index import EXACT_ROWS, index_of, nearest_by_index, require_usearch
+from clip_embed.library import Library, read_library
+from clip_embed.names import printable
+from clip_embed.nearest import MOST_PAIRS, nearest, pairs_above
+from clip_embed.pictures import Picture, look_into, require_pillow
+from clip_embed.provenance import Provenance
+from clip_embed.table import UnusableOutput
+from clip_embed.target import DEFAULT_URL
+from clip_embed.terminal import (
+    HOPELESS,
+    NO_SERVER,
+    SOME_FAILED,
+    USAGE,
+    CaFile,
+    CertFile,
+    KeyFile,
+    Talk,
+    Url,
+    connect,
+    exit_with,
+    one_line,
+    served_by,
+)
+from clip_embed.wire import Embeddings
+
+_TIMEOUT_S = 10.0
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+LibraryFile = Annotated[
+    Path, typer.Argument(metavar="LIBRARY", help="The .parquet or .npy file that clip-embed wrote.")
+]
+
+
+class Listing(StrEnum):
+    """How `search` shows what it found."""
+
+    table = "table"
+    jsonl = "jsonl"
+
+
+@app.command()
+def search(
+    library_file: LibraryFile,
+    query: Annotated[
+        str,
+        typer.Argument(metavar="QUERY", help="The path of an image, or else a text. A file that is there is an image."),
+    ],
+    *,
+    count: Annotated[int, typer.Option("--count", "-k", min=1, help="How many to show, the nearest first.")] = 10,
+    listing: Annotated[
+        Listing,
+        typer.Option("--format", help='table, or jsonl: a line {"path": ..., "cosine": ...} for each, best first.'),
+    ] = Listing.table,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with thumbnails too, which opens from its file.")
+    ] = None,
+    use_index: Annotated[
+        bool,
+        typer.Option(
+            "--index",
+            help="Search in LIBRARY.usearch, which is made where it is missing or older; its recall is said then. For "
+            "over a million images that is the only way, for fewer every vector is looked at.",
+        ),
+    ] = False,
+    url: Url = DEFAULT_URL,
+    ca_file: CaFile = None,
+    cert_file: CertFile = None,
+    key_file: KeyFile = None,
+) -> None:
+    """The images of a library that are nearest to a text or to another image, with their cosines.
+
+    The server embeds the query; a library of other weights than its own is refused.
+
+    Exit codes: 0 found, 1 the query cannot be embedded, 2 usage, 3 the server cannot be reached or used.
+    """
+    with _ended_by_a_sentence():
+        library = read_library(library_file)
+        if html:
+            require_pillow()
+        by_index = use_index or len(library.images) > EXACT_ROWS
+        if by_index:
+            require_usearch()
+        is_image = _is_image(query)
+        with (
+            connect(url, timeout_s=_TIMEOUT_S, ca_file=ca_file, cert_file=cert_file, key_file=key_file) as client,
+            Talk(shows_bar=False) as talk,
+        ):
+            if remark := _compared(library, served_by(client).provenance):
+                talk.say(remark)
+            kind = "image" if is_image else "text"
+            talk.say(f"{len(library.images):,} images of {library_file}, nearest to the {kind} {query}")
+            vector = _embedded(client, query, is_image=is_image).reshape(-1)
+        if vector.shape[0] != library.embeddings.shape[1]:
+            exit_with(
+                USAGE,
+                f"{library_file}: expected vectors of {vector.shape[0]} numbers, as the server's, came "
+                f"{library.embeddings.shape[1]}",
+            )
+        if by_index:
+            rows, cosines = nearest_by_index(index_of(library, talk.say), library.embeddings, vector, count)
+        else:
+            rows, cosines = nearest(library.embeddings, vector, count)
+        found = [(library.images[row].path, float(one)) for row, one in zip(rows, cosines, strict=True)]
+        if listing is Listing.jsonl:
+            for path, cosine in found:
+                sys.stdout.write(json.dumps({"path": printable(path), "cosine": round(cosine, 6)}) + "\n")
+        else:
+            table = Table("cosine", "path", box=None)
+            for path, cosine in found:
+                table.add_row(f"{cosine:.4f}", printable(path))
+            Console(markup=False, emoji=False, highlight=False, soft_wrap=True).print(table)
+        if html:
+            paths = [path for path, _ in found]
+            *pictures, shown = look_into([*paths, query], thumbnail_px=gallery.thumbnail_px(len(found)))
+            results = [(path, cosine, picture) for (path, cosine), picture in zip(found, pictures, strict=True)]
+            about = _with(f"The nearest of {len(library.images):,} images of {library_file}", library.provenance)
+            with _written(html) as file:
+                gallery.write_results(results, file, query=query, shown=shown if is_image else None, about=about)
+            _say_missing(pictures)
+
+
+@app.command()
+def duplicates(
+    library_file: LibraryFile,
+    *,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            min=0.5,
+            max=1.0,
+            help="The least cosine of a pair. Which edits are found at which, docs/search.md has measured.",
+        ),
+    ] = 0.96,
+    keep: Annotated[
+        Keep,
+        typer.Option(
+            help="Which one of a group to keep: that of most pixels, of these the largest file, of these the oldest. "
+            "Or first by the file's size; or the oldest, or newest."
+        ),
+    ] = Keep.pixels,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the groups and their pairs as JSON.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a line for each photograph of a group.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write a page to look through the groups with, which opens from its file."),
+    ] = None,
+) -> None:
+    """Groups of nearly the same photographs, and which one of each to keep. Nothing is deleted.
+
+    A group is what hangs together by pairs of at least the threshold. Without --json, --csv and --html the groups are
+    listed on stdout. Relative paths are looked for from the folder that the command runs in.
+
+    Exit codes: 0 done, 2 usage.
+    """
+    with _ended_by_a_sentence(), Talk(shows_bar=True) as talk:
+        require_pillow()
+        library = read_library(library_file)
+        looked = finding.look_at_files(library)
+        if library.images and not looked.files:
+            exit_with(
+                USAGE,
+                f"none of the {len(library.images):,} files of {library_file} is there: run this in the folder that "
+                "clip-embed ran in, since relative paths are looked for from here",
+            )
+        wanted = np.zeros(len(library.images), np.bool_)
+        wanted[list(looked.files)] = True
+        pairs = pairs_above(library.embeddings, threshold, wanted=wanted, advance=talk.show)
+        rows = sorted(set(pairs.first.tolist()) | set(pairs.second.tolist()))
+        thumbnail_px = gallery.thumbnail_px(len(rows)) if html else None
+        pictures = dict(
+            zip(rows, look_into([library.images[row].path for row in rows], thumbnail_px=thumbnail_px), strict=True)
+        )
+        groups = finding.choose(library, pairs, looked.files, pictures, keep)
+        about = (
+            f"{len(groups):,} groups of {len(rows):,} photographs, by {pairs.total:,} pairs of a cosine of {threshold} "
+            f"or more among {len(looked.files):,} of {library_file}"
+        )
+        if html:
+            with _written(html) as file:
+                gallery.write_gallery(groups, file, threshold=threshold, about=_with(about, library.provenance))
+        if json_file:
+            provenance = library.provenance and json.loads(library.provenance.to_json())
+            with _written(json_file) as file:
+                finding.write_json(
+                    groups, file, library=str(library_file), provenance=provenance, threshold=threshold, keep=keep,
+                    compared=len(looked.files), pairs=pairs.total,
+                )  # fmt: skip
+        if csv_file:
+            with _written(csv_file) as file:
+                finding.write_csv(groups, file)
+        if not (html or json_file or csv_file):
+            _list(groups)
+        if left_out := ", ".join(_left_out(looked)):
+            talk.say(f"left out: {left_out}")
+        if looked.changed:
+            talk.say(f"changed since they were embedded: {looked.changed:,} (clip-embed --resume embeds them again)")
+        _say_missing(pictures.values())
+        if pairs.total > MOST_PAIRS:
+            talk.say(f"of {pairs.total:,} pairs those were kept that hold the groups together at every threshold")
+        talk.say(about)
+
+
+def _is_image(query: str) -> bool:
+    """Whether a query is the path of an image. Exits for one that can only be a path, and is none."""
+    path = Path(query)
+    try:
+        if path.is_file():
+            return True
+    except (OSError, ValueError):
+        return False
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        exit_with(USAGE, f"{query}: no such file")
+    return False
+
+
+def _compared(library: Library, served: Provenance | None) -> str | None:
+    """What there is to say of the library and the server's weights. Exits when they are not the same."""
+    if library.provenance is None:
+        return (
+            f"{library.path} does not say of which weights its vectors are, as files of earlier versions do not: if "
+            "they are not the server's, the cosines mean nothing"
+        )
+    if served is None:
+        return f"the server does not say whose vectors it gives; {library.path} has those of {library.provenance}"
+    if not library.provenance.has_weights_of(served):
+        exit_with(
+            USAGE,
+            f"{library.path} has vectors of {library.provenance}, and the server gives those of {served}: serve the "
+            "same weights, or embed the library anew",
+        )
+    if library.provenance != served:
+        return f"{library.path} was made with preprocess {library.provenance.preprocess}, the query {served.preprocess}"
+    return None
+
+
+def _embedded(client: EmbeddingClient, query: str, *, is_image: bool) -> Embeddings:
+    """The (1, D) vector of an image or a text."""
+    if is_image:
+        return client.embed([query])
+    return client.embed_text([query])
+
+
+def _with(about: str, provenance: Provenance | None) -> str:
+    return f"{about}; {provenance}" if provenance else about
+
+
+def _list(groups: list[finding.Group]) -> None:
+    for group in groups:
+        for place, member in enumerate(group.members):
+            similarity = "keep  " if place == 0 else f"{member.similarity:.4f}"
+            sys.stdout.write(f"{similarity}  {printable(member.file.path)}\n")
+        sys.stdout.write("\n")
+
+
+def _left_out(looked: finding.Looked) -> Iterator[str]:
+    if looked.gone:
+        yield f"{looked.gone:,} that are gone (clip-embed --resume --prune drops their rows)"
+    if looked.failed:
+        yield f"{looked.failed:,} that failed and have no vector"
+    if looked.same:
+        yield f"{looked.same:,} that are other names of the same files"
+
+
+def _say_missing(pictures: Iterable[Picture]) -> None:
+    if unread := sum(picture.width == 0 for picture in pictures):
+        sys.stderr.write(f"not readable by Pillow here, and so without thumbnail and size in pixels: {unread:,}\n")
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[IO[str]]:
+    """A text file that appears whole, in place of what has its name."""
+    from clip_embed.destination import is_special, locked, through_links, whole  # which need a system with flock
+
+    path = through_links(path)
+    if is_special(path):
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    with locked(path) as folder, whole(path, folder) as binary:
+        file = io.TextIOWrapper(binary, encoding="utf-8", newline="")
+        yield file
+        file.detach()  # which also flushes it
+
+
+@contextmanager
+def _ended_by_a_sentence() -> Iterator[None]:
+    try:
+        yield
+    except HOPELESS as error:
+        exit_with(NO_SERVER, one_line(error))
+    except EmbeddingError as error:
+        exit_with(SOME_FAILED, one_line(error))
+    except (UnusableOutput, ModuleNotFoundError) as error:
+        exit_with(USAGE, one_line(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        exit_with(USAGE, f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))

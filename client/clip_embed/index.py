@@ -1,0 +1,76 @@
+"""An index of a library beside it, LIBRARY.usearch, for libraries so large that a search through all takes too long."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clip_embed.library import Library
+from clip_embed.nearest import nearest
+from clip_embed.wire import Embeddings
+
+EXACT_ROWS = 1_000_000  # up to here a search through all is quick enough
+_BLOCK = 8192
+_QUERIES, _COUNT = 200, 10  # of the recall that is told
+
+
+def require_usearch() -> Any:
+    """usearch's Index class, or ModuleNotFoundError with what to install."""
+    try:
+        from usearch.index import Index
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("an index needs usearch: pip install 'clip-embed[index]'") from error
+    return Index
+
+
+def index_of(library: Library, say: Callable[[str], object]) -> Any:
+    """The library's index, made anew when the library has changed, and then with its recall said."""
+    kind, path = require_usearch(), library.path.with_name(f"{library.path.name}.usearch")
+    if path.is_file() and path.stat().st_mtime_ns >= library.path.stat().st_mtime_ns:
+        found = kind.restore(str(path), view=True)
+        if found is not None and found.ndim == library.embeddings.shape[1]:
+            return found
+    began_s = time.monotonic()
+    index = kind(ndim=library.embeddings.shape[1], metric="ip", dtype="f16")
+    for start in range(0, len(library.images), _BLOCK):
+        block = library.embeddings[start : start + _BLOCK]
+        there = np.flatnonzero(~np.isnan(block[:, 0]))
+        index.add(there + start, block[there])
+    _save(index, path)
+    say(
+        f"{path}: made of {len(index):,} vectors in {time.monotonic() - began_s:.0f} s; it finds "
+        f"{recall(index, library.embeddings):.1%} of the {_COUNT} nearest"
+    )
+    return index
+
+
+def nearest_by_index(
+    index: Any, embeddings: Embeddings, query: Embeddings, count: int
+) -> tuple[NDArray[np.intp], Embeddings]:
+    """As `nearest`, but that some of the nearest may be missing; the cosines are exact."""
+    rows = np.sort(index.search(query, count).keys.astype(np.intp))
+    cosines = embeddings[rows] @ query
+    order = np.argsort(-cosines, kind="stable")
+    return rows[order], cosines[order]
+
+
+def recall(index: Any, embeddings: Embeddings) -> float:
+    """The share of the ten nearest that the index finds, of every so manieth vector, in the whole library."""
+    shares = []
+    for row in range(0, len(embeddings), max(1, len(embeddings) // _QUERIES)):
+        query = np.asarray(embeddings[row])
+        if not np.isnan(query[0]):
+            exact, _ = nearest(embeddings, query, _COUNT)
+            found, _ = nearest_by_index(index, embeddings, query, _COUNT)
+            shares.append(len(set(exact.tolist()) & set(found.tolist())) / len(exact))
+    return float(np.mean(shares)) if shares else 1.0
+
+
+def _save(index: Any, path: Path) -> None:
+    from clip_embed.destination import locked, whole  # which need a system with flock
+
+    with locked(path) as folder, whole(path, folder) as file:
+        file.write(index.save())

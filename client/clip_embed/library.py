@@ -1,0 +1,84 @@
+"""What `clip-embed` wrote, to search in: the vectors of a Parquet or `.npy` file, and whose they are."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from clip_embed import parquet
+from clip_embed.names import original
+from clip_embed.provenance import Provenance, read_beside
+from clip_embed.table import ImageFile, UnusableOutput
+from clip_embed.wire import Embeddings
+
+ENDINGS = (".parquet", ".npy")
+_IN_MEMORY_BYTES = 1 << 30  # of a Parquet's vectors; what is more goes to a temporary file
+
+
+@dataclass(frozen=True)
+class Library:
+    """The images of a file and their vectors.
+
+    Args:
+        images: N; the paths are the files' own again, not their `printable` form.
+        embeddings: (N, D) float32, row i of image i; NaN for one that failed. It may be on the disk.
+        provenance: whose vectors they are; None: the file does not say, as those of earlier versions.
+    """
+
+    path: Path
+    images: Sequence[ImageFile]
+    embeddings: Embeddings
+    provenance: Provenance | None
+
+
+def read_library(path: Path) -> Library:
+    """The library in a file.
+
+    Raises:
+        UnusableOutput: It is no file that clip-embed wrote.
+        ModuleNotFoundError: It is a Parquet, and pyarrow is not installed.
+    """
+    if not path.is_file():
+        raise UnusableOutput(f"{path}: expected a .parquet or .npy file that clip-embed wrote, found none")
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        return _read_parquet(path)
+    if ending == ".npy":
+        return _read_npy(path)
+    raise UnusableOutput(f"{path}: expected a name that ends with {' or '.join(ENDINGS)}: embed to one of these")
+
+
+def _read_npy(path: Path) -> Library:
+    names = path.with_name(f"{path.name}.paths")
+    try:
+        embeddings = np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise UnusableOutput(f"{path} is not a .npy file: {error}") from error
+    if embeddings.ndim != 2 or embeddings.dtype != np.float32:
+        raise UnusableOutput(f"{path}: expected (N, D) float32, came {embeddings.shape} {embeddings.dtype}")
+    try:
+        paths = names.read_bytes().decode().split("\n")[:-1]
+    except FileNotFoundError as error:
+        raise UnusableOutput(
+            f"{names} was expected beside {path}, with the path of each row: it is not there"
+        ) from error
+    if len(paths) != len(embeddings):
+        raise UnusableOutput(f"{path} has {len(embeddings)} rows and {names} {len(paths)} paths: they are of two runs")
+    images = [ImageFile(original(name), None, None) for name in paths]
+    return Library(path, images, embeddings, read_beside(path))
+
+
+def _read_parquet(path: Path) -> Library:
+    count, size, batches = parquet.open_vectors(path)
+    if count * size * 4 <= _IN_MEMORY_BYTES:
+        embeddings = np.empty((count, size), np.float32)
+    else:
+        with tempfile.NamedTemporaryFile() as file:  # gone from the folder at once, from the disk with the array
+            embeddings = np.memmap(file.name, np.float32, "w+", shape=(count, size))
+    images: list[ImageFile] = []
+    for some, vectors in batches:
+        embeddings[len(images) : len(images) + len(some)] = vectors
+        images += [image._replace(path=original(image.path)) for image in some]
+    return Library(path, images, embeddings, parquet.read_provenance(path))

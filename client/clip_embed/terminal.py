@@ -1,0 +1,133 @@
+"""What the commands share: the options of a server, what is said on stderr, and how they end."""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Self, cast
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from clip_embed.client import EmbeddingClient
+from clip_embed.credentials import API_KEY_VARIABLE, CA_FILE_VARIABLE, CERT_FILE_VARIABLE, KEY_FILE_VARIABLE
+from clip_embed.errors import ContractError, CredentialsError, ModelNotReadyError, ServerUnavailableError
+from clip_embed.names import printable
+from clip_embed.served import Served
+from clip_embed.target import BACKEND_VARIABLE, URL_VARIABLE, Backend
+from clip_embed.wire import TEXT_MODEL
+
+SOME_FAILED, USAGE, NO_SERVER, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
+# The next image would fare no better.
+HOPELESS = (ServerUnavailableError, ModelNotReadyError, CredentialsError, ContractError)
+
+_log = logging.getLogger("clip_embed")
+
+Url = Annotated[
+    str,
+    typer.Option(envvar=URL_VARIABLE, help="The server: grpc(s):// or http(s)://; several with commas between them."),
+]
+CaFile = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=CA_FILE_VARIABLE,
+        help="Certificates, PEM, by which a grpcs:// or https:// server is known; default: the system's for https://, "
+        "those that gRPC brings for grpcs://.",
+    ),
+]
+CertFile = Annotated[
+    Path | None, typer.Option(envvar=CERT_FILE_VARIABLE, help="Your certificate, PEM, for a server that asks for one.")
+]
+KeyFile = Annotated[Path | None, typer.Option(envvar=KEY_FILE_VARIABLE, help="Its private key, PEM, not encrypted.")]
+
+
+def connect(url: str, **options: Any) -> EmbeddingClient:
+    """A client, with the backend and the key of the environment; or the end of the process, for what makes no sense."""
+    try:
+        return EmbeddingClient(
+            url,
+            backend=cast(Backend, os.environ.get(BACKEND_VARIABLE) or "triton"),  # the client looks at what it is
+            api_key=os.environ.get(API_KEY_VARIABLE) or None,
+            **options,
+        )
+    except (ValueError, ModuleNotFoundError) as error:
+        exit_with(USAGE, one_line(error))
+
+
+def require_ready(client: EmbeddingClient) -> None:
+    """The end of the process, where no server is ready."""
+    if client.is_ready():
+        return
+    certificates = " or the right --ca-file, --cert-file and --key-file" if "s://" in client.url else ""
+    export = ", with a text tower (clip-tools export-onnx)" if client.model == TEXT_MODEL else ""
+    exit_with(
+        NO_SERVER,
+        f"no {client.model} at {client.url}: start the server (make serve){export}, or give --url{certificates}",
+    )
+
+
+def served_by(client: EmbeddingClient) -> Served:
+    """What the server says of itself; or the end of the process, where none is ready."""
+    require_ready(client)
+    return client.served()
+
+
+class Talk:
+    """What is said on stderr: lines, and a progress bar if it is a terminal and the run lasts over two seconds."""
+
+    def __init__(self, *, shows_bar: bool) -> None:
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            redirect_stdout=False,  # rich would send the data to stderr
+            disable=not (shows_bar and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=None)  # a folder's size is not known before its end
+        self._begun_s = time.monotonic()
+        self._handler = _Handler(self)  # of what the client logs: a server that goes, and that comes back
+
+    def __enter__(self) -> Self:
+        _log.addHandler(self._handler)
+        _log.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _log.removeHandler(self._handler)
+        self._bar.stop()
+
+    def advance(self, count: int = 1) -> None:
+        self._bar.advance(self._task, count)
+        if not self._bar.live.is_started and time.monotonic() - self._begun_s > 2:
+            self._bar.start()
+
+    def show(self, share: float) -> None:
+        """How much is done, of what is known to its end."""
+        self._bar.update(self._task, total=1000, completed=1000 * share)
+        self.advance(0)
+
+    def say(self, line: str) -> None:
+        self._console.print(printable(line), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, talk: Talk) -> None:
+        super().__init__()
+        self._talk = talk
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._talk.say(one_line(record.getMessage()))
+
+
+def one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def exit_with(code: int, message: str) -> NoReturn:
+    sys.stderr.write(f"clip-embed: {printable(message)}\n")
+    raise typer.Exit(code)

@@ -1,0 +1,141 @@
+"""`clip-embed search`: the nearest images of a library, and a library of other weights refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_client_loopback import Brain, serve, vector_of
+
+pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
+
+from clip_embed.cli import is_on_library
+from clip_embed.output import Format, open_output
+from clip_embed.provenance import Provenance
+from clip_embed.table import look_at
+
+COMMAND = [sys.executable, "-W", "error", "-c", "from clip_embed.cli import main; main()"]
+HERE = Provenance("ViT-B-32", "a" * 64, "exact")
+
+
+@pytest.fixture(scope="module")
+def brain():
+    brain = Brain()
+    brain.says = {"clip_model": HERE.model, "clip_checkpoint": HERE.checkpoint, "clip_preprocess": HERE.preprocess}
+    return brain
+
+
+@pytest.fixture(scope="module")
+def url(brain):
+    with serve("grpc", brain) as url:
+        yield url
+
+
+@pytest.fixture
+def run(url, tmp_path, monkeypatch):
+    """Runs the command in tmp_path, where 20 images lie whose vectors are in v.npy, and one again as same.jpg."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(20):
+        Path(f"{number:02d}.jpg").write_bytes(b"image %d" % number)
+    Path("same.jpg").write_bytes(b"image 7")
+    library("v.npy", HERE)
+
+    def run(*arguments):
+        env = {**os.environ, "INFERENCE_SERVICE_URL": url}
+        done = subprocess.run([*COMMAND, *arguments], check=False, capture_output=True, text=True, env=env)
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+def library(name: str, provenance: Provenance | None) -> None:
+    with open_output(Path(name), Format(Path(name).suffix[1:]), provenance) as output:
+        for path in sorted(Path().glob("[0-9]*.jpg")):
+            output.add(look_at(str(path)), vector_of(path.read_bytes()))
+
+
+def test_the_nearest_come_first_with_their_cosines(run):
+    done = run("search", "v.npy", "same.jpg", "-k", "3", "--format", "jsonl")
+    assert (done.returncode, "the image same.jpg" in done.stderr) == (0, True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    query = vector_of(b"image 7")
+    cosines = {f"{number:02d}.jpg": float(vector_of(b"image %d" % number) @ query) for number in range(20)}
+    assert [line["path"] for line in lines] == sorted(cosines, key=cosines.get, reverse=True)[:3]
+    assert np.allclose([line["cosine"] for line in lines], sorted(cosines.values(), reverse=True)[:3], atol=1e-5)
+    assert run("search", "v.npy", "same.jpg", "-k", "1").stdout.split() == ["cosine", "path", "1.0000", "07.jpg"]
+
+
+def test_a_page_holds_its_pictures_and_any_name(run):
+    name = "<b>&.jpg"
+    Image.new("RGB", (300, 200), (9, 99, 9)).save(name)
+    with open_output(Path("w.npy"), Format.npy, HERE) as output:
+        output.add(look_at(name), vector_of(Path(name).read_bytes()))
+        output.add(look_at("00.jpg"), vector_of(b"image 0"))
+    done = run("search", "w.npy", name, "--html", "found.html")
+    assert done.returncode == 0
+    assert "not readable by Pillow here" in done.stderr
+    page = Path("found.html").read_text()
+    assert page.count("data:image/webp;base64,") == 2  # the query and itself; the other one is no image
+    assert "&lt;b&gt;&amp;.jpg" in page
+    assert "<b>&" not in page
+
+
+@pytest.mark.parametrize("ending", ["npy", "parquet"])
+def test_vectors_of_other_weights_are_refused_and_of_unknown_ones_told(run, ending):
+    if ending == "parquet":
+        pytest.importorskip("pyarrow.parquet", reason="pip install 'clip-embed[parquet]'")
+    library(f"other.{ending}", Provenance("ViT-B-32", "b" * 64, "exact"))
+    done = run("search", f"other.{ending}", "same.jpg")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "has vectors of ViT-B-32, checkpoint bbbbbbbbbbbb..., preprocess exact, and the server gives" in done.stderr
+    library(f"fast.{ending}", Provenance("ViT-B-32", "a" * 64, "fast"))
+    done = run("search", f"fast.{ending}", "same.jpg")
+    assert (done.returncode, "made with preprocess fast, the query exact" in done.stderr) == (0, True)
+    library(f"old.{ending}", None)
+    done = run("search", f"old.{ending}", "same.jpg")
+    assert (done.returncode, "does not say of which weights its vectors are" in done.stderr) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("query", "code", "says"),
+    [
+        ("missing.jpg", 2, "missing.jpg: no such file"),
+        ("bad.jpg", 1, "bad.jpg: truncated: ends"),
+    ],
+)
+def test_a_query_that_cannot_be_embedded_is_a_sentence(run, query, code, says):
+    Path("bad.jpg").write_bytes(b"bad:truncated:ends")
+    done = run("search", "v.npy", query)
+    assert (done.returncode, done.stdout, says in done.stderr) == (code, "", True)
+
+
+def test_a_folder_of_a_commands_name_is_embedded_as_before(run, tmp_path):
+    """Unless a library comes next, which nobody embeds."""
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "a.jpg").write_bytes(b"image 7")
+    done = run("search")
+    assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == ["search/a.jpg"]
+    assert run("search", "v.npy", "search/a.jpg", "-k", "1").stdout.split()[-1] == "07.jpg"
+    assert not is_on_library(["search", "-o", "v.npy"])
+    assert is_on_library(["duplicates"])
+    assert not is_on_library(["photos", "search"])
+
+
+def test_an_index_is_kept_and_made_anew_when_the_library_changes(run):
+    """It gives what the search through all gives, on so few."""
+    pytest.importorskip("usearch", reason="pip install 'clip-embed[index]'")
+    expected = run("search", "v.npy", "same.jpg").stdout
+    made = run("search", "v.npy", "same.jpg", "--index")
+    assert (made.returncode, made.stdout) == (0, expected)
+    assert "v.npy.usearch: made of 20 vectors" in made.stderr
+    assert "finds 100.0% of the 10 nearest" in made.stderr
+    again = run("search", "v.npy", "same.jpg", "--index")
+    assert (again.stdout, "made of" in again.stderr) == (expected, False)
+    Path("00.jpg").unlink()
+    library("v.npy", HERE)
+    assert "made of 19 vectors" in run("search", "v.npy", "same.jpg", "--index").stderr

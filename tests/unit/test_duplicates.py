@@ -1,0 +1,176 @@
+"""`clip-embed duplicates`: which photographs are one group, which one is kept, and that no only copy is offered up."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
+
+from clip_embed.names import printable
+from clip_embed.output import Format, open_output
+from clip_embed.provenance import Provenance
+from clip_embed.table import look_at
+
+COMMAND = [sys.executable, "-W", "error", "-c", "from clip_embed.cli import main; main()"]
+
+
+def vector(angle: float) -> np.ndarray:
+    """In one plane, so that the cosine of two is that of their angles' difference, in degrees."""
+    rows = np.zeros(512, np.float32)
+    rows[:2] = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    return rows
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def photograph(name: str, *, size_px: int = 8, age_s: int = 0) -> None:
+    Path(name).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (size_px, size_px), (200, 30, 30)).save(name, "JPEG")
+    os.utime(name, (1_000_000_000 - age_s,) * 2)
+
+
+def library(name: str, angles: dict[str, float | None], provenance: Provenance | None = None) -> None:
+    with open_output(Path(name), Format(name.rpartition(".")[2]), provenance) as out:
+        for path, angle in angles.items():
+            out.add(look_at(path), None if angle is None else vector(angle))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*COMMAND, *arguments], check=False, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def groups_of(name: str) -> list[list[str]]:
+    return [[one["path"] for one in group["files"]] for group in json.loads(Path(name).read_text())["groups"]]
+
+
+@pytest.mark.parametrize("ending", ["npy", "parquet"])
+def test_what_hangs_together_is_a_group_and_the_best_comes_first(here, ending):
+    """a-b and b-c are near enough, a-c are not: one group, of a chain. The largest picture is kept."""
+    if ending == "parquet":
+        pytest.importorskip("pyarrow.parquet", reason="pip install 'clip-embed[parquet]'")
+    for name, size_px in {"a.jpg": 8, "b.jpg": 64, "c.jpg": 16, "other.jpg": 99, "x.jpg": 8, "y.jpg": 8}.items():
+        photograph(name, size_px=size_px, age_s=name == "y.jpg")
+    angles = {"a.jpg": 0, "b.jpg": 12, "c.jpg": 24, "failed.jpg": None, "other.jpg": 90, "x.jpg": 150, "y.jpg": 151}
+    if ending == "parquet":
+        del angles["failed.jpg"]  # which has no row there
+    library(f"v.{ending}", angles, Provenance("ViT-B-16", "tag", "exact"))
+    done = run("duplicates", f"v.{ending}", "--json", "d.json", "--csv", "d.csv")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "2 groups of 5 photographs, by 3 pairs" in done.stderr
+    assert ("1 that failed" in done.stderr) == (ending == "npy")
+    assert groups_of("d.json") == [["b.jpg", "c.jpg", "a.jpg"], ["y.jpg", "x.jpg"]]
+    found = json.loads(Path("d.json").read_text())
+    assert (found["provenance"]["model"], found["threshold"], found["pairs"]) == ("ViT-B-16", 0.96, 3)
+    cosine = round(float(np.cos(np.radians(12))), 6)
+    assert [[i, j, round(c, 4)] for i, j, c in found["groups"][0]["pairs"]] == [
+        [0, 1, round(cosine, 4)],
+        [0, 2, round(cosine, 4)],
+    ]
+    rows = list(csv.DictReader(Path("d.csv").read_text().splitlines()))
+    assert [(row["group"], row["keep"], row["path"]) for row in rows[:2]] == [
+        ("1", "True", "b.jpg"),
+        ("1", "False", "c.jpg"),
+    ]
+    assert (rows[0]["width"], rows[0]["mtime"]) == ("64", "2001-09-09T01:46:40+00:00")
+    assert run("duplicates", f"v.{ending}", "--threshold", "0.99").stdout == (
+        f"keep    y.jpg\n{np.cos(np.radians(1)):.4f}  x.jpg\n\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("keep", "order"),
+    [
+        ("pixels", "large big old new"),
+        ("size", "big large old new"),
+        ("oldest", "old big large new"),
+        ("newest", "new large big old"),
+    ],
+)
+def test_the_one_to_keep_is_chosen_as_asked(here, keep, order):
+    photograph("large.jpg", size_px=80, age_s=5)
+    photograph("big.jpg", size_px=16, age_s=10)
+    with Path("big.jpg").open("ab") as file:
+        file.write(bytes(9000))
+    os.utime("big.jpg", (1_000_000_000 - 10,) * 2)
+    photograph("old.jpg", age_s=99)
+    photograph("new.jpg")
+    library("v.npy", dict.fromkeys(["new.jpg", "old.jpg", "large.jpg", "big.jpg"], 0))
+    assert run("duplicates", "v.npy", "--keep", keep, "--json", "d.json").returncode == 0
+    assert groups_of("d.json") == [[f"{name}.jpg" for name in order.split()]]
+
+
+def test_neither_a_file_that_is_gone_nor_its_own_other_name_makes_a_duplicate(here):
+    """Who then removed all but one of each group would lose the only copy. Nor do they hold a chain together."""
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        photograph(name)
+    os.link("a.jpg", "hard.jpg")
+    Path("soft.jpg").symlink_to("a.jpg")
+    angles = {"a.jpg": 0, "hard.jpg": 0, "soft.jpg": 0, "./a.jpg": 0, "gone.jpg": 1, "b.jpg": 45, "between.jpg": 60}
+    library("v.npy", angles | {"c.jpg": 75})
+    done = run("duplicates", "v.npy", "--json", "d.json")
+    assert groups_of("d.json") == []
+    assert "left out: 2 that are gone" in done.stderr
+    assert "3 that are other names of the same files" in done.stderr
+
+
+def test_what_cannot_be_read_is_said_and_any_name_is_written(here):
+    names = ["</script><img src=x>.jpg", "caf\udce9\n.jpg"]
+    for name in names:
+        photograph(name)
+    Path("empty.jpg").touch()
+    Path("old.jpg").touch()
+    library("v.parquet", dict.fromkeys([*names, "empty.jpg", "old.jpg"], 0))
+    Path("old.jpg").write_bytes(b"changed")
+    done = run("duplicates", "v.parquet", "--json", "d.json", "--html", "d.html")
+    assert done.returncode == 0
+    assert sorted(groups_of("d.json")[0]) == sorted([*map(printable, names), "empty.jpg", "old.jpg"])
+    assert "not readable by Pillow here, and so without thumbnail and size in pixels: 2" in done.stderr
+    assert "changed since they were embedded: 1" in done.stderr
+    page = Path("d.html").read_text()
+    assert page.count("</script>") == 2
+    assert "caf%E9%0A.jpg" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["missing.npy"], "missing.npy: expected a .parquet or .npy file that clip-embed wrote, found none"),
+        (["v.jsonl"], "expected a name that ends with .parquet or .npy"),
+        (["bare.npy"], "bare.npy.paths was expected beside bare.npy"),
+        (["text.npy"], "text.npy is not a .npy file"),
+        (["v.npy"], "none of the 1 files of v.npy is there: run this in the folder that clip-embed ran in"),
+        (["v.npy", "--threshold", "0.2"], "--threshold"),
+        (["there.npy", "--html", "no/such/d.html"], "No such file or directory"),
+    ],
+)
+def test_a_users_mistake_is_a_sentence(here, arguments, says):
+    photograph("a.jpg")
+    library("v.npy", {"nowhere.jpg": 0})
+    library("there.npy", {"a.jpg": 0})
+    Path("v.jsonl").touch()
+    np.save("bare.npy", np.zeros((1, 512), np.float32))
+    Path("text.npy").write_text("no array")
+    done = run("duplicates", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in " ".join(done.stderr.split())
+
+
+def test_nothing_alike_is_no_group_and_a_page_all_the_same(here):
+    photograph("a.jpg")
+    library("v.npy", {"a.jpg": 0})
+    done = run("duplicates", "v.npy", "--html", "d.html", "--csv", "d.csv")
+    assert (done.returncode, "0 groups of 0 photographs" in done.stderr) == (0, True)
+    assert Path("d.html").stat().st_size > 1000
