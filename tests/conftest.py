@@ -93,16 +93,26 @@ def kept_model(weights: Weights, name: str) -> Path:
 @pytest.fixture(scope="session")
 def onnx_model(weights: Weights, demo_photos: list[Path]) -> Path:
     """model.onnx of the weights, exported once and kept; never the one in models/, which is the user's."""
+    return exported(weights, demo_photos)
+
+
+def exported(weights: Weights, photographs: list[Path]) -> Path:
+    """The image tower of these weights, kept between runs."""
     path = kept_model(weights, "model.onnx")
     kept = Sample.read(path)
     if not is_exported(path, weights) or kept is None or kept.upright_embeddings is None:
-        export_onnx(weights, [photo.read_bytes() for photo in demo_photos], path)
+        export_onnx(weights, [photo.read_bytes() for photo in photographs], path)
     return path
 
 
 @pytest.fixture(scope="session")
 def text_model(weights: Weights) -> Path:
     """The text tower of the same weights, with its merges beside it."""
+    return exported_text(weights)
+
+
+def exported_text(weights: Weights) -> Path:
+    """The text tower of these weights, kept between runs."""
     path = kept_model(weights, "text/model.onnx")
     if not is_exported(path, weights) or Sample.read(path) is None:
         export_text(weights, path)
@@ -120,7 +130,11 @@ def gpu_model(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def repository(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model repository as it is committed, with the tests' model in it."""
-    folder = tmp_path_factory.mktemp("repository") / "models"
+    return with_image(tmp_path_factory.mktemp("repository") / "models", onnx_model)
+
+
+def with_image(folder: Path, onnx_model: Path) -> Path:
+    """The repository as it is committed, at `folder`, with this image tower in it."""
     built = shutil.ignore_patterns("*.onnx", "*.plan", "manifest*.json", SAMPLE, MERGES, "__pycache__")
     shutil.copytree(MODELS, folder, ignore=built)
     for path in (onnx_model, manifest_path(onnx_model), onnx_model.with_name(SAMPLE)):

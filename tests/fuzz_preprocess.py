@@ -138,7 +138,7 @@ def _made_apart(name: str) -> bytes:
 def main() -> None:
     """Answer each name with what came of its case."""
     sys.path.append(str(MODELS / "preprocess" / "1"))
-    from clip_preprocess import SIDE_PX, Limits, RefusedImage, pixels_of
+    from clip_preprocess import Limits, RefusedImage, pixels_of
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
     limits = Limits.of({key: one.string_value for key, one in read_config(MODELS, "preprocess").parameters.items()})
@@ -150,7 +150,7 @@ def main() -> None:
         started = time.process_time()  # of this process alone, whoever else uses the core
         try:
             pixels = pixels_of(content, limits, upright=True)
-            came = "pixels" if (pixels.shape, str(pixels.dtype)) == ((SIDE_PX, SIDE_PX, 3), "uint8") else "no pixels"
+            came = "pixels" if (pixels.shape, str(pixels.dtype)) == ((224, 224, 3), "uint8") else "no pixels"
         except RefusedImage as error:
             came = error.code if "\n" not in error.reason else f"more than a line: {error.reason}"
         except BaseException as error:

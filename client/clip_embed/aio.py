@@ -25,7 +25,7 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
     _loop: asyncio.AbstractEventLoop | None = None
 
     async def embed(self, images: Iterable[ImageSource]) -> Embeddings:
-        """The embeddings of N images: (N, 512) float32, C-contiguous, row i of image i, L2 norm 1.
+        """The embeddings of N images: (N, D) float32, C-contiguous, row i of image i, L2 norm 1.
 
         Raises:
             InvalidImageError: Bad images, named by index and path: those of the request that failed first.

@@ -110,7 +110,7 @@ class Batches:
         return tuple(items) if items else None
 
     def give(self, request: Request, embeddings: Embeddings) -> None:
-        """Takes in the (n, 512) embeddings of a request of n images."""
+        """Takes in the (n, D) embeddings of a request of n images."""
         self._results.update(zip((item.index for item in request), embeddings, strict=True))
 
     def fail(self, request: Request, error: EmbeddingError) -> None:

@@ -25,7 +25,7 @@ class EmbeddingClient(ClientOptions[Transport]):
     """
 
     def embed(self, images: Iterable[ImageSource]) -> Embeddings:
-        """The embeddings of N images: (N, 512) float32, C-contiguous, row i of image i, L2 norm 1.
+        """The embeddings of N images: (N, D) float32, C-contiguous, row i of image i, L2 norm 1.
 
         An image is an encoded file's bytes, its path, the open file, or pixels: an image of Pillow or a (H, W, 3) uint8
         array. Pixels are sent as PNG, which loses nothing and costs more than the file: see `ImageSource`.
@@ -40,7 +40,7 @@ class EmbeddingClient(ClientOptions[Transport]):
         return stack(list(self._results(self._dispatch(images, keep_going=False))))
 
     def embed_many(self, images: Iterable[ImageSource]) -> Iterator[Embeddings | EmbeddingError]:
-        """For each image in order its embedding, (512,) float32 of L2 norm 1, or the error that kept it away.
+        """For each image in order its embedding, (D,) float32 of L2 norm 1, or the error that kept it away.
 
         For any number of images: they are read as they are needed, a bounded number ahead of the results. A bad image
         costs its request one more round trip and the other images nothing; its error is an InvalidImageError with one
@@ -165,5 +165,5 @@ def _is_yes(answer: Future[bool]) -> bool:
 
 
 def stack(rows: list[Embeddings | EmbeddingError]) -> Embeddings:
-    """(N, 512) of N rows; the errors of a call that does not keep going were raised, so none is among them."""
+    """(N, D) of N rows, (0, 512) of none; the errors of a call that does not keep going were raised: there are none."""
     return np.stack(cast("list[Embeddings]", rows)) if rows else np.empty((0, EMBEDDING_SIZE), np.float32)

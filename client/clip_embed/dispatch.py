@@ -163,7 +163,7 @@ class Dispatch(Generic[TransportT]):
         return None if earliest_s is None else max(0.0, earliest_s - now_s)
 
     def settle(self, started: Attempt[TransportT] | Probe[TransportT], answer: Callable[[], Any]) -> None:
-        """Takes in how it ended: `answer` gives the (n, 512) embeddings or the server's readiness, or raises.
+        """Takes in how it ended: `answer` gives the (n, D) embeddings or the server's readiness, or raises.
 
         Raises:
             EmbeddingError: It is final, and the call does not keep going.

@@ -39,7 +39,7 @@ class Output(Protocol):
 
 
 class NpyRows:
-    """The .npy format, one (N, 512) float32 array whose N is written last; a failed image's row is NaN.
+    """The .npy format, one (N, D) float32 array whose N is written last; a failed image's row is NaN.
 
     Args:
         names: gets row i's path as line i.
@@ -49,22 +49,34 @@ class NpyRows:
         self._file = file
         self._names = names
         self._count = 0
+        self._size = 0  # of a row; before the first embedding it is not known
         self._write_header()
 
     def add(self, image: ImageFile, embedding: Embeddings | None) -> None:
-        row = np.full(EMBEDDING_SIZE, np.nan) if embedding is None else embedding
-        self._file.write(row.astype("<f4", copy=False).tobytes())
+        if embedding is not None and not self._size:
+            self._begin(len(embedding))
+        if self._size:
+            row = np.full(self._size, np.nan) if embedding is None else embedding
+            self._file.write(row.astype("<f4", copy=False).tobytes())
         if self._names:
             self._names.write(printable(image.path).encode() + b"\n")
         self._count += 1
 
+    def _begin(self, size: int) -> None:
+        """Write the rows that failed so far."""
+        self._size = size
+        for _ in range(self._count):
+            self._file.write(np.full(size, np.nan, "<f4").tobytes())
+
     def finish(self) -> None:
+        if not self._size:
+            self._begin(EMBEDDING_SIZE)
         self._file.seek(0)
         self._write_header()
 
     def _write_header(self) -> None:
         # numpy leaves room for the first number to grow, so the header is as long with N as it was with 0.
-        header = {"descr": "<f4", "fortran_order": False, "shape": (self._count, EMBEDDING_SIZE)}
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self._count, self._size or EMBEDDING_SIZE)}
         np.lib.format.write_array_header_1_0(self._file, header)  # type: ignore[no-untyped-call]
 
 

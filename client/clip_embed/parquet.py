@@ -1,4 +1,4 @@
-"""Parquet: the columns path, size_bytes, mtime_ns and embedding, which is a fixed-size list of 512 float32.
+"""Parquet: the columns path, size_bytes, mtime_ns and embedding, which is a fixed-size list of D float32.
 
 Of which weights they are, its metadata say under the key `clip_embed.provenance`.
 """
@@ -30,9 +30,8 @@ def require_pyarrow() -> Any:
 class _Rows:
     def __init__(self, file: IO[bytes], provenance: Provenance | None) -> None:
         self._arrow = require_pyarrow()
-        self._schema = _schema(self._arrow, provenance)
-        # The numbers of an embedding are all different: a dictionary of them would only cost time.
-        self._writer = self._arrow.parquet.ParquetWriter(file, self._schema, use_dictionary=False)
+        self._file, self._provenance = file, provenance
+        self._writer: Any = None  # the first embedding tells how long they are
         self._images: list[ImageFile] = []
         self._embeddings: list[Embeddings] = []
 
@@ -46,12 +45,22 @@ class _Rows:
 
     def finish(self) -> None:
         self._write()
+        if self._writer is None:
+            self._open(EMBEDDING_SIZE)
         self._writer.close()
+
+    def _open(self, size: int) -> None:
+        schema = _schema(self._arrow, self._provenance, size)
+        # The numbers of an embedding are all different: a dictionary of them would only cost time.
+        self._writer = self._arrow.parquet.ParquetWriter(self._file, schema, use_dictionary=False)
 
     def _write(self) -> None:
         if not self._images:
             return
         images, self._images = self._images, []
+        size = len(self._embeddings[0])
+        if self._writer is None:
+            self._open(size)
         numbers = self._arrow.array(np.concatenate(self._embeddings))
         self._embeddings = []
         paths = [printable(image.path) for image in images]
@@ -59,9 +68,9 @@ class _Rows:
             self._arrow.array(paths, "string"),
             self._arrow.array([image.size_bytes for image in images], "int64"),
             self._arrow.array([image.mtime_ns for image in images], "int64"),
-            self._arrow.FixedSizeListArray.from_arrays(numbers, EMBEDDING_SIZE),
+            self._arrow.FixedSizeListArray.from_arrays(numbers, size),
         ]
-        self._writer.write_table(self._arrow.table(columns, schema=self._schema), ROW_GROUP)
+        self._writer.write_table(self._arrow.table(columns, schema=self._writer.schema), ROW_GROUP)
 
 
 def open_rows(file: IO[bytes], provenance: Provenance | None = None) -> _Rows:
@@ -105,7 +114,10 @@ def merge(
     """Implements `table.Table`."""
     arrow = require_pyarrow()
     held: list[Any] = []
-    schema = _schema(arrow, provenance)
+    paths = list(paths)
+    if len(sizes := {_size_in(path) for path in paths}) > 1:
+        raise UnusableOutput(f"{paths[0]}: expected vectors of one length, came {', '.join(map(str, sorted(sizes)))}")
+    schema = _schema(arrow, provenance, *sizes)
     with arrow.parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
 
         def write(at_least: int) -> None:
@@ -122,8 +134,14 @@ def merge(
         write(1)
 
 
-def _schema(arrow: Any, provenance: Provenance | None = None) -> Any:
-    embedding = arrow.list_(arrow.float32(), EMBEDDING_SIZE)
+def _size_in(path: Path) -> int:
+    with _open(path) as file:
+        size: int = file.schema_arrow.field("embedding").type.list_size
+        return size
+
+
+def _schema(arrow: Any, provenance: Provenance | None = None, size: int = EMBEDDING_SIZE) -> Any:
+    embedding = arrow.list_(arrow.float32(), size)
     return arrow.schema(
         [
             ("path", arrow.string()),
@@ -141,7 +159,9 @@ def _open(path: Path) -> Any:
         file = arrow.parquet.ParquetFile(path)
     except arrow.ArrowInvalid as error:
         raise UnusableOutput(f"{path} is not a Parquet file: {error}") from error
-    if not file.schema_arrow.equals(_schema(arrow)):
+    columns = file.schema_arrow
+    size = getattr(columns.field("embedding").type, "list_size", 0) if "embedding" in columns.names else 0
+    if not size or not columns.equals(_schema(arrow, size=size)):
         columns = ", ".join(f"{field.name} {field.type}" for field in file.schema_arrow)
         file.close()
         raise UnusableOutput(f"{path}: expected the columns of clip-embed, came {columns}")

@@ -34,7 +34,7 @@ class TextRow(ImageFile):
 
 
 class Rows(Protocol):
-    """Takes each image's (512,) float32 embedding in order, or None for one that failed."""
+    """Takes each image's (D,) float32 embedding in order, or None for one that failed."""
 
     def add(self, image: ImageFile, embedding: Embeddings | None) -> None: ...
 

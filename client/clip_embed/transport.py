@@ -14,7 +14,7 @@ class Transport(Protocol):
     """Thread-safe. `timeout_s` is the time from now, None for no limit; the errors of answers are EmbeddingErrors."""
 
     def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Future[Embeddings]:
-        """The (N, 512) answer to come; cancelling it also cancels the request on the server."""
+        """The (N, D) answer to come; cancelling it also cancels the request on the server."""
 
     def is_ready(self, timeout_s: float | None) -> Future[bool]:
         """Whether the server says that its model can be asked, in an answer to come."""

@@ -20,7 +20,7 @@ INPUT = "image_bytes"
 TEXT_MODEL = "clip_text_ensemble"
 TEXT_INPUT = "text"
 OUTPUT = "embedding"
-EMBEDDING_SIZE = 512
+EMBEDDING_SIZE = 512  # of most models: what there is to say of the vectors of no images
 MAX_IMAGE_BYTES = 32 << 20
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _RAW_INPUT_CONTENTS = b"\x3a"  # ModelInferRequest's field 7, length-delimited
@@ -29,7 +29,7 @@ ImageBytes = bytes | memoryview
 """One encoded image file, or a text in UTF-8; a memoryview is flat and of bytes, so that `len` is its size."""
 
 Embeddings = NDArray[np.float32]
-"""(N, 512), C-contiguous, each row of L2 norm 1; or one such row, (512,)."""
+"""(N, D), C-contiguous, each row of L2 norm 1; or one such row, (D,). D is the served model's, mostly 512."""
 
 
 def input_of(model: str) -> str:
@@ -71,7 +71,7 @@ def http_request(images: Sequence[ImageBytes], name: str = INPUT) -> tuple[dict[
 
 
 def read_grpc_answer(answer: Any, count: int) -> Embeddings:
-    """The (count, 512) embeddings in a `ModelInferResponse`.
+    """The (count, D) embeddings in a `ModelInferResponse`.
 
     Raises:
         ContractError: It holds something else.
@@ -83,7 +83,7 @@ def read_grpc_answer(answer: Any, count: int) -> Embeddings:
 
 
 def read_http_answer(body: bytes, header_length: str | None, count: int) -> Embeddings:
-    """The (count, 512) embeddings in the body of an HTTP answer whose first `header_length` bytes are JSON.
+    """The (count, D) embeddings in the body of an HTTP answer whose first `header_length` bytes are JSON.
 
     Raises:
         ContractError: It holds something else.
@@ -102,12 +102,12 @@ def read_http_answer(body: bytes, header_length: str | None, count: int) -> Embe
 
 
 def _embeddings(datatype: str, shape: list[int], raw: bytes, count: int) -> Embeddings:
-    expected = [count, EMBEDDING_SIZE]
-    if datatype != "FP32" or shape != expected or len(raw) != 4 * count * EMBEDDING_SIZE:
+    is_matrix = len(shape) == 2 and shape[0] == count and shape[1] > 0
+    if datatype != "FP32" or not is_matrix or len(raw) != 4 * count * shape[1]:
         raise ContractError(
-            f"{OUTPUT}: expected FP32 {expected}, came {datatype} {shape} in {len(raw)} bytes; {ContractError.advice}"
+            f"{OUTPUT}: expected FP32 [{count}, D], came {datatype} {shape} in {len(raw)} bytes; {ContractError.advice}"
         )
-    embeddings = np.frombuffer(raw, dtype="<f4").reshape(expected).astype(np.float32)  # a copy that can be written to
+    embeddings = np.frombuffer(raw, dtype="<f4").reshape(shape).astype(np.float32)  # a copy that can be written to
     norms = np.linalg.norm(embeddings, axis=1)
     if not (np.abs(norms - 1) < 1e-2).all():  # NaN fails too; FP16 leaves 1e-3 at most, so 1e-2 is another model
         raise ContractError(f"{OUTPUT}: expected rows of L2 norm 1, came norms {norms.min():.3g} to {norms.max():.3g}")

@@ -92,7 +92,7 @@ def test_fp32_is_not_tf32() -> None:
     """Which TensorRT takes by default: FP32 with FP16's mantissa."""
     trt = load_tensorrt("tensorrt-rtx")
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    config, _ = _configure(trt, builder, EngineOptions(runtime="tensorrt-rtx"), None)
+    config, _ = _configure(trt, builder, EngineOptions(runtime="tensorrt-rtx"), None, (224, 224, 3))
     assert not config.get_flag(trt.BuilderFlag.TF32)
 
 

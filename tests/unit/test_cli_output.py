@@ -212,3 +212,32 @@ def test_of_which_weights_the_vectors_are_is_kept_with_them_and_goes_with_them(t
     with pytest.raises(RuntimeError), open_output(out, file_format, known):
         raise RuntimeError
     assert read(out) is None
+
+
+@pytest.mark.parametrize("size", [1, 768, 1024])
+def test_rows_are_as_long_as_the_served_models_vectors(tmp_path, size):
+    """Also where the first images failed, when that is not known yet."""
+    for file_format in (Format.npy, Format.parquet):
+        with open_output(tmp_path / f"out.{file_format}", file_format) as output:
+            output.add(look_at("bad.jpg"), None)
+            output.add(look_at("a.jpg"), np.ones(size, np.float32))
+            output.add(look_at("bad.jpg"), None)
+    rows = np.load(tmp_path / "out.npy")
+    assert rows.shape == (3, size)
+    assert np.isnan(rows).any(axis=1).tolist() == [True, False, True]
+    pyarrow = parquet.require_pyarrow()
+    table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert table["embedding"].to_pylist() == [[1.0] * size]
+    assert [image.path for image in parquet.read_images(tmp_path / "out.parquet")] == ["a.jpg"]
+
+
+def test_parquet_of_vectors_of_two_lengths_is_not_made_one(tmp_path):
+    for size in (512, 768):
+        with open_output(tmp_path / f"{size}.parquet", Format.parquet) as output:
+            output.add(look_at("a.jpg"), np.ones(size, np.float32))
+    parts = [tmp_path / "512.parquet", tmp_path / "768.parquet"]
+    with (
+        (tmp_path / "all.parquet").open("wb") as file,
+        pytest.raises(UnusableOutput, match="one length, came 512, 768"),
+    ):
+        parquet.merge(parts, file, lambda _: True)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import clip_heif
-from clip_preprocess import SIDE_PX, Limits, PixelBudget, RefusedImage, open_pixels, pixels_of
+from clip_preprocess import Limits, PixelBudget, RefusedImage, open_pixels, pixels_of
 
 LIMITS = Limits(
     max_image_bytes=1 << 20,
@@ -34,14 +34,14 @@ def refusal(image_bytes: bytes, limits: Limits = LIMITS) -> RefusedImage:
 
 def test_a_red_jpeg_stays_red():
     pixels = pixels_of(encoded(Image.new("RGB", (300, 500), (255, 0, 0)), "JPEG", quality=95), LIMITS)
-    assert pixels.shape == (SIDE_PX, SIDE_PX, 3)
+    assert pixels.shape == (224, 224, 3)
     assert pixels.dtype == np.uint8
     assert np.abs(pixels.astype(int) - (254, 0, 0)).max() <= 1  # JPEG's own rounding
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (224, 224), (223, 225), (640, 427), (1024, 683)])
 def test_every_size_gives_the_same_shape(size):
-    assert pixels_of(encoded(Image.new("RGB", size, (1, 2, 3))), LIMITS).shape == (SIDE_PX, SIDE_PX, 3)
+    assert pixels_of(encoded(Image.new("RGB", size, (1, 2, 3))), LIMITS).shape == (224, 224, 3)
 
 
 def test_the_centre_is_kept_and_the_sides_are_cut():
@@ -339,9 +339,9 @@ def test_a_progressive_photograph_is_read_and_one_of_too_many_scans_is_not():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
     jpeg = encoded(noise, "JPEG", progressive=True)
     assert jpeg.count(b"\xff\xda") == 10
-    assert pixels_of(jpeg, LIMITS).shape == (SIDE_PX, SIDE_PX, 3)
+    assert pixels_of(jpeg, LIMITS).shape == (224, 224, 3)
     last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
-    assert pixels_of(jpeg[:-2] + last * 10 + b"\xff\xd9", LIMITS).shape == (SIDE_PX, SIDE_PX, 3)
+    assert pixels_of(jpeg[:-2] + last * 10 + b"\xff\xd9", LIMITS).shape == (224, 224, 3)
     error = refusal(jpeg[:-2] + last * 11 + b"\xff\xd9")
     assert error.code == "too_complex"
     assert str(LIMITS.max_jpeg_scans) in error.reason
@@ -351,7 +351,7 @@ def test_scans_inside_a_thumbnail_or_behind_the_end_do_not_count():
     """EXIF has a JPEG of its own, and a phone may hang a film on to its photograph."""
     many = b"\xff\xda" * 1000
     jpeg = encoded(Image.new("RGB", (300, 200)), "JPEG", progressive=True, exif=b"Exif\0\0" + many)
-    assert pixels_of(jpeg + many, LIMITS).shape == (SIDE_PX, SIDE_PX, 3)
+    assert pixels_of(jpeg + many, LIMITS).shape == (224, 224, 3)
 
 
 def test_a_file_in_too_many_pieces_is_refused(monkeypatch):
@@ -359,5 +359,5 @@ def test_a_file_in_too_many_pieces_is_refused(monkeypatch):
     blocks = b"!\xfe\x01a\0" * 1000
     gif = encoded(Image.new("P", (9, 9)), "GIF")
     start = gif.index(b",", 13)
-    assert pixels_of(gif, LIMITS).shape == (SIDE_PX, SIDE_PX, 3)
+    assert pixels_of(gif, LIMITS).shape == (224, 224, 3)
     assert refusal(gif[:start] + blocks + gif[start:]).code == "too_complex"

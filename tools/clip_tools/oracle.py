@@ -8,8 +8,8 @@ import logging
 import re
 import textwrap
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -26,8 +26,6 @@ ORIENTATIONS: tuple[Orientation, ...] = get_args(Orientation)
 
 DEFAULT_MODEL = "ViT-B-32"
 DEFAULT_PRETRAINED = "laion2b_s34b_b79k"
-IMAGE_SIZE_PX = 224
-EMBEDDING_DIM = 512
 
 
 class WeightsUnavailable(ToolError):
@@ -64,6 +62,7 @@ class Oracle:
     """open_clip's model, and its own inference transform. `device` is PyTorch's name: "cpu" or "cuda".
 
     `orientation`: images as they lie in the file, which is open_clip's own way, or turned first as their EXIF says.
+    `fit` is the transform's resizing, as the parameters of `preprocess` name it.
     """
 
     model: Any
@@ -73,9 +72,10 @@ class Oracle:
     device: str = "cpu"
     precision: Literal["fp32", "fp16"] = "fp32"
     orientation: Orientation = "ignore"
+    fit: Mapping[str, str] = field(default_factory=dict)
 
     def pixels(self, image_bytes: bytes) -> "npt.NDArray[np.uint8]":
-        """(224, 224, 3) uint8 RGB: open_clip's transform up to, and without, its normalisation."""
+        """(side, side, 3) uint8 RGB: open_clip's transform up to, and without, its normalisation."""
         import numpy as np
 
         image = self._opened(image_bytes)
@@ -86,14 +86,14 @@ class Oracle:
         raise ToolError("open_clip's transform has no ToTensor step: this open_clip is newer than these tools")
 
     def embed(self, images: Sequence[bytes], *, batch_size: int = 16) -> "npt.NDArray[np.float32]":
-        """(N, 512) float32, L2 norm 1: open_clip's answer for N encoded images, in order."""
+        """(N, D) float32, L2 norm 1: open_clip's answer for N >= 1 encoded images, in order."""
         import torch
 
         rows = []
         for start in range(0, len(images), batch_size):
             batch = [self.transform(self._opened(data)) for data in images[start : start + batch_size]]
             rows.append(self.encode(torch.stack(batch)))
-        result: npt.NDArray[np.float32] = torch.cat(rows).numpy() if rows else torch.empty(0, EMBEDDING_DIM).numpy()
+        result: npt.NDArray[np.float32] = torch.cat(rows).numpy()
         return result
 
     def _opened(self, image_bytes: bytes) -> Any:
@@ -103,7 +103,7 @@ class Oracle:
         return ImageOps.exif_transpose(image) if self.orientation == "exif" else image
 
     def encode(self, batch: Any) -> Any:
-        """(N, 512) float32 tensor on the CPU, of what the transform gives for N images, stacked."""
+        """(N, D) float32 tensor on the CPU, of what the transform gives for N images, stacked."""
         import torch
 
         with torch.inference_mode():
@@ -171,9 +171,10 @@ def load_oracle(weights: Weights, *, device: str = "cpu", precision: Literal["fp
             f"--model {weights.model}: open_clip does not know it; see open_clip.list_models()", exit_code=2
         )
     seed = weights.seed
+    is_tag = seed is None and not Path(weights.pretrained).is_file()
     if seed is not None:
         torch.manual_seed(seed)
-    elif not Path(weights.pretrained).is_file():
+    elif is_tag:
         _check_tag(weights, open_clip.list_pretrained_tags_by_model(weights.model))
         _use_the_cache_unless_a_hub_answers()
     log = logging.getLogger()
@@ -186,6 +187,7 @@ def load_oracle(weights: Weights, *, device: str = "cpu", precision: Literal["fp
             device=device,
             precision=precision,
             weights_only=True,  # a checkpoint is data: nothing in it may run
+            **({} if is_tag else _transform_of_a_tag(weights.model)),
         )
     except Exception as error:  # hub, file and state-dict errors come in many types
         line = textwrap.shorten(str(error), 200, placeholder=" ...")
@@ -199,8 +201,21 @@ def load_oracle(weights: Weights, *, device: str = "cpu", precision: Literal["fp
         log.setLevel(level)
     model.eval()
     preprocessing = open_clip.get_model_preprocess_cfg(model)
-    _check_contract(weights.model, preprocessing, config)
-    return Oracle(model, transform, tuple(preprocessing["mean"]), tuple(preprocessing["std"]), device, precision)
+    mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+    return Oracle(model, transform, mean, std, device, precision, fit=_fit(weights.model, preprocessing))
+
+
+def _transform_of_a_tag(model: str) -> dict[str, Any]:
+    """The transform of the architecture's first tag, for seeded weights and files.
+
+    open_clip gives these its default, which is not SigLIP's, nor MobileCLIP's.
+    """
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    known = open_clip.get_pretrained_cfg(model, tags[0]) if tags else {}
+    names = ("mean", "std", "interpolation", "resize_mode")
+    return {f"image_{name}": known[name] for name in names if known.get(name)}
 
 
 def _use_the_cache_unless_a_hub_answers(timeout_s: float = 10.0) -> None:
@@ -232,13 +247,14 @@ def _check_tag(weights: Weights, tags: list[str]) -> None:
         )
 
 
-def _check_contract(name: str, preprocessing: dict[str, Any], config: dict[str, Any]) -> None:
-    """Raises ToolError unless the tower takes what `preprocess` makes and gives what the configs declare."""
-    wanted = {"size": (IMAGE_SIZE_PX,) * 2, "mode": "RGB", "interpolation": "bicubic", "resize_mode": "shortest"}
-    got = {key: preprocessing.get(key) for key in wanted}
-    got["size"] = tuple(got["size"]) if isinstance(got["size"], list | tuple) else (got["size"],) * 2
-    if got != wanted or config.get("embed_dim") != EMBEDDING_DIM:
+def _fit(name: str, preprocessing: Mapping[str, Any]) -> dict[str, str]:
+    """How `preprocess` is to resize and crop for this model. Raises ToolError for what it cannot do."""
+    size = preprocessing["size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    fit = {key: str(preprocessing[key]) for key in ("resize_mode", "interpolation", "fill_color")}
+    if height != width or preprocessing["mode"] != "RGB" or fit["interpolation"] not in ("bicubic", "bilinear"):
         raise ToolError(
-            f"{name} does not fit the model repository, which takes {wanted} and gives {EMBEDDING_DIM} numbers; "
-            f"it takes {got} and gives {config.get('embed_dim')}"
+            f"{name} does not fit `preprocess`, which makes a square of RGB by bicubic or bilinear interpolation; it "
+            f"takes {dict(preprocessing)}"
         )
+    return fit

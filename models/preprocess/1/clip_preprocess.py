@@ -21,12 +21,10 @@ from clip_bounds import (
     code_of,
     format_of,
 )
+from clip_fit import DEFAULT, Fit
 from clip_heif import NAME as HEIF
 from clip_heif import check_heif, missing_opener
 from clip_orientation import Turn, turn_of
-
-SIDE_PX = 224
-
 
 # What people send in place of an image, by its first bytes after white space, and what to do instead.
 _MISTAKES = {
@@ -42,13 +40,14 @@ _MISTAKES = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What one image may be. Over it, the image is refused before its pixels are decoded."""
+    """What one image may be: over it, the image is refused before its pixels are decoded. `fit` is what it becomes."""
 
     max_image_bytes: int
     max_image_pixels: int
     max_jpeg_scans: int
     formats: tuple[str, ...]
     deep_gray: str = "refuse"
+    fit: Fit = DEFAULT
 
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> "Limits":
@@ -67,6 +66,7 @@ class Limits:
             max_jpeg_scans=int(parameters["max_jpeg_scans"]),
             formats=tuple(formats),
             deep_gray=parameters["deep_gray"],
+            fit=Fit.of(parameters),
         )
 
 
@@ -77,9 +77,9 @@ class PixelBudget:
     max_request_pixels: int
     taken: int = 0
 
-    def take(self, image: Image.Image) -> None:
+    def take(self, image: Image.Image, fit: Fit = DEFAULT) -> None:
         """For this image; RefusedImage, and none, where too few are left."""
-        pixels = max(width * height for width, height in _sizes(image).values())
+        pixels = max(width * height for width, height in _sizes(image, fit).values())
         if self.taken + pixels > self.max_request_pixels:
             raise RefusedImage(
                 "too_many_pixels",
@@ -132,11 +132,11 @@ def pixels_of(
     decode: Callable[[bytes], np.ndarray | None] | None = None,
     budget: PixelBudget | None = None,
 ) -> np.ndarray:
-    """The image as (224, 224, 3) uint8, RGB, height x width x channel, 0..255.
+    """The image as (side, side, 3) uint8, RGB, height x width x channel, 0..255; by default 224 px.
 
-    The order is open_clip's (`open_clip/transform.py`): resize the shortest side to 224 bicubic, crop the
-    centre, convert to RGB, in the file's own colour mode until then. The first frame of an animation. Raises
-    RefusedImage.
+    The order is open_clip's (`open_clip/transform.py`): resize and crop as `limits.fit` says, by default the shortest
+    side to 224 bicubic and the centre of it, convert to RGB, in the file's own colour mode until then. The first frame
+    of an animation. Raises RefusedImage.
 
     `upright` turns the image first as its EXIF says: open_clip's pixels of `PIL.ImageOps.exif_transpose(image)`. Else
     it stays as it lies in the file, as open_clip has it.
@@ -150,7 +150,7 @@ def pixels_of(
     """
     image = _opened(image_bytes, limits)
     if budget:
-        budget.take(image)
+        budget.take(image, limits.fit)
     try:
         with warnings.catch_warnings(), lent_memory():
             warnings.simplefilter("ignore")  # what Pillow has to say about odd palettes and metadata
@@ -160,15 +160,15 @@ def pixels_of(
                 and (decoded := decode(image_bytes)) is not None
             ):
                 turn = turn_of(image) if upright else None
-                return centre_of(Image.fromarray(decoded), turn=turn)
+                return centre_of(Image.fromarray(decoded), turn=turn, fit=limits.fit)
             full_size = image.size
             # The box is the whole image in the scaled one's coordinates, where its last pixel may be a part.
-            _, box = (fast and image.draft(None, (2 * SIDE_PX, 2 * SIDE_PX))) or (None, None)
+            _, box = (fast and image.draft(None, (2 * limits.fit.side_px, 2 * limits.fit.side_px))) or (None, None)
             image.load()
             check_depth(image.mode, limits.deep_gray)
             _check_pixels(image, limits)  # loading an icon may show another size
             turn = turn_of(image) if upright else None
-            return centre_of(image, _resized_size(*full_size) if box else None, box, turn)
+            return centre_of(image, limits.fit.resized(*full_size) if box else None, box, turn, limits.fit)
     except RefusedImage:
         raise
     except (MemoryError, clip_resample.KernelError):
@@ -184,32 +184,35 @@ def centre_of(
     size: tuple[int, int] | None = None,
     box: clip_resample.Box | None = None,
     turn: Turn | None = None,
+    fit: Fit = DEFAULT,
 ) -> np.ndarray:
     """The decoded image turned, resized and cropped, as `pixels_of` has it.
 
     `size` and `box`, of one decoded at a fraction, are those before the turn.
     """
-    size = size or _resized_size(*image.size)
-    offset = _crop_offset(size[0]), _crop_offset(size[1])
+    size = size or fit.resized(*image.size)
+    offset = fit.offset(size[0]), fit.offset(size[1])
     if turn is None:
-        return _cropped(image, size, offset, box)
+        return _cropped(image, size, offset, box, fit)
     if box:  # near in any case, so it is turned when it is small
-        ends = tuple(length - SIDE_PX - start for length, start in zip(size, offset, strict=True))
+        ends = tuple(length - fit.side_px - start for length, start in zip(size, offset, strict=True))
         left, top = (b if is_mirrored else a for a, b, is_mirrored in zip(offset, ends, turn.mirrors, strict=True))
-        return np.asarray(Image.fromarray(_cropped(image, size, (left, top), box)).transpose(turn.method))
-    if (kernel := find_kernel()) and kernel.takes(image, size):
-        return kernel.crop(image, size, offset, SIDE_PX, turn=turn)
-    return centre_of(image.transpose(turn.method))
+        return np.asarray(Image.fromarray(_cropped(image, size, (left, top), box, fit)).transpose(turn.method))
+    if fit.fits_kernel and (kernel := find_kernel()) and kernel.takes(image, size):
+        return kernel.crop(image, size, offset, fit.side_px, turn=turn)
+    return centre_of(image.transpose(turn.method), fit=fit)
 
 
 def _cropped(
-    image: Image.Image, size: tuple[int, int], offset: tuple[int, int], box: clip_resample.Box | None
+    image: Image.Image, size: tuple[int, int], offset: tuple[int, int], box: clip_resample.Box | None, fit: Fit
 ) -> np.ndarray:
-    if (kernel := find_kernel()) and kernel.takes(image, size, box):
-        return kernel.crop(image, size, offset, SIDE_PX, box)
+    if fit.fits_kernel and (kernel := find_kernel()) and kernel.takes(image, size, box):
+        return kernel.crop(image, size, offset, fit.side_px, box)
     left, top = offset
-    resized = image.resize(size, Image.Resampling.BICUBIC, box)
-    return np.asarray(resized.crop((left, top, left + SIDE_PX, top + SIDE_PX)).convert("RGB"))
+    resized = image.resize(size, fit.filter, box)
+    if fit.resize_mode == "longest":
+        return np.asarray(fit.padded(resized).convert("RGB"))
+    return np.asarray(resized.crop((left, top, left + fit.side_px, top + fit.side_px)).convert("RGB"))
 
 
 def _opened(image_bytes: bytes, limits: Limits) -> Image.Image:
@@ -252,7 +255,7 @@ def _opened(image_bytes: bytes, limits: Limits) -> Image.Image:
 
 def _check_pixels(image: Image.Image, limits: Limits) -> None:
     """Raises RefusedImage for more pixels in memory than the limit."""
-    for what, (width, height) in _sizes(image).items():
+    for what, (width, height) in _sizes(image, limits.fit).items():
         if width * height > limits.max_image_pixels:
             raise RefusedImage(
                 "too_many_pixels",
@@ -260,13 +263,13 @@ def _check_pixels(image: Image.Image, limits: Limits) -> None:
             )
 
 
-def _sizes(image: Image.Image) -> dict[str, tuple[int, int]]:
+def _sizes(image: Image.Image, fit: Fit) -> dict[str, tuple[int, int]]:
     """What is in memory as a whole: the decoded image and, where Pillow resizes it, the resized one.
 
     A strip of 40000 x 1 would become 8960000 x 224. The kernel makes only the part that the crop keeps.
     """
-    resized = _resized_size(*image.size)
-    if (kernel := find_kernel()) and kernel.takes(image, resized):
+    resized = fit.resized(*image.size)
+    if fit.fits_kernel and (kernel := find_kernel()) and kernel.takes(image, resized):
         return {"": image.size}
     return {"": image.size, " when resized": resized}
 
@@ -282,15 +285,3 @@ def _unidentified(image_bytes: bytes, limits: Limits) -> RefusedImage:
         if re.match(signature, start, re.DOTALL):
             return RefusedImage("not_an_image", f"{len(image_bytes)} bytes of {mistake}")
     return RefusedImage("not_an_image", f"{len(image_bytes)} bytes that no decoder knows; send JPEG")
-
-
-def _resized_size(width: int, height: int) -> tuple[int, int]:
-    """(width, height) with the shortest side at 224, the other rounded down, as torchvision's Resize does."""
-    if width <= height:
-        return SIDE_PX, int(SIDE_PX * height / width)
-    return int(SIDE_PX * width / height), SIDE_PX
-
-
-def _crop_offset(length: int) -> int:
-    """Where the centre crop begins: torchvision's CenterCrop rounds half to even; flooring is off by one pixel."""
-    return round((length - SIDE_PX) / 2)

@@ -12,7 +12,7 @@ from PIL import AvifImagePlugin, Image
 import clip_heif
 import clip_resample
 from clip_metrics import Counters
-from clip_preprocess import SIDE_PX, PixelBudget, RefusedImage, open_pixels
+from clip_preprocess import PixelBudget, RefusedImage, open_pixels
 
 # A gRPC status travels in HTTP/2 trailers, which clients cut off at 8 KiB by default.
 _MAX_MESSAGE_CHARS = 4000
@@ -31,8 +31,9 @@ class TritonPythonModel:
     """Decodes each request by itself: a bad image fails its own request and no other."""
 
     def initialize(self, args):
-        parameters = json.loads(args["model_config"])["parameters"]
-        value = {key: parameter["string_value"] for key, parameter in parameters.items()}
+        config = json.loads(args["model_config"])
+        value = {key: parameter["string_value"] for key, parameter in config["parameters"].items()}
+        value["side_px"] = self._side_px = int(config["output"][0]["dims"][0])
         try:
             self._pixels_of = open_pixels(value, int(args["model_instance_device_id"]))
             self._max_request_pixels = int(value["max_request_pixels"])
@@ -66,7 +67,7 @@ class TritonPythonModel:
                 message = "image_bytes: expected the shape [N, 1] with N of 1 or more, came a batch size of 0"
                 return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
             images = images.reshape(-1)
-            pixels = np.empty((len(images), SIDE_PX, SIDE_PX, 3), np.uint8)
+            pixels = np.empty((len(images), self._side_px, self._side_px, 3), np.uint8)
             budget, refused, began_s = PixelBudget(self._max_request_pixels), [], time.process_time()
             for index, image_bytes in enumerate(images):
                 faulthandler.dump_traceback_later(_LONGEST_DECODE_S, exit=True)

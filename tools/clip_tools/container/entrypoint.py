@@ -63,7 +63,9 @@ def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS
         files |= {f"clip_trt/1/{path.name}": path for path in (plan, *plan.parent.glob("*.json"))}
     max_batch = None if settings.skip_build else settings.max_batch
     machine = Machine(available_cores(), found.gpu is not None, settings.preprocess_instances)
-    write_served_repository(models, folder, files=files, max_batch=max_batch, machine=machine)
+    write_served_repository(
+        models, folder, files=files, max_batch=max_batch, machine=machine, config_name=start.config_name
+    )
     return ["tritonserver", *repository_flags(folder, start.config_name)]
 
 

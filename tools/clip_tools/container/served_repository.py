@@ -5,26 +5,36 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from clip_tools.engines.export_text import MERGES
 from clip_tools.engines.sample import FILE as SAMPLE
-from clip_tools.serving.machine import Machine, rewrite_configs
+from clip_tools.serving.machine import Machine, fit_all, rewrite_configs
+from clip_tools.serving.towers import Towers
 
-_BUILT = ("*.onnx", "*.onnx.data", "*.plan", "manifest*.json", SAMPLE, "__pycache__")
+_BUILT = ("*.onnx", "*.onnx.data", "*.plan", "manifest*.json", SAMPLE, MERGES, "__pycache__")
 
 
 def write_served_repository(
-    models: Path, folder: Path, *, files: dict[str, Path], max_batch: int | None, machine: Machine
+    models: Path,
+    folder: Path,
+    *,
+    files: dict[str, Path],
+    max_batch: int | None,
+    machine: Machine,
+    config_name: str | None = None,
 ) -> None:
     """Copy the repository `models` to `folder`, without its built files, and fit its configurations to `machine`.
 
     `files` are linked into it: where each goes, as in "clip_trt/1/model.plan", and where it is. Every configuration
-    takes `max_batch`, see `fit_batches`; None leaves what they say.
+    takes `max_batch`, see `fit_batches`; None leaves what they say. All are for the towers that `config_name` leads to.
     """
     shutil.copytree(models, folder, ignore=shutil.ignore_patterns(*_BUILT))
     for target, source in files.items():
         (folder / target).symlink_to(source.resolve())
 
+    towers = Towers.of(folder, config_name)
+
     def change(config: Any) -> bool:
-        fitted = machine.fit(config)
+        fitted = fit_all(config, towers, machine)
         return (max_batch is not None and fit_batches(config, max_batch)) or fitted
 
     rewrite_configs(folder, change)

@@ -33,7 +33,6 @@ __all__ = ["PLAN_PATH", "EngineManifest", "EngineOptions", "build_engine", "defa
 PLAN_PATH = MODELS / "clip_trt" / "1" / "model.plan"
 TIMING = CACHE / "timing"
 _INPUT, _OUTPUT = "pixels", "embedding"
-_ROW = (224, 224, 3)
 _FP8_FROM = (8, 9)
 _PARSER_ERRORS_SHOWN = 5
 
@@ -76,7 +75,8 @@ def build_engine(onnx_path: Path, output: Path, options: EngineOptions) -> Engin
                 f"{onnx_path}: {complaint}; nothing was written. The graph decides the precision: "
                 f"`clip-tools export-onnx --precision {options.precision}` makes one"
             )
-        config, targets = _configure(trt, builder, options, gpu)
+        row = tuple(network.get_input(0).shape)[1:]
+        config, targets = _configure(trt, builder, options, gpu, row)
         started = time.monotonic()
         with _progress(trt, config):
             plan = builder.build_serialized_network(network, config)
@@ -138,8 +138,9 @@ def _parse(trt: Any, builder: Any, log: Any, onnx_path: Path) -> tuple[Any, Any]
         came = [(tensor.name, tensor.dtype.name) for tensor in found]
         if came != [wanted[title]]:
             raise ToolError(f"{onnx_path}: expected the one {title} {wanted[title]}, came {came}")
-    if tuple(tensors["input"][0].shape)[1:] != _ROW:
-        raise ToolError(f"{onnx_path}: expected pixels of shape (N, 224, 224, 3), came {tensors['input'][0].shape}")
+    shape = tuple(tensors["input"][0].shape)
+    if len(shape) != 4 or min(shape[1:]) < 1 or shape[3] != 3:
+        raise ToolError(f"{onnx_path}: expected pixels of shape (N, side, side, 3), came {shape}")
     return network, parser
 
 
@@ -158,11 +159,13 @@ def _parser_error(error: Any) -> str:
     return f"node '{error.node_name()}' ({error.node_operator()}): {reason[:300]}"
 
 
-def _configure(trt: Any, builder: Any, options: EngineOptions, gpu: Gpu | None) -> tuple[Any, tuple[str, ...]]:
+def _configure(
+    trt: Any, builder: Any, options: EngineOptions, gpu: Gpu | None, row: tuple[int, ...]
+) -> tuple[Any, tuple[str, ...]]:
     """(The builder's configuration, the compute capabilities that it builds for ahead of time; none: this GPU)."""
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
-    profile.set_shape(_INPUT, *((batch, *_ROW) for batch in (options.min_batch, options.opt_batch, options.max_batch)))
+    profile.set_shape(_INPUT, *((batch, *row) for batch in (options.min_batch, options.opt_batch, options.max_batch)))
     config.add_optimization_profile(profile)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can tell the census
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and FP32 with FP16's mantissa

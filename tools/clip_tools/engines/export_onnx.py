@@ -16,7 +16,7 @@ from clip_tools.engines.precision import Precision
 from clip_tools.engines.sample import keep_sample
 from clip_tools.engines.vit_graph import OPSETS, Form, is_plain_vit, vit_graph
 from clip_tools.errors import ToolError, missing_extra
-from clip_tools.oracle import IMAGE_SIZE_PX, Oracle, Weights, load_oracle
+from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import MODELS
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ class Manifest:
     """What an exported ONNX file is, kept beside it.
 
     `graph` is the version of the graph's form, `tensors` the dimensions of what it takes and gives, of one image or
-    text; empty: an earlier version's, 224 px and 512 numbers. Of the lower precisions alone: `matrices` counts the
-    products by precision, `gate` has the agreement with open_clip and why it counts for nothing, if it does, and
-    `calibration` what an eight-bit graph was calibrated on.
+    text, `fit` how `preprocess` resizes for it; empty: an earlier version's, 224 px and 512 numbers. Of the lower
+    precisions alone: `matrices` counts the products by precision, `gate` has the agreement with open_clip and why it
+    counts for nothing, if it does, and `calibration` what an eight-bit graph was calibrated on.
     """
 
     sha256: str
@@ -63,6 +63,7 @@ class Manifest:
     date: str
     graph: int = 1
     tensors: dict[str, list[int]] = field(default_factory=dict)
+    fit: dict[str, str] = field(default_factory=dict)
     matrices: dict[str, int] = field(default_factory=dict)
     gate: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +105,7 @@ def export_onnx(
 ) -> Manifest:
     """Export, compare with PyTorch, then put model, manifest and sample in place. Raises ToolError on any drift.
 
-    The graph: `pixels` (batch, 224, 224, 3) uint8 RGB -> `embedding` (batch, 512) float32 with L2 norm 1. The layout
+    The graph: `pixels` (batch, side, side, 3) uint8 RGB -> `embedding` (batch, D) float32 with L2 norm 1. The layout
     change, `(x / 255 - mean) / std`, the tower, the projection and the norm are all in it. Nothing is in place until
     it has passed. `oracle`: that of the weights, where it is loaded already.
     """
@@ -116,7 +117,9 @@ def export_onnx(
         draft = Path(folder) / output.name
         write_graph(oracle, draft)
         worst_cosine, max_abs_difference = compare(oracle, draft, photographs)
-        manifest = describe(draft, weights, "fp32", worst_cosine, max_abs_difference, tensors=tensors_of(draft))
+        manifest = describe(
+            draft, weights, "fp32", worst_cosine, max_abs_difference, tensors=tensors_of(draft), fit=dict(oracle.fit)
+        )
         put_in_place(draft, manifest, output)
     keep_sample(output, weights, photographs, oracle)
     return manifest
@@ -208,7 +211,9 @@ def write_graph(oracle: Oracle, path: Path, form: Form = "portable") -> None:
             image_features = self.visual((scaled - self.mean) / self.std)
             return torch.nn.functional.normalize(image_features, dim=-1)
 
-    pixels = torch.zeros((2, IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), dtype=torch.uint8)
+    image_size = oracle.model.visual.image_size
+    height, width = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+    pixels = torch.zeros((2, height, width, 3), dtype=torch.uint8)
     trace(PixelsToEmbedding().eval(), pixels, "pixels", path)
 
 

@@ -88,6 +88,7 @@ def export_variant(
             found.max_abs,
             opset=graph.opset_import[0].version,
             tensors=tensors_of(draft),
+            fit=dict(oracle.fit),
             matrices=count_matrices(graph),
             gate={
                 **asdict(found),

@@ -10,6 +10,7 @@ from typing import Any
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, read_config
+from clip_tools.serving.towers import Towers
 
 INSTANCES = "CLIP_PREPROCESS_INSTANCES"
 # The name of an instance group whose count the start decides. A tuned configuration has a count and no such name.
@@ -103,17 +104,23 @@ def _warm_up(config: Any) -> None:
             warm_up.inputs[tensor.name].zero_data = True
 
 
-def write_served(models: Path, folder: Path, machine: Machine) -> None:
+def fit_all(config: Any, towers: Towers, machine: Machine, present: Any | None = None) -> bool:
+    """Put what both want into a `ModelConfig`, the dimensions first; whether that changed it."""
+    is_resized = towers.fit(config)
+    return machine.fit(config, present) or is_resized
+
+
+def write_served(models: Path, folder: Path, machine: Machine, towers: Towers | None = None) -> None:
     """Write the repository that is served to `folder`: links to what `models` has, also to what comes there later.
 
-    Configurations that `machine` changes are files.
+    Configurations that `machine` or `towers` change are files.
     """
     for model in (path.parent for path in models.glob("*/config.pbtxt")):
         (folder / model.name / "configs").mkdir(parents=True)
         for path in (*model.iterdir(), *model.glob("configs/*")):
             if path.name != "configs":
                 (folder / path.relative_to(models)).symlink_to(path.resolve())
-    rewrite_configs(folder, machine.fit)
+    rewrite_configs(folder, lambda config: fit_all(config, towers or Towers(), machine))
 
 
 def rewrite_configs(folder: Path, change: Callable[[Any], bool]) -> None:

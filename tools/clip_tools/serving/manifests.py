@@ -7,10 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from clip_tools.digest import sha256_of
-from clip_tools.engines.engine_manifest import EngineManifest
 from clip_tools.engines.export_onnx import GRAPH, Manifest, manifest_path
 from clip_tools.errors import ToolError
 from clip_tools.repository import Model, build_command
+from clip_tools.serving.told import manifest_of
 
 
 def wrong_file(file: Path) -> str | None:
@@ -76,9 +76,6 @@ def check_towers(images: Sequence[Model], texts: Sequence[Model]) -> None:
 
 
 def _made_of(file: Path | None) -> tuple[str, str] | None:
-    """The architecture and the weights of an engine, by its manifest or that of the graph that it was built of."""
-    if file and file.suffix == ".plan":
-        plan = EngineManifest.read(file)
-        file = file.absolute().parents[2] / "clip_onnx" / "1" / plan.onnx if plan else None
-    made = Manifest.read(file) if file else None
+    """The architecture and the weights of an engine; None where they are not known."""
+    made = manifest_of(file) if file else None
     return (made.model, made.checkpoint_sha256 or made.pretrained) if made else None

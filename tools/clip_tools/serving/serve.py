@@ -28,6 +28,7 @@ from clip_tools.serving.process import DRAIN_S, EXIT_TIMEOUT_S, TritonProcess
 from clip_tools.serving.proof import WrongVectors, check_text_vectors, check_vectors
 from clip_tools.serving.supervisor import Supervisor
 from clip_tools.serving.told import write_told
+from clip_tools.serving.towers import Towers
 from clip_tools.serving.tritonserver import command, find_installation
 from clip_tools.serving.watchdog import PROBE_DEADLINE_S, ImageProbe, Watchdog, decoding_cpu_s
 
@@ -142,7 +143,8 @@ class EmbeddedServer:
         check_ports(options)
         self._keep_keys()
         self._served = tempfile.TemporaryDirectory(prefix="clip-tools-served-")
-        write_served(options.models, self.served, Machine.here(options.preprocess_instances))
+        towers = Towers.of(options.models, options.config_name)
+        write_served(options.models, self.served, Machine.here(options.preprocess_instances), towers)
         write_told(self.served, options.config_name)
         flags = [*repository_flags(self.served, options.config_name), *self._flags(), *options.arguments]
         self._process = TritonProcess(

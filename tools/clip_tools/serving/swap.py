@@ -19,6 +19,7 @@ from clip_tools.serving.model_control import ModelControl
 from clip_tools.serving.proof import check_text_vectors, check_vectors
 from clip_tools.serving.serve import PROBE_TEXT, check_plans, probe_image
 from clip_tools.serving.told import tell
+from clip_tools.serving.towers import Towers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,7 +111,8 @@ def check_embeds(control: ModelControl, model: str, like: "npt.NDArray[np.float3
     got = _embed_probe(control, model)
     if got.ndim != 2 or len(got) != 2 or not np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-2):
         raise ToolError(f"{model} answers {got.shape}, norm {np.linalg.norm(got):.3f}, where two unit vectors were due")
-    if like is not None and (cosine := float((got * like).sum(axis=1).min())) < MIN_COSINE_OF_SAME_WEIGHTS:
+    cosine = 1.0 if like is None else float((got * like).sum(axis=1).min()) if got.shape == like.shape else 0.0
+    if cosine < MIN_COSINE_OF_SAME_WEIGHTS:
         raise ToolError(
             f"{model} was built from other weights: its vectors have cosine {cosine:.2f} to those served now, and an "
             "index that holds both is worthless; build it from the same export, or give --allow-other-weights"
@@ -121,15 +123,16 @@ def _embed_probe(control: ModelControl, model: str) -> "npt.NDArray[np.float32]"
     """One by one, since an engine may take no batch."""
     import numpy as np
 
-    questions = (partial(control.embed_pixels, model, pixels[None]) for pixels in probe_pixels())
+    side = control.configuration(model).input[0].dims[0]
+    questions = (partial(control.embed_pixels, model, pixels[None]) for pixels in probe_pixels(side))
     return np.concatenate([_when_there_is_room(ask) for ask in questions])
 
 
-def probe_pixels() -> "npt.NDArray[np.uint8]":
-    """Two different images, (2, 224, 224, 3) uint8 RGB: colours that run across and down, and the first mirrored."""
+def probe_pixels(side: int = 224) -> "npt.NDArray[np.uint8]":
+    """Two different images, (2, side, side, 3) uint8 RGB: colours that run across and down, and the first mirrored."""
     import numpy as np
 
-    ramp = np.linspace(0, 255, 224, dtype=np.uint8)
+    ramp = np.linspace(0, 255, side, dtype=np.uint8)
     across, down = np.meshgrid(ramp, ramp)
     image = np.stack([across, down, 255 - across], axis=-1)
     return np.stack([image, image[:, ::-1]])
@@ -146,6 +149,9 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
     Raises ToolError when the text tower is of other weights than the engine asked for.
     """
     models = deployment(options.models, options.name)
+    towers = Towers.of(options.models, options.name)
+    for model in models:
+        towers.fit(model.config)
     tell(models)
     *wanted, ensemble = models
     before = control.configuration(ENSEMBLE)
@@ -196,7 +202,9 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
 def _text_steps(control: ModelControl, options: SwapOptions, texts: Sequence[Model], machine: Machine) -> list[Step]:
     """Load those models of the text tower in place that change."""
     steps = []
+    towers = Towers.of(options.models, options.name)
     for model in texts[:-1]:
+        towers.fit(model.config)
         old = control.configuration(model.name)
         machine.fit(model.config, old)
         if options.allow_other_weights or not same_configuration(old, model.config):

@@ -38,13 +38,13 @@ def write_told(folder: Path, config_name: str | None) -> None:
 
 def _weights(models: Sequence[Model]) -> dict[str, str]:
     file = next((model.file for model in models if model.file and model.config.backend != "python"), None)
-    manifest = _manifest_of(file) if file else None
+    manifest = manifest_of(file) if file else None
     if manifest is None:
         return {}
     return {MODEL: manifest.model, CHECKPOINT: manifest.checkpoint_sha256 or manifest.pretrained}
 
 
-def _manifest_of(file: Path) -> Manifest | None:
+def manifest_of(file: Path) -> Manifest | None:
     """The exported graph's, also of a plan that was built of it."""
     if file.suffix != ".plan":
         return Manifest.read(file)

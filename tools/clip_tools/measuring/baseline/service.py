@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from clip_tools.errors import missing_extra
-from clip_tools.oracle import EMBEDDING_DIM, Weights, best_device, load_oracle
+from clip_tools.oracle import Weights, best_device, load_oracle
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -36,6 +36,7 @@ class BaselineOptions:
 def create_app(weights: Weights, precision: Literal["fp32", "fp16"] = "fp32") -> "FastAPI":
     """The service with its model loaded and one image embedded. Raises ToolError for what is missing."""
     try:
+        import open_clip
         import torch
         from fastapi import Body, FastAPI, HTTPException, UploadFile
         from PIL import Image
@@ -45,7 +46,8 @@ def create_app(weights: Weights, precision: Literal["fp32", "fp16"] = "fp32") ->
     computing = threading.Lock()
     app = FastAPI(title="open_clip in PyTorch", docs_url=None, redoc_url=None, openapi_url=None)
     device = "GPU" if oracle.device == "cuda" else "CPU"
-    info = {"model_name": weights.model, "pretrained": weights.pretrained, "embedding_dim": EMBEDDING_DIM}
+    size = open_clip.get_model_config(weights.model)["embed_dim"]
+    info = {"model_name": weights.model, "pretrained": weights.pretrained, "embedding_dim": size}
     info |= {"device": device, "precision": precision}
 
     def embed(images: list[bytes]) -> dict[str, Any]:

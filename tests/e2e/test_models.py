@@ -1,0 +1,53 @@
+"""Other models than ViT-B-32: each is served as it was exported, with its own size, transform and length of vectors."""
+
+import shutil
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from tests.conftest import exported, exported_text, kept_model, options_for, with_image, with_text
+
+from clip_embed import EmbeddingClient
+from clip_tools.engines.texts import texts
+from clip_tools.errors import ToolError
+from clip_tools.oracle import Weights, load_oracle, load_tokenizer
+from clip_tools.serving.serve import EmbeddedServer
+
+MIN_COSINE = 0.99999  # as in test_embeddings
+QUICK = ["RN50", "MobileCLIP2-S0"]  # 1024 numbers and a convolutional tower; 256 px, bilinear, two towers traced
+LONG = ["ViT-B-16-SigLIP2", "ViT-L-14", "ViT-L-14-336", "ViT-H-14-378"]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
+def test_it_gives_open_clips_pixels_and_vectors(name, demo_photos, odd_images, tmp_path):
+    weights = Weights(name, "random:0")
+    oracle, images = load_oracle(weights), [path.read_bytes() for path in demo_photos]
+    odd = [(odd_images / file).read_bytes() for file in ("pil_sample_cmyk.jpg", "transparent.png", "hopper.gif")]
+    models = with_image(tmp_path / "image", exported(weights, demo_photos))
+    some = texts()[-12:]
+    try:
+        expected_texts = oracle.embed_tokens(load_tokenizer(name)(some))
+        models = with_text(models, tmp_path / "models", exported_text(weights))
+    except ToolError:
+        expected_texts = None  # another tokenizer
+    options = options_for(models, tmp_path / "log", check_vectors=True)
+    with EmbeddedServer(options) as server, EmbeddingClient(options.grpc_url, timeout_s=300) as client:
+        assert "its vectors are open_clip's" in server.remark
+        for image in (*images[:4], *odd):
+            assert np.array_equal(pixels_of(options.grpc_url, image), oracle.pixels(image))
+        got, expected = client.embed(images), oracle.embed(images)
+        assert got.shape == expected.shape
+        assert (got * expected).sum(axis=1).min() >= MIN_COSINE
+        if expected_texts is not None:
+            got = client.embed_text(some)
+            assert got.shape == expected_texts.shape == (12, expected.shape[1])
+            assert (got * expected_texts).sum(axis=1).min() >= MIN_COSINE
+    if name in LONG:  # gigabytes
+        shutil.rmtree(kept_model(weights, ""))
+
+
+def pixels_of(url: str, image: bytes) -> np.ndarray:
+    tensor = triton.InferInput("image_bytes", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[image]], dtype=object))
+    with triton.InferenceServerClient(url.removeprefix("grpc://")) as client:
+        return client.infer("preprocess", [tensor]).as_numpy("pixels")[0]
