@@ -710,8 +710,11 @@ def test_what_the_dockerfile_copies_is_enough_to_start(tmp_path):
         f"{served}/clip_ensemble/",
         f"{served}/clip_onnx/",
         f"{served}/clip_onnx/1/model.onnx",
+        f"{served}/clip_text_ensemble/",
+        f"{served}/clip_text_onnx/",
         f"{served}/clip_trt/",
         f"{served}/preprocess/",
+        f"{served}/tokenize/",
     ]
     assert (tmp_path / ".cache" / "ort-trt").is_dir()
 
