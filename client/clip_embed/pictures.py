@@ -22,7 +22,7 @@ class Picture:
 
 
 def require_pillow() -> Any:
-    """Pillow's Image module, which with pillow-heif also opens HEIC. Raises ModuleNotFoundError with what to install."""
+    """Pillow's Image module, which with pillow-heif opens HEIC too. ModuleNotFoundError says what to install."""
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
