@@ -435,7 +435,7 @@ def test_the_committed_batches_are_served_as_they_are_written(tmp_path):
 def test_beside_a_gpu_preprocess_has_the_cores_and_the_engine_is_warmed_up_in_what_it_takes(tmp_path, max_batch):
     machine = Machine(cores=16, has_gpu=True)
     write_served_repository(MODELS, tmp_path / "models", files={}, max_batch=max_batch, machine=machine)
-    for name in (None, "fast", "gpu-decode"):
+    for name in (None, "fast", "upright"):
         assert read_config(tmp_path / "models", "preprocess", name).instance_group[0].count == 14
     warmed = [one.batch_size for one in read_config(tmp_path / "models", "clip_onnx").model_warmup]
     assert warmed == [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= (max_batch or 64)]

@@ -38,7 +38,7 @@ def test_the_readmes_table_names_every_configuration_and_no_other():
 
 def test_which_configurations_verify_holds_to_open_clips_own_pixels():
     near = [name for name in config_names(MODELS) if not has_exact_pixels(Engine(config_name=name, models=MODELS))]
-    assert near == ["fast", "gpu-decode"]
+    assert near == ["fast", "gpu"]
     assert has_exact_pixels(Engine(models=MODELS))
 
 

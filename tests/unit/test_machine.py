@@ -66,12 +66,20 @@ def count(models: Path, config_name: str | None = None) -> int:
     )
 
 
-@pytest.mark.parametrize("config_name", [None, "fast", "gpu-decode"])
+@pytest.mark.parametrize("config_name", [None, "fast", "upright"])
 def test_every_configuration_that_is_served_has_the_machines_processes(tmp_path, config_name):
     write_served(MODELS, tmp_path / "models", GPU_HOST)
     assert count(tmp_path / "models", config_name) == 14
     assert count(MODELS, config_name) == 2
     assert GPU_HOST.decoders(MODELS, config_name) == "14 processes for preprocess on 16 cores"
+
+
+def test_in_mode_gpu_the_processes_are_those_of_the_configuration_unless_the_user_says_another(tmp_path):
+    """Each has a context and memory on the GPU: fourteen would fill it."""
+    write_served(MODELS, tmp_path / "models", GPU_HOST)
+    assert count(tmp_path / "models", "gpu") == 4
+    write_served(MODELS, tmp_path / "others", Machine(16, has_gpu=True, instances=2))
+    assert count(tmp_path / "others", "gpu") == 2
 
 
 def test_the_committed_repository_is_linked_also_what_comes_later(tmp_path):

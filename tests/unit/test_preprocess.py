@@ -283,21 +283,6 @@ PARAMETERS = {
 }
 
 
-def test_another_decoder_is_asked_for_rgb_jpegs_alone_and_pillow_for_what_it_cannot():
-    asked = []
-
-    def decode(image_bytes):
-        asked.append(image_bytes)
-        return np.full((300, 400, 3), 7, np.uint8) if len(asked) == 1 else None
-
-    image = Image.new("RGB", (400, 300), (255, 0, 0))
-    jpeg, grey, png = encoded(image, "JPEG"), encoded(image.convert("L"), "JPEG"), encoded(image)
-    assert (pixels_of(jpeg, LIMITS, decode=decode) == 7).all()
-    for other in (jpeg, grey, png):
-        assert (pixels_of(other, LIMITS, decode=decode) == pixels_of(other, LIMITS)).all()
-    assert asked == [jpeg, jpeg]
-
-
 def test_without_its_package_heif_is_off_and_the_rest_goes_on(monkeypatch):
     heic = ftyp(b"heic") + b"\0" * 50
     with pytest.raises(RefusedImage, match="corrupt: it begins as HEIC"):
@@ -310,29 +295,13 @@ def test_without_its_package_heif_is_off_and_the_rest_goes_on(monkeypatch):
         pixels_of(heic, limits)
 
 
-def test_a_mode_that_is_none_or_cannot_be_had_is_said_so(monkeypatch):
-    with pytest.raises(ValueError, match="mode is quick, not exact, fast or nvimgcodec"):
+def test_a_mode_that_is_none_is_said_so():
+    with pytest.raises(ValueError, match="mode is quick, not exact, fast or gpu"):
         open_pixels({**PARAMETERS, "mode": "quick"})
     with pytest.raises(ValueError, match="orientation is upright, not ignore or exif"):
         open_pixels({**PARAMETERS, "mode": "exact", "orientation": "upright"})
     with pytest.raises(ValueError, match="deep_gray is scale, not refuse or clip"):
         open_pixels({**PARAMETERS, "mode": "exact", "deep_gray": "scale"})
-    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
-    with pytest.raises(ValueError, match=r"needs the packages nvidia-nvimgcodec-cu13.*take mode exact or fast"):
-        open_pixels({**PARAMETERS, "mode": "nvimgcodec"})
-
-
-@pytest.mark.gpu
-def test_the_gpu_decodes_photographs_to_nearly_the_same_pixels(demo_photos):
-    try:
-        on_gpu = open_pixels({**PARAMETERS, "max_image_pixels": "20000000", "mode": "nvimgcodec"})
-    except ValueError as error:
-        pytest.skip(str(error))
-    limits = dataclasses.replace(LIMITS, max_image_pixels=20_000_000)
-    for path in demo_photos:
-        difference = np.abs(on_gpu(path.read_bytes()).astype(int) - pixels_of(path.read_bytes(), limits))
-        assert difference.max() <= 24, path.name  # as much as `fast` may
-        assert difference.mean() < 1, path.name
 
 
 def test_a_progressive_photograph_is_read_and_one_of_too_many_scans_is_not():

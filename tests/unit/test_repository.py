@@ -73,14 +73,16 @@ def test_trt_routes_through_clip_trt_and_the_default_through_clip_onnx():
 
 @pytest.mark.parametrize(
     ("name", "parameter", "value"),
-    [("fast", "mode", "fast"), ("gpu-decode", "mode", "nvimgcodec"), ("upright", "orientation", "exif")],
+    [("fast", "mode", "fast"), ("gpu", "mode", "gpu"), ("upright", "orientation", "exif")],
 )
 def test_each_preprocess_configuration_is_the_exact_one_but_for_one_parameter(name, parameter, value):
     exact, other = (read_config(MODELS, "preprocess", config) for config in (None, name))
     assert other.parameters[parameter].string_value == value
     other.parameters[parameter].string_value = {"mode": "exact", "orientation": "ignore"}[parameter]
     for config in (exact, other):
-        del config.instance_group[:]  # on a GPU where that decodes
+        del config.instance_group[:]  # on a GPU where that decodes, and whole batches
+        del config.dynamic_batching.preferred_batch_size[:]
+        config.dynamic_batching.max_queue_delay_microseconds = 0
     assert other == exact
 
 

@@ -104,7 +104,7 @@ def lent_memory() -> AbstractContextManager[None]:
     return kernel.lends_images() if kernel else nullcontext()
 
 
-def open_pixels(parameters: Mapping[str, str], device_id: int = 0) -> Callable[[bytes], np.ndarray]:
+def open_pixels(parameters: Mapping[str, str]) -> Callable[..., np.ndarray]:
     """`pixels_of` as the parameters of `config.pbtxt` say. Raises ValueError for a mode that cannot be had."""
     limits = Limits.of(parameters)
     orientation = parameters.get("orientation", "ignore")
@@ -116,11 +116,11 @@ def open_pixels(parameters: Mapping[str, str], device_id: int = 0) -> Callable[[
             return made
         case "fast":
             return partial(made, fast=True)
-        case "nvimgcodec":
-            from clip_gpu_decode import open_decoder
+        case "gpu":
+            from clip_gpu import open_batches
 
-            return partial(made, decode=open_decoder(device_id))
-    raise ValueError(f"parameter mode is {parameters['mode']}, not exact, fast or nvimgcodec")
+            return open_batches(parameters).pixels_of  # an image at a time: model.py gives it whole batches
+    raise ValueError(f"parameter mode is {parameters['mode']}, not exact, fast or gpu")
 
 
 def pixels_of(
@@ -129,7 +129,6 @@ def pixels_of(
     *,
     upright: bool = False,
     fast: bool = False,
-    decode: Callable[[bytes], np.ndarray | None] | None = None,
     budget: PixelBudget | None = None,
 ) -> np.ndarray:
     """The image as (side, side, 3) uint8, RGB, height x width x channel, 0..255; by default 224 px.
@@ -145,22 +144,14 @@ def pixels_of(
     from there: other bytes, of 121 photographs at most 12 of 255 away. What that costs, `clip-tools verify --engine
     fast` says of your own weights.
 
-    `decode` is asked first for the (height, width, 3) uint8 RGB of an RGB JPEG; what it gives None for, Pillow decodes
-    or refuses. `budget` is what the image's request has left.
+    `budget` is what the image's request has left.
     """
-    image = _opened(image_bytes, limits)
+    image = opened(image_bytes, limits)
     if budget:
         budget.take(image, limits.fit)
     try:
         with warnings.catch_warnings(), lent_memory():
             warnings.simplefilter("ignore")  # what Pillow has to say about odd palettes and metadata
-            if (
-                decode
-                and (image.format, image.mode) == ("JPEG", "RGB")
-                and (decoded := decode(image_bytes)) is not None
-            ):
-                turn = turn_of(image) if upright else None
-                return centre_of(Image.fromarray(decoded), turn=turn, fit=limits.fit)
             full_size = image.size
             # The box is the whole image in the scaled one's coordinates, where its last pixel may be a part.
             _, box = (fast and image.draft(None, (2 * limits.fit.side_px, 2 * limits.fit.side_px))) or (None, None)
@@ -215,7 +206,7 @@ def _cropped(
     return np.asarray(resized.crop((left, top, left + fit.side_px, top + fit.side_px)).convert("RGB"))
 
 
-def _opened(image_bytes: bytes, limits: Limits) -> Image.Image:
+def opened(image_bytes: bytes, limits: Limits) -> Image.Image:
     """The image with its header read, within the limits, and no pixel decoded yet."""
     size_bytes = len(image_bytes)
     if size_bytes == 0:

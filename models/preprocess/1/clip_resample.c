@@ -490,6 +490,28 @@ static int resample(const struct job *job, const uint8_t *pixels, uint8_t *out) 
     return state;
 }
 
+/* The windows that clip_resample uses along an axis, for clip_gpu.cu: `first` and `taps` have `count` numbers, `whole` has
+   `stride` for each. Returns as clip_resample does; 1 also for another stride than round_up(ceil(support) * 2 + 1, 16). */
+int clip_resample_axis(int32_t length, int32_t resized, int32_t kept, int32_t count, int32_t is_mirrored, int32_t stride,
+                       int32_t *first, int32_t *taps, int32_t *whole) {
+    if (length < 1 || length > MAX_LENGTH || count < 1 || count > MAX_SIDE || kept < 0 || kept > resized - count || !first ||
+        !taps || !whole) {
+        return BAD_ARGUMENTS;
+    }
+    struct axis axis;
+    int state = make_axis(&axis, length, (float)length, resized, kept, count, is_mirrored);
+    if (state == DONE && axis.stride != stride) {
+        state = BAD_ARGUMENTS;
+    }
+    if (state == DONE) {
+        memcpy(first, axis.first, count * sizeof *first);
+        memcpy(taps, axis.taps, count * sizeof *taps);
+        memcpy(whole, axis.whole, (size_t)count * stride * sizeof *whole);
+    }
+    free_axis(&axis);
+    return state;
+}
+
 /* The best form that this processor has. */
 int clip_resample_best_form(void) {
     static int best = -1; /* to ask is slow in a virtual machine */

@@ -2,10 +2,12 @@
 
 import ctypes
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, __version__
@@ -44,6 +46,14 @@ _NO_MEMORY = 2  # clip_resample.c
 Box = tuple[float, float, float, float]
 
 
+class Axis(NamedTuple):
+    """Window i of an axis is `taps[i]` pixels from `first[i]` on, by the coefficients `whole[i]` in 22 bits."""
+
+    first: np.ndarray
+    taps: np.ndarray
+    whole: np.ndarray
+
+
 class NoKernel(RuntimeError):
     """There is no library to use; the message says why, in one line."""
 
@@ -74,12 +84,14 @@ class Kernel:
             raise NoKernel(f"Pillow {__version__} does not lend its pixels; 11.3 or later does")
         try:
             loaded = ctypes.CDLL(str(path))
-            self._crop, best_form = loaded.clip_resample, loaded.clip_resample_best_form()
+            self._crop, self._axis = loaded.clip_resample, loaded.clip_resample_axis
+            best_form = loaded.clip_resample_best_form()
         except (OSError, AttributeError) as error:
             raise NoKernel(f"{path.name} cannot be loaded ({error}); remove it and run `make setup`") from error
         number, pointer, size = ctypes.c_int32, ctypes.c_void_p, ctypes.c_float
         image, resized, crop = [pointer, *[number] * 3, size, size], [number] * 2, [number] * 4
         self._crop.argtypes = [*image, *resized, *crop, number, pointer, ctypes.c_int64, number]
+        self._axis.argtypes = [*[number] * 6, *[pointer] * 3]
         self.form = best_form if form is None else form
         self._compare_with_pillow()
 
@@ -113,6 +125,20 @@ class Kernel:
         is_lent = 0 < width * height * pixel_bytes <= _LARGEST_BLOCK_BYTES
         is_resized = (image.size, box or (0, 0, width, height)) != (size, (0, 0, *size))
         return is_lent and is_resized and max(size) <= _MAX_RESIZED_SIDE_PX
+
+    def axis(self, length: int, resized: int, kept: int, count: int, is_mirrored: bool) -> Axis:
+        """What pixels kept..kept + count of an axis are made of that is resized from `length` to `resized`.
+
+        Of a mirrored one they are counted from its far end, and the windows come in the order of its memory.
+        """
+        stride = -(-(math.ceil(2 * max(1, length / resized)) * 2 + 1) // 16) * 16
+        axis = Axis(np.empty(count, np.int32), np.empty(count, np.int32), np.empty((count, stride), np.int32))
+        pointers = (table.ctypes.data for table in (axis.first, axis.taps, axis.whole))
+        if state := self._axis(length, resized, kept, count, is_mirrored, stride, *pointers):
+            if state == _NO_MEMORY:
+                raise MemoryError
+            raise KernelError(f"pixels {kept} to {kept + count} of {length} px resized to {resized}")
+        return axis
 
     def crop(
         self,

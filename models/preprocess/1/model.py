@@ -34,8 +34,13 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         value = {key: parameter["string_value"] for key, parameter in config["parameters"].items()}
         value["side_px"] = self._side_px = int(config["output"][0]["dims"][0])
+        self._batches = None
         try:
-            self._pixels_of = open_pixels(value, int(args["model_instance_device_id"]))
+            if value["mode"] == "gpu":
+                from clip_gpu import open_batches
+
+                self._batches = open_batches(value, int(args["model_instance_device_id"]))
+            self._pixels_of = self._batches.on_cpu if self._batches else open_pixels(value)
             self._max_request_pixels = int(value["max_request_pixels"])
         except ValueError as error:
             raise pb_utils.TritonModelException(f"preprocess: {error}") from None
@@ -58,34 +63,100 @@ class TritonPythonModel:
             pb_utils.Logger.log_warn(f"preprocess resamples with Pillow, which takes twice as long an image: {error}")
 
     def execute(self, requests):
+        if self._batches:
+            return self._responses_by_gpu(requests)
         return [self._response(request) for request in requests]
 
     def _response(self, request):
         try:
-            images = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy()
-            if images.ndim != 2:  # Triton takes a batch of 0, and of 2**32, for a request without a batch dimension
-                message = "image_bytes: expected the shape [N, 1] with N of 1 or more, came a batch size of 0"
-                return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
-            images = images.reshape(-1)
+            if (images := _images_of(request)) is None:
+                return _no_batch()
             pixels = np.empty((len(images), self._side_px, self._side_px, 3), np.uint8)
             budget, refused, began_s = PixelBudget(self._max_request_pixels), [], time.process_time()
             for index, image_bytes in enumerate(images):
-                faulthandler.dump_traceback_later(_LONGEST_DECODE_S, exit=True)
                 try:
-                    pixels[index] = self._pixels_of(image_bytes, budget=budget)
+                    pixels[index] = self._on_cpu(image_bytes, budget)
                 except RefusedImage as error:
                     refused.append((index, error))
-                finally:
-                    faulthandler.cancel_dump_traceback_later()
             cpu_s = time.process_time() - began_s
             self._counters.add(len(images), [error.code for _, error in refused], cpu_s)
             if refused:
-                message = _refusal(refused, len(images))
-                return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+                return _refused(refused, len(images))
             return pb_utils.InferenceResponse([pb_utils.Tensor("pixels", pixels)])
         except Exception as error:
-            message = f"preprocess failed: {type(error).__name__}: {error}"
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL))
+            return _failed(error)
+
+    def _on_cpu(self, image_bytes, budget):
+        _watch()
+        try:
+            return self._pixels_of(image_bytes, budget=budget)
+        finally:
+            if self._batches:
+                _watch()  # the GPU goes on with the others
+            else:
+                faulthandler.cancel_dump_traceback_later()
+
+    def _responses_by_gpu(self, requests):
+        """As `_response`, for all images of all requests together; the pixels stay on the GPU."""
+        began_s = time.process_time()
+        _watch()
+        try:
+            asked = [_images_of(request) for request in requests]
+            budgets = [PixelBudget(self._max_request_pixels) for _ in asked]
+            together = [
+                (one, left)
+                for images, left in zip(asked, budgets, strict=True)
+                for one in (() if images is None else images)
+            ]
+            batch = self._batches(together, self._on_cpu)
+        except Exception as error:
+            return [_failed(error) for _ in requests]
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        image_cpu_s = (time.process_time() - began_s) / max(1, len(together))
+        responses, start = [], 0
+        for images in asked:
+            if images is None:
+                responses.append(_no_batch())
+                continue
+            count = len(images)
+            wrong = [(slot - start, error) for slot, error in sorted(batch.failed.items()) if 0 <= slot - start < count]
+            refused = [(index, error) for index, error in wrong if isinstance(error, RefusedImage)]
+            self._counters.add(count, [error.code for _, error in refused], count * image_cpu_s)
+            if len(refused) < len(wrong):
+                responses.append(_failed(next(error for _, error in wrong if not isinstance(error, RefusedImage))))
+            elif refused:
+                responses.append(_refused(refused, count))
+            else:
+                pixels = pb_utils.Tensor.from_dlpack("pixels", self._batches.lent(batch, start, count))
+                responses.append(pb_utils.InferenceResponse([pixels]))
+            start += count
+        return responses
+
+
+def _watch():
+    faulthandler.dump_traceback_later(_LONGEST_DECODE_S, exit=True)
+
+
+def _images_of(request):
+    """The encoded images; None for a batch of 0 and of 2**32, which Triton takes for one without a batch dimension."""
+    images = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy()
+    return images.reshape(-1) if images.ndim == 2 else None
+
+
+def _no_batch():
+    message = "image_bytes: expected the shape [N, 1] with N of 1 or more, came a batch size of 0"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+
+
+def _refused(refused, total):
+    error = pb_utils.TritonError(_refusal(refused, total), pb_utils.TritonError.INVALID_ARG)
+    return pb_utils.InferenceResponse(error=error)
+
+
+def _failed(error):
+    message = f"preprocess failed: {type(error).__name__}: {error}"
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL))
 
 
 def _refusal(refused, total):

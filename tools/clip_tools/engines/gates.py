@@ -36,7 +36,7 @@ GATES: dict[Precision, Gate] = {
     "int8": Gate(0.97, 0.99, 0.97),
     "fp8": Gate(0.97, 0.99, 0.97),
 }
-# Where preprocess gives pixels that are only near open_clip's: its modes `fast`, for large JPEGs, and `nvimgcodec`.
+# Where preprocess gives pixels that are only near open_clip's: its modes `fast`, for large JPEGs, and `gpu`.
 NEAR_PIXELS = Gate(0.995, 0.999)
 
 

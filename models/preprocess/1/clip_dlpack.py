@@ -1,0 +1,75 @@
+"""Memory that this program holds, lent to other libraries by DLPack without a copy: https://dmlc.github.io/dlpack."""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any
+
+CPU, CUDA = 1, 2  # DLDeviceType
+_UINT = 1  # DLDataTypeCode
+_NAME = b"dltensor"
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _ManagedTensor(ctypes.Structure):
+    _fields_ = (("tensor", _Tensor), ("manager", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
+
+
+_lent: dict[int, tuple[Any, ...]] = {}  # by address: what must live until its deleter is called
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def _delete(managed: int) -> None:
+    _lent.pop(managed, None)
+
+
+@ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
+def _destroy(capsule: int) -> None:
+    """A capsule goes that nobody has taken: whoever takes one renames it."""
+    if _is_valid(capsule, _NAME):
+        _delete(_pointer_of(capsule, _NAME))
+
+
+_api = ctypes.pythonapi
+_new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(("PyCapsule_New", _api))
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", _api))
+_pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_GetPointer", _api))
+
+
+class Lent:
+    """uint8 of this shape, C order, at `pointer` on a device; `owner` lives as long as whoever takes it.
+
+    What was written there must be done before it is lent: it waits for no stream.
+    """
+
+    def __init__(self, pointer: int, shape: Sequence[int], device: tuple[int, int], owner: Any) -> None:
+        self._pointer, self._shape, self._device, self._owner = pointer, tuple(shape), device, owner
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """(DLDeviceType, its number)."""
+        return self._device
+
+    def __dlpack__(self, stream: int | None = None) -> Any:
+        """The capsule."""
+        numbers = ctypes.c_int64 * len(self._shape)
+        shape = numbers(*self._shape)
+        strides = numbers(*(math.prod(self._shape[axis + 1 :]) for axis in range(len(self._shape))))
+        tensor = _Tensor(self._pointer, *self._device, len(self._shape), _UINT, 8, 1, shape, strides, 0)
+        managed = _ManagedTensor(tensor, None, ctypes.cast(_delete, ctypes.c_void_p))
+        address = ctypes.addressof(managed)
+        _lent[address] = managed, shape, strides, self._owner
+        return _new(address, _NAME, ctypes.cast(_destroy, ctypes.c_void_p))

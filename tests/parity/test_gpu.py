@@ -1,0 +1,302 @@
+"""`mode: "gpu"` with everything but the GPU: its kernel compiled for the CPU, and a decoder that is handed in."""
+
+import ctypes
+import dataclasses
+import gc
+import importlib
+import io
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.resample_cases import cases
+
+import clip_batch
+import clip_dlpack
+import clip_gpu
+import clip_resample
+from clip_fit import Fit
+from clip_preprocess import PixelBudget, RefusedImage, open_pixels, pixels_of
+from clip_tools.paths import MODELS
+from clip_tools.repository import read_config
+
+try:
+    clip_resample.kernel()
+except clip_resample.NoKernel as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+# What CUDA has of its own, for C: each thread of each block in turn.
+ON_CPU = """
+#define __global__ static
+static struct { unsigned x, y; } blockIdx, blockDim, threadIdx;
+#include "clip_gpu.cu"
+void run(unsigned pixels, unsigned images, void *passes, void *first, void *taps, void *whole) {
+    blockDim.x = 128;
+    for (blockIdx.y = 0; blockIdx.y < images; blockIdx.y++)
+        for (blockIdx.x = 0; blockIdx.x * blockDim.x < pixels; blockIdx.x++)
+            for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++)
+                resample(passes, first, taps, whole);
+}
+"""
+
+
+class HostGpu:
+    """A `clip_batch.Gpu` in the host's memory. It decodes by Pillow, and what begins as `fails` not at all."""
+
+    device = clip_dlpack.CPU, 0
+
+    def __init__(self, library) -> None:
+        self._run = library.run
+        self._run.argtypes = [ctypes.c_uint, ctypes.c_uint, *[ctypes.c_void_p] * 4]
+        self.calls, self.fails = [], []
+
+    def decode(self, jpegs):
+        self.calls.append(len(jpegs))
+        return [None if one in self.fails else self._decoded(one) for one in jpegs]
+
+    def _decoded(self, jpeg):
+        width, height = (image := Image.open(io.BytesIO(jpeg))).size
+        rows = np.zeros((height, width * 3 + 5), np.uint8)  # rows are padded, as nvImageCodec may
+        rows[:, : width * 3] = np.asarray(image).reshape(height, -1)
+        return clip_batch.Picture(rows.ctypes.data, rows.shape[1], width, height, rows)
+
+    def allocate(self, size_bytes):
+        array = np.full(size_bytes, 99, np.uint8)
+        return SimpleNamespace(pointer=array.ctypes.data, array=array)
+
+    def write(self, pointer, values):
+        ctypes.memmove(pointer, np.ascontiguousarray(values).ctypes.data, values.nbytes)
+
+    def read(self, pointer, values):
+        ctypes.memmove(values.ctypes.data, pointer, values.nbytes)
+
+    def resample(self, grid, *tables):
+        self._run(*grid, *tables)
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    (folder / "on_cpu.c").write_text(ON_CPU)
+    command = [sys.executable, "-m", "ziglang", "cc", "-O2", "-shared", "-fPIC", "-Wall", "-Werror"]
+    command += ["-I", str(clip_gpu.SOURCE.parent), "-x", "c", "on_cpu.c", "-o", "on_cpu.so"]
+    subprocess.run(command, cwd=folder, check=True, env={"PATH": "/usr/bin:/bin", "HOME": str(folder)})
+    return ctypes.CDLL(str(folder / "on_cpu.so"))
+
+
+@pytest.fixture
+def gpu(library):
+    return HostGpu(library)
+
+
+def parameters(**changes: str) -> dict[str, str]:
+    served = {key: one.string_value for key, one in read_config(MODELS, "preprocess", "gpu").parameters.items()}
+    return {**served, **changes}
+
+
+def pixels_by(gpu, images, **changes):
+    """All pixels of a batch, and what failed."""
+    batches = clip_gpu.Batches(parameters(**changes), gpu)
+    batch = batches([(image, PixelBudget(10**9)) for image in images], batches.on_cpu)
+    return np.from_dlpack(batches.lent(batch, 0, len(images))), batch.failed
+
+
+def encoded(image, image_format="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
+def test_the_kernel_compiles_for_every_gpu(architecture):
+    pytest.importorskip("cuda.core", reason="cuda-core is not installed: pip install 'clip-embed[gpu]'")
+    assert b"resample" in clip_gpu.compiled(architecture).code
+
+
+def test_hundreds_of_random_images_are_pillows_to_the_byte(gpu, limits):
+    """The same sums as the library's, in every size, order of passes and orientation."""
+    images, orientations = [], []
+    for case in cases(seed=7, count=300):
+        if case.mode == "RGB" and not case.box:
+            images.append(case.image())
+    for index, image in enumerate(images):
+        exif = Image.Exif()
+        exif[0x0112] = index % 8 + 1
+        orientations.append(encoded(image.copy(), quality=90, exif=exif))
+    assert len(images) > 25
+    for orientation in ("ignore", "exif"):
+        made, failed = pixels_by(gpu, orientations, orientation=orientation)
+        assert failed == {}
+        for pixels, one in zip(made, orientations, strict=True):
+            assert np.array_equal(pixels, pixels_of(one, limits, upright=orientation == "exif"))
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+def test_another_models_square_is_filled_too(gpu, limits, demo_photos, resize_mode):
+    changes = {"side_px": "336", "resize_mode": resize_mode}
+    made, failed = pixels_by(gpu, [demo_photos[0].read_bytes()], **changes)
+    assert (failed, made.shape) == ({}, (1, 336, 336, 3))
+    fitted = dataclasses.replace(limits, fit=Fit.of(changes))
+    assert np.array_equal(made[0], pixels_of(demo_photos[0].read_bytes(), fitted))
+
+
+def test_photographs_of_all_requests_are_decoded_in_one_call(gpu, limits, demo_photos):
+    photos = [path.read_bytes() for path in demo_photos]
+    made, failed = pixels_by(gpu, photos)
+    assert (failed, gpu.calls) == ({}, [len(photos)])
+    for pixels, photo in zip(made, photos, strict=True):
+        assert np.array_equal(pixels, pixels_of(photo, limits))
+
+
+def test_an_image_alone_is_the_same_on_the_host(gpu, limits, monkeypatch, demo_photos):
+    monkeypatch.setattr("clip_gpu.CudaGpu", lambda _: gpu)
+    alone, photo = open_pixels(parameters()), demo_photos[0].read_bytes()
+    assert np.array_equal(alone(photo), pixels_of(photo, limits))
+    with pytest.raises(RefusedImage, match="empty"):
+        alone(b"")
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_nearly_the_same_pixels(limits, demo_photos):
+    try:
+        alone = open_pixels(parameters())
+    except ValueError as error:
+        pytest.skip(str(error))
+    for path in demo_photos:
+        difference = np.abs(alone(path.read_bytes()).astype(int) - pixels_of(path.read_bytes(), limits))
+        assert difference.max() <= 24, path.name  # as much as `fast` may
+        assert difference.mean() < 1, path.name
+
+
+def test_what_is_too_much_for_one_call_is_decoded_in_several(gpu, monkeypatch):
+    monkeypatch.setattr(clip_batch, "_MAX_PIXELS_AT_ONCE", 300_000)
+    photos = [encoded(Image.new("RGB", (400, 300), (50 * index, 0, 0))) for index in range(5)]
+    made, _ = pixels_by(gpu, photos)
+    assert gpu.calls == [2, 2, 1]
+    assert [round(float(pixels[..., 0].mean()) / 50) for pixels in made] == [0, 1, 2, 3, 4]
+
+
+def test_what_the_gpu_cannot_decode_or_is_not_asked_for_pillow_does(gpu, limits):
+    image = Image.linear_gradient("L").resize((400, 300)).convert("RGB")
+    unknown, gray, png, cut = encoded(image), encoded(image.convert("L")), encoded(image, "PNG"), encoded(image)[:-2]
+    gpu.fails.append(unknown)
+    made, failed = pixels_by(gpu, [png, unknown, cut, gray, b""])
+    for index, one in ((0, png), (1, unknown), (3, gray)):
+        assert np.array_equal(made[index], pixels_of(one, limits))
+    assert {index: error.code for index, error in failed.items()} == {2: "truncated", 4: "empty"}
+    assert gpu.calls == [1]
+
+
+def test_a_picture_of_another_size_than_its_header_says_is_not_used(gpu, limits, monkeypatch):
+    photo = encoded(Image.new("RGB", (400, 300), (200, 0, 0)))
+    monkeypatch.setattr(gpu, "_decoded", lambda _: clip_batch.Picture(0, 9, 3, 3, None))
+    made, failed = pixels_by(gpu, [photo])
+    assert failed == {}
+    assert np.array_equal(made[0], pixels_of(photo, limits))
+
+
+def test_lent_memory_lives_until_whoever_took_it_lets_go():
+    array, gone = np.arange(24, dtype=np.uint8), []
+
+    class Owner:
+        def __del__(self):
+            gone.append(True)
+
+    lent = clip_dlpack.Lent(array.ctypes.data, (2, 3, 4), (clip_dlpack.CPU, 0), Owner())
+    taken = np.from_dlpack(lent)
+    unused = lent.__dlpack__()
+    del lent
+    gc.collect()
+    assert np.array_equal(taken, array.reshape(2, 3, 4))
+    assert not gone
+    del taken
+    gc.collect()
+    assert not gone
+    del unused
+    gc.collect()
+    assert gone
+
+
+class Utils:
+    """What model.py uses of triton_python_backend_utils."""
+
+    class TritonError:
+        INVALID_ARG, INTERNAL = "INVALID_ARG", "INTERNAL"
+
+        def __init__(self, message, code):
+            self.message, self.code = message, code
+
+    class Tensor:
+        from_dlpack = staticmethod(lambda name, lent: (name, np.from_dlpack(lent)))
+
+    class InferenceResponse:
+        def __init__(self, tensors=(), error=None):
+            self.tensors, self.error = tensors, error
+
+    @staticmethod
+    def get_input_tensor_by_name(request, name):
+        assert name == "image_bytes"
+        return SimpleNamespace(as_numpy=lambda: request)
+
+
+@pytest.fixture
+def model(monkeypatch, gpu):
+    """model.py in mode gpu, in a process without Triton."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", Utils)
+    monkeypatch.delitem(sys.modules, "model", raising=False)
+    monkeypatch.syspath_prepend(str(clip_gpu.SOURCE.parent))
+    made = importlib.import_module("model").TritonPythonModel()
+    made._batches = clip_gpu.Batches(parameters(), gpu)
+    made._pixels_of, made._max_request_pixels = made._batches.on_cpu, 10_000_000
+    made._counters = SimpleNamespace(add=lambda *_: None)
+    yield made
+    sys.modules.pop("model")
+
+
+def test_one_bad_image_fails_its_request_and_no_other(model, gpu, limits):
+    good, other = (encoded(Image.linear_gradient("L").rotate(angle).convert("RGB")) for angle in (0, 90))
+    requests = [[good], [other, good[:500], b""], [encoded(Image.new("RGB", (4000, 3000)))], [other, good]]
+    tensors = [np.array(images, dtype=object).reshape(-1, 1) for images in requests]
+    first, second, third, fourth = model.execute([*tensors, np.array([good], dtype=object)])[:4]
+    for response, images in ((first, requests[0]), (fourth, requests[3])):
+        assert response.error is None, response.error.message
+        ((name, pixels),) = response.tensors
+        assert (name, response.error) == ("pixels", None)
+        assert np.array_equal(pixels, [pixels_of(one, limits) for one in images])
+    assert second.error.code == third.error.code == "INVALID_ARG"
+    assert "2 of 3 images refused. [1] truncated" in second.error.message
+    assert "[2] empty" in second.error.message
+    assert "[0] too_many_pixels" in third.error.message
+    assert gpu.calls == [4]
+
+
+def test_what_is_the_servers_trouble_fails_the_request_that_met_it_alone(model, gpu):
+    good = encoded(Image.linear_gradient("L").convert("RGB"))
+    gray = encoded(Image.linear_gradient("L"))
+
+    def out_of_memory(*_args, **_options):
+        raise MemoryError
+
+    model._pixels_of = out_of_memory
+    tensors = [np.array([[image]], dtype=object) for image in (good, gray)]
+    first, second = model.execute(tensors)
+    assert (first.error, second.error.code) == (None, "INTERNAL")
+    gpu.decode = out_of_memory
+    assert [one.error.code for one in model.execute(tensors)] == ["INTERNAL", "INTERNAL"]
+
+
+def test_without_its_packages_or_a_gpu_the_mode_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
+    with pytest.raises(ValueError, match=r"needs the packages .*nvidia-nvimgcodec-cu13.*take mode exact or fast"):
+        clip_gpu.open_batches(parameters())
+    with pytest.raises(ValueError, match="not bicubic, longest: take exact"):
+        clip_gpu.open_batches(parameters(resize_mode="longest"))
+    monkeypatch.setattr("clip_gpu.find_kernel", lambda: None)
+    with pytest.raises(ValueError, match=r"needs the library of clip_resample\.c"):
+        clip_gpu.open_batches(parameters())
