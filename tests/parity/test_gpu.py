@@ -20,6 +20,8 @@ import clip_gpu
 import clip_resample
 from clip_fit import Fit
 from clip_preprocess import PixelBudget, RefusedImage, open_pixels, pixels_of
+from clip_tools.measuring import bare
+from clip_tools.measuring import preprocess as measuring
 from clip_tools.paths import MODELS
 from clip_tools.repository import read_config
 
@@ -160,6 +162,20 @@ def test_an_image_alone_is_the_same_on_the_host(gpu, limits, monkeypatch, demo_p
     assert np.array_equal(alone(photo), pixels_of(photo, limits))
     with pytest.raises(RefusedImage, match="empty"):
         alone(b"")
+
+
+def test_the_bench_measures_whole_batches_beside_the_other_modes(gpu, monkeypatch):
+    monkeypatch.setattr("clip_gpu.CudaGpu", lambda _: gpu)
+    photo = encoded(Image.linear_gradient("L").convert("RGB"))
+    times = measuring._mean_of_batches(bare.open_batches(), [photo] * 3, 0.01)
+    assert set(gpu.calls) == {64}
+    row = {"images": "640x480", "mode": "gpu", "resized_by": "GPU", "round": 0, **times}
+    cpu = {**row, "mode": "exact", "preprocess_s": 0.01, "resize_s": 0.001}
+    result = {"avx2": True, "rounds": 1, "seconds": 0.01}
+    result["rows"] = [{**cpu, "resized_by": "library"}, {**cpu, "resized_by": "Pillow"}, row]
+    text = measuring.preprocess_section("here", result).text
+    assert f"one process made {1 / times['passed_s']:.0f} of 640x480 a second" in text
+    assert "| 640x480 | gpu | GPU |" in text
 
 
 @pytest.mark.gpu

@@ -38,6 +38,23 @@ def open_preprocess(models: Path = MODELS, config_name: str | None = None) -> Ca
     return opened
 
 
+def open_batches(models: Path = MODELS, config_name: str | None = "gpu") -> Callable[[Sequence[bytes]], Any]:
+    """The same of many images at once on a GPU, where their pixels stay. Raises ToolError where it cannot be had."""
+    parameters = {
+        key: one.string_value for key, one in read_config(models, "preprocess", config_name).parameters.items()
+    }
+    preprocess = import_preprocess(models)
+    try:
+        batches = _import_from(models / "preprocess" / "1", "clip_gpu").open_batches(parameters)
+    except ValueError as error:
+        raise ToolError(str(error)) from error
+
+    def pixels_of(images: Sequence[bytes]) -> Any:
+        return batches([(one, preprocess.PixelBudget(1 << 62)) for one in images], batches.on_cpu)
+
+    return pixels_of
+
+
 def open_engine(models: Path = MODELS, config_name: str | None = None) -> Any:
     """The ONNX Runtime session that `backends/onnxruntime` opens for this deployment on this machine.
 

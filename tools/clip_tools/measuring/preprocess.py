@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from clip_tools.errors import ToolError
-from clip_tools.measuring.bare import import_preprocess, open_preprocess
+from clip_tools.gpu import find_gpu
+from clip_tools.measuring.bare import import_preprocess, open_batches, open_preprocess
 from clip_tools.measuring.bench_section import verdicts_text
 from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.measuring.noise import Ratio, paired_ratio
@@ -20,8 +22,9 @@ from clip_tools.measuring.targets import NotMeasured, Target, check
 from clip_tools.measuring.workload import PHONE, VGA, load_images
 from clip_tools.paths import MODELS
 
-KERNEL, PILLOW = "library", "Pillow"
-MODES = (None, "fast")  # configurations of preprocess
+KERNEL, PILLOW, GPU = "library", "Pillow", "GPU"
+MODES = (None, "fast")  # configurations of preprocess; `gpu` besides where there is one
+_BATCH = 64  # images at once in mode gpu
 _RESIZED = 4  # photographs kept decoded, 48 MB each
 
 
@@ -35,7 +38,8 @@ class _Worker:
         self._module = import_preprocess(models)
         if resized_by == PILLOW:
             self._module.find_kernel = lambda: None
-        self._preprocess = open_preprocess(models, config_name)
+        self._batches = open_batches(models, config_name) if resized_by == GPU else None
+        self._preprocess: Any = None if self._batches else open_preprocess(models, config_name)
         self._images: dict[str, tuple[bytes, ...]] = {}
         self._decoded: dict[str, list[Any]] = {}
 
@@ -43,6 +47,9 @@ class _Worker:
         """Seconds of CPU for an image: `preprocess_s` from its bytes on, `resize_s` from the decoded one on."""
         if name not in self._images:
             self._images[name] = load_images(name)
+        if self._batches:
+            return _mean_of_batches(self._batches, self._images[name], seconds)
+        if name not in self._decoded:
             self._decoded = {name: [self._load(image) for image in self._images[name][:_RESIZED]]}
         images, decoded = self._images[name], self._decoded[name]
         return {
@@ -71,6 +78,20 @@ def _mean_cpu_s(call: Callable[[Any], Any], inputs: Sequence[Any], seconds: floa
     return (time.process_time() - begin) / calls
 
 
+def _mean_of_batches(call: Callable[[Any], Any], images: Sequence[bytes], seconds: float) -> dict[str, float]:
+    """For an image: seconds of CPU, and seconds that pass, both in whole batches."""
+    batch = [images[index % len(images)] for index in range(_BATCH)]
+    call(batch)
+    count, cpu_s, begin = 0, time.process_time(), time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        call(batch)
+        count += _BATCH
+    return {
+        "preprocess_s": (time.process_time() - cpu_s) / count,
+        "passed_s": (time.perf_counter() - begin) / count,
+    }
+
+
 def _open(models: Path, config_name: str | None, resized_by: str) -> None:
     _Worker.one = _Worker(models, config_name, resized_by)
 
@@ -97,8 +118,10 @@ def preprocess_alone(
             (mode, way): stack.enter_context(
                 ProcessPoolExecutor(1, get_context("spawn"), initializer=_open, initargs=(models, mode, way))
             )
-            for mode in MODES
-            for way in (KERNEL, PILLOW)
+            for mode, way in [
+                *((mode, way) for mode in MODES for way in (KERNEL, PILLOW)),
+                *([("gpu", GPU)] if find_gpu() and find_spec("nvidia") and find_spec("nvidia.nvimgcodec") else []),
+            ]
         }
         for name in images:
             for number in range(rounds):
@@ -143,14 +166,17 @@ def preprocess_section(name: str, result: dict[str, Any]) -> Section:
     """Targets, and each mode by the size of the images."""
     import statistics
 
-    rows = []
+    def median(images: str, mode: str, way: str, what: str) -> float:
+        return statistics.median(_times(result, images, mode, way, what))
+
+    rows, on_gpu = [], []
     for images, mode in dict.fromkeys((row["images"], row["mode"]) for row in result["rows"]):
-        for way in (PILLOW, KERNEL):
-            whole, resize = (
-                statistics.median(_times(result, images, mode, way, what)) for what in ("preprocess_s", "resize_s")
-            )
-            resize_ms = f"{1000 * resize:.2f}" if mode == "exact" else ""
+        for way in (GPU,) if mode == "gpu" else (PILLOW, KERNEL):
+            whole = median(images, mode, way, "preprocess_s")
+            resize_ms = f"{1000 * median(images, mode, way, 'resize_s'):.2f}" if mode == "exact" else ""
             rows.append((images, mode, way, f"{1 / whole:.1f}", f"{1000 * whole:.2f}", resize_ms))
+        if mode == "gpu":
+            on_gpu.append(f"{1 / median(images, mode, GPU, 'passed_s'):.0f} of {images}")
     head = ("images", "mode", "resized by", "images/s a core", "ms an image", "of it resize and crop")
     text = (
         f"`preprocess` alone, bytes to pixels, one process on one core; the library "
@@ -158,4 +184,6 @@ def preprocess_section(name: str, result: dict[str, Any]) -> Section:
         f"{result['seconds']:g} s, the ways in turn, so a ratio has the same machine in both its parts. Both give the "
         "same bytes (tests/parity/test_resample.py).\n\n"
     )
+    if on_gpu:
+        text += f"In mode `gpu`, in batches of {_BATCH}, one process made {', '.join(on_gpu)} a second.\n\n"
     return Section(text + verdicts_text(check(result, TARGETS)) + "\n" + markdown_table(head, rows))
