@@ -279,7 +279,8 @@ def test_one_bad_image_fails_its_request_and_no_other(model, gpu, limits):
     good, other = (encoded(Image.linear_gradient("L").rotate(angle).convert("RGB")) for angle in (0, 90))
     requests = [[good], [other, good[:500], b""], [encoded(Image.new("RGB", (4000, 3000)))], [other, good]]
     tensors = [np.array(images, dtype=object).reshape(-1, 1) for images in requests]
-    first, second, third, fourth = model.execute([*tensors, np.array([good], dtype=object)])[:4]
+    first, second, third, fourth, none = model.execute([*tensors, np.array([good], dtype=object)])
+    assert "came a batch size of 0" in none.error.message
     for response, images in ((first, requests[0]), (fourth, requests[3])):
         assert response.error is None, response.error.message
         ((name, pixels),) = response.tensors

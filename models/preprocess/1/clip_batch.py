@@ -88,7 +88,7 @@ def pixels_of_batch(
     """
     images, failed = list(images), {}
     size_bytes = limits.fit.side_px**2 * _BANDS
-    memory = gpu.allocate(len(images) * size_bytes)
+    memory = gpu.allocate(max(1, len(images)) * size_bytes)
 
     def by_cpu(slot: int, budget: PixelBudget | None) -> None:
         try:

@@ -1,5 +1,6 @@
 """How a photograph is to be turned, as its EXIF says: what `PIL.ImageOps.exif_transpose` does, by its number."""
 
+import warnings
 from dataclasses import dataclass
 
 from PIL import ExifTags, Image
@@ -31,7 +32,9 @@ def turn_of(image: Image.Image) -> Turn | None:
     Some formats tell only once the image is loaded.
     """
     try:
-        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except MemoryError:
         raise
     except Exception:  # whatever is wrong with the EXIF, the pixels are there
