@@ -1,17 +1,16 @@
 """`mode: "gpu"` with everything but the GPU: its kernel compiled for the CPU, and a decoder that is handed in."""
 
-import ctypes
 import dataclasses
 import gc
 import importlib
 import io
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.host_gpu import HostGpu, build
 from tests.resample_cases import cases
 
 import clip_batch
@@ -30,66 +29,10 @@ try:
 except clip_resample.NoKernel as error:
     pytest.skip(str(error), allow_module_level=True)
 
-# What CUDA has of its own, for C: each thread of each block in turn.
-ON_CPU = """
-#define __global__ static
-static struct { unsigned x, y; } blockIdx, blockDim, threadIdx;
-#include "clip_gpu.cu"
-void run(unsigned pixels, unsigned images, void *passes, void *first, void *taps, void *whole) {
-    blockDim.x = 128;
-    for (blockIdx.y = 0; blockIdx.y < images; blockIdx.y++)
-        for (blockIdx.x = 0; blockIdx.x * blockDim.x < pixels; blockIdx.x++)
-            for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++)
-                resample(passes, first, taps, whole);
-}
-"""
-
-
-class HostGpu:
-    """A `clip_batch.Gpu` in the host's memory. It decodes by Pillow, and what begins as `fails` not at all."""
-
-    device = clip_dlpack.CPU, 0
-
-    def __init__(self, library) -> None:
-        self._run = library.run
-        self._run.argtypes = [ctypes.c_uint, ctypes.c_uint, *[ctypes.c_void_p] * 4]
-        self.calls, self.fails = [], []
-
-    def decode(self, jpegs):
-        self.calls.append(len(jpegs))
-        return [None if one in self.fails else self._decoded(one) for one in jpegs]
-
-    def _decoded(self, jpeg):
-        width, height = (image := Image.open(io.BytesIO(jpeg))).size
-        rows = np.zeros((height, width * 3 + 5), np.uint8)  # rows are padded, as nvImageCodec may
-        rows[:, : width * 3] = np.asarray(image).reshape(height, -1)
-        return clip_batch.Picture(rows.ctypes.data, rows.shape[1], width, height, rows)
-
-    def allocate(self, size_bytes):
-        array = np.full(size_bytes, 99, np.uint8)
-        return SimpleNamespace(pointer=array.ctypes.data, array=array)
-
-    def write(self, pointer, values):
-        ctypes.memmove(pointer, np.ascontiguousarray(values).ctypes.data, values.nbytes)
-
-    def read(self, pointer, values):
-        ctypes.memmove(values.ctypes.data, pointer, values.nbytes)
-
-    def resample(self, grid, *tables):
-        self._run(*grid, *tables)
-
-    def finish(self):
-        pass
-
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpu")
-    (folder / "on_cpu.c").write_text(ON_CPU)
-    command = [sys.executable, "-m", "ziglang", "cc", "-O2", "-shared", "-fPIC", "-Wall", "-Werror"]
-    command += ["-I", str(clip_gpu.SOURCE.parent), "-x", "c", "on_cpu.c", "-o", "on_cpu.so"]
-    subprocess.run(command, cwd=folder, check=True, env={"PATH": "/usr/bin:/bin", "HOME": str(folder)})
-    return ctypes.CDLL(str(folder / "on_cpu.so"))
+    return build(tmp_path_factory.mktemp("gpu"))
 
 
 @pytest.fixture
