@@ -2,18 +2,21 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient, InvalidImageError
 from clip_tools.gpu import find_gpu
 from clip_tools.measuring.results import read
 from clip_tools.measuring.services import PyTorchService, free_ports
 from clip_tools.measuring.variants import Variant, write_repository
+from clip_tools.serving.serve import EmbeddedServer
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
 PERF_ANALYZER = Path(sys.executable).with_name("perf-analyzer")
@@ -65,6 +68,20 @@ def test_bench_asks_servers_that_run_elsewhere(repository, server, pytorch, tmp_
     assert all(row["agreement"] >= 0.99999 and row["throughput"] > 0 for row in result["cells"])
     assert result["servers"] == {}
     server.process.raise_if_ended()
+
+
+def test_ab_shows_two_running_servers_and_where_their_time_goes(repository, server, tmp_path):
+    """The second with the fast mode of preprocess: nearly the same vectors, and its own times by step."""
+    with EmbeddedServer(options_for(repository, tmp_path / "log", config_name="fast")) as other:
+        urls = (server.options.grpc_url, other.options.grpc_url)
+        printed = run(CLIP_TOOLS, "ab", *urls, "--rounds", 2, "--seconds", 0.5, "--concurrency", 2)
+        same = run(CLIP_TOOLS, "ab", urls[0], urls[0], "--rounds", 1, "--seconds", 0.3)
+    for side, url in zip("AB", urls, strict=True):
+        assert f"| {side} | {url} | " in printed
+        for step in ("clip_ensemble", "clip_onnx", "preprocess"):
+            assert re.search(rf"^\| {side} \| {step} \| [1-9]", printed, re.MULTILINE), printed
+    assert re.search(r"B against A: [\d.]+ \([\d.]+ to [\d.]+, 2 rounds\) times", printed)
+    assert float(re.search(r"vectors: ([\d.]+)\.", same)[1]) >= 0.99999
 
 
 def test_bench_measures_preprocess_with_its_library_against_pillow(repository, results):

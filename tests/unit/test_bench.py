@@ -3,6 +3,8 @@
 import pytest
 
 from clip_tools.errors import ToolError
+from clip_tools.measuring import bench as bench_module
+from clip_tools.measuring import results
 from clip_tools.measuring.arms import Arm
 from clip_tools.measuring.bare import instance_kind, open_engine, throughput_bound
 from clip_tools.measuring.bench import (
@@ -277,3 +279,47 @@ def test_what_runs_bare_is_measured_beside_what_it_is_compared_with():
             order.append((number, part, cell.batch, cell.concurrency))
     expected = [("single", 1, 1), ("steps", 1, 16)]
     assert order == [(number, *parts) for number in (0, 1) for parts in expected]
+
+
+def test_an_earlier_result_is_kept_under_its_time_and_nothing_is_overwritten(tmp_path):
+    output = tmp_path / "bench.json"
+    assert results.keep_earlier(output) is None
+    for kept in ("bench-20261129T120408.json", "bench-20261129T120408-2.json"):
+        results.write({"kind": "bench", "environment": {"date": "2026-11-29T12:04:08+00:00"}}, output)
+        assert results.keep_earlier(output) == tmp_path / kept
+    output.write_text("my notes")
+    with pytest.raises(ToolError, match="expected a result"):
+        results.keep_earlier(output)
+    assert output.read_text() == "my notes"
+
+
+def test_every_server_of_the_arms_is_started_cold_once_a_round(monkeypatch):
+    """Arms that share a server do not start it twice; the three-way comparison starts three."""
+    started = []
+
+    class Started:
+        start_s = 1.0
+
+    class Alone:
+        def __init__(self, arms, *_):
+            started.append(arms[0].name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def service(self, _arm):
+            return Started()
+
+    monkeypatch.setattr(bench_module, "Deployment", Alone)
+    for arms, servers in (
+        (ARMS, ["ensemble-grpc", "pytorch"]),
+        (("pytorch", "ensemble-grpc", "ensemble-grpc@ort-fp16", "ensemble-grpc@trt"), None),
+    ):
+        started.clear()
+        options = BenchOptions(arms=arms, cold_starts=2)
+        rows = list(bench_module._cold_starts(options, None, lambda *_: None, 0))
+        assert started == list(servers or arms) * 2
+        assert {row["round"] for row in rows} == {0, 1}

@@ -71,7 +71,9 @@ def bench(
         bool, typer.Option("--check", help="Print each target with its figure; exit 1 when one is missed.")
     ] = False,
     result: Annotated[Path | None, typer.Option(help="With --check: judge this result, and measure nothing.")] = None,
-    output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "bench.json",
+    output: Annotated[
+        Path, typer.Option(help="Where the JSON goes; an earlier one is kept, named by its time.")
+    ] = RESULTS / "bench.json",
     models: Models = MODELS,
 ) -> None:
     """Embed the same photographs through every arm, in rounds, and compare."""
@@ -82,6 +84,8 @@ def bench(
     from clip_tools.measuring.targets import check as judge
     from clip_tools.measuring.workload import ensure_model
 
+    if result is None and (kept := results.keep_earlier(output)):
+        typer.echo(f"the earlier {output.name} is {kept} now", err=True)
     if result is not None:
         measured = results.read(result)
     elif preprocess:
@@ -159,8 +163,8 @@ def perf(
     write_input: Annotated[
         Path | None,
         typer.Option(
-            help="Only write perf_analyzer's input JSON to this file, and run nothing. At a server of clip-tools serve "
-            "plain perf-analyzer needs -H triton-grpc-protocol-clip-admin-key:$CLIP_ADMIN_KEY."
+            help="Only write perf_analyzer's input JSON to this file, and run nothing. docs/container.md says what "
+            "plain perf_analyzer needs of a server that other machines reach."
         ),
     ] = None,
     models: Models = MODELS,
@@ -270,6 +274,25 @@ def report(
 
     for path in verb.report(folder):
         typer.echo(path)
+
+
+@app.command()
+def ab(
+    url_a: Annotated[str, typer.Argument(help="A running server, grpc://HOST:8001.")],
+    url_b: Annotated[str, typer.Argument(help="Another one.")],
+    images: Images = "640x480",
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Images a request.")] = 1,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Both servers in turn, so many times.")] = 3,
+    seconds: Annotated[float, typer.Option(help="The window of one measurement.")] = 8.0,
+) -> None:
+    """Ask two running servers for the same photographs in turns, and show their speed, times by step and vectors."""
+    from clip_tools.measuring import ab as verb
+
+    options = verb.AbOptions(images, batch=batch, concurrency=concurrency, rounds=rounds, seconds=seconds)
+    with progress() as tell:
+        measured, agreement = verb.ab((url_a, url_b), options, tell=tell)
+    typer.echo(verb.text((url_a, url_b), measured, agreement))
 
 
 @app.command()

@@ -55,6 +55,11 @@ class Arm:
         return self.kind + config + (f":{self.preprocess_instances}" if self.preprocess_instances else "")
 
     @property
+    def server(self) -> object:
+        """What tells its server from those of other arms."""
+        return self.name if self.kind == "pytorch" else (self.config_name, self.preprocess_instances)
+
+    @property
     def model(self) -> str:
         """The model that it asks, of a Triton arm."""
         if self.kind == "preprocess":

@@ -269,10 +269,15 @@ def _by_perf_analyzer(service: Any, cell: Cell, workload: Workload, options: Ben
 
 
 def _cold_starts(options: BenchOptions, weights: Weights, tell: Tell, total: int) -> Iterator[dict[str, Any]]:
-    """Process start to first embedding, s, alone on the machine; the files are in the page cache."""
-    kinds = [arm for arm in (Arm("ensemble-grpc"), Arm("pytorch")) if arm.name in options.arms]
+    """Process start to first embedding, s, alone on the machine; the files are in the page cache.
+
+    Once for each server: arms that share one are named by the first of them.
+    """
+    servers: dict[object, Arm] = {}
+    for arm in map(Arm.parse, options.arms):
+        servers.setdefault(arm.server, arm)
     for number in range(options.cold_starts):
-        for arm in kinds:
+        for arm in servers.values():
             tell(f"cold start {number + 1} of {options.cold_starts}: {arm.name}", 0, total)
             with Deployment((arm,), weights, options.models) as deployment:
                 yield {"arm": arm.name, "round": number, "start_s": _rounded(deployment.service(arm).start_s)}

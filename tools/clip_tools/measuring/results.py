@@ -20,6 +20,19 @@ def write(result: dict[str, Any], output: Path) -> None:
     output.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
+def keep_earlier(output: Path) -> Path | None:
+    """Move the result that is at `output` to a name with its time, as in bench-20261129T120408.json; where it is now.
+
+    None where there was none. Raises ToolError for a file that is no result, which stays.
+    """
+    if not output.exists():
+        return None
+    time = read(output)["environment"]["date"][:19].replace("-", "").replace(":", "")
+    names = (f"{output.stem}-{time}{tail}{output.suffix}" for tail in ("", *(f"-{n}" for n in range(2, 1000))))
+    kept = next(path for path in map(output.with_name, names) if not path.exists())
+    return output.rename(kept)
+
+
 def read(path: Path) -> dict[str, Any]:
     """A result that some verb wrote. Raises ToolError when the file is none."""
     try:

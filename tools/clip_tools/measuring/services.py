@@ -221,7 +221,7 @@ class Deployment:
 
     def service(self, arm: Arm) -> Any:
         """The running service behind an arm."""
-        key = arm.name if arm.kind == "pytorch" else (arm.config_name, arm.preprocess_instances)
+        key = arm.server
         if key not in self._services:
             if arm.kind == "pytorch":
                 precision = arm.config_name or "fp32"
