@@ -22,7 +22,7 @@ class Picture:
 
 
 def require_pillow() -> Any:
-    """Pillow's Image module, which with pillow-heif also opens HEIC. Raises ModuleNotFoundError with what to install."""
+    """Pillow, or ModuleNotFoundError with what to install. With pillow-heif it opens HEIC from then on."""
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
