@@ -14,9 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from clip_embed import duplicates as finding
+from clip_embed import duplicates as grouping
 from clip_embed import gallery
-from clip_embed.client import EmbeddingClient
 from clip_embed.duplicates import Keep
 from clip_embed.errors import EmbeddingError
 from clip_embed.finding import IMAGE_SUFFIXES
@@ -41,11 +40,10 @@ from clip_embed.terminal import (
     connect,
     exit_with,
     one_line,
+    require_ready,
     served_by,
 )
-from clip_embed.wire import Embeddings
-
-_TIMEOUT_S = 10.0
+from clip_embed.wire import TEXT_MODEL
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -104,15 +102,19 @@ def search(
         if by_index:
             require_usearch()
         is_image = _is_image(query)
-        with (
-            connect(url, timeout_s=_TIMEOUT_S, ca_file=ca_file, cert_file=cert_file, key_file=key_file) as client,
-            Talk(shows_bar=False) as talk,
-        ):
-            if remark := _compared(library, served_by(client).provenance):
-                talk.say(remark)
-            kind = "image" if is_image else "text"
-            talk.say(f"{len(library.images):,} images of {library_file}, nearest to the {kind} {query}")
-            vector = _embedded(client, query, is_image=is_image).reshape(-1)
+        credentials = {"ca_file": ca_file, "cert_file": cert_file, "key_file": key_file}
+        with Talk(shows_bar=False) as talk:
+            with connect(url, **credentials) as client:
+                if remark := _compared(library, served_by(client).provenance):
+                    talk.say(remark)
+                kind = "image" if is_image else "text"
+                talk.say(f"{len(library.images):,} images of {library_file}, nearest to the {kind} {query}")
+                if is_image:
+                    vector = client.embed([query])[0]
+            if not is_image:
+                with connect(url, model=TEXT_MODEL, **credentials) as client:
+                    require_ready(client)
+                    vector = client.embed_text([query])[0]
         if vector.shape[0] != library.embeddings.shape[1]:
             exit_with(
                 USAGE,
@@ -124,14 +126,7 @@ def search(
         else:
             rows, cosines = nearest(library.embeddings, vector, count)
         found = [(library.images[row].path, float(one)) for row, one in zip(rows, cosines, strict=True)]
-        if listing is Listing.jsonl:
-            for path, cosine in found:
-                sys.stdout.write(json.dumps({"path": printable(path), "cosine": round(cosine, 6)}) + "\n")
-        else:
-            table = Table("cosine", "path", box=None)
-            for path, cosine in found:
-                table.add_row(f"{cosine:.4f}", printable(path))
-            Console(markup=False, emoji=False, highlight=False, soft_wrap=True).print(table)
+        _show(found, listing)
         if html:
             paths = [path for path, _ in found]
             *pictures, shown = look_into([*paths, query], thumbnail_px=gallery.thumbnail_px(len(found)))
@@ -178,7 +173,7 @@ def duplicates(
     with _ended_by_a_sentence(), Talk(shows_bar=True) as talk:
         require_pillow()
         library = read_library(library_file)
-        looked = finding.look_at_files(library)
+        looked = grouping.look_at_files(library)
         if library.images and not looked.files:
             exit_with(
                 USAGE,
@@ -190,10 +185,12 @@ def duplicates(
         pairs = pairs_above(library.embeddings, threshold, wanted=wanted, advance=talk.show)
         rows = sorted(set(pairs.first.tolist()) | set(pairs.second.tolist()))
         thumbnail_px = gallery.thumbnail_px(len(rows)) if html else None
-        pictures = dict(
-            zip(rows, look_into([library.images[row].path for row in rows], thumbnail_px=thumbnail_px), strict=True)
-        )
-        groups = finding.choose(library, pairs, looked.files, pictures, keep)
+        paths = [library.images[row].path for row in rows]
+        pictures = {}
+        for row, picture in zip(rows, look_into(paths, thumbnail_px=thumbnail_px), strict=True):
+            pictures[row] = picture
+            talk.show(len(pictures) / len(rows))
+        groups = grouping.choose(library, pairs, looked.files, pictures, keep)
         about = (
             f"{len(groups):,} groups of {len(rows):,} photographs, by {pairs.total:,} pairs of a cosine of {threshold} "
             f"or more among {len(looked.files):,} of {library_file}"
@@ -204,13 +201,13 @@ def duplicates(
         if json_file:
             provenance = library.provenance and json.loads(library.provenance.to_json())
             with _written(json_file) as file:
-                finding.write_json(
+                grouping.write_json(
                     groups, file, library=str(library_file), provenance=provenance, threshold=threshold, keep=keep,
                     compared=len(looked.files), pairs=pairs.total,
                 )  # fmt: skip
         if csv_file:
             with _written(csv_file) as file:
-                finding.write_csv(groups, file)
+                grouping.write_csv(groups, file)
         if not (html or json_file or csv_file):
             _list(groups)
         if left_out := ", ".join(_left_out(looked)):
@@ -256,18 +253,23 @@ def _compared(library: Library, served: Provenance | None) -> str | None:
     return None
 
 
-def _embedded(client: EmbeddingClient, query: str, *, is_image: bool) -> Embeddings:
-    """The (1, D) vector of an image or a text."""
-    if is_image:
-        return client.embed([query])
-    return client.embed_text([query])
+def _show(found: list[tuple[str, float]], listing: Listing) -> None:
+    """On stdout."""
+    if listing is Listing.jsonl:
+        for path, cosine in found:
+            sys.stdout.write(json.dumps({"path": printable(path), "cosine": round(cosine, 6)}) + "\n")
+        return
+    table = Table("cosine", "path", box=None)
+    for path, cosine in found:
+        table.add_row(f"{cosine:.4f}", printable(path))
+    Console(markup=False, emoji=False, highlight=False, soft_wrap=True).print(table)
 
 
 def _with(about: str, provenance: Provenance | None) -> str:
     return f"{about}; {provenance}" if provenance else about
 
 
-def _list(groups: list[finding.Group]) -> None:
+def _list(groups: list[grouping.Group]) -> None:
     for group in groups:
         for place, member in enumerate(group.members):
             similarity = "keep  " if place == 0 else f"{member.similarity:.4f}"
@@ -275,7 +277,7 @@ def _list(groups: list[finding.Group]) -> None:
         sys.stdout.write("\n")
 
 
-def _left_out(looked: finding.Looked) -> Iterator[str]:
+def _left_out(looked: grouping.Looked) -> Iterator[str]:
     if looked.gone:
         yield f"{looked.gone:,} that are gone (clip-embed --resume --prune drops their rows)"
     if looked.failed:

@@ -13,7 +13,7 @@ from clip_embed.names import printable
 from clip_embed.nearest import Joined
 from clip_embed.pictures import Picture
 
-# Bytes are what a page of many thumbnails costs: 5,000 groups of three are 60 MB with small ones.
+# Bytes are what a page of many thumbnails costs: 5,000 groups of three are 40 MB with small ones.
 LARGE_PX, SMALL_PX, MOST_LARGE = 256, 128, 1000
 _ALL_PAIRS_UP_TO = 12  # photographs in a group; of more, the pairs with the one to keep and those that hold it together
 

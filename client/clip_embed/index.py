@@ -14,6 +14,7 @@ from clip_embed.wire import Embeddings
 
 EXACT_ROWS = 1_000_000  # up to here a search through all is quick enough
 _BLOCK = 8192
+_EXPANSION = 512  # how many are looked at for a query: the larger, the more of the nearest are found
 _QUERIES, _COUNT = 200, 10  # of the recall that is told
 
 
@@ -32,9 +33,10 @@ def index_of(library: Library, say: Callable[[str], object]) -> Any:
     if path.is_file() and path.stat().st_mtime_ns >= library.path.stat().st_mtime_ns:
         found = kind.restore(str(path), view=True)
         if found is not None and found.ndim == library.embeddings.shape[1]:
+            found.expansion_search = _EXPANSION
             return found
     began_s = time.monotonic()
-    index = kind(ndim=library.embeddings.shape[1], metric="ip", dtype="f16")
+    index = kind(ndim=library.embeddings.shape[1], metric="ip", dtype="f16", expansion_search=_EXPANSION)
     for start in range(0, len(library.images), _BLOCK):
         block = library.embeddings[start : start + _BLOCK]
         there = np.flatnonzero(~np.isnan(block[:, 0]))

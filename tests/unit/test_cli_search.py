@@ -106,6 +106,7 @@ def test_vectors_of_other_weights_are_refused_and_of_unknown_ones_told(run, endi
     [
         ("missing.jpg", 2, "missing.jpg: no such file"),
         ("bad.jpg", 1, "bad.jpg: truncated: ends"),
+        ("a dog", 3, "no clip_text_ensemble at"),
     ],
 )
 def test_a_query_that_cannot_be_embedded_is_a_sentence(run, query, code, says):

@@ -427,6 +427,22 @@ def sweep(
 
 
 @app.command()
+def libraries(
+    rows: Annotated[int, typer.Option(min=1000, help="How many synthetic vectors.")] = 100_000,
+    output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "libraries.json",
+    models: Models = MODELS,
+) -> None:
+    """How fast `clip-embed search` and `duplicates` are, and which edits are found at which threshold."""
+    from clip_tools.measuring import libraries as verb
+    from clip_tools.measuring import results
+
+    with progress() as tell:
+        result = verb.libraries(rows=rows, models=models, tell=tell)
+    results.write(result, output)
+    typer.echo(verb.libraries_section(output.stem, result).text)
+
+
+@app.command()
 def soak(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long the traffic lasts.")] = 60.0,
     clients: Annotated[int, typer.Option(min=1, help="How many call at once, each over its own connection.")] = 8,

@@ -2,11 +2,13 @@
 
 import itertools
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools import photos
+from clip_tools.edits import edits
 from clip_tools.engines.export_onnx import Manifest, export_onnx, is_exported
 from clip_tools.errors import missing_extra
 from clip_tools.oracle import DEFAULT_MODEL, Weights, WeightsUnavailable
@@ -17,8 +19,15 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from clip_embed.duplicates import Group
+    from clip_embed.provenance import Provenance
+
 PICTURE = CACHE / "demo" / "similarity.png"
 LOG = CACHE / "demo" / "tritonserver.log"
+EDITED = CACHE / "demo" / "edited"
+GALLERY = CACHE / "demo" / "duplicates.html"
+EDITS = ("half the size", "cropped to 90%", "brighter by 20%")
+THRESHOLD = 0.96  # docs/search.md has what is found at it
 
 UNTRAINED = (
     "UNTRAINED WEIGHTS (random:0): no model hub answered, so the vectors below are real in every way but meaning. "
@@ -120,9 +129,55 @@ def draw_heat_map(
         figure.savefig(picture)
 
 
+def make_edits(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Three edits of each photograph, in a folder that is made anew."""
+    from PIL import Image
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    known, written = edits(), []
+    for path in paths:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+        for edit in EDITS:
+            written.append(folder / f"{path.stem}, {edit}.jpg")
+            written[-1].write_bytes(known[edit](rgb))
+    return written
+
+
+def find_duplicates(
+    paths: Sequence[Path], embeddings: "npt.NDArray[np.float32]", provenance: "Provenance | None", page: Path
+) -> "list[Group]":
+    """The groups of near-duplicates among these photographs, as `clip-embed duplicates` finds them, and their page."""
+    from clip_embed.duplicates import Keep, choose, look_at_files
+    from clip_embed.gallery import thumbnail_px, write_gallery
+    from clip_embed.library import Library
+    from clip_embed.nearest import pairs_above
+    from clip_embed.pictures import look_into
+    from clip_embed.table import look_at
+
+    names = [os.path.relpath(path) for path in paths]
+    library = Library(page, [look_at(name) for name in names], embeddings, provenance)
+    pairs = pairs_above(embeddings, THRESHOLD)
+    pictures = dict(enumerate(look_into(names, thumbnail_px=thumbnail_px(len(names)))))
+    groups = choose(library, pairs, look_at_files(library).files, pictures, Keep.pixels)
+    about = f"Among {len(paths)} files, the demo's photographs and edits of them; {provenance}"
+    with page.open("w") as file:
+        write_gallery(groups, file, threshold=THRESHOLD, about=about)
+    return groups
+
+
+def group_line(group: "Group") -> str:
+    """The photograph to keep, and each other one of its group by its edit and cosine."""
+    kept, *others = (Path(one.file.path).stem for one in group.members)
+    alike = zip(others, group.members[1:], strict=True)
+    return f"{kept}: " + "; ".join(f"{name.removeprefix(f'{kept}, ')} {one.similarity:.3f}" for name, one in alike)
+
+
 def demo(options: ServeOptions, *, picture: Path) -> None:
     """Export when needed, serve, embed the demo photographs over gRPC, show what came back, stop."""
     try:
+        import numpy as np
         from rich.console import Console
 
         from clip_embed import EmbeddingClient
@@ -143,8 +198,10 @@ def demo(options: ServeOptions, *, picture: Path) -> None:
     try:
         if server.remark:
             talk.print(server.remark, highlight=False, soft_wrap=True)
-        with EmbeddingClient(options.grpc_url) as client:
+        with EmbeddingClient(options.grpc_url, timeout_s=300) as client:
             embeddings = client.embed(images)
+            edited = make_edits(paths, EDITED) if manifest.trained else []
+            edited_embeddings, provenance = client.embed(edited), client.served().provenance
     finally:
         with talk.status("stopping tritonserver"):
             server.stop()
@@ -160,5 +217,12 @@ def demo(options: ServeOptions, *, picture: Path) -> None:
     draw_heat_map(paths, embeddings, picture, subtitle=f"clip_ensemble over gRPC: {weights}")
     shown = picture.relative_to(ROOT) if picture.is_relative_to(ROOT) else picture
     talk.print(f"the same as a picture: {shown}")
+    if edited:
+        both = np.concatenate([embeddings, edited_embeddings])
+        groups = find_duplicates([*paths, *edited], both, provenance, GALLERY)
+        data.print(f"near-duplicates among these photographs and {len(edited)} edits of them:")
+        for group in groups:
+            data.print(f"  {group_line(group)}", highlight=False)
+        talk.print(f"to look through them, open {GALLERY.relative_to(ROOT)}")
     if not manifest.trained:
         talk.print(UNTRAINED, style="bold yellow")

@@ -7,6 +7,7 @@ from clip_tools.paths import ROOT
 
 CLI_REFERENCE = ROOT / "docs" / "cli.md"
 README = ROOT / "README.md"
+SEARCH = ROOT / "docs" / "search.md"
 
 
 def cli_reference() -> str:
@@ -32,11 +33,12 @@ def cli_reference() -> str:
 def generated() -> dict[Path, str]:
     """Each generated document and what it should hold."""
     from clip_tools import reliability
-    from clip_tools.measuring.report import committed_documents, readme
+    from clip_tools.measuring.report import committed_documents, readme, search_page
 
     return {
         CLI_REFERENCE: cli_reference(),
         README: readme(README.read_text()),
+        SEARCH: search_page(SEARCH.read_text()),
         reliability.DOCUMENT: reliability.document(reliability.committed()),
         **committed_documents(),
     }

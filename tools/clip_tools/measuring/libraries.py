@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools import photos
+from clip_tools.edits import edits
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.measuring.sections import Section, markdown_table
@@ -23,7 +23,6 @@ from clip_tools.serving.serve import EmbeddedServer, ServeOptions
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from PIL.Image import Image
 
 SIZE = 512
 THRESHOLDS = (0.90, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98)
@@ -136,41 +135,6 @@ def _memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _jpeg(image: "Image", quality: int = 92) -> bytes:
-    file = BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return file.getvalue()
-
-
-def _scaled(image: "Image", share: float) -> "Image":
-    return image.resize((max(1, round(image.width * share)), max(1, round(image.height * share))))
-
-
-def _cropped(image: "Image", share: float) -> "Image":
-    """The middle, with so much of each side's length."""
-    across, down = (round(side * (1 - share) / 2) for side in image.size)
-    return image.crop((across, down, image.width - across, image.height - down))
-
-
-def edits() -> dict[str, "Callable[[Image], bytes]"]:
-    """What is done to a photograph, as an RGB image, by its name in the table."""
-    from PIL import ImageEnhance, ImageOps
-
-    return {
-        "JPEG, quality 75": lambda image: _jpeg(image, 75),
-        "JPEG, quality 30": lambda image: _jpeg(image, 30),
-        "half the size": lambda image: _jpeg(_scaled(image, 0.5)),
-        "a quarter of the size": lambda image: _jpeg(_scaled(image, 0.25)),
-        "cropped to 95%": lambda image: _jpeg(_cropped(image, 0.95)),
-        "cropped to 90%": lambda image: _jpeg(_cropped(image, 0.9)),
-        "cropped to 75%": lambda image: _jpeg(_cropped(image, 0.75)),
-        "brighter by 20%": lambda image: _jpeg(ImageEnhance.Brightness(image).enhance(1.2)),
-        "half the colour": lambda image: _jpeg(ImageEnhance.Color(image).enhance(0.5)),
-        "gray": lambda image: _jpeg(ImageOps.grayscale(image)),
-        "mirrored": lambda image: _jpeg(ImageOps.mirror(image)),
-    }
-
-
 def measure_edits(paths: Sequence[Path], models: Path, tell: Callable[[str, int, int], object]) -> dict[str, Any]:
     """Of photographs and their edits, embedded by a server: at each threshold the share of edits that are a pair with
     their photograph, and what is a pair or a group by mistake.
@@ -250,9 +214,19 @@ def libraries(*, rows: int, models: Path = MODELS, tell: Callable[[str, int, int
     }
 
 
-def libraries_section(name: str, result: dict[str, Any]) -> Section:
+def libraries_section(_: str, result: dict[str, Any]) -> Section:
     """How fast, and what is found at each threshold."""
     return Section(f"{speed_text(result['speed'])}\n{edits_text(result['edits'])}")
+
+
+def measured_text(result: dict[str, Any]) -> str:
+    """The same with the machine and its load, for docs/search.md."""
+    machine = result["environment"]
+    return (
+        f"{edits_text(result['edits'])}\n{speed_text(result['speed'])}\n"
+        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_before']:.1f} as it began, "
+        f"{machine['date'][:10]}: `{machine['command']}`.\n"
+    )
 
 
 def speed_text(speed: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from clip_tools.errors import ToolError
 from clip_tools.measuring.bench_section import bench_section, headline
+from clip_tools.measuring.libraries import libraries_section, measured_text
 from clip_tools.measuring.precision_section import precision_section
 from clip_tools.measuring.preprocess import preprocess_section
 from clip_tools.measuring.results import read
@@ -49,6 +50,7 @@ SECTIONS: dict[str, tuple[str, Callable[[str, dict[str, Any]], Section]]] = {
     "sweep": ("Configurations, by our own sweep", tuning_section),
     "tune-precision": ("Precision by layer", precision_section),
     "soak": ("Good and bad traffic over time", soak_section),
+    "libraries": ("Search and near-duplicates", libraries_section),
 }
 """Kind of a result -> its heading and what turns it into a section. A new verb adds its own here."""
 
@@ -93,12 +95,21 @@ def readme(text: str, folder: Path = COMMITTED) -> str:
 
     Unchanged without the markers or without a result.
     """
+    return _with_figure(text, folder, "bench", headline)
+
+
+def search_page(text: str, folder: Path = COMMITTED) -> str:
+    """docs/search.md with its tables written anew, in the same way."""
+    return _with_figure(text, folder, "libraries", measured_text)
+
+
+def _with_figure(text: str, folder: Path, kind: str, render: Callable[[dict[str, Any]], str]) -> str:
     begin, end = "<!-- figure -->\n", "<!-- /figure -->"
-    result = next((one for one in committed_results(folder).values() if one["kind"] == "bench"), None)
+    result = next((one for one in committed_results(folder).values() if one["kind"] == kind), None)
     if result is None or begin not in text or end not in text:
         return text
     head, rest = text.split(begin, 1)
-    return head + begin + headline(result) + end + rest.split(end, 1)[1]
+    return head + begin + render(result) + end + rest.split(end, 1)[1]
 
 
 def report(folder: Path) -> list[Path]:
