@@ -113,7 +113,7 @@ def text_model(weights: Weights) -> Path:
 
 def exported_text(weights: Weights) -> Path:
     """The text tower of these weights, kept between runs."""
-    path = kept_model(weights, "text/model.onnx")
+    path = kept_model(weights, "text_tower/model.onnx")
     if not is_exported(path, weights) or Sample.read(path) is None:
         export_text(weights, path)
     return path

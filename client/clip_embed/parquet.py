@@ -80,6 +80,7 @@ def open_rows(file: IO[bytes], provenance: Provenance | None = None) -> _Rows:
 
 def open_vectors(path: Path) -> tuple[int, int, Iterator[tuple[list[ImageFile], Embeddings]]]:
     """(N, D, the images and their (n, D) vectors, some at a time) of a file. Raises UnusableOutput as `read_images`."""
+    size = _size_in(path)
     with _open(path) as file:
         count = file.metadata.num_rows
 
@@ -87,9 +88,9 @@ def open_vectors(path: Path) -> tuple[int, int, Iterator[tuple[list[ImageFile], 
         with _open(path) as file:
             for batch in file.iter_batches(batch_size=ROW_GROUP):
                 vectors = batch.column("embedding").flatten().to_numpy()
-                yield list(_images(batch)), vectors.reshape(batch.num_rows, EMBEDDING_SIZE)
+                yield list(_images(batch)), vectors.reshape(batch.num_rows, size)
 
-    return count, EMBEDDING_SIZE, batches()
+    return count, size, batches()
 
 
 def read_provenance(path: Path) -> Provenance | None:

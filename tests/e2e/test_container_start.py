@@ -69,16 +69,25 @@ def wait_for(log: Path, words: str) -> None:
         time.sleep(0.1)
 
 
-def test_onnx_only_serves_what_is_mounted_and_ends_on_sigterm(start, server, demo_photos):
+def test_onnx_only_serves_what_is_mounted_and_ends_on_sigterm(
+    start, server, demo_photos, onnx_model, text_model, tmp_path
+):
+    """The text tower too."""
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    for path in (*onnx_model.parent.glob("*.*"), text_model.parent):
+        (mounted / (path.name if path.is_file() else "text")).symlink_to(path)
     images = [path.read_bytes() for path in demo_photos[:3]]
-    process, grpc, http, log = start(SKIP_TRT_BUILD="1", CLIP_PREPROCESS_INSTANCES="3")
+    process, grpc, http, log = start(SKIP_TRT_BUILD="1", CLIP_PREPROCESS_INSTANCES="3", CLIP_ONNX_DIR=str(mounted))
     got = embed_when_ready(process, grpc, images, log)
     with EmbeddingClient(server.options.grpc_url) as client:
         assert (client.embed(images) * got).sum(axis=1).min() >= 0.99999  # FP32 in another process
     assert httpx.get(f"{http}/v2/models/clip_ensemble/ready").status_code == 200  # the image's health check
     wait_for(log, "ready after")
     assert "clip_ensemble embeds, 3 processes for preprocess on " in log.read_text()
-    assert "its vectors are open_clip's" in log.read_text()  # those of the sample that is mounted with the graph
+    assert log.read_text().count("its vectors are open_clip's") == 2  # those of the samples that are mounted
+    with EmbeddingClient(grpc) as client:
+        assert client.embed_text(["a dog"]).shape == (1, 512)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
 

@@ -9,8 +9,7 @@ import pytest
 from clip_tokens import MERGES, RefusedText, Tokenizer
 from clip_tools.engines.export_text import merges_text
 from clip_tools.engines.texts import texts
-from clip_tools.errors import ToolError
-from clip_tools.oracle import load_tokenizer
+from clip_tools.oracle import OtherTokenizer, load_tokenizer
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'clip-embed[export]'")
 
@@ -112,5 +111,5 @@ def test_another_list_of_merges_is_refused():
 
 def test_a_model_with_another_tokenizer_is_refused_before_a_hub_is_asked():
     for model in ("ViT-B-16-SigLIP2-256", "roberta-ViT-B-32", "ViT-H-14-CLIPA"):
-        with pytest.raises(ToolError, match=r"tokenizer.*export the image tower alone with --image"):
+        with pytest.raises(OtherTokenizer, match=r"tokenizer.*export the image tower alone with --image"):
             load_tokenizer(model)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from clip_tools import photos
 from clip_tools.cli import app
 from clip_tools.engines import export_variant as exporting
+from clip_tools.engines import verify as verifying
 from clip_tools.engines.build_engine import EngineOptions
 from clip_tools.engines.engine import Engine, find_engine
 from clip_tools.engines.engine_manifest import stale_reason
@@ -20,7 +21,8 @@ from clip_tools.engines.export_variant import export_variant
 from clip_tools.engines.gates import cosines
 from clip_tools.engines.precision import lower
 from clip_tools.engines.sample import Sample
-from clip_tools.engines.verify import verify
+from clip_tools.engines.texts import texts
+from clip_tools.engines.verify import verify, verify_text
 from clip_tools.errors import ToolError
 from clip_tools.oracle import Oracle, Weights
 from clip_tools.serving.serve import EmbeddedServer
@@ -44,6 +46,17 @@ def changed(onnx_model: Path, folder: Path, name: str, change) -> Path:
     path = folder / "broken.onnx"
     onnx.save(graph, str(path))
     return path
+
+
+def test_a_text_tower_is_held_to_open_clips_vectors_of_texts(
+    text_model: Path, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verifying, "texts", lambda: texts()[::10])
+    verdict = verify_text(Engine(file=text_model), weights)
+    assert (verdict.passed, verdict.what, verdict.agreement.images) == (True, "texts", 12)
+    assert verdict.counts_for_nothing
+    wrong = changed(text_model, tmp_path, "position_embedding", lambda values: values[::-1].copy())
+    assert not verify_text(Engine(file=wrong), weights).passed
 
 
 def test_the_exported_graph_passes_as_fp32(onnx_model: Path, weights: Weights, demo_photos: list[Path]) -> None:

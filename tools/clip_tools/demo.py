@@ -1,5 +1,6 @@
 """`clip-tools demo`: photographs to embeddings through the real server, shown so that a person can judge them."""
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from clip_tools import photos
 from clip_tools.edits import edits
 from clip_tools.engines.export_onnx import Manifest, export_onnx, is_exported
+from clip_tools.engines.export_text import export_text
 from clip_tools.errors import missing_extra
-from clip_tools.oracle import DEFAULT_MODEL, Weights, WeightsUnavailable
+from clip_tools.oracle import DEFAULT_MODEL, OtherTokenizer, Weights, WeightsUnavailable, load_oracle
 from clip_tools.paths import CACHE, ROOT
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions, check_ports
 
@@ -54,14 +56,23 @@ def ensure_model(photographs: Sequence[bytes], output: Path) -> Manifest:
     if present and (is_exported(output, weights) if asked else present.trained):
         return present
     try:
-        return export_onnx(weights, photographs, output)
+        return _export(weights, photographs, output)
     except WeightsUnavailable:
         if asked:
             raise
     untrained = Weights(weights.model, "random:0")
     if present and is_exported(output, untrained):
         return present
-    return export_onnx(untrained, photographs, output)
+    return _export(untrained, photographs, output)
+
+
+def _export(weights: Weights, photographs: Sequence[bytes], output: Path) -> Manifest:
+    """Both towers, where the model's tokenizer is one that is served; of different weights they would not start."""
+    oracle = load_oracle(weights)
+    manifest = export_onnx(weights, photographs, output, oracle=oracle)
+    with contextlib.suppress(OtherTokenizer):
+        export_text(weights, output.parents[2] / "clip_text_onnx" / "1" / "model.onnx", oracle=oracle)
+    return manifest
 
 
 def similarity_table(names: Sequence[str], embeddings: "npt.NDArray[np.float32]") -> Any:

@@ -32,6 +32,10 @@ class WeightsUnavailable(ToolError):
     """The weights asked for exist by name but cannot be had here: no hub answers, or the file is broken."""
 
 
+class OtherTokenizer(ToolError):
+    """The model's texts need a tokenizer that `tokenize` does not have."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """Which weights: an open_clip architecture, and a pretrained tag, a checkpoint's path, or `random:SEED`."""
@@ -122,7 +126,7 @@ class Oracle:
 
 
 def load_tokenizer(model: str) -> Any:
-    """open_clip's tokenizer of this architecture. Raises ToolError for one that `tokenize` does not have."""
+    """open_clip's tokenizer of this architecture. Raises OtherTokenizer for one that `tokenize` does not have."""
     try:
         import open_clip
     except ImportError as error:
@@ -130,7 +134,7 @@ def load_tokenizer(model: str) -> Any:
     text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
     other = text.get("hf_tokenizer_name") or text.get("hf_model_name") or ("siglip" in model.lower() and "SigLIP's")
     if other or text.get("tokenizer_kwargs"):  # before open_clip asks a hub for it
-        raise ToolError(
+        raise OtherTokenizer(
             f"{model}: its tokenizer ({other or text['tokenizer_kwargs']}) is not the byte-pair one that `tokenize` "
             "serves; export the image tower alone with --image",
             exit_code=2,

@@ -21,12 +21,13 @@ from clip_tools.container.served_repository import write_served_repository
 from clip_tools.container.settings import Settings
 from clip_tools.container.start import Found, Start, look, plan_start
 from clip_tools.engines.export_onnx import manifest_path
+from clip_tools.engines.export_text import MERGES
 from clip_tools.engines.sample import FILE as SAMPLE
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
-from clip_tools.repository import ENSEMBLE, graph_name
+from clip_tools.repository import ENSEMBLE, deployment, graph_name, text_deployment
 from clip_tools.serving.machine import Machine, available_cores
-from clip_tools.serving.manifests import wrong_file
+from clip_tools.serving.manifests import check_towers, wrong_file
 from clip_tools.serving.proof import WrongVectors
 from clip_tools.serving.serve import ServeOptions, repository_flags, warning_if_untrained
 from clip_tools.serving.supervisor import Supervisor
@@ -59,6 +60,7 @@ def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS
     served = graphs[start.graph or found.onnx_engine_file]
     built = [*graphs.values(), *map(manifest_path, graphs.values()), served.with_name(SAMPLE)]
     files = {f"clip_onnx/1/{path.name}": path for path in built if path.is_file()}
+    files |= _text_files(settings.onnx_dir / "text")
     if plan is not None:
         files |= {f"clip_trt/1/{path.name}": path for path in (plan, *plan.parent.glob("*.json"))}
     max_batch = None if settings.skip_build else settings.max_batch
@@ -66,7 +68,22 @@ def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS
     write_served_repository(
         models, folder, files=files, max_batch=max_batch, machine=machine, config_name=start.config_name
     )
+    check_towers(deployment(folder, start.config_name), text_deployment(folder, start.config_name))
     return ["tritonserver", *repository_flags(folder, start.config_name)]
+
+
+def _text_files(folder: Path) -> dict[str, Path]:
+    """Where the files of a mounted text tower go, as `export-onnx --text --output FOLDER/model.onnx` writes it."""
+    model = folder / "model.onnx"
+    if not model.is_file():
+        return {}
+    if wrong := wrong_file(model):
+        raise ToolError(f"{wrong}; it is damaged or was exchanged: export it again with --text")
+    beside = [path for path in (manifest_path(model), folder / SAMPLE) if path.is_file()]
+    return {
+        **{f"clip_text_onnx/1/{path.name}": path for path in (model, *beside)},
+        f"tokenize/1/{MERGES}": folder / MERGES,
+    }
 
 
 def _make_graphs(settings: Settings, found: Found, say: Say) -> tuple[Start, dict[str, Path]]:

@@ -130,7 +130,7 @@ def apply(mix: Mix, model_path: Path, weights: Weights, name: str, comment: str,
             for number, part in enumerate(parts, 1):
                 draft, target = Path(scratch) / f"{number}.onnx", folder / f"model.{name}.part{number}.onnx"
                 onnx.save(part, str(draft))
-                put_in_place(draft, _manifest(draft, weights, mix), target)
+                put_in_place(draft, _manifest(draft, weights, mix, model_path), target)
                 written.append(target)
     note = f"{_MARK} {comment}"
     return [*written, write_config(models, "clip_onnx", config, name, comment=note)]
@@ -143,9 +143,11 @@ def _cut_for(model: "onnx.ModelProto", mix: Mix) -> "tuple[list[onnx.ModelProto]
     return engine.parts(mix.precisions)
 
 
-def _manifest(draft: Path, weights: Weights, mix: Mix) -> Manifest:
-    found = mix.agreement
-    return describe(draft, weights, "bf16", found.worst_cosine, found.max_abs, gate=asdict(found))
+def _manifest(draft: Path, weights: Weights, mix: Mix, whole: Path) -> Manifest:
+    """A part's, with what the whole graph takes and gives."""
+    found, made = mix.agreement, Manifest.read(whole)
+    further: dict[str, Any] = {"tensors": made.tensors, "fit": made.fit} if made else {}
+    return describe(draft, weights, "bf16", found.worst_cosine, found.max_abs, gate=asdict(found), **further)
 
 
 def _is_ours(models: Path, name: str) -> bool:

@@ -39,7 +39,7 @@ class Towers:
         if made:
             for name, dims in made.tensors.items():
                 _resize(config, name, dims)
-        if made and "image_bytes" in names and config.parameters:
+        if made and "image_bytes" in names and config.backend == "python":
             for key, value in made.fit.items():
                 if key in config.parameters or value != _FIT[key]:
                     config.parameters[key].string_value = value
