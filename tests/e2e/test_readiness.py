@@ -24,7 +24,7 @@ import psutil
 import pytest
 from PIL import Image
 from tests.conftest import options_for
-from tests.storm import KINDS, LEAVING, THREADS, storm
+from tests.storm import KINDS, LEAVING, THREADS
 
 from clip_embed import AsyncEmbeddingClient, EmbeddingClient, EmbeddingError, ServerUnavailableError
 from clip_tools.measuring.watch import Sample, sample
@@ -240,6 +240,14 @@ def lives(pid) -> bool:
     return False
 
 
+def run_storm(options, kind, seed, calls) -> int:
+    """How many calls were given up."""
+    address = options.grpc_url.removeprefix("grpc://")
+    command = [sys.executable, "-m", "tests.storm", address, kind, str(seed), str(calls)]
+    given_up, _ = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return int(given_up)
+
+
 def storms(options, server_pid, kinds, rounds, *, calls=60) -> Counter:
     """How many storms of each kind killed the server. Each begins with one that answers, and meets others' requests."""
     killed = Counter()
@@ -247,10 +255,7 @@ def storms(options, server_pid, kinds, rounds, *, calls=60) -> Counter:
         for kind in kinds:
             wait_until(lambda: has_said_so(options) and is_ready(options))
             server = psutil.Process(server_pid())
-            address = options.grpc_url.removeprefix("grpc://")
-            command = [sys.executable, "-m", "tests.storm", address, kind, str(number), str(calls)]
-            given_up, _ = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-            assert given_up > 0
+            assert run_storm(options, kind, number, calls) > 0
             killed[kind] += psutil.wait_procs([server], timeout=0.5)[1] == []
     return killed
 
@@ -332,8 +337,7 @@ def test_a_storm_that_meets_a_server_as_it_starts(served):
     wait_until(lambda: has_said_so(options))
     killed = server_pid()
     os.kill(killed, signal.SIGKILL)
-    address = options.grpc_url.removeprefix("grpc://")
-    host, _, port = address.rpartition(":")
+    host, _, port = options.grpc_url.removeprefix("grpc://").rpartition(":")
 
     def listens() -> bool:
         with socket.socket() as end:
@@ -341,8 +345,7 @@ def test_a_storm_that_meets_a_server_as_it_starts(served):
 
     wait_until(listens)
     started = server_pid()
-    assert not is_ready(options)
-    assert storm(address, "both", 0, 60)[0] > 0
+    assert run_storm(options, "both", 0, 60) > 0
     wait_until(lambda: has_said_so(options) and is_ready(options))
     assert server_pid() == started
 
@@ -355,7 +358,7 @@ def test_a_storm_that_meets_a_swap(served, repository):
 
     def storm_on() -> None:
         while not over.is_set():
-            storm(options.grpc_url.removeprefix("grpc://"), "both", 0, 10)
+            run_storm(options, "both", 0, 10)
 
     thread = threading.Thread(target=storm_on)
     thread.start()
@@ -403,7 +406,8 @@ def leave_tasks(options, rounds):
 
 
 def leave_grpc(options, rounds, kind):
-    storm(options.grpc_url.removeprefix("grpc://"), kind, rounds, rounds // THREADS)
+    """Calls of a program of its own."""
+    run_storm(options, kind, rounds, rounds // THREADS)
 
 
 LEFT_MIDWAY = 10_080
