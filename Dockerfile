@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # The production server: Triton with its native backends, and an entry point that builds the TensorRT plan for the GPU
-# it finds. Nobody has built this image yet (README, "Not measured"). docs/container.md says how to run it.
+# it finds. Nobody has built this image yet (README, "Not tested yet"). docs/container.md says how to run it.
 
 # 26.08 or later: it fixed a starvation in the dynamic batcher, 26.11 a use-after-free there.
 ARG TRITON_TAG=26.11-py3

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.conftest import with_text
 
 from clip_tools.paths import ROOT
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions
@@ -49,8 +50,9 @@ def environment(repository: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def served(repository: Path, tmp_path: Path) -> Iterator[None]:
-    with EmbeddedServer(ServeOptions(models=repository, log=tmp_path / "log")):
+def served(repository: Path, text_model: Path, tmp_path: Path) -> Iterator[None]:
+    models = with_text(repository, tmp_path / "models", text_model)
+    with EmbeddedServer(ServeOptions(models=models, log=tmp_path / "log")):
         yield
 
 
@@ -92,7 +94,7 @@ def test_one_image_in_one_vector_out(served, folder, environment):
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
 
 
-def test_the_client(served, folder, environment):
+def test_the_client_and_search(served, folder, environment):
     install, *lines = commands("The client").splitlines()
     assert install.startswith("pip install .")  # tests/e2e/test_install.py
     python = re.search(r"```python\n(.*?)```", section("The client"), re.DOTALL)[1]
@@ -101,3 +103,7 @@ def test_the_client(served, folder, environment):
     run("\n".join(lines), folder, environment)
     assert len((folder / "vectors.jsonl").read_text().splitlines()) == 3
     assert np.load(folder / "vectors.npy").shape == (3, 512)
+    found = run(commands("Search and near-duplicates"), folder, environment)
+    assert found.count("photos/") == 6  # by the image and by the text; nothing is twice
+    for page in ("found.html", "duplicates.html"):
+        assert "<html" in (folder / page).read_text()

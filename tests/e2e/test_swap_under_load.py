@@ -25,7 +25,7 @@ from clip_tools.serving.swap import SwapOptions, check_deployment, swap
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
 
 CLIENTS = 4
-# The same FP32 arithmetic in another process: README, "Precision".
+# The same FP32 arithmetic in another process: docs/precision.md.
 MIN_COSINE_FP32 = 0.99999
 # BF16 among FP32 while it changes in place; how exact it is, `clip-tools verify` says (test_lifecycle.py).
 MIN_COSINE_BF16 = 0.9

@@ -1,4 +1,4 @@
-"""The configurations that choose an engine: what each asks for, and what the README says of it."""
+"""The configurations that choose an engine: what each asks for, and what docs/engines.md says of it."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from clip_tools.serving.machine import Machine
 from ort_bound import bucket_sizes
 from ort_session import session_plan
 
-SECTION = (ROOT / "README.md").read_text().split("## Choosing and swapping the engine")[1].split("\n## ")[0]
+SECTION = (ROOT / "docs" / "engines.md").read_text().split("## Choosing and swapping the engine")[1].split("\n## ")[0]
 
 
 def engine(config_name: str | None):
@@ -31,7 +31,7 @@ def buckets(config) -> list[int]:
     return [warmup.batch_size for warmup in config.model_warmup]
 
 
-def test_the_readmes_table_names_every_configuration_and_no_other():
+def test_the_table_names_every_configuration_and_no_other():
     named = re.findall(r"^\| `([a-z0-9-]+)` \|", SECTION, re.MULTILINE)
     assert sorted(named) == config_names(MODELS)
 
@@ -42,7 +42,7 @@ def test_which_configurations_verify_holds_to_open_clips_own_pixels():
     assert has_exact_pixels(Engine(models=MODELS))
 
 
-def test_the_readmes_commands_are_verbs_and_options_that_exist():
+def test_the_commands_are_verbs_and_options_that_exist():
     import typer
 
     from clip_tools.cli import app

@@ -187,7 +187,7 @@ def test_matrices_are_lowered_and_the_rest_stays_in_fp32(block: "onnx.ModelProto
 
 
 def test_the_naive_conversion_leaves_nothing_in_fp32_but_the_output(block: "onnx.ModelProto") -> None:
-    """It is what the README's table calls FP16 throughout."""
+    """It is what the table in docs/precision.md calls FP16 throughout."""
     types = types_of(naive_half(block))
     assert {name for name, kind in types.items() if kind == "FLOAT"} == {"embedding"}
 
@@ -578,15 +578,15 @@ def test_near_pixels_are_held_to_the_lower_of_two_gates() -> None:
     assert gate_of("bf16", exact_pixels=False) == Gate(0.99, 0.999)
 
 
-def test_the_readme_has_the_gates_as_the_code_has_them() -> None:
+def test_the_page_has_the_gates_as_the_code_has_them() -> None:
     """One home for these numbers."""
-    assert gates_table() in (ROOT / "README.md").read_text()
+    assert gates_table() in (ROOT / "docs" / "precision.md").read_text()
     assert set(GATES) == {"fp32", "fp16", "bf16", "int8", "fp8"}
 
 
-def test_the_readme_has_the_measured_precisions_as_they_were_committed() -> None:
-    """The README's figures are those of docs/results."""
-    assert results_table() in (ROOT / "README.md").read_text()
+def test_the_page_has_the_measured_precisions_as_they_were_committed() -> None:
+    """The page's figures are those of docs/results."""
+    assert results_table() in (ROOT / "docs" / "precision.md").read_text()
 
 
 def test_a_gemm_is_one_product_and_one_sum(block: "onnx.ModelProto", pixels: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""The README's table of measured precisions, out of the committed results of `clip-tools verify`."""
+"""The table of measured precisions in docs/precision.md, out of the committed results of `clip-tools verify`."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def results_table(folder: Path = RESULTS) -> str:
             f"{agreement['mean_cosine']:.5f}",
             f"{agreement['top1_agreement']:.1%}",
             f"{agreement['neighbours_kept']:.1%}",
-            f"[{'passed' if found['passed'] else 'failed'}](docs/results/precision/{path.name})",
+            f"[{'passed' if found['passed'] else 'failed'}](results/precision/{path.name})",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

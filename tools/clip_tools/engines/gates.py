@@ -156,7 +156,7 @@ def counts_for_nothing(images: int, *, trained: bool) -> str | None:
 
 
 def gates_table() -> str:
-    """The gates as the README's table."""
+    """The gates as the table of docs/precision.md."""
     lines = ["| precision | worst cosine | mean cosine | nearest neighbour the same |", "|---|---|---|---|"]
     gates: list[tuple[str, Gate]] = [*GATES.items(), ("any, near pixels", NEAR_PIXELS)]
     for name, gate in gates:
