@@ -203,11 +203,12 @@ def _text_steps(control: ModelControl, options: SwapOptions, texts: Sequence[Mod
     """Load those models of the text tower in place that change."""
     steps = []
     towers = Towers.of(options.models, options.name)
-    for model in texts[:-1]:
+    for model in texts:
         towers.fit(model.config)
         old = control.configuration(model.name)
         machine.fit(model.config, old)
-        if options.allow_other_weights or not same_configuration(old, model.config):
+        may_be_other = options.allow_other_weights and model.file is not None
+        if may_be_other or not same_configuration(old, model.config):
             steps.append(_load(control, model.name, model.config, old))
     if steps:
 
