@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.conftest import with_text
 
 from clip_tools.paths import ROOT
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions
@@ -101,3 +102,13 @@ def test_the_client(served, folder, environment):
     run("\n".join(lines), folder, environment)
     assert len((folder / "vectors.jsonl").read_text().splitlines()) == 3
     assert np.load(folder / "vectors.npy").shape == (3, 512)
+
+
+def test_search_and_near_duplicates(repository, text_model, folder, environment, tmp_path):
+    shutil.copy(folder / "photo.jpg", folder / "photos" / "copy.jpg")
+    shutil.copy(folder / "photo.jpg", folder / "photos" / "photo.jpg")
+    models = with_text(repository, tmp_path / "models", text_model)
+    with EmbeddedServer(ServeOptions(models=models, log=tmp_path / "log")):
+        run(commands("Search and near-duplicates"), folder, environment)
+    for page in ("found.html", "duplicates.html"):
+        assert "data:image/webp" in (folder / page).read_text()
