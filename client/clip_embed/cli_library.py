@@ -174,7 +174,7 @@ def duplicates(
         require_pillow()
         library = read_library(library_file)
         looked = grouping.look_at_files(library)
-        if library.images and not looked.files:
+        if looked.gone and not looked.files:
             exit_with(
                 USAGE,
                 f"none of the {len(library.images):,} files of {library_file} is there: run this in the folder that "
@@ -212,8 +212,6 @@ def duplicates(
             _list(groups)
         if left_out := ", ".join(_left_out(looked)):
             talk.say(f"left out: {left_out}")
-        if looked.changed:
-            talk.say(f"changed since they were embedded: {looked.changed:,} (clip-embed --resume embeds them again)")
         _say_missing(pictures.values())
         if pairs.total > MOST_PAIRS:
             talk.say(f"of {pairs.total:,} pairs those were kept that hold the groups together at every threshold")
@@ -280,6 +278,8 @@ def _list(groups: list[grouping.Group]) -> None:
 def _left_out(looked: grouping.Looked) -> Iterator[str]:
     if looked.gone:
         yield f"{looked.gone:,} that are gone (clip-embed --resume --prune drops their rows)"
+    if looked.changed:
+        yield f"{looked.changed:,} that have changed since (clip-embed --resume embeds them again)"
     if looked.failed:
         yield f"{looked.failed:,} that failed and have no vector"
     if looked.same:

@@ -72,8 +72,8 @@ class Group:
 def look_at_files(library: Library) -> Looked:
     """Which rows of a library can be duplicates: each file once, whatever its names, as long as it is there.
 
-    A file that is gone is no copy of another any more; nor is a second name of one file, whose removal would end it.
-    One that has changed since it was embedded is taken as it was.
+    A file that is gone, or has changed since it was embedded, is no copy of another any more; nor is a second name of
+    one file, whose removal would end it.
     """
     looked, seen = Looked({}), set()
     for row, image in enumerate(library.images):
@@ -89,7 +89,9 @@ def look_at_files(library: Library) -> Looked:
             looked.same += 1
             continue
         seen.add((status.st_dev, status.st_ino))
-        looked.changed += image.size_bytes is not None and image[1:] != (status.st_size, status.st_mtime_ns)
+        if image.size_bytes is not None and image[1:] != (status.st_size, status.st_mtime_ns):
+            looked.changed += 1
+            continue
         looked.files[row] = Present(image.path, status.st_size, status.st_mtime_ns)
     return looked
 

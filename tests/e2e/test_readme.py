@@ -103,7 +103,8 @@ def test_the_client_and_search(served, folder, environment):
     run("\n".join(lines), folder, environment)
     assert len((folder / "vectors.jsonl").read_text().splitlines()) == 3
     assert np.load(folder / "vectors.npy").shape == (3, 512)
-    found = run(commands("Search and near-duplicates"), folder, environment)
-    assert found.count("photos/") == 6  # by the image and by the text; nothing is twice
+    shutil.copy(folder / "photo.jpg", folder / "photos" / "copy.jpg")
+    shutil.copy(folder / "photo.jpg", folder / "photos" / "photo.jpg")
+    run(commands("Search and near-duplicates"), folder, environment)
     for page in ("found.html", "duplicates.html"):
-        assert "<html" in (folder / page).read_text()
+        assert "data:image/webp" in (folder / page).read_text()
