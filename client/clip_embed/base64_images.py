@@ -19,7 +19,7 @@ class EmbeddingClient(client.EmbeddingClient):
     """`clip_embed.EmbeddingClient`, and base64 in, lists out. New code does better with `embed` and the bytes."""
 
     def embed_base64_images(self, images: Iterable[str]) -> list[list[float]]:
-        """The embeddings of N encoded images in base64, also as data URLs: N lists of 512 numbers, L2 norm 1.
+        """The embeddings of N encoded images in base64, also as data URLs: N lists of numbers, L2 norm 1.
 
         Raises:
             InvalidImageError: Some are no base64 (code `not_base64`), and nothing is sent; or as `embed` does.
