@@ -14,7 +14,7 @@ from clip_tools.serving.serve import EmbeddedServer
 
 MIN_COSINE = 0.99999  # as in test_embeddings
 QUICK = ["RN50", "MobileCLIP2-S0"]  # 1024 numbers and a convolutional tower; 256 px, bilinear, two towers traced
-LONG = ["ViT-B-16-SigLIP2", "ViT-L-14", "ViT-L-14-336", "ViT-H-14-378"]
+LONG = ["ViT-B-16-SigLIP2", "ViT-L-14", "ViT-L-14-336"]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])

@@ -18,6 +18,7 @@ from clip_tools.engines.quantize import linear_layers, prepare
 from clip_tools.engines.rotation import ROTATION, rotate
 from clip_tools.engines.tune_precision import embed
 from clip_tools.engines.vit_graph import OPSETS, is_plain_vit
+from clip_tools.errors import ToolError
 from clip_tools.oracle import Oracle
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
@@ -138,6 +139,14 @@ def test_the_last_block_computes_one_token(gpu):
 )
 def test_a_tower_that_reads_more_or_is_built_otherwise_is_no_plain_vit(changes):
     assert not is_plain_vit(small_tower(**changes))
+
+
+def test_a_tower_that_no_file_can_hold_is_refused_before_it_is_written(tmp_path):
+    """ViT-H-14 is one: its weights are not copied for nothing."""
+    tower = small_tower()
+    tower.register_parameter("large", torch.nn.Parameter(torch.empty(1 << 29, device="meta")))
+    with pytest.raises(ToolError, match=r"2\.1 GB of weights .* 2 GB at most: take a smaller model"):
+        write_graph(oracle_of(tower), tmp_path / "model.onnx")
 
 
 def test_another_tower_is_exported_by_torch_with_every_token(tmp_path):

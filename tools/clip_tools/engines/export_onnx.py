@@ -6,7 +6,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ GRAPH = 4
 MIN_COSINE = 0.99999
 MAX_ABS_DIFFERENCE = 2e-4
 _BATCHES = (1, 2, 5, 16)
+_LARGEST_GRAPH_BYTES = (1 << 31) - (16 << 20)  # a protobuf message ends at 2 GiB
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,7 @@ def write_graph(oracle: Oracle, path: Path, form: Form = "portable") -> None:
     import onnx
     import torch
 
+    check_size(oracle.model.visual.parameters())
     if is_plain_vit(oracle.model.visual):
         onnx.save(vit_graph(oracle.model.visual, oracle.mean, oracle.std, form), str(path))
         return
@@ -215,6 +217,16 @@ def write_graph(oracle: Oracle, path: Path, form: Form = "portable") -> None:
     height, width = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     pixels = torch.zeros((2, height, width, 3), dtype=torch.uint8)
     trace(PixelsToEmbedding().eval(), pixels, "pixels", path)
+
+
+def check_size(parameters: Iterable[Any]) -> None:
+    """Raises ToolError for a tower of these parameters whose FP32 graph one file cannot hold."""
+    size_bytes = 4 * sum(parameter.numel() for parameter in parameters)
+    if size_bytes > _LARGEST_GRAPH_BYTES:
+        raise ToolError(
+            f"the tower has {size_bytes / 1e9:.1f} GB of weights in FP32, and an ONNX file holds 2 GB at most: take a "
+            "smaller model"
+        )
 
 
 def trace(module: Any, example: Any, name: str, path: Path) -> None:

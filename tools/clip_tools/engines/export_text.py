@@ -4,9 +4,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from clip_tools.engines.export_onnx import Manifest, check_drift, describe, put_in_place, tensors_of, trace
+from clip_tools.engines.export_onnx import Manifest, check_drift, check_size, describe, put_in_place, tensors_of, trace
 from clip_tools.engines.sample import PHOTOGRAPHS, Sample, known_as
-from clip_tools.engines.text_graph import is_plain_text, text_graph
+from clip_tools.engines.text_graph import is_plain_text, text_graph, text_tower
 from clip_tools.engines.texts import texts
 from clip_tools.oracle import Oracle, Weights, load_oracle, load_tokenizer
 from clip_tools.paths import MODELS
@@ -56,6 +56,8 @@ def write_text_graph(model: Any, tokens: Any, path: Path) -> None:
     import onnx
     import torch
 
+    tower = text_tower(model)  # which may be the whole model
+    check_size(value for name, value in tower.named_parameters() if not name.startswith("visual."))
     if is_plain_text(model):
         onnx.save(text_graph(model), str(path))
         return
