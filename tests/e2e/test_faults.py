@@ -427,7 +427,7 @@ def test_a_full_disk_keeps_what_is_written_and_is_gone_on_from(
     assert full.splitlines()[-1].startswith("clip-embed: cannot write")
     assert len((kept / "first").read_text().splitlines()) == 4
     assert "4 of the images were there already" in (kept / "rest").read_text()
-    assert (kept / "left").read_text() == "vectors.jsonl\n"
+    assert (kept / "left").read_text() == "vectors.jsonl\nvectors.jsonl.provenance.json\n"
     images.check_file(kept / "all")
     record_reliability("faults_full_disk", faults=1, lost=images.lost, twice=images.twice)
 
