@@ -95,10 +95,10 @@ def test_the_slider_splits_the_groups_and_the_counts_follow(opened, gallery_page
     assert chain.endswith(f"{first}-1.jpg")  # the most pixels
     assert page.locator("figure.keep").count() == 4
     page.fill("#slider", "0.996")  # 5.1 degrees: the largest of the chain stands alone now
-    page.wait_for_function("document.querySelector('#count').textContent.startsWith('4 groups, 8 photographs')")
+    playwright.expect(page.locator("#count")).to_contain_text("4 groups, 8 photographs")
     assert any(text.startswith("2 photographs") and text.endswith(f"{first}-2.jpg") for text in summaries(page))
     page.fill("#slider", "0.999")  # 2.6 degrees
-    page.wait_for_function("document.querySelector('#count').textContent.startsWith('2 groups, 4 photographs')")
+    playwright.expect(page.locator("#count")).to_contain_text("2 groups, 4 photographs")
     assert page.inner_text("#value") == "0.999"
 
 
