@@ -59,7 +59,7 @@ struct connection {
 static const uint8_t last_words[] = {0, 0, 4, 8, 0, 0, 0, 0, 0, 0x10, 0, 0, 0,          /* WINDOW_UPDATE */
                                      0, 0, 6, 4, 0, 0, 0, 0, 0, 0,    4, 0x10, 0, 0, 0}; /* SETTINGS */
 
-enum { MOST = 1 << 16 };
+enum { MOST = 1 << 16, MOST_CALLS = 1 << 12 }; /* each frame looks through a connection's calls */
 static _Atomic(struct connection *) connections[MOST]; /* by file descriptor; made once, used again */
 
 static ssize_t (*real_recvmsg)(int, struct msghdr *, int);
@@ -106,11 +106,14 @@ static void take_in(struct connection *c) {
     uint32_t stream = stream_of(head);
     struct call *call = find(c, stream);
     if (head[3] == HEADERS && call == NULL) {
+        if (c->count == MOST_CALLS) {
+            return; /* then that call is cancelled as ever */
+        }
         if (c->count == c->room) {
             size_t room = c->room ? 2 * c->room : 16;
             struct call *calls = realloc(c->calls, room * sizeof *calls);
             if (calls == NULL) {
-                return; /* then that call is cancelled as ever */
+                return; /* so is that one */
             }
             c->calls = calls;
             c->room = room;
