@@ -109,6 +109,19 @@ def test_files_shards_and_tables_become_rows_that_search_reads(start, server, tm
     assert f"{len(expected)} images in 4 parts are there already" in finish(again)
 
 
+@pytest.mark.long
+def test_local_actors_give_the_vectors_of_the_server(start, server, repository, tmp_path, demo_photos):
+    make_folder(tmp_path / "library", demo_photos, 8)
+    stderr = finish(start("library", "out", "--local", "--models", repository, "--url", "grpc://localhost:1"))
+    assert "8 images in 1 parts of out, 2 failed" in stderr
+    library = read_library(tmp_path / "out")
+    with EmbeddingClient(server.options.grpc_url) as client:
+        expected = client.embed([image.path for image in library.images])
+        assert library.provenance == client.served().provenance
+    assert len(expected) == 6
+    assert ((library.embeddings * expected).sum(axis=1) >= 0.99999).all()  # FP32, in another batch
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -156,6 +169,7 @@ def test_ctrl_c_leaves_nothing_running_and_the_next_run_goes_on(start, tmp_path,
     expected = make_folder(tmp_path / "library", demo_photos, 100)
     process = start("library", "out", "--part-images", "5")
     wait_for_parts(process, tmp_path / "out", 2)
+    assert is_alive(TEMPORARY)
     process.send_signal(signal.SIGINT)
     finish(process)
     assert process.returncode == 130

@@ -201,6 +201,10 @@ def embed_dataset(
     url: Annotated[
         str, typer.Option(envvar="INFERENCE_SERVICE_URL", help="The server; several with commas between them.")
     ] = "grpc://localhost:8001",
+    local: Annotated[
+        bool, typer.Option("--local", help="Run the model repository in the actors, on ONNX Runtime; no server.")
+    ] = False,
+    models: Models = MODELS,
     address: Annotated[
         str | None, typer.Option(help="The Ray cluster, as RAY_ADDRESS; by default one is started on this machine.")
     ] = None,
@@ -226,6 +230,7 @@ def embed_dataset(
             source,
             destination,
             url=url,
+            models=models.absolute() if local else None,
             address=address,
             actors=actors,
             part_images=part_images,

@@ -67,6 +67,7 @@ class Job:
     source: Place
     destination: Place
     client: Mapping[str, Any]
+    models: Path | None  # the model repository that the actors run themselves, in place of servers
     provenance: Provenance | None
     suffixes: frozenset[str]
     size: int  # of a vector
@@ -96,6 +97,7 @@ def embed_dataset(
     destination: str,
     *,
     url: str,
+    models: Path | None = None,
     address: str | None = None,
     actors: int | None = None,
     part_images: int = 1000,
@@ -106,8 +108,9 @@ def embed_dataset(
 ) -> Done:
     """Write a part for each piece of the source that has none yet; what all parts hold then.
 
-    `advance` is told how many parts are done, of how many. Raises ToolError for what stops the job; the parts that are
-    finished stay, and the next run goes on from there.
+    `models` is a model repository that the actors run themselves, in place of the servers. `advance` is told how many
+    parts are done, of how many. Raises ToolError for what stops the job; the parts that are finished stay, and the
+    next run goes on from there.
     """
     try:
         import ray.data
@@ -116,8 +119,8 @@ def embed_dataset(
         raise missing_extra("ray", error) from error
     sources, target = Place.of(source), Place.of(destination)
     client = {"urls": url.split(","), "timeout_s": timeout_s, **environment_options(os.environ)}
-    provenance, suffixes, size = _ask(client)
-    job = Job(sources, target, client, provenance, suffixes, size, image_column)
+    provenance, suffixes, size = _ask(client, models)
+    job = Job(sources, target, client, models, provenance, suffixes, size, image_column)
     done, search = Done(), Search(suffixes=suffixes | _CONTAINERS)
     try:
         target.files.create_dir(target.path)
@@ -158,11 +161,19 @@ def embed_dataset(
     return done
 
 
-def _ask(client: Mapping[str, Any]) -> tuple[Provenance | None, frozenset[str], int]:
+def _open_client(options: Mapping[str, Any], models: Path | None) -> EmbeddingClient:
+    if models is None:
+        return EmbeddingClient(**options)
+    from clip_tools.local_transport import LocalTransport
+
+    return EmbeddingClient(transport=LocalTransport(models))
+
+
+def _ask(client: Mapping[str, Any], models: Path | None) -> tuple[Provenance | None, frozenset[str], int]:
     """Whose vectors the servers give, what files they take, and how long a vector is."""
     import numpy as np
 
-    with EmbeddingClient(**{**client, "timeout_s": 10.0}) as one:
+    with _open_client({**client, "timeout_s": 10.0}, models) as one:
         try:
             if not one.is_ready():
                 raise ToolError(f"no server at {one.url}: start it (make serve), or give --url", exit_code=NO_SERVER)
@@ -280,7 +291,7 @@ class _Embedder:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._client = EmbeddingClient(**job.client)
+        self._client = _open_client(job.client, job.models)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Notes of the part that was written or was there already, or why the job is to stop."""
@@ -339,7 +350,7 @@ def _images(job: Job, files: Iterable[ImageFile], not_taken: Counter[str]) -> It
             elif _suffix(path) == ".parquet":
                 yield from _in_parquet(job, file, path)
             else:
-                yield file, _File(job.source.files, path)
+                yield file, _File(job.source.files, path) if job.source.prefix else path
         except (tarfile.TarError, ArrowException, OSError, EOFError) as error:
             yield file, _Unreadable(one_line(error))
 
