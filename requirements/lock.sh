@@ -6,7 +6,7 @@ uv=${1:-uv}
 compile=("$uv" pip compile -q --python-platform x86_64-manylinux_2_36 --generate-hashes --no-emit-index-url --no-annotate
   --no-header --emit-build-options)
 whole=(pyproject.toml --group dev --extra server --extra export --extra profile --extra http --extra rtx --extra baseline
-  --extra parquet --extra index)
+  --extra parquet --extra index --extra ray)
 
 echo uv | "${compile[@]}" --python-version 3.11 - -o requirements/uv.txt
 # The whole environment of a machine without a GPU: what `make` installs.

@@ -140,6 +140,10 @@ class Search:
             folders += reversed(subfolders)
         yield from unlisted
 
+    def takes(self, name: str) -> bool:
+        """Whether a file of a folder is to be taken, by its name. Counts what is not."""
+        return not self._is_left_out(name, is_folder=False)
+
     def _is_left_out(self, name: str, *, is_folder: bool) -> bool:
         """Whether it is litter, or a file that is not to be taken by its name. Counts both."""
         if _is_litter(name):

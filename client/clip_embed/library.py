@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +35,14 @@ class Library:
 
 
 def read_library(path: Path) -> Library:
-    """The library in a file.
+    """The library in a file, or in the Parquet parts of a folder.
 
     Raises:
-        UnusableOutput: It is no file that clip-embed wrote.
+        UnusableOutput: It is no file that clip-embed wrote, or parts are of different weights.
         ModuleNotFoundError: It is a Parquet, and pyarrow is not installed.
     """
+    if path.is_dir() and any(path.glob("*.parquet")):
+        return _read_parquet(path)
     if not path.is_file():
         raise UnusableOutput(f"{path}: expected a .parquet or .npy file that clip-embed wrote, found none")
     ending = path.suffix.lower()
@@ -71,14 +74,18 @@ def _read_npy(path: Path) -> Library:
 
 
 def _read_parquet(path: Path) -> Library:
-    count, size, batches = parquet.open_vectors(path)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if len(kinds := {parquet.read_provenance(file) for file in files}) > 1:
+        raise UnusableOutput(f"{path}: expected parts of the same weights, came {'; '.join(map(str, kinds))}")
+    counts, sizes, batches = zip(*map(parquet.open_vectors, files), strict=True)
+    count, size = sum(counts), max(sizes)
     if count * size * 4 <= _IN_MEMORY_BYTES:
         embeddings = np.empty((count, size), np.float32)
     else:
         with tempfile.NamedTemporaryFile() as file:  # gone from the folder at once, from the disk with the array
             embeddings = np.memmap(file.name, np.float32, "w+", shape=(count, size))
     images: list[ImageFile] = []
-    for some, vectors in batches:
+    for some, vectors in chain.from_iterable(batches):
         embeddings[len(images) : len(images) + len(some)] = vectors
         images += [image._replace(path=original(image.path)) for image in some]
-    return Library(path, images, embeddings, parquet.read_provenance(path))
+    return Library(path, images, embeddings[: len(images)], kinds.pop())

@@ -15,6 +15,8 @@ from clip_embed.table import ImageFile, UnusableOutput
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
 _PROVENANCE = b"clip_embed.provenance"
+_NOTES = b"clip_embed.part"
+_ERROR = "error"
 ROW_GROUP = 8192  # rows, 16 MiB of embeddings: what a writer holds in memory; not measured
 
 
@@ -79,14 +81,18 @@ def open_rows(file: IO[bytes], provenance: Provenance | None = None) -> _Rows:
 
 
 def open_vectors(path: Path) -> tuple[int, int, Iterator[tuple[list[ImageFile], Embeddings]]]:
-    """(N, D, the images and their (n, D) vectors, some at a time) of a file. Raises UnusableOutput as `read_images`."""
-    size = _size_in(path)
-    with _open(path) as file:
-        count = file.metadata.num_rows
+    """(N, D, the images and their (n, D) vectors, some at a time) of a file. Raises UnusableOutput as `read_images`.
+
+    Of a part that `write_part` wrote N counts the images that failed too, which are not given.
+    """
+    with _open(path, is_part=True) as file:
+        count, size = file.metadata.num_rows, file.schema_arrow.field("embedding").type.list_size
 
     def batches() -> Iterator[tuple[list[ImageFile], Embeddings]]:
-        with _open(path) as file:
+        with _open(path, is_part=True) as file:
             for batch in file.iter_batches(batch_size=ROW_GROUP):
+                if _ERROR in batch.schema.names:
+                    batch = batch.filter(batch.column(_ERROR).is_null())  # noqa: PLW2901
                 vectors = batch.column("embedding").flatten().to_numpy()
                 yield list(_images(batch)), vectors.reshape(batch.num_rows, size)
 
@@ -95,8 +101,48 @@ def open_vectors(path: Path) -> tuple[int, int, Iterator[tuple[list[ImageFile], 
 
 def read_provenance(path: Path) -> Provenance | None:
     """Implements `table.Table`."""
-    with _open(path) as file:
+    with _open(path, is_part=True) as file:
         return Provenance.from_json((file.schema_arrow.metadata or {}).get(_PROVENANCE, b""))
+
+
+def write_part(
+    file: Any,
+    images: list[ImageFile],
+    results: list[Embeddings | str],
+    size: int,
+    provenance: Provenance | None,
+    notes: str,
+) -> None:
+    """A file of its own with a row for every image: its (size,) embedding, or NaN and in the column error why not.
+
+    Not null: pyarrow 25 writes fixed-size lists with nulls that it cannot read.
+    """
+    arrow = require_pyarrow()
+    vectors = np.full((len(results), size), np.nan, np.float32)
+    for row, result in enumerate(results):
+        if not isinstance(result, str):
+            vectors[row] = result
+    schema = _schema(arrow, provenance, size).append(arrow.field(_ERROR, arrow.string()))
+    schema = schema.with_metadata({**(schema.metadata or {}), _NOTES: notes})
+    columns = [
+        arrow.array([printable(image.path) for image in images], "string"),
+        arrow.array([image.size_bytes for image in images], "int64"),
+        arrow.array([image.mtime_ns for image in images], "int64"),
+        arrow.FixedSizeListArray.from_arrays(arrow.array(vectors.ravel()), size),
+        arrow.array([result if isinstance(result, str) else None for result in results], "string"),
+    ]
+    arrow.parquet.write_table(arrow.table(columns, schema=schema), file, row_group_size=ROW_GROUP, use_dictionary=False)
+
+
+def read_notes(file: Any) -> tuple[str | None, Provenance | None]:
+    """The notes of a part, None for what is none, and whose vectors it has."""
+    arrow = require_pyarrow()
+    try:
+        metadata = arrow.parquet.read_schema(file).metadata or {}
+    except arrow.ArrowInvalid:
+        return None, None
+    notes = metadata.get(_NOTES)
+    return notes and notes.decode(), Provenance.from_json(metadata.get(_PROVENANCE, b""))
 
 
 def read_images(path: Path) -> Iterator[ImageFile]:
@@ -154,13 +200,16 @@ def _schema(arrow: Any, provenance: Provenance | None = None, size: int = EMBEDD
     )
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, *, is_part: bool = False) -> Any:
+    """`is_part`: it may have the column error too."""
     arrow = require_pyarrow()
     try:
         file = arrow.parquet.ParquetFile(path)
     except arrow.ArrowInvalid as error:
         raise UnusableOutput(f"{path} is not a Parquet file: {error}") from error
     columns = file.schema_arrow
+    if is_part and columns.names[-1] == _ERROR:
+        columns = columns.remove(len(columns) - 1)
     size = getattr(columns.field("embedding").type, "list_size", 0) if "embedding" in columns.names else 0
     if not size or not columns.equals(_schema(arrow, size=size)):
         columns = ", ".join(f"{field.name} {field.type}" for field in file.schema_arrow)

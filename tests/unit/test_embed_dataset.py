@@ -1,0 +1,58 @@
+"""What `embed-dataset` writes, without Ray: the e2e test has the job itself."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from clip_embed import parquet
+from clip_embed.library import read_library
+from clip_embed.provenance import Provenance
+from clip_embed.table import ImageFile, UnusableOutput
+from clip_tools.paths import ROOT
+
+pytest.importorskip("pyarrow.parquet", reason="pip install 'clip-embed[parquet]'")
+
+VECTOR = np.eye(3, dtype=np.float32)
+OURS = Provenance("ViT-B-32", "a" * 64, "exact")
+
+
+def write(path, results, provenance=OURS):
+    images = [ImageFile(f"{path.stem}/{index}.jpg", 1, 2) for index in range(len(results))]
+    with path.open("wb") as file:
+        parquet.write_part(file, images, results, 3, provenance, "{}")
+
+
+def test_a_folder_of_parts_is_one_library_without_the_images_that_failed(tmp_path):
+    write(tmp_path / "a.parquet", [VECTOR[0], "corrupt: why", VECTOR[1]])
+    write(tmp_path / "b.parquet", ["empty"])
+    write(tmp_path / "c.parquet", [VECTOR[2]])
+    library = read_library(tmp_path)
+    assert [image.path for image in library.images] == ["a/0.jpg", "a/2.jpg", "c/0.jpg"]
+    assert np.array_equal(library.embeddings, VECTOR)
+    assert library.provenance == OURS
+
+
+def test_parts_of_different_weights_are_refused(tmp_path):
+    write(tmp_path / "a.parquet", [VECTOR[0]])
+    write(tmp_path / "b.parquet", [VECTOR[0]], Provenance("ViT-B-16", "b" * 64, "exact"))
+    with pytest.raises(UnusableOutput, match="expected parts of the same weights"):
+        read_library(tmp_path)
+
+
+def test_a_part_is_not_resumed_as_a_file_of_clip_embed(tmp_path):
+    """It would lose its errors."""
+    write(tmp_path / "a.parquet", ["empty"])
+    with pytest.raises(UnusableOutput, match="expected the columns of clip-embed"):
+        list(parquet.read_images(tmp_path / "a.parquet"))
+
+
+def test_nothing_else_imports_ray():
+    code = "import clip_embed.cli, clip_tools.cli, clip_tools.embed_dataset, sys; print('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    importing = re.compile(r"^\s*(import|from) ray\b", re.MULTILINE)
+    folders = ("client", "tools", "models", "backends")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py") if importing.search(path.read_text())]
+    assert [path.name for path in files] == ["embed_dataset.py"]

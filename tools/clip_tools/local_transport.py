@@ -1,0 +1,64 @@
+"""The server's steps in this process, in the place of a server: `clip-tools embed-dataset --local`."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clip_embed.errors import ImageFailure, InvalidImageError
+from clip_embed.served import Served
+from clip_embed.wire import OUTPUT, Embeddings, ImageBytes
+from clip_tools.measuring.bare import import_preprocess, open_engine
+from clip_tools.repository import check_files, deployment
+from clip_tools.serving.told import tell
+from clip_tools.serving.towers import Towers
+
+
+class LocalTransport:
+    """Implements `clip_embed.transport.Transport`, one request after the other."""
+
+    def __init__(self, models: Path) -> None:
+        """Raises ToolError where a file of the repository is not there or cannot be run."""
+        deployed, towers = deployment(models), Towers.of(models)
+        check_files(deployed)
+        for model in deployed:
+            towers.fit(model.config)
+        tell(deployed)
+        self._served = Served.of(_parameters(deployed[-1].config))
+        config = next(model.config for model in deployed if model.name == "preprocess")
+        preprocess = import_preprocess(models)
+        preprocess.missing_opener()  # from then on Pillow opens HEIC too
+        self._refused: type[Any] = preprocess.RefusedImage
+        self._pixels_of = preprocess.open_pixels({**_parameters(config), "side_px": str(config.output[0].dims[0])})
+        self._session = open_engine(models)
+        self._worker = ThreadPoolExecutor(1)
+
+    def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Future[Embeddings]:
+        return self._worker.submit(self._embed, images)
+
+    def is_ready(self, timeout_s: float | None) -> Future[bool]:
+        return self._worker.submit(lambda: True)
+
+    def served(self, timeout_s: float | None) -> Future[Served]:
+        return self._worker.submit(lambda: self._served)
+
+    def close(self) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
+    def _embed(self, images: Sequence[ImageBytes]) -> Embeddings:
+        pixels, failures = [], []
+        for index, image in enumerate(images):
+            try:
+                pixels.append(self._pixels_of(bytes(image)))
+            except self._refused as error:
+                failures.append(ImageFailure(index, error.code, error.reason))
+        if failures:
+            raise InvalidImageError(failures)
+        embeddings: Embeddings = self._session.run([OUTPUT], {"pixels": np.stack(pixels)})[0]
+        return embeddings
+
+
+def _parameters(config: Any) -> dict[str, str]:
+    return {name: parameter.string_value for name, parameter in config.parameters.items()}
