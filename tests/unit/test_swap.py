@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
+from clip_embed.served import CHECKPOINT, MODEL
 from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, read_config
-from clip_tools.serving import manifests
+from clip_tools.serving import manifests, told
 from clip_tools.serving import swap as swapping
 from clip_tools.serving.model_control import GrpcModelControl, reason_in
 from clip_tools.serving.proof import WrongVectors
@@ -385,3 +386,18 @@ def test_a_url_of_another_protocol_is_a_usage_error():
     with pytest.raises(ToolError, match="expected grpc://HOST:PORT") as caught:
         GrpcModelControl("http://localhost:8000")
     assert caught.value.exit_code == 2
+
+
+def test_files_of_other_weights_than_those_served_are_refused_before_anything_is_loaded(monkeypatch):
+    """An export under a running server: loading any model would read the new file."""
+    server = FakeServer("onnx")
+    parameters = server.models["clip_ensemble"].parameters
+    for name, value in ((MODEL, "ViT-B-16"), (CHECKPOINT, "random:1")):
+        parameters[name].string_value = value
+    monkeypatch.setattr(told, "_weights", lambda _: {MODEL: "ViT-B-32", CHECKPOINT: "random:0"})
+    with pytest.raises(
+        ToolError, match=r"expected the weights that are served, ViT-B-16, random:1.*ViT-B-32, random:0"
+    ):
+        swapped(server, "cpu-fp32")
+    assert server.log == []
+    swapped(server, "cpu-fp32", allow_other_weights=True)

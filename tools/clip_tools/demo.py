@@ -33,7 +33,7 @@ THRESHOLD = 0.96  # docs/search.md has what is found at it
 
 UNTRAINED = (
     "UNTRAINED WEIGHTS (random:0): no model hub answered, so the vectors below are real in every way but meaning. "
-    "For trained ones: .venv/bin/clip-tools export-onnx --pretrained PATH"
+    "For trained ones: .venv/bin/clip-tools export-onnx --model NAME --pretrained PATH"
 )
 
 

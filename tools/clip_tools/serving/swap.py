@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_embed.served import Served
 from clip_tools.engines.engine import Engine
 from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError
@@ -146,7 +147,7 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
     only when it serves already, and one that does not load changes nothing. The text tower of a server that has one is
     loaded again where it is configured otherwise, or where the weights may be others.
 
-    Raises ToolError when the text tower is of other weights than the engine asked for.
+    Raises ToolError when the text tower is of other weights than the engine asked for, or both than what is served.
     """
     models = deployment(options.models, options.name)
     towers = Towers.of(options.models, options.name)
@@ -155,6 +156,8 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
     tell(models)
     *wanted, ensemble = models
     before = control.configuration(ENSEMBLE)
+    if not options.allow_other_weights:
+        _check_weights(before, ensemble.config)
     ready = set(control.ready_models())
     texts = text_deployment(options.models, options.name) if TEXT_ENSEMBLE in ready else []
     check_towers([*wanted, ensemble], texts)
@@ -197,6 +200,22 @@ def plan_swap(control: ModelControl, options: SwapOptions) -> list[Step]:
         if name not in in_use:
             steps.append(_retire(control, name, control.configuration(name), options.settle_s))
     return steps
+
+
+def _check_weights(before: Any, asked: Any) -> None:
+    """Raises ToolError where the ensembles' configurations say that the weights are not the same.
+
+    Loading any model reads its file again, so an export under a running server must not slip in with a swap.
+    """
+    served, found = (
+        Served.of({name: one.string_value for name, one in config.parameters.items()}).provenance
+        for config in (before, asked)
+    )
+    if served and found and not served.has_weights_of(found):
+        raise ToolError(
+            f"expected the weights that are served, {served}, found files of {found}: their vectors do not belong in "
+            "one index. Export the served weights again, or swap with --allow-other-weights"
+        )
 
 
 def _text_steps(control: ModelControl, options: SwapOptions, texts: Sequence[Model], machine: Machine) -> list[Step]:
