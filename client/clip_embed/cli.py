@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from typing import Annotated, cast
 
 from clip_embed import jsonl, parquet
 from clip_embed.client import EmbeddingClient
-from clip_embed.errors import EmbeddingError, InvalidImageError, InvalidTextError
+from clip_embed.errors import ContractError, EmbeddingError, InvalidImageError, InvalidTextError
 from clip_embed.finding import IMAGE_SUFFIXES, Search, UnusableList
 from clip_embed.library import ENDINGS
 from clip_embed.names import printable
 from clip_embed.output import Format, Output, open_output
 from clip_embed.provenance import Provenance
+from clip_embed.served import Served
 from clip_embed.table import Table, TextRow, UnusableOutput, has_parts, parts_of
 from clip_embed.target import DEFAULT_URL
 from clip_embed.wire import DEFAULT_MODEL, TEXT_MODEL
@@ -49,6 +51,7 @@ except ModuleNotFoundError:  # only the installed command imports this module, s
 
 # What `clip-embed NAME LIBRARY ...` does with what was embedded; see `cli_library`.
 ON_LIBRARIES = ("search", "duplicates")
+_GONE_AGAIN_S = 60.0  # how long to ask a server that was lost, came back, and does not answer; not measured
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -306,6 +309,9 @@ def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: 
             for image, result in zip(to_name, results, strict=True):
                 if isinstance(result, HOPELESS):
                     raise result
+                if talk.has_come_back:
+                    _check_weights(client, served)
+                    talk.has_come_back = False
                 if isinstance(result, EmbeddingError):
                     some_failed = True
                     talk.say(f"{image.path}: {_describe(result)}")
@@ -318,6 +324,24 @@ def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: 
         if not_taken := search.report():
             talk.say(not_taken)
     return some_failed
+
+
+def _check_weights(client: EmbeddingClient, served: Served) -> None:
+    """Raises ContractError when the server has other weights than before it was lost."""
+    deadline = time.monotonic() + _GONE_AGAIN_S
+    while True:
+        try:
+            now = client.served()
+            break
+        except EmbeddingError as error:
+            if not error.retryable or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+    if now.provenance != served.provenance:
+        raise ContractError(
+            f"{client.url} came back with other weights: {now.provenance or 'it does not say which'}; before it was "
+            f"{served.provenance or 'not known'}. Serve the earlier ones, or begin a new file"
+        )
 
 
 def _run_texts(client: EmbeddingClient, given: list[str], target: _Target) -> bool:

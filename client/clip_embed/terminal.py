@@ -90,6 +90,7 @@ class Talk:
         )
         self._task = self._bar.add_task("", total=None)  # a folder's size is not known before its end
         self._begun_s = time.monotonic()
+        self.has_come_back = False  # a server, after it was lost: it may be another
         self._handler = _Handler(self)  # of what the client logs: a server that goes, and that comes back
 
     def __enter__(self) -> Self:
@@ -121,7 +122,9 @@ class _Handler(logging.Handler):
         self._talk = talk
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._talk.say(one_line(record.getMessage()))
+        message = one_line(record.getMessage())
+        self._talk.has_come_back |= message.endswith("is ready again")
+        self._talk.say(message)
 
 
 def one_line(message: object) -> str:

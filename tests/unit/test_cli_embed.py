@@ -291,6 +291,24 @@ def test_a_server_that_goes_ends_the_run(url, brain, tmp_path):
     assert all("no requests until" in line or "is ready again" in line for line in log)
 
 
+def test_a_server_that_comes_back_with_other_weights_ends_the_run(url, brain, tmp_path):
+    brain.reset()
+    brain.says = {"clip_model": "ViT-B-32", "clip_checkpoint": "one", "clip_preprocess": "exact"}
+    (tmp_path / "wait.jpg").write_bytes(b"wait")
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    command = [*COMMAND, "wait.jpg", "a.jpg", "--batch-size", "1", "--max-in-flight", "1", "--url", url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        assert brain.waiting.acquire(timeout=30)
+        brain.refusals = [("UNAVAILABLE", "Socket closed")]  # for a.jpg
+        brain.says = {**brain.says, "clip_checkpoint": "two"}
+        brain.gate.set()
+        out, said = process.communicate(timeout=30)
+    brain.reset()
+    assert process.returncode == 3
+    assert [json.loads(line)["path"] for line in out.splitlines()] == ["wait.jpg"]
+    assert "came back with other weights: ViT-B-32, two, preprocess exact; before" in said.decode()
+
+
 def test_a_closed_pipe_is_quiet(waiting, brain):
     """As in `clip-embed photos | head -1`."""
     waiting.stdout.readline()
