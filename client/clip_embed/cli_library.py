@@ -289,8 +289,8 @@ def _left_out(looked: grouping.Looked) -> Iterator[str]:
 def _say_missing(pictures: Iterable[Picture]) -> None:
     if unread := sum(picture.width == 0 for picture in pictures):
         sys.stderr.write(
-            f"without thumbnail and size in pixels: {unread:,}, which are not there or which Pillow cannot read; relative "
-            "paths are looked for from the folder that this runs in\n"
+            f"without thumbnail and size in pixels: {unread:,}, which are not there or which Pillow cannot read; "
+            "relative paths are looked for from the folder that this runs in\n"
         )
 
 

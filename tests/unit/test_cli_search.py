@@ -78,7 +78,7 @@ def test_a_page_holds_its_pictures_and_any_name(run):
         output.add(look_at("00.jpg"), vector_of(b"image 0"))
     done = run("search", "w.npy", name, "--html", "found.html")
     assert done.returncode == 0
-    assert "not readable by Pillow here" in done.stderr
+    assert "without thumbnail and size in pixels" in done.stderr
     page = Path("found.html").read_text()
     assert page.count("data:image/webp;base64,") == 2  # the query and itself; the other one is no image
     assert "&lt;b&gt;&amp;.jpg" in page
