@@ -126,12 +126,15 @@ def test_local_actors_give_the_vectors_of_the_server(start, server, repository, 
     ("arguments", "code", "message"),
     [
         (("nowhere", "out"), 2, "nowhere: no such file or folder"),
+        (("library", "out", "--address", "localhost:1"), 1, "no Ray cluster at localhost:1"),
         (("what://is/this", "out"), 2, "what://is/this"),
-        ((".", "out"), 2, "no images, .tar or .parquet files found"),
+        (("empty", "out"), 2, "no images, .tar or .parquet files found"),
         ((".", "out", "--url", "grpc://localhost:1"), 3, "no server at grpc://localhost:1"),
     ],
 )
-def test_what_cannot_be_is_one_line(start, arguments, code, message):
+def test_what_cannot_be_is_one_line(start, tmp_path, demo_photos, arguments, code, message):
+    make_folder(tmp_path / "library", demo_photos, 1)
+    (tmp_path / "empty").mkdir()
     process = start(*arguments)
     stderr = finish(process)
     assert process.returncode == code
