@@ -31,12 +31,19 @@ BROKEN = b"\xff\xd8\xff\xe0 no photograph"
 def start(server, tmp_path):
     """Starts the command beside the server, with Ray's files in a folder that names this test's processes."""
 
+    started: list[subprocess.Popen[str]] = []
+
     def start(*arguments: str) -> subprocess.Popen[str]:
         env = {**os.environ, "INFERENCE_SERVICE_URL": server.options.grpc_url, "RAY_TMPDIR": TEMPORARY}
         arguments = (COMMAND, "embed-dataset", *arguments)
-        return subprocess.Popen(arguments, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+        started.append(subprocess.Popen(arguments, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True))
+        return started[-1]
 
     yield start
+    for process in started:
+        if process.poll() is None:  # the test failed
+            process.terminate()
+            process.wait(60)
     shutil.rmtree(TEMPORARY, ignore_errors=True)
 
 
@@ -62,7 +69,7 @@ def make_folder(folder: Path, photographs: list[Path], count: int) -> set[str]:
 
 def is_alive(word: str) -> bool:
     """Whether a process has this word in its command line."""
-    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    lines = subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True, check=True).stdout
     return word in lines
 
 
@@ -126,12 +133,15 @@ def test_local_actors_give_the_vectors_of_the_server(start, server, repository, 
     ("arguments", "code", "message"),
     [
         (("nowhere", "out"), 2, "nowhere: no such file or folder"),
+        (("library", "out", "--address", "localhost:1"), 1, "no Ray cluster at localhost:1"),
         (("what://is/this", "out"), 2, "what://is/this"),
-        ((".", "out"), 2, "no images, .tar or .parquet files found"),
+        (("empty", "out"), 2, "no images, .tar or .parquet files found"),
         ((".", "out", "--url", "grpc://localhost:1"), 3, "no server at grpc://localhost:1"),
     ],
 )
-def test_what_cannot_be_is_one_line(start, arguments, code, message):
+def test_what_cannot_be_is_one_line(start, tmp_path, demo_photos, arguments, code, message):
+    make_folder(tmp_path / "library", demo_photos, 1)
+    (tmp_path / "empty").mkdir()
     process = start(*arguments)
     stderr = finish(process)
     assert process.returncode == code

@@ -3,14 +3,17 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from clip_embed import parquet
+from clip_embed.finding import Search
 from clip_embed.library import read_library
 from clip_embed.provenance import Provenance
 from clip_embed.table import ImageFile, UnusableOutput
+from clip_tools.embed_dataset import Job, Place, _images, _listed
 from clip_tools.paths import ROOT
 
 pytest.importorskip("pyarrow.parquet", reason="pip install 'clip-embed[parquet]'")
@@ -47,6 +50,24 @@ def test_a_part_is_not_resumed_as_a_file_of_clip_embed(tmp_path):
     write(tmp_path / "a.parquet", ["empty"])
     with pytest.raises(UnusableOutput, match="expected the columns of clip-embed"):
         list(parquet.read_images(tmp_path / "a.parquet"))
+
+
+def test_files_of_a_uri_are_listed_and_read_by_pyarrow(tmp_path):
+    """Here by pyarrow's local file system, in the place of an object store's."""
+    fs = pytest.importorskip("pyarrow.fs")
+    (tmp_path / "a").mkdir()
+    for name in ("a/1.jpg", "a/2.txt", "a/._1.jpg"):
+        (tmp_path / name).write_bytes(b"image")
+    place, search = Place(fs.LocalFileSystem(), str(tmp_path), "s3://"), Search()
+    files = list(_listed(place, search))
+    assert [file.path for file in files] == [f"s3://{tmp_path}/a/1.jpg"]
+    assert (search.not_taken, search.litter) == ({".txt": 1}, {"file": 1})
+    gone = ImageFile(f"s3://{tmp_path}/gone.jpg", None, None)
+    job = Job(place, place, {}, None, None, frozenset(), 3, "image")
+    (_, found), (_, not_there) = _images(job, [*files, gone], Counter())
+    assert found.read(9) == b"image"
+    with pytest.raises(FileNotFoundError):
+        not_there.read(9)
 
 
 def test_nothing_else_imports_ray():

@@ -6,6 +6,7 @@ their names go through Ray, so that its object store stays empty; the images are
 
 import json
 import os
+import socket
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -243,12 +244,19 @@ def _name(files: tuple[ImageFile, ...]) -> str:
 
 
 def _start(ray: Any, address: str | None) -> None:
-    """Connect to the cluster, or start one here. It reports nothing to anyone."""
+    """Connect to the cluster, or start one here. It reports nothing to anyone. Raises ToolError where none listens."""
     import logging
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it writes to stderr what is no error
     address = address or os.environ.get("RAY_ADDRESS")
+    _, _, place = (address or "").rpartition("://")
+    host, _, port = place.rpartition(":")
+    if host and port.isdigit():  # Ray itself would try for minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ToolError(f"no Ray cluster at {address}: {one_line(error)}; see `ray status` there") from error
     here = {} if address else {"object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
     ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
 
