@@ -216,7 +216,8 @@ def test_a_build_that_fails_leaves_nothing_and_says_why_in_a_line(tmp_path, monk
     source = tmp_path / "clip_resample.c"
     source.write_text("no C")
     compiler = (sys.executable, "-c", "import sys; sys.exit('Note: ...\\nclip_resample.c:1:1: error: unknown type')")
-    monkeypatch.setattr(built, "build", partial(built.build, source, compiler))
+    monkeypatch.setattr(built, "WITHOUT", {source: built.WITHOUT[built.SOURCE]})
+    monkeypatch.setattr(built, "build", partial(built.build, compiler=compiler))
     assert built.main() == 1
     assert re.fullmatch(r"preprocess will resample with Pillow.*error: unknown type\n", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == [source]
