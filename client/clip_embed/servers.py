@@ -20,6 +20,8 @@ TransportT = TypeVar("TransportT", Transport, AsyncTransport)
 SLOW_ANSWERS = 3  # deadlines in a row after which another server is preferred; not measured
 
 _log = logging.getLogger("clip_embed")
+IS_BACK = "%s is ready again"
+"""What is logged of a server, by its URL, that was lost and answers again; it may be another one."""
 _log.addHandler(logging.NullHandler())  # silent unless the application listens
 
 
@@ -109,7 +111,7 @@ class Servers(Generic[TransportT]):
             if is_ready:
                 server.aside_until_s = None
                 server.deadlines = 0
-                _log.info("%s is ready again", server.url)
+                _log.info(IS_BACK, server.url)
             elif is_ready is not None:
                 self._wait(server, now_s)
 

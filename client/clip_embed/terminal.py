@@ -16,6 +16,7 @@ from clip_embed.credentials import API_KEY_VARIABLE, CA_FILE_VARIABLE, CERT_FILE
 from clip_embed.errors import ContractError, CredentialsError, ModelNotReadyError, ServerUnavailableError
 from clip_embed.names import printable
 from clip_embed.served import Served
+from clip_embed.servers import IS_BACK
 from clip_embed.target import BACKEND_VARIABLE, URL_VARIABLE, Backend
 from clip_embed.wire import TEXT_MODEL
 
@@ -123,7 +124,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = one_line(record.getMessage())
-        self._talk.has_come_back |= message.endswith("is ready again")
+        self._talk.has_come_back |= record.msg == IS_BACK
         self._talk.say(message)
 
 

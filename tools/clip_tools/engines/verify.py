@@ -107,24 +107,47 @@ def verify(
     expected = reference(weights, images, orientation=turned)
     advance("open_clip in FP32", len(images), len(images))
     embeddings, how = _embed(engine, images, expected, advance)
-    found = agreement(embeddings, expected.embeddings, expected.names)
-    trained, exact_pixels = weights.seed is None, has_exact_pixels(engine)
-    gate = gate_of(held_to, exact_pixels=exact_pixels)
-    return Verdict(
-        engine=engine.title,
+    return _verdict(
+        engine,
+        weights,
+        embeddings,
+        expected.embeddings,
+        expected.names,
         sha256=sha256_of(file) if file and file.is_file() else None,
         precision=held_to,
+        exact_pixels=has_exact_pixels(engine),
+        how=how,
+        images_sha256=expected.images_sha256,
+        orientation=turned,
+    )
+
+
+def _verdict(
+    engine: Engine,
+    weights: Weights,
+    embeddings: "npt.NDArray[np.float32]",
+    expected: "npt.NDArray[np.float32]",
+    names: tuple[str, ...],
+    *,
+    precision: Precision,
+    exact_pixels: bool = True,
+    **rest: Any,
+) -> Verdict:
+    """Of an engine's (N, D) embeddings beside open_clip's; `rest` goes into the verdict as it is."""
+    found, trained = agreement(embeddings, expected, names), weights.seed is None
+    gate = gate_of(precision, exact_pixels=exact_pixels)
+    return Verdict(
+        engine=engine.title,
+        precision=precision,
         exact_pixels=exact_pixels,
         gate=gate,
         model=weights.model,
         trained=trained,
-        how=how,
         agreement=found,
         failures=tuple(failures(found, gate, trained=trained)),
-        counts_for_nothing=counts_for_nothing(len(images), trained=trained),
-        images_sha256=expected.images_sha256,
-        cosines=tuple(float(value) for value in cosines(embeddings, expected.embeddings)),
-        orientation=turned,
+        counts_for_nothing=counts_for_nothing(len(names), trained=trained),
+        cosines=tuple(float(value) for value in cosines(embeddings, expected)),
+        **rest,
     )
 
 
@@ -149,22 +172,16 @@ def verify_text(
         with _url(engine) as url:
             embeddings = _ask(url, lambda client: client.embed_text(some), os.environ if engine.url else {})
         how = f"served, through clip_embed ({engine.title})"
-    found, trained = agreement(embeddings, expected, tuple(some)), weights.seed is None
-    gate = gate_of("fp32")
-    return Verdict(
-        engine=engine.title,
+    return _verdict(
+        engine,
+        weights,
+        embeddings,
+        expected,
+        tuple(some),
         sha256=sha256_of(file) if file and not engine.url else None,
         precision="fp32",
-        exact_pixels=True,
-        gate=gate,
-        model=weights.model,
-        trained=trained,
         how=how,
-        agreement=found,
-        failures=tuple(failures(found, gate, trained=trained)),
-        counts_for_nothing=counts_for_nothing(len(some), trained=trained),
         images_sha256=hashlib.sha256("\0".join(some).encode()).hexdigest(),
-        cosines=tuple(float(value) for value in cosines(embeddings, expected)),
         what="texts",
     )
 

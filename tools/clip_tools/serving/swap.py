@@ -122,11 +122,8 @@ def check_embeds(control: ModelControl, model: str, like: "npt.NDArray[np.float3
 
 def _embed_probe(control: ModelControl, model: str) -> "npt.NDArray[np.float32]":
     """One by one, since an engine may take no batch."""
-    import numpy as np
-
     side = control.configuration(model).input[0].dims[0]
-    questions = (partial(control.embed_pixels, model, pixels[None]) for pixels in probe_pixels(side))
-    return np.concatenate([_when_there_is_room(ask) for ask in questions])
+    return _answers(partial(control.embed_pixels, model, pixels[None]) for pixels in probe_pixels(side))
 
 
 def probe_pixels(side: int = 224) -> "npt.NDArray[np.uint8]":
@@ -278,9 +275,13 @@ def _check_vectors(control: ModelControl, options: SwapOptions, model: str | Non
 def _one_by_one(
     questions: "Callable[[Sample], Iterable[Callable[[], npt.NDArray[np.float32]]]]", sample: Sample
 ) -> "npt.NDArray[np.float32]":
+    return _answers(questions(sample))
+
+
+def _answers(questions: "Iterable[Callable[[], npt.NDArray[np.float32]]]") -> "npt.NDArray[np.float32]":
     import numpy as np
 
-    return np.concatenate([_when_there_is_room(ask) for ask in questions(sample)])
+    return np.concatenate([_when_there_is_room(ask) for ask in questions])
 
 
 def _check_ensemble(control: ModelControl) -> None:
