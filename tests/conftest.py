@@ -13,15 +13,16 @@ import pytest
 
 from clip_tools import photos, proxy, reliability
 from clip_tools.demo import weights_from_environment
-from clip_tools.engines.export_onnx import export_onnx, is_exported, manifest_path, write_graph
-from clip_tools.engines.export_text import MERGES, export_text
-from clip_tools.engines.sample import FILE as SAMPLE
-from clip_tools.engines.sample import Sample
+from clip_tools.export.export_onnx import export_onnx, write_graph
+from clip_tools.export.export_text import MERGES, export_text
+from clip_tools.export.manifest import is_exported, manifest_path
 from clip_tools.measuring.services import free_ports
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import BACKENDS, CACHE, MODELS, RESULTS
 from clip_tools.repository import read_config
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+from clip_tools.verification.sample import FILE as SAMPLE
+from clip_tools.verification.sample import Sample
 
 # What the server's own Python finds beside a model.
 sys.path += [

@@ -8,9 +8,9 @@ import tritonclient.grpc as triton
 from tests.conftest import exported, exported_text, kept_model, options_for, with_image, with_text
 
 from clip_embed import EmbeddingClient
-from clip_tools.engines.texts import texts
 from clip_tools.oracle import OtherTokenizer, Weights, load_oracle, load_tokenizer
 from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.verification.texts import texts
 
 MIN_COSINE = 0.99999  # as in test_embeddings
 QUICK = ["RN50", "MobileCLIP2-S0"]  # 1024 numbers and a convolutional tower; 256 px, bilinear, two towers traced

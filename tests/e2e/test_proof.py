@@ -11,8 +11,8 @@ from tests.e2e.test_lifecycle import serve_command, wait_for
 
 from clip_embed import EmbeddingClient
 from clip_tools.digest import sha256_of
-from clip_tools.engines.export_onnx import Manifest, manifest_path
 from clip_tools.errors import ToolError
+from clip_tools.export.manifest import Manifest, manifest_path
 from clip_tools.serving.model_control import GrpcModelControl
 from clip_tools.serving.serve import EmbeddedServer
 from clip_tools.serving.swap import SwapOptions, swap

@@ -32,7 +32,7 @@ from clip_embed import (
     ServerUnavailableError,
 )
 from clip_embed.provenance import Provenance
-from clip_tools.engines.export_onnx import Manifest
+from clip_tools.export.manifest import Manifest
 from clip_tools.serving import keyring
 from clip_tools.serving.access import Access, Tls
 from clip_tools.serving.model_control import GrpcModelControl

@@ -12,11 +12,11 @@ import pytest
 from tests.conftest import options_for, with_text
 
 from clip_embed import AsyncEmbeddingClient, EmbeddingClient, InvalidTextError, ModelNotReadyError, wire
-from clip_tools.engines.texts import texts
 from clip_tools.oracle import load_tokenizer
 from clip_tools.serving.model_control import GrpcModelControl
 from clip_tools.serving.serve import EmbeddedServer
 from clip_tools.serving.swap import SwapOptions, swap
+from clip_tools.verification.texts import texts
 
 MIN_COSINE = 0.99999  # as in test_embeddings
 

@@ -6,11 +6,11 @@ import pytest
 from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
-from clip_tools.engines.build_engine import EngineOptions, build_engine
-from clip_tools.engines.gates import GATES
-from clip_tools.engines.tensorrt_library import RUNTIMES, installed_version
 from clip_tools.gpu import find_gpu
 from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.tensorrt.build_engine import EngineOptions, build_engine
+from clip_tools.tensorrt.library import RUNTIMES, installed_version
+from clip_tools.verification.gates import GATES
 
 MIN_COSINE = GATES["fp32"].worst_cosine  # which TF32, with FP16's mantissa, would miss
 

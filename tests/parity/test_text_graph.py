@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from clip_tools.engines.export_onnx import check_drift
-from clip_tools.engines.export_text import write_text_graph
-from clip_tools.engines.text_graph import is_plain_text
+from clip_tools.export.export_onnx import check_drift
+from clip_tools.export.export_text import write_text_graph
+from clip_tools.export.text_graph import is_plain_text
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'clip-embed[export]'")

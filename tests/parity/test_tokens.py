@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from clip_tokens import MERGES, RefusedText, Tokenizer
-from clip_tools.engines.export_text import merges_text
-from clip_tools.engines.texts import texts
+from clip_tools.export.export_text import merges_text
 from clip_tools.oracle import OtherTokenizer, load_tokenizer
+from clip_tools.verification.texts import texts
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'clip-embed[export]'")
 

@@ -11,21 +11,22 @@ from typer.testing import CliRunner
 
 from clip_tools import photos
 from clip_tools.cli import app
-from clip_tools.engines import export_variant as exporting
-from clip_tools.engines import verify as verifying
-from clip_tools.engines.build_engine import EngineOptions
-from clip_tools.engines.engine import Engine, find_engine
-from clip_tools.engines.engine_manifest import stale_reason
-from clip_tools.engines.export_onnx import Manifest, compare, manifest_path
-from clip_tools.engines.export_variant import export_variant
-from clip_tools.engines.gates import cosines
-from clip_tools.engines.precision import lower
-from clip_tools.engines.sample import Sample
-from clip_tools.engines.texts import texts
-from clip_tools.engines.verify import verify, verify_text
 from clip_tools.errors import ToolError
+from clip_tools.export import export_variant as exporting
+from clip_tools.export.export_onnx import compare
+from clip_tools.export.export_variant import export_variant
+from clip_tools.export.manifest import Manifest, manifest_path
+from clip_tools.export.precision import lower
 from clip_tools.oracle import Oracle, Weights
 from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.tensorrt.build_engine import EngineOptions
+from clip_tools.tensorrt.engine_manifest import stale_reason
+from clip_tools.verification import verify as verifying
+from clip_tools.verification.engine import Engine, find_engine
+from clip_tools.verification.gates import cosines
+from clip_tools.verification.sample import Sample
+from clip_tools.verification.texts import texts
+from clip_tools.verification.verify import verify, verify_text
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 

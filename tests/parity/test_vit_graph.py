@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_tools.engines.calibration import calibrate
-from clip_tools.engines.export_onnx import compare, write_graph
-from clip_tools.engines.gates import cosines
-from clip_tools.engines.mix import Engine
-from clip_tools.engines.onnx_runner import run_onnx
-from clip_tools.engines.precision import count_matrices, lower, twin
-from clip_tools.engines.quantize import linear_layers, prepare
-from clip_tools.engines.rotation import ROTATION, rotate
-from clip_tools.engines.tune_precision import embed
-from clip_tools.engines.vit_graph import OPSETS, is_plain_vit
 from clip_tools.errors import ToolError
+from clip_tools.export.export_onnx import compare, write_graph
+from clip_tools.export.mix import Engine
+from clip_tools.export.precision import count_matrices, lower, twin
+from clip_tools.export.tune_precision import embed
+from clip_tools.export.vit_graph import OPSETS, is_plain_vit
 from clip_tools.oracle import Oracle
+from clip_tools.quantization.calibration import calibrate
+from clip_tools.quantization.quantize import linear_layers, prepare
+from clip_tools.quantization.rotation import ROTATION, rotate
+from clip_tools.verification.gates import cosines
+from clip_tools.verification.onnx_runner import run_onnx
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'clip-embed[export]'")

@@ -11,15 +11,15 @@ import pytest
 from typer.testing import CliRunner
 
 from clip_tools.cli import app
-from clip_tools.engines import engine_manifest
-from clip_tools.engines.build_engine import EngineManifest, EngineOptions, _configure, build_engine, stale_reason
-from clip_tools.engines.census import Census, count_engine
-from clip_tools.engines.precision import count_weights, lower
-from clip_tools.engines.tensorrt_library import load_tensorrt
 from clip_tools.errors import ToolError
+from clip_tools.export.precision import count_weights, lower
 from clip_tools.gpu import Gpu
 from clip_tools.repository import deployment
 from clip_tools.serving.serve import check_plans
+from clip_tools.tensorrt import engine_manifest
+from clip_tools.tensorrt.build_engine import EngineManifest, EngineOptions, _configure, build_engine, stale_reason
+from clip_tools.tensorrt.census import Census, count_engine
+from clip_tools.tensorrt.library import load_tensorrt
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 

@@ -179,7 +179,7 @@ def test_the_volume_has_one_plan_for_each_graph_gpu_version_and_option(tmp_path)
 
 
 def engines(build=None, stale=lambda _plan, **_: None) -> SimpleNamespace:
-    """clip_tools.engines.build_engine, pretended. It runs in a process of its own; `built` has each call's options."""
+    """clip_tools.tensorrt.build_engine, pretended. It runs in a process of its own; `built` has each call's options."""
     manager = multiprocessing.get_context("fork").Manager()
     built = manager.list()
 
@@ -213,7 +213,7 @@ def container(tmp_path, monkeypatch):
     starts = iter(range(9))
 
     def install(module) -> None:
-        monkeypatch.setitem(sys.modules, "clip_tools.engines.build_engine", module)
+        monkeypatch.setitem(sys.modules, "clip_tools.tensorrt.build_engine", module)
 
     def start(*, with_plan=True, **changes) -> tuple[list[str], Path]:
         folder = tmp_path / f"served{next(starts)}"
@@ -642,7 +642,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 from pathlib import Path
 from clip_tools import cli
-from clip_tools.engines import build_engine
+from clip_tools.tensorrt import build_engine
 from clip_tools.container import entrypoint
 from clip_tools.container import served
 from clip_tools.serving import health

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from clip_tools import cli
 from clip_tools.digest import sha256_of
-from clip_tools.engines.export_onnx import GRAPH, describe
 from clip_tools.errors import ToolError
+from clip_tools.export.export_onnx import describe
+from clip_tools.export.manifest import GRAPH
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, text_deployment

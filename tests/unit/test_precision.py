@@ -5,9 +5,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_tools.engines.calibration import Calibration, calibrate, check_count, split, watch
-from clip_tools.engines.export_variant import holds_with_margin
-from clip_tools.engines.gates import (
+from clip_tools.errors import ToolError
+from clip_tools.export.export_variant import holds_with_margin
+from clip_tools.export.precision import (
+    count_matrices,
+    fold_normalisation,
+    lower,
+    naive_half,
+    precision_of,
+    split_gemm,
+    twin,
+)
+from clip_tools.paths import ROOT
+from clip_tools.precision_results import results_table
+from clip_tools.quantization.calibration import Calibration, calibrate, check_count, split, watch
+from clip_tools.quantization.gptq import curvature, fit_weights, round_weights
+from clip_tools.quantization.quantize import QuantisedLayer, fit, linear_layers, prepare, quantize
+from clip_tools.quantization.rotation import mean_keeping_rotation, rotate
+from clip_tools.quantization.stepwise import Stepwise
+from clip_tools.verification.gates import (
     GATES,
     Agreement,
     Gate,
@@ -18,23 +34,7 @@ from clip_tools.engines.gates import (
     gates_table,
     likely_neighbours_kept,
 )
-from clip_tools.engines.gptq import curvature, fit_weights, round_weights
-from clip_tools.engines.onnx_runner import NATIVE, TWIN, run_onnx
-from clip_tools.engines.precision import (
-    count_matrices,
-    fold_normalisation,
-    lower,
-    naive_half,
-    precision_of,
-    split_gemm,
-    twin,
-)
-from clip_tools.engines.quantize import QuantisedLayer, fit, linear_layers, prepare, quantize
-from clip_tools.engines.rotation import mean_keeping_rotation, rotate
-from clip_tools.engines.stepwise import Stepwise
-from clip_tools.errors import ToolError
-from clip_tools.paths import ROOT
-from clip_tools.precision_results import results_table
+from clip_tools.verification.onnx_runner import NATIVE, TWIN, run_onnx
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 

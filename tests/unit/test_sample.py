@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from clip_tools.digest import sha256_of
-from clip_tools.engines.engine import Engine, graph_of
-from clip_tools.engines.engine_manifest import EngineManifest
-from clip_tools.engines.export_onnx import describe, manifest_path
-from clip_tools.engines.sample import FILE, Sample, keep_sample
+from clip_tools.export.export_onnx import describe
+from clip_tools.export.manifest import manifest_path
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
 from clip_tools.serving.proof import WrongVectors, check_vectors
+from clip_tools.tensorrt.engine_manifest import EngineManifest
+from clip_tools.verification.engine import Engine, graph_of
+from clip_tools.verification.sample import FILE, Sample, keep_sample
 
 NPY = b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }".ljust(128) + b"\n1"
 WEIGHTS = Weights("ViT-B-32", "laion2b_s34b_b79k")

@@ -13,11 +13,11 @@ from clip_embed import (
     ServerUnavailableError,
 )
 from clip_embed.target import parse_url
-from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError
 from clip_tools.serving import serve
 from clip_tools.serving.health import check_health
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+from clip_tools.verification.sample import Sample
 
 
 @pytest.mark.parametrize(

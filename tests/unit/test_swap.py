@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from clip_embed.served import CHECKPOINT, MODEL
-from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
@@ -15,6 +14,7 @@ from clip_tools.serving.model_control import GrpcModelControl, reason_in
 from clip_tools.serving.proof import WrongVectors
 from clip_tools.serving.swap import SwapOptions, becomes_idle, plan_swap, same_configuration, swap
 from clip_tools.serving.told import tell
+from clip_tools.verification.sample import Sample
 
 
 class FakeServer:

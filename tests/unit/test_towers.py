@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from clip_tools.engines.export_onnx import Manifest
+from clip_tools.export.manifest import Manifest
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, config_names, deployment, read_config
 from clip_tools.serving.towers import Towers

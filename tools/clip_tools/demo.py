@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from clip_tools import photos
 from clip_tools.edits import edits
-from clip_tools.engines.export_onnx import Manifest, export_onnx, is_exported
-from clip_tools.engines.export_text import export_text
 from clip_tools.errors import missing_extra
+from clip_tools.export.export_onnx import export_onnx
+from clip_tools.export.export_text import export_text
+from clip_tools.export.manifest import Manifest, is_exported
 from clip_tools.oracle import DEFAULT_MODEL, OtherTokenizer, Weights, WeightsUnavailable, load_oracle
 from clip_tools.paths import CACHE, ROOT
 from clip_tools.serving.serve import EmbeddedServer, ServeOptions, check_ports

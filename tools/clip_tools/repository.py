@@ -52,6 +52,18 @@ def read_config(models: Path, name: str, config_name: str | None = None) -> Any:
         raise ToolError(f"{path} is not a Triton model configuration: {error}") from error
 
 
+def write_config(models: Path, name: str, config: Any, config_name: str | None, *, comment: str = "") -> Path:
+    """Write a model's configuration, named or plain; its path. A comment goes first, a `#` before each line."""
+    from google.protobuf import text_format
+
+    folder = models / name
+    path = folder / "configs" / f"{config_name}.pbtxt" if config_name else folder / "config.pbtxt"
+    path.parent.mkdir(exist_ok=True)
+    head = "".join(f"# {line}\n" for line in comment.splitlines())
+    path.write_text(head + text_format.MessageToString(config))
+    return path
+
+
 def deployment(models: Path, config_name: str | None = None, *, root: str = ENSEMBLE) -> list[Model]:
     """The models that serving `root` loads, steps first. Raises ToolError for an unknown configuration name."""
     if config_name and config_name not in config_names(models):

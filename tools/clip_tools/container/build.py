@@ -40,7 +40,7 @@ def plan_path(settings: Settings, graph: Path, gpu: str | None, runtime_version:
 
 def ensure_plan(settings: Settings, graph: Path, gpu: str | None, say: Say) -> Path:
     """The plan of this graph out of the volume, built when it is missing or stale. Raises ToolError with the reason."""
-    from clip_tools.engines.build_engine import EngineOptions, build_engine, stale_reason
+    from clip_tools.tensorrt.build_engine import EngineOptions, build_engine, stale_reason
 
     version = _runtime_version(settings.runtime)
     plan = plan_path(settings, graph, gpu, version)

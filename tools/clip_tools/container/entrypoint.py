@@ -20,10 +20,9 @@ from clip_tools.container.served import ContainerServer, flags_in, options_in
 from clip_tools.container.served_repository import write_served_repository
 from clip_tools.container.settings import Settings
 from clip_tools.container.start import Found, Start, look, plan_start
-from clip_tools.engines.export_onnx import manifest_path
-from clip_tools.engines.export_text import MERGES
-from clip_tools.engines.sample import FILE as SAMPLE
 from clip_tools.errors import ToolError
+from clip_tools.export.export_text import MERGES
+from clip_tools.export.manifest import manifest_path
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, deployment, graph_name, text_deployment
 from clip_tools.serving.machine import Machine, available_cores
@@ -32,6 +31,7 @@ from clip_tools.serving.proof import WrongVectors
 from clip_tools.serving.serve import ServeOptions, repository_flags, warning_if_untrained
 from clip_tools.serving.supervisor import Supervisor
 from clip_tools.serving.told import write_told
+from clip_tools.verification.sample import FILE as SAMPLE
 
 _FALLBACK = "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead"
 

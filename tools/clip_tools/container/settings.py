@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast, get_args
 
-from clip_tools.engines.precision import Precision
-from clip_tools.engines.tensorrt_library import RUNTIMES, Runtime
 from clip_tools.errors import ToolError
+from clip_tools.export.precision import Precision
 from clip_tools.serving.access import OPEN_METADATA_VARIABLE, keys_in
 from clip_tools.serving.machine import INSTANCES
 from clip_tools.serving.proof import CHECK_VECTORS
+from clip_tools.tensorrt.library import RUNTIMES, Runtime
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 USAGE = 2  # exit code

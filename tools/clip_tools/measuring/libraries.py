@@ -146,7 +146,7 @@ def measure_edits(paths: Sequence[Path], models: Path, tell: Callable[[str, int,
         from clip_embed import EmbeddingClient
     except ImportError as error:
         raise missing_extra("server", error) from error
-    from clip_tools.engines.export_onnx import Manifest
+    from clip_tools.export.manifest import Manifest
 
     manifest = Manifest.read(models / "clip_onnx" / "1" / "model.onnx")
     if manifest is None:

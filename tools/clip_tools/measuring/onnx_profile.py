@@ -125,9 +125,9 @@ def _compare(onnxruntime: Any, served: Path, other: Path, plan: Any, batches: Se
     """Nodes, agreement with open_clip on the sample beside the served graph, and the times of both, in turn."""
     import onnx
 
-    from clip_tools.engines.gates import cosines
-    from clip_tools.engines.sample import Sample
-    from clip_tools.engines.tune_precision import embed, times
+    from clip_tools.export.tune_precision import embed, times
+    from clip_tools.verification.gates import cosines
+    from clip_tools.verification.sample import Sample
 
     def session(path: Path, provider: tuple[str, dict[str, str]]) -> Any:
         options = onnxruntime.SessionOptions()

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.measuring.fingerprint import fingerprint, gpu_name
 from clip_tools.measuring.perf import PerfOptions, write_input
-from clip_tools.measuring.variants import limit_batches, write_config
+from clip_tools.measuring.variants import limit_batches
 from clip_tools.measuring.workload import VGA
 from clip_tools.paths import MODELS, RESULTS, ROOT
-from clip_tools.repository import ENSEMBLE, read_config
+from clip_tools.repository import ENSEMBLE, read_config, write_config
 
 CONFIG = ROOT / "tools" / "model_analyzer" / "ensemble.yaml"
 Mode = Literal["local", "docker", "remote"]

@@ -12,10 +12,10 @@ from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.measuring.noise import SMALLEST_CHANGE
 from clip_tools.measuring.perf import PerfOptions, run_level, write_input
 from clip_tools.measuring.services import TritonService
-from clip_tools.measuring.variants import Variant, change, committed_variant, write_config
+from clip_tools.measuring.variants import Variant, change, committed_variant
 from clip_tools.measuring.workload import VGA
 from clip_tools.paths import MODELS, RESULTS
-from clip_tools.repository import ENSEMBLE
+from clip_tools.repository import ENSEMBLE, write_config
 
 Axis = tuple[dict[str, int], ...]  # the values of an axis, each as the fields of a Variant that it sets
 

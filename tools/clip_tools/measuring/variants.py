@@ -7,7 +7,7 @@ from typing import Any
 
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import MODELS
-from clip_tools.repository import deployment, read_config
+from clip_tools.repository import deployment, read_config, write_config
 from clip_tools.serving.machine import Machine
 
 TENSOR_MODEL = "clip_tensors"
@@ -110,18 +110,6 @@ def limit_batches(config: Any, images: int) -> None:
         preferred[:] = [size for size in preferred if size <= images] or [images]
     else:
         config.max_batch_size = images
-
-
-def write_config(models: Path, name: str, config: Any, config_name: str | None, *, comment: str = "") -> Path:
-    """Write a model's configuration, named or plain; its path. A comment goes first, a `#` before each line."""
-    from google.protobuf import text_format
-
-    folder = models / name
-    path = folder / "configs" / f"{config_name}.pbtxt" if config_name else folder / "config.pbtxt"
-    path.parent.mkdir(exist_ok=True)
-    head = "".join(f"# {line}\n" for line in comment.splitlines())
-    path.write_text(head + text_format.MessageToString(config))
-    return path
 
 
 def write_tensor_model(models: Path) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from clip_tools import photos
 from clip_tools.demo import weights_from_environment
-from clip_tools.engines.export_onnx import Manifest
 from clip_tools.errors import ToolError, missing_extra
+from clip_tools.export.manifest import Manifest
 from clip_tools.oracle import Weights
 from clip_tools.paths import CACHE
 

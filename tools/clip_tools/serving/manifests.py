@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from clip_tools.digest import sha256_of
-from clip_tools.engines.export_onnx import GRAPH, Manifest, manifest_path
 from clip_tools.errors import ToolError
+from clip_tools.export.manifest import GRAPH, Manifest, manifest_path
 from clip_tools.repository import Model, build_command
 from clip_tools.serving.told import manifest_of
 

@@ -5,14 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip_tools.engines.engine import Engine, graph_of, has_exact_pixels, orientation_of, precision_of_engine
-from clip_tools.engines.export_onnx import Manifest
-from clip_tools.engines.gates import Gate, agreement, failures, gate_name, gate_of
-from clip_tools.engines.precision import Precision
-from clip_tools.engines.sample import FILE, Sample
 from clip_tools.errors import ToolError
+from clip_tools.export.manifest import Manifest
+from clip_tools.export.precision import Precision
 from clip_tools.oracle import Orientation
 from clip_tools.repository import Model
+from clip_tools.verification.engine import Engine, graph_of, has_exact_pixels, orientation_of, precision_of_engine
+from clip_tools.verification.gates import Gate, agreement, failures, gate_name, gate_of
+from clip_tools.verification.sample import FILE, Sample
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools import kernel
-from clip_tools.engines.engine import Engine
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, Model, check_files, deployment, text_deployment
@@ -31,6 +30,7 @@ from clip_tools.serving.told import write_told
 from clip_tools.serving.towers import Towers
 from clip_tools.serving.tritonserver import command, find_installation
 from clip_tools.serving.watchdog import PROBE_DEADLINE_S, ImageProbe, Watchdog, decoding_cpu_s
+from clip_tools.verification.engine import Engine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -326,8 +326,8 @@ def repository_flags(models: Path, config_name: str | None) -> list[str]:
 
 def check_plans(models: Sequence[Model], *, rebuild: bool = False) -> None:
     """Raises ToolError for a plan that was built for something else than is here, or builds it again."""
-    from clip_tools.engines.build_engine import build_engine, stale_reason
-    from clip_tools.engines.engine_manifest import EngineManifest, EngineOptions
+    from clip_tools.tensorrt.build_engine import build_engine, stale_reason
+    from clip_tools.tensorrt.engine_manifest import EngineManifest, EngineOptions
 
     for model in models:
         plan = model.file
@@ -397,7 +397,7 @@ def _owner(port: int) -> str:
 
 def warning_if_untrained(options: ServeOptions) -> str:
     """A line for whoever would fill an index with vectors that mean nothing; empty for trained weights."""
-    from clip_tools.engines.export_onnx import Manifest
+    from clip_tools.export.manifest import Manifest
 
     file = deployment(options.models, options.config_name)[-2].file
     manifest = Manifest.read(file) if file else None

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_embed.served import Served
-from clip_tools.engines.engine import Engine
-from clip_tools.engines.sample import Sample
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, Model, check_files, deployment, text_deployment
@@ -21,6 +19,8 @@ from clip_tools.serving.proof import check_text_vectors, check_vectors
 from clip_tools.serving.serve import PROBE_TEXT, check_plans, probe_image
 from clip_tools.serving.told import tell
 from clip_tools.serving.towers import Towers
+from clip_tools.verification.engine import Engine
+from clip_tools.verification.sample import Sample
 
 if TYPE_CHECKING:
     import numpy as np

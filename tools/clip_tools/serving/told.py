@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_embed.served import CHECKPOINT, MODEL, PREPROCESS, SUFFIXES
-from clip_tools.engines.engine_manifest import EngineManifest
-from clip_tools.engines.export_onnx import Manifest
 from clip_tools.errors import missing_extra
+from clip_tools.export.manifest import Manifest
 from clip_tools.oracle import open_heif_too
 from clip_tools.repository import ENSEMBLE, Model, deployment
+from clip_tools.tensorrt.engine_manifest import EngineManifest
 
 
 def tell(models: Sequence[Model]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_tools.engines.export_onnx import Manifest
+from clip_tools.export.manifest import Manifest
 from clip_tools.repository import deployment, text_deployment
 from clip_tools.serving.told import manifest_of
 

@@ -1,0 +1,25 @@
+"""`clip-tools ab`, its options."""
+
+from typing import Annotated
+
+import typer
+
+from clip_tools.cli.options import Images, progress
+
+
+def ab(
+    url_a: Annotated[str, typer.Argument(help="A running server, grpc://HOST:8001.")],
+    url_b: Annotated[str, typer.Argument(help="Another one.")],
+    images: Images = "640x480",
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Images a request.")] = 1,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Both servers in turn, so many times.")] = 3,
+    seconds: Annotated[float, typer.Option(help="The window of one measurement.")] = 8.0,
+) -> None:
+    """Ask two running servers for the same photographs in turns, and show their speed, times by step and vectors."""
+    from clip_tools.measuring import ab as verb
+
+    options = verb.AbOptions(images, batch=batch, concurrency=concurrency, rounds=rounds, seconds=seconds)
+    with progress() as tell:
+        measured, agreement = verb.ab((url_a, url_b), options, tell=tell)
+    typer.echo(verb.text((url_a, url_b), measured, agreement))

@@ -1,0 +1,17 @@
+"""`clip-tools compare`, its options."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(help="A result of clip-tools bench.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Say what changed between two results of bench, and whether it is more than noise."""
+    from clip_tools.measuring import compare as verb
+    from clip_tools.measuring import results
+
+    typer.echo(verb.text(verb.compare(results.read(before), results.read(after))))

@@ -1,0 +1,92 @@
+"""`clip-tools export-onnx`, its options."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clip_tools.cli.options import Architecture, PrecisionName, checked_precision, progress
+from clip_tools.errors import ToolError
+from clip_tools.tensorrt.build_engine import default_onnx
+
+
+def export_onnx(
+    model: Architecture = "ViT-B-32",
+    pretrained: Annotated[
+        str,
+        typer.Option(
+            help="A pretrained tag, a checkpoint's path, or random:SEED for untrained weights.",
+            envvar="CLIP_CHECKPOINT",
+        ),
+    ] = "laion2b_s34b_b79k",
+    precision: PrecisionName = "fp32",
+    image: Annotated[bool, typer.Option("--image", help="The image tower alone.")] = False,
+    text: Annotated[
+        bool, typer.Option("--text", help="The text tower alone, with its tokenizer's merges; in FP32.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the model goes, its manifest beside it; by default model.onnx or model.PRECISION.onnx of "
+            "clip_onnx, model.onnx of clip_text_onnx. The image tower alone, unless --text."
+        ),
+    ] = None,
+    photographs: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of images to compare on, in place of our own photographs (fp32: 10, else 121). The first "
+            "ten are kept beside the model, in sample.npz: servers are held to open_clip's vectors of them."
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="int8 and fp8: a folder of images like those that will be embedded, 500 or more."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Calibrate on fewer than 100 images.")] = False,
+) -> None:
+    """Export an open_clip model's image and text tower to ONNX, compare them with PyTorch, and write their manifests.
+
+    A precision other than fp32 is for the image tower alone. stdout has each tower's manifest, the image's first.
+    """
+    from clip_tools import photos
+    from clip_tools.export import export_onnx as verb
+    from clip_tools.export.export_text import TEXT_MODEL_PATH, export_text
+    from clip_tools.export.export_variant import export_variant
+    from clip_tools.oracle import Weights, load_oracle, load_tokenizer
+    from clip_tools.quantization.calibration import check_count
+
+    weights, wanted = Weights(model, pretrained), checked_precision(precision)
+    if text and (wanted != "fp32" or (image and output)):
+        raise ToolError("--text: expected without --precision, and with --output without --image", exit_code=2)
+    exports_text = text or (wanted == "fp32" and not image and output is None)
+    exports_image = image or not text
+    if (wanted in ("int8", "fp8")) != (calibration is not None):
+        expected = "needs --calibration with a folder of images" if calibration is None else "takes no --calibration"
+        raise ToolError(f"--precision {wanted} {expected}", exit_code=2)
+    images: list[Path] = []
+    if calibration is not None:
+        images = photos.images_in(calibration)
+        if note := check_count(len(images), force=force):
+            sys.stderr.write(f"{note}\n")
+    manifests = []
+    with progress(f"exporting {model}, {pretrained}") as advance:
+        if exports_text:
+            load_tokenizer(model)  # one that is refused, before anything is written
+        oracle = load_oracle(weights) if wanted == "fp32" else None
+        ours = photos.demo_photos if wanted == "fp32" else photos.gate_photos
+        paths = photos.images_in(photographs) if photographs else ours()
+        if exports_image and wanted == "fp32":
+            files = [path.read_bytes() for path in paths]
+            manifests.append(verb.export_onnx(weights, files, output or verb.MODEL_PATH, oracle=oracle))
+        elif exports_image:
+            target = output or default_onnx(wanted)
+            manifests.append(export_variant(weights, wanted, paths, target, calibration=images, advance=advance))
+        if exports_text:
+            manifests.append(export_text(weights, output or TEXT_MODEL_PATH, oracle=oracle))
+    if reason := manifests[0].gate.get("counts_for_nothing"):
+        sys.stderr.write(f"its gate counts for nothing: {reason}\n")
+    if not manifests[0].trained:
+        sys.stderr.write("untrained weights: good for trying things out, worth nothing as embeddings\n")
+    for manifest in manifests:
+        typer.echo(manifest.to_json())

@@ -1,0 +1,94 @@
+"""Options and ways to show a result that several verbs of `clip-tools` share."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clip_tools.errors import ToolError
+from clip_tools.export.precision import Precision
+from clip_tools.oracle import ORIENTATIONS, Orientation
+from clip_tools.serving.proof import CHECK_VECTORS
+from clip_tools.tensorrt.library import RUNTIMES, Runtime
+from clip_tools.verification.gates import PRECISIONS
+
+Port = Annotated[int, typer.Option(min=1, max=65535)]
+Models = Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")]
+ConfigName = Annotated[
+    str | None,
+    typer.Option("--model-config-name", help="A named configuration of the whole deployment, such as cpu-bf16."),
+]
+CheckVectors = Annotated[
+    bool,
+    typer.Option(
+        envvar=CHECK_VECTORS, help="Hold the engine's vectors to open_clip's, on photographs kept by its export."
+    ),
+]
+Architecture = Annotated[str, typer.Option(help="An open_clip architecture.", envvar="CLIP_MODEL")]
+PrecisionName = Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")]
+
+
+def checked_precision(name: str) -> Precision:
+    """The precision of this name. Raises ToolError for another."""
+    for precision in PRECISIONS:
+        if precision == name:
+            return precision
+    raise ToolError(f"--precision {name}: expected one of {', '.join(PRECISIONS)}", exit_code=2)
+
+
+def checked_orientation(name: str) -> Orientation:
+    """The orientation of this name. Raises ToolError for another."""
+    for orientation in ORIENTATIONS:
+        if orientation == name:
+            return orientation
+    raise ToolError(f"--orientation {name}: expected one of {', '.join(ORIENTATIONS)}", exit_code=2)
+
+
+def checked_runtime(name: str) -> Runtime:
+    """The runtime of this name. Raises ToolError for another."""
+    for runtime in RUNTIMES:
+        if runtime == name:
+            return runtime
+    raise ToolError(f"--runtime {name}: expected one of {', '.join(RUNTIMES)}", exit_code=2)
+
+
+Images = Annotated[
+    str, typer.Option(help="640x480 (real photographs of that size), phone (12 MP originals), or a folder of images.")
+]
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`1,4,16` -> (1, 4, 16). Raises ToolError for anything else."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ToolError(f"'{text}': expected whole numbers with commas, such as 1,4,16", exit_code=2) from error
+
+
+def show(table: Any) -> None:
+    """A table for people, on stderr, so that stdout holds data alone."""
+    from rich.console import Console
+
+    Console(stderr=True).print(table)
+
+
+@contextlib.contextmanager
+def progress(title: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr; what it gives takes what goes on, how much is done, how much there is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def tell_applied(paths: list[Path], name: str) -> None:
+    """On stderr: which configurations were written, and how they are served."""
+    for path in paths:
+        typer.echo(f"written: {path}", err=True)
+    how = f"serve it: clip-tools serve --model-config-name={name}" if paths else "the committed configuration is best"
+    typer.echo(how, err=True)

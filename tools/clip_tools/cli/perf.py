@@ -1,0 +1,79 @@
+"""`clip-tools perf`, its options."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clip_tools.cli.options import Images, Models, numbers, show
+from clip_tools.paths import MODELS, RESULTS
+
+
+def perf(
+    model: Annotated[str, typer.Option(help="clip_ensemble, or a step: preprocess, clip_onnx, clip_trt.")] = (
+        "clip_ensemble"
+    ),
+    images: Images = "640x480",
+    url: Annotated[str, typer.Option(help="The running server, HOST:PORT.")] = "localhost:8001",
+    serve: Annotated[bool, typer.Option("--serve", help="Start the embedded server for the run.")] = False,
+    config_name: Annotated[
+        str | None, typer.Option("--model-config-name", help="With --serve: the configuration that is served.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="grpc or http.")] = "grpc",
+    concurrency: Annotated[str, typer.Option(help="Requests in flight, each measured; empty for none.")] = "1,4,16",
+    request_rate: Annotated[str, typer.Option(help="Requests a second, each measured; empty for none.")] = "",
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Images a request.")] = 1,
+    window_ms: Annotated[int, typer.Option(min=100, help="One measurement window.")] = 5000,
+    max_trials: Annotated[int, typer.Option(min=1, help="Windows at most; three that agree are enough.")] = 10,
+    stability_percent: Annotated[int, typer.Option(min=1, help="How far three windows may differ.")] = 10,
+    output: Annotated[Path, typer.Option(help="Where the JSON goes; the picture goes beside it.")] = (
+        RESULTS / "perf.json"
+    ),
+    write_input: Annotated[
+        Path | None,
+        typer.Option(
+            help="Only write perf_analyzer's input JSON to this file, and run nothing. docs/container.md says what "
+            "plain perf_analyzer needs of a server that other machines reach."
+        ),
+    ] = None,
+    models: Models = MODELS,
+) -> None:
+    """Run the real perf_analyzer against a running server, with many different photographs."""
+    import json
+
+    from rich.console import Console
+
+    from clip_tools.measuring import perf as verb
+    from clip_tools.measuring.services import TritonService
+    from clip_tools.measuring.variants import Variant
+
+    options = verb.PerfOptions(
+        model=model,
+        images=images,
+        url=url,
+        protocol=protocol,
+        concurrency=numbers(concurrency),
+        request_rate=tuple(map(float, numbers(request_rate))),
+        batch=batch,
+        window_ms=window_ms,
+        max_trials=max_trials,
+        stability_percent=stability_percent,
+        models=models,
+    )
+    if write_input:
+        count = verb.write_input(options, write_input)
+        typer.echo(f"{write_input}: {count} images for --input-data", err=True)
+        return
+    with contextlib.ExitStack() as stack:
+        status = stack.enter_context(Console(stderr=True).status("perf_analyzer"))
+        if serve:
+            service = TritonService(Variant(config_name), models)
+            stack.callback(service.stop)
+            address = service.options.grpc_url if protocol == "grpc" else service.options.http_url
+            options = replace(options, url=address.split("://")[1])
+        result = verb.perf(options, output, tell=lambda line: status.update(f"perf_analyzer: {line}"))
+    show(verb.table(result))
+    verb.explain(result)
+    typer.echo(json.dumps(result["levels"]))

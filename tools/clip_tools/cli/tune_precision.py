@@ -1,0 +1,68 @@
+"""`clip-tools tune-precision`, its options."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clip_tools.cli.options import Architecture, progress
+from clip_tools.errors import ToolError
+from clip_tools.paths import MODELS, RESULTS
+
+
+def tune_precision(
+    model: Architecture = "ViT-B-32",
+    pretrained: Annotated[
+        str, typer.Option(help="The weights of the graph: a tag or a checkpoint's path.", envvar="CLIP_CHECKPOINT")
+    ] = "laion2b_s34b_b79k",
+    onnx: Annotated[
+        Path | None, typer.Option(help="Its FP32 graph; by default what export-onnx wrote for clip_onnx.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="A folder of 100 or more images; by default 121 photographs of ours.")
+    ] = None,
+    worst_cosine: Annotated[float, typer.Option(min=0, max=1, help="The gate: the least worst cosine.")] = 0.999,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each mix and FP32 are timed, in turn.")] = 15,
+    apply: Annotated[
+        str | None, typer.Option(help="Write the best mix as the named configuration NAME, and its parts.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where the JSON goes, its curve beside it as SVG.")] = (
+        RESULTS / "tune-precision.json"
+    ),
+    models: Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")] = MODELS,
+) -> None:
+    """Find the fastest mix of FP32 and BF16 layers on this CPU whose worst cosine to open_clip stays above the gate."""
+    from dataclasses import asdict
+
+    from clip_tools import photos
+    from clip_tools.export import mix
+    from clip_tools.export import tune_precision as verb
+    from clip_tools.measuring import plots, results
+    from clip_tools.measuring.fingerprint import fingerprint
+    from clip_tools.measuring.precision_section import precision_section
+    from clip_tools.oracle import Weights
+    from clip_tools.verification.reference import reference
+
+    if apply:
+        mix.check_name(apply, models)
+    weights, graph = Weights(model, pretrained), onnx or models / "clip_onnx" / "1" / "model.onnx"
+    environment = asdict(fingerprint())
+    with progress("open_clip in FP32") as advance:
+        expected = reference(weights, photos.images_in(images) if images else photos.gate_photos())
+        tuning, found = verb.tune_precision(
+            graph, weights, expected, worst_cosine=worst_cosine, rounds=rounds, advance=advance
+        )
+    result = {"kind": found.pop("kind"), "environment": environment, **found}
+    results.write(result, output)
+    output.with_suffix(".svg").write_text(plots.speed_against_fidelity(result))
+    typer.echo(precision_section(output.stem, result).text)
+    if not apply:
+        return
+    if result["counts_for_nothing"]:
+        raise ToolError(f"--apply {apply}: nothing was written: {result['counts_for_nothing']}")
+    if tuning.best is None:
+        raise ToolError(f"--apply {apply}: nothing was written: no mix inside the gate is {verb.WORTH:g} times FP32")
+    for path in mix.apply(tuning.best, graph, weights, apply, mix.comment_of(result, tuning.best), models):
+        sys.stderr.write(f"written: {path}\n")
+    sys.stderr.write(f"serve it with --model-config-name={apply}\n")

@@ -1,0 +1,81 @@
+"""`clip-tools verify`, its options."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clip_tools.cli.options import checked_orientation, checked_precision, progress
+from clip_tools.errors import ToolError
+from clip_tools.paths import MODELS
+
+
+def verify(
+    engine: Annotated[
+        str | None,
+        typer.Option(help="A .onnx or .plan file, or a named configuration to serve for it ('default', 'cpu-bf16')."),
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="A running server in place of --engine: grpc://host:8001.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="A folder of 100 or more images; by default 121 photographs of ours.")
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="The text tower, on 120 texts of ours, in place of images.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="The architecture; by default the engine's manifest's.")] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="A tag, a checkpoint's path or random:SEED; by default the manifest's.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Whose gate it is held to; by default the engine's own precision.")
+    ] = None,
+    orientation: Annotated[
+        str | None,
+        typer.Option(help="ignore or exif, as the server behind --url has it; by default the configuration's."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the JSON goes, in place of stdout.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Where a histogram goes, as PNG.")] = None,
+    models: Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")] = MODELS,
+) -> None:
+    """Hold an engine against open_clip in FP32; exit 1 when it is under the gate of its precision."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from clip_tools import photos
+    from clip_tools.measuring.fingerprint import fingerprint
+    from clip_tools.oracle import Weights
+    from clip_tools.verification import verify as verb
+    from clip_tools.verification.engine import find_engine
+
+    found = find_engine(engine, url, models)
+    given = Weights()
+    weights = Weights(model or given.model, pretrained or given.pretrained) if model or pretrained else None
+    held_to = checked_precision(precision) if precision else None
+    turned = checked_orientation(orientation) if orientation else None
+    if text and (images or held_to or turned):
+        raise ToolError(
+            "--text takes neither --images, --precision nor --orientation: its texts are ours, its tower is FP32",
+            exit_code=2,
+        )
+    with progress("reading the images") as advance:
+        if text:
+            verdict = verb.verify_text(found, weights, advance=advance)
+        else:
+            paths = photos.images_in(images) if images else photos.gate_photos()
+            verdict = verb.verify(found, weights, paths, precision=held_to, orientation=turned, advance=advance)
+    Console(stderr=True).print(verb.verdict_table(verdict))
+    result = json.dumps({"kind": "verify", "environment": asdict(fingerprint()), **verdict.to_dict()}, indent=2)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(result + "\n")
+    else:
+        typer.echo(result)
+    if picture:
+        verb.draw_histogram(verdict, picture)
+    if verdict.counts_for_nothing:
+        sys.stderr.write(f"this counts for nothing: {verdict.counts_for_nothing}\n")
+    if not verdict.passed:
+        raise ToolError(f"{verdict.engine} is under the gate of {verdict.gate_name}: {'; '.join(verdict.failures)}")

@@ -1,0 +1,81 @@
+"""`clip-tools export-onnx --text`: the text tower of an open_clip model, for `tokenize` and `clip_text_onnx`."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from clip_tools.export.export_onnx import check_drift, check_size, describe, tensors_of, trace
+from clip_tools.export.manifest import Manifest, put_in_place
+from clip_tools.export.text_graph import is_plain_text, text_graph, text_tower
+from clip_tools.oracle import Oracle, Weights, load_oracle, load_tokenizer
+from clip_tools.paths import MODELS
+from clip_tools.verification.sample import PHOTOGRAPHS, Sample, known_as
+from clip_tools.verification.texts import texts
+
+TEXT_MODEL_PATH = MODELS / "clip_text_onnx" / "1" / "model.onnx"
+MERGES = "merges.txt"
+
+
+def merges_path(model_path: Path) -> Path:
+    """Where the byte-pair merges of a text tower go: to `tokenize` in its repository; outside of one, beside it."""
+    folder = model_path.absolute().parent
+    if folder.parent.name == "clip_text_onnx":
+        return folder.parent.parent / "tokenize" / "1" / MERGES
+    return folder / MERGES
+
+
+def export_text(weights: Weights, output: Path = TEXT_MODEL_PATH, *, oracle: Oracle | None = None) -> Manifest:
+    """Export, compare with PyTorch, then put model, merges, manifest and sample in place. Raises ToolError on drift.
+
+    The graph: `tokens` (batch, context) int64 -> `embedding` (batch, D) float32 with L2 norm 1. Nothing is in place
+    until it has passed.
+    """
+    tokenizer = load_tokenizer(weights.model)
+    oracle = oracle or load_oracle(weights)
+    some = texts()[::3]
+    tokens = tokenizer(some).numpy()
+    expected = oracle.embed_tokens(tokens)
+    merges = merges_path(output)
+    for place in (output.parent, merges.parent):
+        place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
+        draft = Path(folder) / output.name
+        write_text_graph(oracle.model, tokens[:2], draft)
+        worst_cosine, max_abs_difference = check_drift(draft, "tokens", tokens, expected)
+        manifest = describe(draft, weights, "fp32", worst_cosine, max_abs_difference, tensors=tensors_of(draft))
+        (draft_merges := Path(folder) / MERGES).write_text(merges_text(tokenizer), "utf-8")
+        draft_merges.replace(merges)
+        put_in_place(draft, manifest, output)
+    kept = slice(None, None, max(1, len(some) // PHOTOGRAPHS))
+    files = tuple(text.encode() for text in some[kept])
+    Sample(known_as(weights), files, tokens[kept], expected[kept]).write(output)
+    return manifest
+
+
+def write_text_graph(model: Any, tokens: Any, path: Path) -> None:
+    """Write the FP32 graph of the text tower: `text_graph` of a plain one, else what torch.onnx.export gives."""
+    import onnx
+    import torch
+
+    tower = text_tower(model)  # which may be the whole model
+    check_size(value for name, value in tower.named_parameters() if not name.startswith("visual."))
+    if is_plain_text(model):
+        onnx.save(text_graph(model), str(path))
+        return
+
+    class TokensToEmbedding(torch.nn.Module):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            embedding: torch.Tensor = self.model.encode_text(tokens, normalize=True)
+            return embedding
+
+    trace(TokensToEmbedding().eval(), torch.as_tensor(tokens), "tokens", path)
+
+
+def merges_text(tokenizer: Any) -> str:
+    """The merges of open_clip's byte-pair tokenizer, one a line, the first to be done first."""
+    ranks: dict[tuple[str, str], int] = tokenizer.bpe_ranks
+    return "".join(f"{first} {second}\n" for first, second in sorted(ranks, key=ranks.__getitem__))

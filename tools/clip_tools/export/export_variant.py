@@ -1,0 +1,161 @@
+"""`clip-tools export-onnx --precision`: the exported graph in a lower precision, held to its gate before it is kept."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clip_tools.errors import ToolError
+from clip_tools.export.export_onnx import compare, describe, tensors_of, write_graph
+from clip_tools.export.manifest import Manifest, put_in_place
+from clip_tools.export.precision import Precision, count_matrices, count_weights, lower
+from clip_tools.oracle import Oracle, Weights, load_oracle
+from clip_tools.verification.gates import (
+    GATES,
+    Agreement,
+    agreement,
+    counts_for_nothing,
+    failures,
+    likely_neighbours_kept,
+)
+from clip_tools.verification.onnx_runner import OnnxRun, run_onnx
+from clip_tools.verification.reference import image_pixels, reference
+from clip_tools.verification.sample import keep_sample
+
+if TYPE_CHECKING:
+    import onnx
+
+Advance = Callable[[str, int, int], None]  # (what, done, of how many)
+# Of the error that the gate allows, what a mix may show on images that no layer was fitted to: other images, those of
+# the gate among them, may show more. Set before any was measured, and by no result.
+_MARGIN = 0.5
+_COMPARED_IN_FP32 = 8  # photographs on which a graph that is only a step on the way meets PyTorch
+
+
+def export_variant(
+    weights: Weights,
+    precision: Precision,
+    photographs: Sequence[Path],
+    output: Path,
+    *,
+    calibration: Sequence[Path] = (),
+    advance: Advance = lambda what, done, total: None,
+) -> Manifest:
+    """Write the graph of a lower precision to `output`, with its manifest and sample. Raises ToolError under its gate.
+
+    `photographs` are what it is held against open_clip on, at least `gates.MIN_IMAGES` for the gate to count;
+    `calibration` is for INT8 and FP8.
+    """
+    import onnx
+
+    oracle = load_oracle(weights)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
+        draft = Path(folder) / output.name
+        full = _fp32_graph(oracle, photographs, Path(folder))
+        graph, calibrated = _in_precision(full, precision, oracle, calibration, advance)
+        onnx.checker.check_model(graph, full_check=True)
+        onnx.save(graph, str(draft))
+        expected = reference(weights, photographs, oracle=oracle)
+        done = 0
+
+        def tell(images: int) -> None:
+            nonlocal done
+            done += images
+            advance("comparing with open_clip", done, len(photographs))
+
+        run: OnnxRun = run_onnx(graph, expected.pixels, advance=tell)
+        found = agreement(run.embeddings, expected.embeddings, expected.names)
+        trained = weights.seed is None
+        if under := failures(found, GATES[precision], trained=trained):
+            mix = f", {calibrated['layers']} of {calibrated['of_layers']} layers," if calibrated else ""
+            raise ToolError(
+                f"the {precision} graph of {weights.model}{mix} fails its gate on {found.images} photographs: "
+                f"{'; '.join(under)}; nothing was written"
+            )
+        manifest = describe(
+            draft,
+            weights,
+            precision,
+            found.worst_cosine,
+            found.max_abs,
+            opset=graph.opset_import[0].version,
+            tensors=tensors_of(draft),
+            fit=dict(oracle.fit),
+            matrices=count_matrices(graph),
+            gate={
+                **asdict(found),
+                "how": run.how,
+                "images_sha256": expected.images_sha256,
+                "counts_for_nothing": counts_for_nothing(found.images, trained=trained),
+            },
+            calibration=calibrated,
+        )
+        put_in_place(draft, manifest, output)
+    keep_sample(output, weights, (photograph.read_bytes() for photograph in photographs), oracle)
+    return manifest
+
+
+def _fp32_graph(oracle: Oracle, photographs: Sequence[Path], folder: Path) -> "onnx.ModelProto":
+    """The FP32 graph in the form for GPUs, which agrees with PyTorch."""
+    import onnx
+
+    path = folder / "fp32.onnx"
+    write_graph(oracle, path, "gpu")
+    compare(oracle, path, [photograph.read_bytes() for photograph in photographs[:_COMPARED_IN_FP32]])
+    return onnx.load(str(path))
+
+
+def _in_precision(
+    full: "onnx.ModelProto", precision: Precision, oracle: Oracle, images: Sequence[Path], advance: Advance
+) -> "tuple[onnx.ModelProto, dict[str, Any]]":
+    """(The graph in that precision, what it was calibrated on).
+
+    An eight-bit graph has as many eight-bit layers as hold, with a margin, on calibration images that no layer was
+    fitted to, and never less than half of its weights in them; the rest is FP16. Whether that is enough is for the gate
+    to say.
+    """
+    if precision in ("fp16", "bf16"):
+        return lower(full, precision), {}
+    if precision not in ("int8", "fp8"):
+        raise ToolError(f"--precision {precision}: the FP32 graph is no variant", exit_code=2)
+    import numpy as np
+
+    from clip_tools.quantization.calibration import calibrate, split
+    from clip_tools.quantization.quantize import prepare, quantize
+
+    prepared = prepare(full, precision)
+    seen, held_out = split(image_pixels(oracle, images))
+    calibration = calibrate(prepared, seen, held_out, precision, advance=advance)
+    exact = run_onnx(prepared, np.concatenate([seen, held_out])).embeddings
+    weights = count_weights(prepared)
+    mixes = calibration.mixes(weights)
+    first, last = 0, len(mixes) - 1  # the first that holds lies between them, or none does and the last must
+    while first < last:
+        middle = (first + last) // 2
+        got, wanted = run_onnx(quantize(prepared, mixes[middle], precision), held_out).embeddings, exact[len(seen) :]
+        found = replace(agreement(got, wanted), neighbours_kept=likely_neighbours_kept(got, wanted, exact))
+        first, last = (first, middle) if holds_with_margin(found, precision) else (middle + 1, last)
+        advance("choosing the layers", len(mixes) - 1 - (last - first), len(mixes) - 1)
+    graph = lower(quantize(prepared, mixes[first], precision), "fp16")
+    return graph, {
+        "images": len(seen),
+        "held_out": len(held_out),
+        "layers": len(mixes[first]),
+        "of_layers": len(calibration.layers),
+        "share_of_weights": round(sum(layer.levels.size for layer in mixes[first].values()) / weights, 4),
+    }
+
+
+def holds_with_margin(found: Agreement, precision: Precision) -> bool:
+    """Whether each error is at most `_MARGIN` of the one that the gate allows."""
+    gate = GATES[precision]
+    return all(
+        1 - got <= _MARGIN * (1 - least)
+        for got, least in (
+            (found.worst_cosine, gate.worst_cosine),
+            (found.mean_cosine, gate.mean_cosine),
+            (found.neighbours_kept, gate.top1_agreement),  # between tied ones no mix can be chosen
+        )
+    )

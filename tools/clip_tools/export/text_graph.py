@@ -1,0 +1,62 @@
+"""The text tower of an open_clip model as an ONNX graph of few nodes, on the blocks of `vit_graph`.
+
+The mask is causal, and the embedding is made of one token, the end of the text: what stands behind the last end of a
+batch changes nothing, so the graph cuts it off. A text of four words then costs a tenth of one that fills the context.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from clip_tools.export.vit_graph import Tower, array_of, has_plain_blocks
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def is_plain_text(model: Any) -> bool:
+    """Whether the model's text tower is open_clip's causal one, pooled at its highest token, and nothing else."""
+    import torch
+
+    tower = text_tower(model)
+    mask = getattr(tower, "attn_mask", None)
+    return (
+        has_plain_blocks(getattr(tower, "transformer", None))
+        and getattr(tower, "text_pool_type", getattr(tower, "pool_type", None)) == "argmax"
+        and getattr(tower, "cls_emb", None) is None
+        and not getattr(tower, "output_tokens", False)
+        and not getattr(tower, "use_pad_mask", False)
+        and isinstance(tower.text_projection, torch.nn.Parameter)
+        and mask is not None
+        and torch.equal(mask, torch.full_like(mask, float("-inf")).triu_(1))
+    )
+
+
+def text_tower(model: Any) -> Any:
+    """Where an open_clip model keeps its text tower: in itself, or in `text`."""
+    return getattr(model, "text", model)
+
+
+def text_graph(model: Any) -> "onnx.ModelProto":
+    """The FP32 graph of a plain one: `tokens` (batch, context) int64 -> `embedding` (batch, D) float32, L2 norm 1."""
+    tower, made = text_tower(model), Tower("portable")
+    context, made.width = tower.positional_embedding.shape
+    end = made.node("ArgMax", ["tokens"], "end", axis=1, keepdims=1)
+    last = made.node("ReduceMax", [end, made.integers("first_axis", (0,))], "last_end", keepdims=0)
+    length = made.node("Add", [last, made.integers("one", (1,))], "tokens_kept")
+    begin = made.integers("begin", (0,))
+    x = made.node("Slice", ["tokens", begin, length, made.integers("second_axis", (1,))], "tokens_cut")
+    x = made.node(
+        "Gather", [made.constant("token_embedding", array_of(tower.token_embedding.weight)), x], "token_vectors"
+    )
+    position = made.constant("position_embedding", array_of(tower.positional_embedding))
+    position = made.node("Slice", [position, begin, length, "first_axis"], "position")
+    x = made.node("Add", [x, position], "embedded")
+    mask = made.constant("mask", array_of(tower.attn_mask))
+    mask = made.node("Slice", [mask, begin, length, "first_axis"], "mask_rows")
+    made.mask = made.node("Slice", [mask, begin, length, "second_axis"], "mask_cut")
+    made.tokens, made.pooled = length, end
+    x = made.reshape(x, (-1, made.width), "vectors")
+    blocks = tower.transformer.resblocks
+    for index, block in enumerate(blocks):
+        x = made.block(x, block, f"block_{index}", last=index == len(blocks) - 1)
+    x = made.norm(x, tower.ln_final, "ln_final")
+    return made.embedding(x, tower.text_projection, "text_features", ("tokens", "INT64", (context,)))

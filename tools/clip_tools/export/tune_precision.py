@@ -1,0 +1,263 @@
+"""`clip-tools tune-precision`: the fastest mix of FP32 and BF16 layers whose vectors stay open_clip's, on this CPU.
+
+Every figure is of the engine that serves: the graph cut into parts, each opened by `backends/onnxruntime` with
+OpenVINO in its own precision. A layer's cost is what it alone in BF16, and all else in FP32, takes from the cosine to
+open_clip in FP32; its gain is the time that BF16 saves. Layers go to BF16 by cost for gain, the cheapest first, as far
+as the gate allows, found by bisection. Neighbours in one precision are one part, for a border costs a conversion.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clip_tools.errors import ToolError
+from clip_tools.export.manifest import is_exported
+from clip_tools.export.mix import BATCH, Engine, Mix, PartPrecision
+from clip_tools.oracle import Weights
+from clip_tools.verification.gates import Agreement, agreement, cosines, counts_for_nothing
+from clip_tools.verification.reference import Reference
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import onnx
+
+Advance = Callable[[str, int, int], None]  # (what, done, of how many)
+WORST_COSINE = 0.999
+WORTH = 1.25  # times FP32: below it a mix is not worth another configuration
+ROUNDS = 15
+_LAYER_ROUNDS = 5
+_SHARES = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer alone in BF16: the time of a batch in both precisions, and `cost`, 1 - the worst cosine it leaves."""
+
+    name: str
+    fp32_ms: float
+    bf16_ms: float
+    cost: float
+
+    @property
+    def saved_ms(self) -> float:
+        """What BF16 saves of a batch's time."""
+        return self.fp32_ms - self.bf16_ms
+
+    @property
+    def price(self) -> float:
+        """What a saved millisecond costs; infinite where none is saved."""
+        return self.cost / self.saved_ms if self.saved_ms > 0 else float("inf")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured; `best` is the fastest mix inside the gate that is worth it, None when there is none."""
+
+    layers: tuple[LayerCost, ...]
+    mixes: tuple[Mix, ...]
+    worst_cosine: float
+
+    @property
+    def best(self) -> Mix | None:
+        """The fastest that passes and beats FP32 by a quarter."""
+        good = [mix for mix in self.mixes if mix.agreement.worst_cosine >= self.worst_cosine and mix.ratio >= WORTH]
+        return max(good, key=lambda mix: mix.ratio, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: each mix with the count of its BF16 layers, and whether it is the best."""
+        mixes = []
+        for mix in self.mixes:
+            found = {"lowered": mix.lowered, **asdict(mix), "best": mix == self.best}
+            found["precisions"] = " ".join(mix.precisions)
+            mixes.append(found)
+        return {
+            "gate": {"worst_cosine": self.worst_cosine, "worth": WORTH},
+            "batch": BATCH,
+            "layers": [asdict(layer) for layer in self.layers],
+            "mixes": mixes,
+        }
+
+
+def tune(
+    model: "onnx.ModelProto",
+    expected: Reference,
+    *,
+    worst_cosine: float = WORST_COSINE,
+    rounds: int = ROUNDS,
+    advance: Advance = lambda what, done, total: None,
+) -> Tuning:
+    """Measure the layers and the mixes of an FP32 graph against open_clip's embeddings of `expected.pixels`.
+
+    Raises ToolError when the graph does not agree in FP32: it is then of other weights.
+    """
+    with tempfile.TemporaryDirectory(prefix="clip-tune-") as folder:
+        trial = _Trial(Engine(model, Path(folder)), expected, advance)
+        count = trial.count
+        if not (as_it_is := trial.worst_cosine([])) >= worst_cosine:
+            raise ToolError(f"the graph's worst cosine to open_clip is {as_it_is:.5f} in FP32: is it of these weights?")
+        passes = trial.worst_cosine(range(count)) >= worst_cosine
+        costs = _costs(trial.engine, trial.touchy(), advance)
+        order = [i for i in sorted(range(count), key=lambda i: costs[i].price) if costs[i].saved_ms > 0]
+        if passes:
+            for share in _SHARES:  # nothing is left to find: these are for the curve
+                trial.worst_cosine(order[: round(share * len(order))])
+        else:
+            fits, fails = 0, len(order) + 1
+            while fails - fits > 1:
+                middle = (fits + fails) // 2
+                fine = trial.worst_cosine(order[:middle]) >= worst_cosine
+                fits, fails = (middle, fails) if fine else (fits, middle)
+        return Tuning(tuple(costs), trial.timed(rounds), worst_cosine)
+
+
+class _Trial:
+    """Holds each mix against open_clip once, and times them all at the end; no more than two are open at a time."""
+
+    def __init__(self, engine: Engine, expected: Reference, advance: Advance) -> None:
+        self.engine, self.count = engine, len(engine.layers)
+        self._expected, self._advance = expected, advance
+        self._embeddings: dict[tuple[PartPrecision, ...], Any] = {}
+
+    def worst_cosine(self, lowered: Sequence[int]) -> float:
+        """That of the mix that has these layers in BF16."""
+        mix = self._precisions(lowered)
+        if mix not in self._embeddings:
+            self._embeddings[mix] = embed(self.engine.open(mix), self._expected.pixels)
+        self._advance("comparing mixes", len(self._embeddings), 2 + max(len(_SHARES), self.count.bit_length()))
+        return self._agreement(mix).worst_cosine
+
+    def touchy(self) -> Reference:
+        """Those photographs, a batch of them, that BF16 throughout hurts most: a mix fails on them first."""
+        import numpy as np
+
+        cosine = cosines(self._embeddings[self._precisions(range(self.count))], self._expected.embeddings)
+        worst = np.sort(np.argsort(cosine)[:BATCH])
+        names = tuple(self._expected.names[i] for i in worst)
+        return Reference(names, self._expected.pixels[worst], self._expected.embeddings[worst], "")
+
+    def timed(self, rounds: int) -> tuple[Mix, ...]:
+        """Every mix so far with its speed beside FP32, those with the fewest layers in BF16 first."""
+        batch = self._expected.pixels[:BATCH]
+        plain = self.engine.open(self._precisions([]))
+        made = []
+        for mix in sorted(self._embeddings, key=lambda mix: mix.count("bf16")):
+            pairs = times(plain, self.engine.open(mix), batch, rounds)
+            ratios = [slow / fast for slow, fast in pairs]
+            made.append(
+                Mix(
+                    precisions=mix,
+                    parts=len(self.engine.parts(mix)[1]),
+                    agreement=self._agreement(mix),
+                    ratio=round(statistics.median(ratios), 3),
+                    ratio_lowest=round(min(ratios), 3),
+                    ratio_highest=round(max(ratios), 3),
+                    images_per_s=round(len(batch) / statistics.median(fast for _, fast in pairs), 2),
+                )
+            )
+            self._advance("timing mixes", len(made), len(self._embeddings))
+        return tuple(made)
+
+    def _agreement(self, mix: tuple[PartPrecision, ...]) -> Agreement:
+        return agreement(self._embeddings[mix], self._expected.embeddings)
+
+    def _precisions(self, lowered: Sequence[int]) -> tuple[PartPrecision, ...]:
+        chosen = set(lowered)
+        return tuple("bf16" if index in chosen else "fp32" for index in range(self.count))
+
+
+def embed(session: Any, pixels: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.float32]":
+    """(N, 512) float32 of (N, 224, 224, 3) uint8, in batches."""
+    import numpy as np
+
+    batches = range(0, len(pixels), BATCH)
+    return np.concatenate([session.run(["embedding"], {"pixels": pixels[i : i + BATCH]})[0] for i in batches])
+
+
+def times(one: Any, other: Any, pixels: "npt.NDArray[np.uint8]", rounds: int) -> list[tuple[float, float]]:
+    """The seconds of both for one batch, in turn, so that what else the machine does hits both; a round warms up."""
+    pairs = []
+    for _ in range(rounds + 1):
+        pair = []
+        for session in (one, other):
+            begin = time.perf_counter()
+            session.run(["embedding"], {"pixels": pixels})
+            pair.append(time.perf_counter() - begin)
+        pairs.append((pair[0], pair[1]))
+    return pairs[1:]
+
+
+def _costs(engine: Engine, touchy: Reference, advance: Advance) -> list[LayerCost]:
+    """Every layer alone in BF16, on these photographs as one batch."""
+    import numpy as np
+
+    alone = engine.apart()
+    steps = [engine.open_parts([part], ["fp32"]) for part in alone]
+    exact: dict[str, Any] = {"pixels": touchy.pixels}
+    for step in steps:
+        exact |= _run(step, exact)
+    found = []
+    for index, (layer, part) in enumerate(zip(engine.layers, alone, strict=True)):
+        fp32_ms, bf16_ms, made = _weigh(steps[index], engine.open_parts([part], ["bf16"]), exact)
+        tensors = exact | made
+        for step in steps[index + 1 :]:
+            tensors |= _run(step, tensors)
+        worst = float(np.nan_to_num(cosines(tensors["embedding"], touchy.embeddings), nan=-1.0).min())
+        found.append(LayerCost(layer.name, fp32_ms, bf16_ms, float(f"{max(0.0, 1 - worst):.3g}")))
+        advance("weighing the layers", index + 1, len(steps))
+    return found
+
+
+def _weigh(plain: Any, low: Any, tensors: dict[str, Any]) -> tuple[float, float, dict[str, Any]]:
+    """(ms in FP32, ms in BF16, what BF16 made); the lowest of the rounds, for what else the machine does only adds."""
+    spent: dict[int, list[float]] = {0: [], 1: []}
+    made: dict[str, Any] = {}
+    for _ in range(1 + _LAYER_ROUNDS):
+        for which, session in enumerate((plain, low)):
+            begin = time.perf_counter()
+            made = _run(session, tensors)
+            spent[which].append(1000 * (time.perf_counter() - begin))
+    return round(min(spent[0][1:]), 3), round(min(spent[1][1:]), 3), made
+
+
+def _run(session: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """What one part makes of the tensors that it takes, by name."""
+    names = [tensor.name for tensor in session.get_outputs()]
+    feeds = {tensor.name: tensors[tensor.name] for tensor in session.get_inputs()}
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def tune_precision(
+    model_path: Path,
+    weights: Weights,
+    expected: Reference,
+    *,
+    worst_cosine: float = WORST_COSINE,
+    rounds: int = ROUNDS,
+    advance: Advance = lambda what, done, total: None,
+) -> tuple[Tuning, dict[str, Any]]:
+    """(The tuning of an exported FP32 graph, the same as a result without its environment).
+
+    Raises ToolError when the file is not the export of these weights.
+    """
+    import onnx
+
+    if not is_exported(model_path, weights):
+        raise ToolError(
+            f"{model_path} is not this version's export of {weights.model}, {weights.pretrained}: make it with "
+            f"`clip-tools export-onnx --model {weights.model} --pretrained {weights.pretrained}`"
+        )
+    tuning = tune(onnx.load(str(model_path)), expected, worst_cosine=worst_cosine, rounds=rounds, advance=advance)
+    trained = weights.seed is None
+    result = {
+        "kind": "tune-precision",
+        "weights": {"model": weights.model, "trained": trained},
+        "photographs": {"count": len(expected.pixels), "sha256": expected.images_sha256},
+        "counts_for_nothing": counts_for_nothing(len(expected.pixels), trained=trained),
+        **tuning.to_dict(),
+    }
+    return tuning, result

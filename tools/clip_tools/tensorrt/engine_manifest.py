@@ -1,0 +1,172 @@
+"""What a TensorRT plan was built of, with and for, kept beside it; and whether it still fits what is here."""
+
+import json
+import shlex
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from clip_tools.digest import sha256_of
+from clip_tools.export.precision import Precision
+from clip_tools.gpu import Gpu, find_gpu
+from clip_tools.tensorrt.library import Runtime, installed_version
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to build.
+
+    Args:
+        runtime: the library that builds the plan and must run it.
+        precision: what the matrices must run in; the ONNX graph decides, this says what to hold it to.
+        min_batch: the smallest batch of the one optimisation profile.
+        opt_batch: the batch that it is tuned for.
+        max_batch: the largest batch, which `max_batch_size` of the configuration may not exceed.
+        workspace_mib: scratch memory that a layer may take; None leaves the library's default, the whole GPU.
+        version_compatible: also runs on later versions of the same major version.
+        hardware_compatible: also runs on other GPUs from Ampere on; `tensorrt` only.
+        targets: compute capabilities that `tensorrt-rtx` builds for ahead of time, such as "8.9"; () takes all it knows
+            that have the precision.
+    """
+
+    runtime: Runtime = "tensorrt"
+    precision: Precision = "fp16"
+    min_batch: int = 1
+    opt_batch: int = 16
+    max_batch: int = 64
+    workspace_mib: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    targets: tuple[str, ...] = ()
+
+    def command(self, onnx: str | None = None) -> str:
+        """The command that builds so, without what is the default anyway."""
+        words = ["clip-tools", "build-engine"]
+        for name, value in asdict(self).items():
+            flag = "--" + name.replace("_", "-")
+            if name == "targets":
+                words += [word for target in value for word in ("--target", target)]
+            elif name in ("runtime", "precision") or value != getattr(EngineOptions(), name):
+                words += [flag] if value is True else [flag, str(value)]
+        return shlex.join([*words, *(["--onnx", onnx] if onnx else [])])
+
+
+@dataclass(frozen=True)
+class EngineManifest:
+    """`manifest.json` beside a plan.
+
+    `compute_capability` and `gpu` are of the GPU that it was built on, None when it was built without one. `matrices`
+    counts the matrix multiplications by precision, `weights` the numbers that they have as constant factors, and
+    `engine_layers` the engine's layers by the type that they write, where the runtime can tell. `trained` and `model`
+    are the ONNX manifest's; None: it had none.
+    """
+
+    sha256: str
+    onnx: str
+    onnx_sha256: str
+    runtime: Runtime
+    runtime_version: str
+    cuda: str | None
+    gpu: str | None
+    compute_capability: str | None
+    targets: tuple[str, ...]
+    precision: Precision
+    min_batch: int
+    opt_batch: int
+    max_batch: int
+    workspace_mib: int | None
+    version_compatible: bool
+    hardware_compatible: bool
+    matrices: dict[str, int]
+    build_s: float
+    size_bytes: int
+    date: str
+    weights: dict[str, int] = field(default_factory=dict)
+    engine_layers: dict[str, int] = field(default_factory=dict)
+    model: str | None = None
+    trained: bool | None = None
+
+    @classmethod
+    def read(cls, plan_path: Path) -> "EngineManifest | None":
+        """The manifest beside the plan; None when there is none or it is no plan's."""
+        try:
+            found = json.loads(engine_manifest_path(plan_path).read_text())
+            known = {one.name: found[one.name] for one in fields(cls) if one.name in found}  # earlier ones had others
+            return cls(**{**known, "targets": tuple(found["targets"])})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def to_json(self) -> str:
+        """The manifest as its file holds it."""
+        return json.dumps(asdict(self), indent=2)
+
+    @property
+    def options(self) -> EngineOptions:
+        """How to build it again."""
+        return EngineOptions(**{one.name: getattr(self, one.name) for one in fields(EngineOptions)})
+
+
+def engine_manifest_path(plan_path: Path) -> Path:
+    """Where the manifest of a plan is: `manifest.json` in its folder."""
+    return plan_path.with_name("manifest.json")
+
+
+def stale_reason(plan_path: Path, *, onnx_path: Path | None = None) -> str | None:
+    """Why the plan does not fit what is here, in one line with the command that builds it again; None when it fits.
+
+    Compared is what can be seen: the plan's own bytes, the ONNX file (`onnx_path`, else the one of its name in the same
+    repository), the version of the installed library, and the GPU. What is not here is not compared.
+    """
+    manifest = EngineManifest.read(plan_path)
+    if manifest is None:
+        return (
+            f"{plan_path} has no {engine_manifest_path(plan_path).name} beside it that says what it was built for: "
+            f"build it again with `{EngineOptions().command()}`"
+        )
+    onnx_path = onnx_path or plan_path.parents[2] / "clip_onnx" / "1" / manifest.onnx
+    found = (
+        _other_bytes(plan_path, manifest)
+        or _other_runtime(manifest, installed_version(manifest.runtime))
+        or _other_gpu(manifest, find_gpu())
+        or _other_onnx(manifest, onnx_path)
+    )
+    return found and f"{plan_path} {found}: build it again with `{manifest.options.command()}`"
+
+
+def _other_bytes(plan: Path, manifest: EngineManifest) -> str | None:
+    if plan.is_file() and plan.stat().st_size == manifest.size_bytes and sha256_of(plan) == manifest.sha256:
+        return None
+    return "is not the file that its manifest describes"
+
+
+def _other_runtime(manifest: EngineManifest, version: str | None) -> str | None:
+    if version is None or version == manifest.runtime_version:
+        return None
+    if manifest.version_compatible:
+        built, here = (tuple(map(int, text.split(".")[:2])) for text in (manifest.runtime_version, version))
+        if built[0] == here[0] and here >= built:
+            return None
+    return f"was built by {manifest.runtime} {manifest.runtime_version}, and {version} is here"
+
+
+def _other_gpu(manifest: EngineManifest, gpu: Gpu | None) -> str | None:
+    if gpu is None:
+        return None
+    if manifest.targets:
+        if gpu.compute_capability in manifest.targets:
+            return None
+        return f"was built for compute capability {', '.join(manifest.targets)}, and {_title(gpu)} is here"
+    if manifest.hardware_compatible and tuple(map(int, gpu.compute_capability.split("."))) >= (8, 0):
+        return None
+    if (gpu.name, gpu.compute_capability) == (manifest.gpu, manifest.compute_capability):
+        return None
+    return f"was built on {manifest.gpu} (compute capability {manifest.compute_capability}), and {_title(gpu)} is here"
+
+
+def _title(gpu: Gpu) -> str:
+    return f"{gpu.name} ({gpu.compute_capability})"
+
+
+def _other_onnx(manifest: EngineManifest, onnx_path: Path) -> str | None:
+    if not onnx_path.is_file() or sha256_of(onnx_path) == manifest.onnx_sha256:
+        return None
+    return f"was built of another {manifest.onnx} than {onnx_path} is now"

@@ -1,0 +1,1 @@
+"""Whether an engine's embeddings equal open_clip's: the reference, the sample, the limits and the verdict."""

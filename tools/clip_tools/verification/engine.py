@@ -1,0 +1,120 @@
+"""What is known of an engine without running it: its file, the graph that it was made of, its precision, its pixels."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_tools.digest import sha256_of
+from clip_tools.errors import ToolError
+from clip_tools.export.manifest import Manifest
+from clip_tools.export.precision import Precision, precision_of
+from clip_tools.oracle import Orientation
+from clip_tools.paths import MODELS
+from clip_tools.repository import config_names, deployment
+from clip_tools.tensorrt.engine_manifest import EngineManifest
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A file (.onnx, .plan), a configuration to serve here by its name (None: the default), or a running server."""
+
+    file: Path | None = None
+    config_name: str | None = None
+    url: str | None = None
+    models: Path = MODELS
+
+    @property
+    def title(self) -> str:
+        """How it is called in the report."""
+        if self.file:
+            return self.file.name
+        return self.url or f"clip_ensemble, configuration {self.config_name or 'by default'}"
+
+    @property
+    def runs(self) -> Path | None:
+        """The file that it runs; None where a running server does not say."""
+        if self.file or self.url:
+            return self.file
+        files = [m.file for m in deployment(self.models, self.config_name) if m.config.backend != "python"]
+        return next((file for file in files if file is not None), None)
+
+
+def find_engine(name: str | None, url: str | None, models: Path = MODELS) -> Engine:
+    """The engine that `--engine` or `--url` names. Raises ToolError when there is none, or not exactly one is given."""
+    if (name is None) == (url is None):
+        raise ToolError("expected either --engine or --url", exit_code=2)
+    if name is None:
+        return Engine(url=url, models=models)
+    if Path(name).suffix in (".onnx", ".plan"):
+        if not Path(name).is_file():
+            raise ToolError(f"--engine {name}: no such file", exit_code=2)
+        return Engine(file=Path(name), models=models)
+    known = config_names(models)
+    if name not in ("default", *known):
+        raise ToolError(
+            f"--engine {name}: expected a .onnx or .plan file, or a configuration to serve: default, "
+            f"{', '.join(known)}",
+            exit_code=2,
+        )
+    return Engine(config_name=None if name == "default" else name, models=models)
+
+
+def precision_of_engine(engine: Engine, graph: Manifest | None = None) -> Precision:
+    """What its matrices run in: by the configuration, a plan's manifest, or the graph, if its manifest is not given.
+
+    A running server is taken for FP32. Raises ToolError for a plan without a manifest, and a file that is no graph.
+    """
+    file = engine.runs
+    if file is None:
+        return "fp32"
+    if engine.file is None:  # as served: the same graph may run in BF16
+        for model in deployment(engine.models, engine.config_name):
+            accelerators = model.config.optimization.execution_accelerators.cpu_execution_accelerator
+            if any(accelerator.name == "openvino_bf16" for accelerator in accelerators):
+                return "bf16"
+    if file.suffix == ".plan":
+        manifest = EngineManifest.read(file)
+        if manifest is None:
+            raise ToolError(f"{file} has no manifest that says its precision: give it with --precision", exit_code=2)
+        return manifest.precision
+    return graph.precision if graph else precision_of(_load(file))
+
+
+def has_exact_pixels(engine: Engine) -> bool:
+    """Whether its preprocess is to give open_clip's own; a running server, which does not say, is held to it."""
+    if engine.file or engine.url:
+        return True
+    parameters = [model.config.parameters for model in deployment(engine.models, engine.config_name)]
+    return all(found["mode"].string_value == "exact" for found in parameters if "mode" in found)
+
+
+def orientation_of(engine: Engine) -> Orientation:
+    """Which way up its preprocess is to make images; a running server, which does not say, leaves them as they lie."""
+    if engine.file or engine.url:
+        return "ignore"
+    parameters = [model.config.parameters for model in deployment(engine.models, engine.config_name)]
+    return "exif" if any(found["orientation"].string_value == "exif" for found in parameters) else "ignore"
+
+
+def graph_of(file: Path) -> tuple[Path, Manifest] | None:
+    """The exported graph that this is, or that a plan was built of, and its manifest; None when one is not known."""
+    if file.suffix == ".plan":
+        plan = EngineManifest.read(file)
+        if plan is None:
+            return None
+        file, expected = file.absolute().parent.parent.parent / "clip_onnx" / "1" / plan.onnx, plan.onnx_sha256
+        manifest = Manifest.read(file)
+    else:
+        manifest = Manifest.read(file)
+        expected = manifest.sha256 if manifest else ""
+    known = manifest is not None and file.is_file() and sha256_of(file) == expected
+    return (file, manifest) if manifest and known else None
+
+
+def _load(file: Path) -> Any:
+    import onnx
+
+    try:
+        return onnx.load(str(file))
+    except Exception as error:  # protobuf's own
+        raise ToolError(f"{file} is no ONNX file: {' '.join(str(error).split())[:200]}") from error

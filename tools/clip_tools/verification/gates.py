@@ -1,0 +1,205 @@
+"""How near an engine must be to open_clip in FP32 before it is served: the one home of these numbers."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, get_args
+
+from clip_tools.errors import ToolError
+from clip_tools.export.precision import Precision
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+# Below it a percentile or a share of unchanged neighbours says little: one of 100 is one per cent.
+MIN_IMAGES = 100
+# Of similarities this far apart or less, which is the greater is luck: an engine at the edge of FP32's own gate is
+# 0.0045 off, over 512 numbers 0.0002 in any one direction, so the difference of two similarities, in which the errors
+# of three images meet, has a standard deviation of 0.0003 to 0.0004. This is three of them. No gate makes use of it.
+TIE = 0.001
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The least that passes, over at least `MIN_IMAGES` photographs and trained weights; 0 asks for nothing."""
+
+    worst_cosine: float
+    mean_cosine: float = 0.0
+    top1_agreement: float = 0.0
+
+
+GATES: dict[Precision, Gate] = {
+    "fp32": Gate(0.99999),
+    "fp16": Gate(0.999),
+    "bf16": Gate(0.99, 0.999),
+    "int8": Gate(0.97, 0.99, 0.97),
+    "fp8": Gate(0.97, 0.99, 0.97),
+}
+# Where preprocess gives pixels that are only near open_clip's: its modes `fast`, for large JPEGs, and `gpu`.
+NEAR_PIXELS = Gate(0.995, 0.999)
+
+
+def gate_of(precision: Precision, *, exact_pixels: bool = True) -> Gate:
+    """What an engine in this precision is held to; where pixels are near, whichever gate has the lower worst cosine."""
+    gates = [GATES[precision]] if exact_pixels else [GATES[precision], NEAR_PIXELS]
+    return min(gates, key=lambda gate: gate.worst_cosine)
+
+
+def gate_name(precision: Precision, *, exact_pixels: bool = True) -> str:
+    """How that gate is called."""
+    return precision if exact_pixels else f"{precision}, near pixels"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far embeddings agree with open_clip's own in FP32, over the same images.
+
+    Cosines are in [-1, 1]; `max_abs` is the largest difference of one element. `top1_agreement` is the share of images
+    whose nearest neighbour in the folder is the same one, `top5_agreement` the mean share of the five nearest that are.
+    `neighbours_kept` is `top1_agreement` with ties aside: by open_clip the new neighbour is at most `TIE` less similar.
+    """
+
+    images: int
+    worst_cosine: float
+    mean_cosine: float
+    p1_cosine: float
+    max_abs: float
+    top1_agreement: float
+    top5_agreement: float
+    neighbours_kept: float
+    worst_images: tuple[str, ...] = ()
+
+
+def cosines(got: "npt.NDArray[np.float32]", reference: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float64]":
+    """(N,) float64: the cosine of each pair of rows, whatever their norms. NaN where a row is zero or not finite."""
+    import numpy as np
+
+    if got.shape != reference.shape:
+        raise ToolError(f"expected embeddings of shape {reference.shape}, came {got.shape}")
+    a, b = got.astype(np.float64), reference.astype(np.float64)
+    with np.errstate(all="ignore"):
+        cosine: npt.NDArray[np.float64] = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return cosine
+
+
+def agreement(
+    got: "npt.NDArray[np.float32]", reference: "npt.NDArray[np.float32]", names: tuple[str, ...] = ()
+) -> Agreement:
+    """The agreement of (N, 512) embeddings with the reference's, row by row; `names` are the images', for the worst."""
+    import numpy as np
+
+    cosine = cosines(got, reference)
+    broken = not np.isfinite(cosine).all()
+    shown = np.where(np.isfinite(cosine), cosine, -1.0)  # NaN must not hide as "not under the gate"
+    near = _similarities(got), _similarities(reference)
+    return Agreement(
+        images=len(got),
+        worst_cosine=_rounded(shown.min()),
+        mean_cosine=_rounded(shown.mean()),
+        p1_cosine=_rounded(np.percentile(shown, 1)),
+        max_abs=float("inf") if broken else float(f"{np.abs(got - reference).max():.3g}"),
+        top1_agreement=0.0 if broken else round(_same_neighbours(*near, 1), 4),
+        top5_agreement=0.0 if broken else round(_same_neighbours(*near, 5), 4),
+        neighbours_kept=0.0 if broken else round(_neighbours_kept(*near), 4),
+        worst_images=tuple(names[index] for index in np.argsort(shown)[:3]) if names else (),
+    )
+
+
+def likely_neighbours_kept(
+    got: "npt.NDArray[np.float32]", reference: "npt.NDArray[np.float32]", folder: "npt.NDArray[np.float32]"
+) -> float:
+    """The share of a folder's images that would keep their nearest neighbour, ties aside, were all as far off as these.
+
+    `got` (N, 512) are an engine's embeddings, `reference` the exact ones of the same images and `folder` those of all
+    images. Counting the changes of N images tells little where one in a hundred may change; this takes the spread of
+    the similarities' errors, as normal ones, against what the nearest of each image is ahead of the others. Of fewer
+    than three images nothing can be told: 0.
+    """
+    import numpy as np
+
+    if len(got) < 3:
+        return 0.0
+    off = (got.astype(np.float64) @ got.T) - (reference.astype(np.float64) @ reference.T)
+    others = ~np.eye(len(off), dtype=bool)
+    variances = [row[kept].var(ddof=1) for row, kept in zip(off, others, strict=True)]
+    spread = np.sqrt(2 * np.mean(variances))  # of the difference of two
+    similar = _similarities(folder)
+    ahead = similar.max(axis=1, keepdims=True) - similar
+    stays = np.vectorize(math.erfc)(-ahead / max(spread, 1e-12) / math.sqrt(2)) / 2
+    return float(np.where(ahead > TIE, stays, 1).prod(axis=1).mean())
+
+
+def failures(found: Agreement, gate: Gate, *, trained: bool) -> list[str]:
+    """What is under the gate, one sentence each; empty: it passes.
+
+    The neighbours of untrained embeddings lie within rounding of each other, so there only the cosines are looked at.
+    """
+    return [
+        f"{name} {math.floor(got * 1e5 + 1e-6) / 1e5:.5f} is under {least}"  # never rounded up to it
+        for name, got, least in (
+            ("worst cosine", found.worst_cosine, gate.worst_cosine),
+            ("mean cosine", found.mean_cosine, gate.mean_cosine),
+            ("share of nearest neighbours kept", found.top1_agreement, gate.top1_agreement if trained else 0.0),
+        )
+        if not got >= least
+    ]
+
+
+def counts_for_nothing(images: int, *, trained: bool) -> str | None:
+    """Why a passed gate proves nothing here; None when it counts."""
+    if not trained:
+        return "untrained weights hide what breaks low precision"
+    if images < MIN_IMAGES:
+        return f"{images} images are too few: the gate asks for {MIN_IMAGES}"
+    return None
+
+
+def gates_table() -> str:
+    """The gates as the table of docs/precision.md."""
+    lines = ["| precision | worst cosine | mean cosine | nearest neighbour the same |", "|---|---|---|---|"]
+    gates: list[tuple[str, Gate]] = [*GATES.items(), ("any, near pixels", NEAR_PIXELS)]
+    for name, gate in gates:
+        cells = (
+            f">= {gate.worst_cosine}",
+            f">= {gate.mean_cosine}" if gate.mean_cosine else "",
+            f">= {gate.top1_agreement:.0%}" if gate.top1_agreement else "",
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _rounded(value: float) -> float:
+    """Seven digits, towards zero agreement: rounding never lifts a value over its gate."""
+    return math.floor(float(value) * 1e7) / 1e7
+
+
+def _similarities(rows: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float64]":
+    """(N, N) float64: of each pair of rows; -inf of a row with itself."""
+    import numpy as np
+
+    wide = rows.astype(np.float64)
+    similar: npt.NDArray[np.float64] = np.nan_to_num(wide @ wide.T)
+    np.fill_diagonal(similar, -np.inf)
+    return similar
+
+
+def _same_neighbours(got: "npt.NDArray[np.float64]", reference: "npt.NDArray[np.float64]", count: int) -> float:
+    """The mean share of the `count` nearest that are the same, of two matrices of similarities."""
+    import numpy as np
+
+    count = min(count, len(got) - 1)
+    if count < 1:
+        return 1.0
+    nearest = (np.argsort(-similar, axis=1, kind="stable")[:, :count] for similar in (got, reference))
+    return float(np.mean([len(set(a) & set(b)) / count for a, b in zip(*nearest, strict=True)]))
+
+
+def _neighbours_kept(got: "npt.NDArray[np.float64]", reference: "npt.NDArray[np.float64]") -> float:
+    """The share of rows whose nearest by `got` is the nearest by `reference` or tied with it."""
+    import numpy as np
+
+    if len(got) < 2:
+        return 1.0
+    now = reference[np.arange(len(got)), got.argmax(axis=1)]
+    return float(np.mean(now >= reference.max(axis=1) - TIE))

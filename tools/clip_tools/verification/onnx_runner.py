@@ -1,0 +1,74 @@
+"""The embeddings that an ONNX file gives on this CPU, with the rounding of its own precision."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clip_tools.errors import ToolError, missing_extra
+from clip_tools.export.precision import is_low, twin
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import onnx
+
+NATIVE = "ONNX Runtime's CPU provider, as the file is"
+TWIN = (
+    "ONNX Runtime's CPU provider in FP32 arithmetic, every value rounded to FP16 or BF16 where the graph is; "
+    "Q/DQ pairs as they are"
+)
+
+
+@dataclass(frozen=True)
+class OnnxRun:
+    """Embeddings (N, 512) float32, and in words how they were computed."""
+
+    embeddings: "npt.NDArray[np.float32]"
+    how: str
+
+
+def run_onnx(
+    model: "onnx.ModelProto | Path",
+    inputs: "npt.NDArray[Any]",
+    *,
+    batch_size: int = 8,
+    advance: Callable[[int], None] = lambda images: None,
+) -> OnnxRun:
+    """Embed (N, 224, 224, 3) uint8 RGB pixels, or (N, context) tokens. `advance` is told how many each batch had.
+
+    A graph with FP16 or BF16 in it runs as its FP32 `twin`. Raises ToolError for a file that ONNX Runtime refuses.
+    """
+    try:
+        import numpy as np
+        import onnx
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("cpu", error) from error
+    title = model.name if isinstance(model, Path) else "the graph"
+    try:
+        graph = onnx.load(str(model)) if isinstance(model, Path) else model
+        low = is_low(graph)
+        session = open_session(twin(graph) if low else graph)
+        rows = []
+        for start in range(0, len(inputs), batch_size):
+            batch = inputs[start : start + batch_size]
+            rows.append(session.run(["embedding"], {graph.graph.input[0].name: batch})[0])
+            advance(len(batch))
+    except ToolError:
+        raise
+    except Exception as error:  # protobuf's and ONNX Runtime's errors have many types
+        line = " ".join(str(error).split())[:300]
+        raise ToolError(f"{title}: ONNX Runtime cannot run it: {line}") from error
+    return OnnxRun(np.concatenate(rows), TWIN if low else NATIVE)
+
+
+def open_session(model: "onnx.ModelProto") -> Any:
+    """An ONNX Runtime session on the CPU that computes the graph as it is written."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it logs it also raises
+    # Q/DQ as the file has it: fused, ONNX Runtime 1.24 gives FP8 to a kernel for INT8 and refuses the model.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,352 @@
+"""`clip-tools verify`: an engine's embeddings against open_clip's own in FP32, and whether they pass the gate."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clip_tools.digest import sha256_of
+from clip_tools.errors import ToolError, missing_extra
+from clip_tools.export.precision import Precision
+from clip_tools.oracle import Orientation, Weights, load_oracle, load_tokenizer
+from clip_tools.repository import text_deployment
+from clip_tools.tensorrt.engine_manifest import EngineManifest
+from clip_tools.verification.engine import Engine, graph_of, has_exact_pixels, orientation_of, precision_of_engine
+from clip_tools.verification.gates import (
+    TIE,
+    Agreement,
+    Gate,
+    agreement,
+    cosines,
+    counts_for_nothing,
+    failures,
+    gate_name,
+    gate_of,
+)
+from clip_tools.verification.onnx_runner import run_onnx
+from clip_tools.verification.reference import Reference, reference
+from clip_tools.verification.texts import texts
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from clip_embed import EmbeddingClient
+
+Advance = Callable[[str, int, int], None]  # (what, done, of how many)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The agreement, what it was held to, and whether it passed.
+
+    `what` was embedded: images or texts. `exact_pixels`: they are to be open_clip's own. `orientation`: which way up
+    both sides had the images. `how` says what computed it. `counts_for_nothing` is why a passed gate proves nothing,
+    None when it counts. `cosines` are those of the images, in their order.
+    """
+
+    engine: str
+    sha256: str | None
+    precision: Precision
+    exact_pixels: bool
+    gate: Gate
+    model: str
+    trained: bool
+    how: str
+    agreement: Agreement
+    failures: tuple[str, ...]
+    counts_for_nothing: str | None
+    images_sha256: str
+    cosines: tuple[float, ...]
+    what: str = "images"
+    orientation: Orientation = "ignore"
+
+    @property
+    def gate_name(self) -> str:
+        """How the gate is called in the report."""
+        return gate_name(self.precision, exact_pixels=self.exact_pixels)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is under the gate."""
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without the cosine of each image."""
+        fields = asdict(self)
+        del fields["cosines"]
+        return fields | {"gate_name": self.gate_name, "passed": self.passed}
+
+
+def verify(
+    engine: Engine,
+    weights: Weights | None,
+    images: Sequence[Path],
+    *,
+    precision: Precision | None = None,
+    orientation: Orientation | None = None,
+    advance: Advance = lambda what, done, total: None,
+) -> Verdict:
+    """Hold the engine against open_clip in FP32 on the images. `weights` None takes them from the engine's manifest.
+
+    `precision` None takes that of the engine's manifest, or of the graph itself; for a URL it is FP32. `orientation`
+    None takes that of the configuration; for a URL images stay as they lie. Raises ToolError when the engine cannot be
+    run, or is of other weights than given.
+    """
+    file = engine.runs
+    held_to = precision or precision_of_engine(engine)
+    if weights is None and file is None:  # a running server's are taken for this checkout's; others fail by far
+        weights = _weights(None, engine.models / "clip_onnx" / "1" / "model.onnx")
+    else:
+        weights = _weights(weights, file)
+    advance("open_clip in FP32", 0, len(images))
+    turned = orientation or orientation_of(engine)
+    expected = reference(weights, images, orientation=turned)
+    advance("open_clip in FP32", len(images), len(images))
+    embeddings, how = _embed(engine, images, expected, advance)
+    return _verdict(
+        engine,
+        weights,
+        embeddings,
+        expected.embeddings,
+        expected.names,
+        sha256=sha256_of(file) if file and file.is_file() else None,
+        precision=held_to,
+        exact_pixels=has_exact_pixels(engine),
+        how=how,
+        images_sha256=expected.images_sha256,
+        orientation=turned,
+    )
+
+
+def _verdict(
+    engine: Engine,
+    weights: Weights,
+    embeddings: "npt.NDArray[np.float32]",
+    expected: "npt.NDArray[np.float32]",
+    names: tuple[str, ...],
+    *,
+    precision: Precision,
+    exact_pixels: bool = True,
+    **rest: Any,
+) -> Verdict:
+    """Of an engine's (N, D) embeddings beside open_clip's; `rest` goes into the verdict as it is."""
+    found, trained = agreement(embeddings, expected, names), weights.seed is None
+    gate = gate_of(precision, exact_pixels=exact_pixels)
+    return Verdict(
+        engine=engine.title,
+        precision=precision,
+        exact_pixels=exact_pixels,
+        gate=gate,
+        model=weights.model,
+        trained=trained,
+        agreement=found,
+        failures=tuple(failures(found, gate, trained=trained)),
+        counts_for_nothing=counts_for_nothing(len(names), trained=trained),
+        cosines=tuple(float(value) for value in cosines(embeddings, expected)),
+        **rest,
+    )
+
+
+def verify_text(
+    engine: Engine, weights: Weights | None, *, advance: Advance = lambda what, done, total: None
+) -> Verdict:
+    """As `verify`, of a text tower on texts of ours: a file, a configuration to serve here, or a running server."""
+    some = texts()
+    served = text_deployment(engine.models, engine.config_name)
+    if not (engine.file or engine.url or served):
+        raise ToolError(f"{engine.models} has no text tower: make it with `clip-tools export-onnx --text`", exit_code=2)
+    file = engine.file or (served[-2].file if served else None)
+    weights = _weights(weights, file)
+    advance("open_clip in FP32", 0, len(some))
+    tokens = load_tokenizer(weights.model)(some).numpy()
+    expected = load_oracle(weights).embed_tokens(tokens)
+    advance("open_clip in FP32", len(some), len(some))
+    if engine.file:
+        run = run_onnx(engine.file, tokens)
+        embeddings, how = run.embeddings, run.how
+    else:
+        with _url(engine) as url:
+            embeddings = _ask(url, lambda client: client.embed_text(some), os.environ if engine.url else {})
+        how = f"served, through clip_embed ({engine.title})"
+    return _verdict(
+        engine,
+        weights,
+        embeddings,
+        expected,
+        tuple(some),
+        sha256=sha256_of(file) if file and not engine.url else None,
+        precision="fp32",
+        how=how,
+        images_sha256=hashlib.sha256("\0".join(some).encode()).hexdigest(),
+        what="texts",
+    )
+
+
+def _weights(given: Weights | None, file: Path | None) -> Weights:
+    """The weights to compare with: those given, else the manifest's; refused when the two are known to differ."""
+    known = graph_of(file) if file else None
+    manifest = known[1] if known else None
+    if given is not None:
+        made_of = manifest and (manifest.checkpoint_sha256 or manifest.pretrained)
+        if manifest and made_of != (given.checkpoint_sha256 or given.pretrained):
+            raise ToolError(
+                f"{file} was made of {manifest.model}, {manifest.pretrained}, and is to be compared with "
+                f"{given.model}, {given.pretrained}: leave --pretrained out, or give the same",
+                exit_code=2,
+            )
+        return given
+    if manifest is None:
+        raise ToolError(
+            "nothing here says which weights to compare with: give --model and --pretrained, those of the server",
+            exit_code=2,
+        )
+    if manifest.checkpoint_sha256 is None:
+        return Weights(manifest.model, manifest.pretrained)
+    if checkpoint := os.environ.get("CLIP_CHECKPOINT"):
+        weights = Weights(manifest.model, checkpoint)
+        if weights.checkpoint_sha256 == manifest.checkpoint_sha256:
+            return weights
+    raise ToolError(
+        f"{file} was made of the checkpoint {manifest.pretrained}: give its path with --pretrained, or in "
+        "CLIP_CHECKPOINT",
+        exit_code=2,
+    )
+
+
+def _embed(
+    engine: Engine, images: Sequence[Path], expected: Reference, advance: Advance
+) -> "tuple[npt.NDArray[np.float32], str]":
+    """(The engine's embeddings of the images, what computed them)."""
+    if engine.file is None:
+        with _url(engine) as url:
+            environment = os.environ if engine.url else {}  # a server that is started here asks for nothing
+            embeddings = _embed_served(url, images, advance, environment)
+            return embeddings, f"served, through clip_embed ({engine.title})"
+    if engine.file.suffix == ".plan":
+        from clip_tools.tensorrt.plan_runner import run_plan
+
+        manifest = EngineManifest.read(engine.file)
+        runtime = manifest.runtime if manifest else "tensorrt"
+        return run_plan(engine.file, expected.pixels, runtime=runtime), f"{runtime} on the GPU"
+    done = 0
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        advance("the engine", done, len(images))
+
+    run = run_onnx(engine.file, expected.pixels, advance=tell)
+    return run.embeddings, run.how
+
+
+@contextmanager
+def _url(engine: Engine) -> Iterator[str]:
+    """Where the engine answers: its URL, or that of a server that is started for it."""
+    if engine.url:
+        yield engine.url
+        return
+    import socket
+    import tempfile
+
+    from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+
+    ports = []
+    for _ in range(3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        options = ServeOptions(
+            models=engine.models,
+            config_name=engine.config_name,
+            http_port=ports[0],
+            grpc_port=ports[1],
+            metrics_port=ports[2],
+            log=Path(folder) / "tritonserver.log",
+        )
+        with EmbeddedServer(options):
+            yield options.grpc_url
+
+
+def _embed_served(
+    url: str, images: Sequence[Path], advance: Advance, environment: Mapping[str, str]
+) -> "npt.NDArray[np.float32]":
+    import numpy as np
+
+    def embed(client: "EmbeddingClient") -> "npt.NDArray[np.float32]":
+        rows = []
+        for start in range(0, len(images), 8):
+            batch = [path.read_bytes() for path in images[start : start + 8]]
+            rows.append(client.embed(batch))
+            advance("the engine", start + len(batch), len(images))
+        return np.concatenate(rows)
+
+    return _ask(url, embed, environment)
+
+
+def _ask(
+    url: str, embed: "Callable[[EmbeddingClient], npt.NDArray[np.float32]]", environment: Mapping[str, str]
+) -> "npt.NDArray[np.float32]":
+    try:
+        from clip_embed import EmbeddingClient
+        from clip_embed.credentials import environment_options
+    except ImportError as error:
+        raise missing_extra("server", error) from error
+    try:
+        opened = EmbeddingClient(url, timeout_s=120, **environment_options(environment))
+    except ValueError as error:
+        raise ToolError(str(error), exit_code=2) from error
+    with opened as client:
+        return embed(client)
+
+
+def verdict_table(verdict: Verdict) -> Any:
+    """The figures beside what the gate asks for, as a rich table."""
+    from rich.table import Table
+
+    gate, found = verdict.gate, verdict.agreement
+    images = ", images turned by their EXIF" if verdict.orientation == "exif" else ""
+    title = f"{verdict.engine} against open_clip in FP32: {verdict.model}{images}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column(f"{found.images} {verdict.what}", justify="right")
+    table.add_column(f"gate of {verdict.gate_name}", justify="right")
+    for title, value, least in (
+        ("worst cosine", f"{found.worst_cosine:.6f}", gate.worst_cosine),
+        ("mean cosine", f"{found.mean_cosine:.6f}", gate.mean_cosine),
+        ("1st percentile", f"{found.p1_cosine:.6f}", 0.0),
+        ("largest difference", f"{found.max_abs:.2g}", 0.0),
+        ("nearest neighbour the same", f"{found.top1_agreement:.1%}", gate.top1_agreement),
+        (f"or within {TIE} of it", f"{found.neighbours_kept:.1%}", 0.0),
+        ("of the nearest five", f"{found.top5_agreement:.1%}", 0.0),
+    ):
+        table.add_row(title, value, f">= {least}" if least else "")
+    table.caption = f"{'passed' if verdict.passed else 'FAILED'}; by {verdict.how}"
+    return table
+
+
+def draw_histogram(verdict: Verdict, picture: Path) -> None:
+    """Draw how far each image's embedding is from open_clip's (1 - cosine, logarithmic) with the gate, as a PNG."""
+    try:
+        import numpy as np
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("server", error) from error
+    distances = np.clip(1 - np.nan_to_num(np.array(verdict.cosines), nan=-1.0), 1e-8, None)
+    allowed = 1 - verdict.gate.worst_cosine
+    low, high = min(distances.min(), allowed) / 2, max(distances.max(), allowed) * 2
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist(distances, bins=np.geomspace(low, high, 40).tolist(), color="#4c72b0")
+    axes.set_xscale("log")
+    axes.axvline(allowed, color="#c44e52", label=f"gate of {verdict.gate_name}: worst cosine {1 - allowed:g}")
+    axes.set_xlabel("1 - cosine to open_clip in FP32")
+    axes.set_ylabel("images")
+    axes.set_title(f"{verdict.engine}, {verdict.model}, {len(distances)} images", loc="left", size=10)
+    axes.legend(loc="upper right")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
