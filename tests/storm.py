@@ -63,6 +63,15 @@ class Way:
             end.close()
 
 
+def is_lost(url: str) -> bool:
+    """Whether nothing listens there."""
+    try:
+        socket.create_connection(url.rpartition(":")[::2]).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def image():
     tensor = triton.InferInput("image_bytes", [1, 1], "BYTES")
     tensor.set_data_from_numpy(np.array([[probe_image()]], dtype=object))
@@ -82,6 +91,8 @@ def storm(url: str, kind: str, seed: int, calls: int) -> tuple[int, int]:
     def leave(number: int) -> None:
         rng = random.Random(f"{seed} {number}")  # noqa: S311
         for _ in range(calls // IN_FLIGHT):
+            if is_lost(url):
+                return
             way = Way(url)
             client = triton.InferenceServerClient(way.url if kind == "lost" else url)
             if kind == "stream":

@@ -139,15 +139,37 @@ class Client:
         pass
 
 
-def metrics(path: Path, served: int) -> str:
+def metrics(path: Path, batches: int, decoded: int = 99) -> str:
     path.write_text(
-        "# TYPE nv_inference_request_success counter\n"
-        'nv_inference_request_success{model="preprocess",version="1"} 99\n'
-        f'nv_inference_request_success{{model="clip_ensemble",version="1"}} {served}\n'
+        "# TYPE nv_inference_exec_count counter\n"
+        f'nv_inference_exec_count{{model="preprocess",version="1"}} {decoded}\n'
+        f'nv_inference_exec_count{{model="clip_onnx",version="1"}} {batches}\n'
     )
     return path.as_uri()
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """A full queue counts as stuck when nothing was embedded since the last look."""
+    monkeypatch.setattr(watchdog, "STUCK_S", 0.0)
+
+
+def test_a_full_queue_is_not_broken_within_one_long_batch(tmp_path):
+    client = Client()
+    probe = ImageProbe(client, b"image", metrics(tmp_path / "metrics", 7))
+    client.error = ServerOverloadedError("full")
+    assert [probe(), probe()] == [None, None]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_engine_that_is_stuck_is_broken_though_images_are_decoded(tmp_path):
+    client = Client(ServerOverloadedError("full"))
+    probe = ImageProbe(client, b"image", metrics(tmp_path / "metrics", 7))
+    metrics(tmp_path / "metrics", 7, decoded=500)
+    assert "full" in probe()
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("error", [ServerOverloadedError("full"), DeadlineExceededError("slow")])
 def test_a_server_that_is_only_busy_is_not_broken(tmp_path, error):
     """Busy is one that embeds for others meanwhile."""
@@ -160,6 +182,7 @@ def test_a_server_that_is_only_busy_is_not_broken(tmp_path, error):
     assert str(error) in probe()
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("error", [ServerOverloadedError("full"), DeadlineExceededError("slow")])
 def test_a_server_that_decodes_something_dear_is_not_broken(tmp_path, error):
     """Its images may all take long: nothing is embedded, but its CPU time goes on."""
@@ -182,6 +205,7 @@ def test_without_metrics_a_deadline_is_no_sign_of_life(tmp_path):
     assert probe() == "slow"
 
 
+@pytest.mark.usefixtures("impatient")
 def test_without_metrics_a_full_queue_is_one_but_not_where_there_were_some(tmp_path):
     client = Client(ServerOverloadedError("full"))
     assert ImageProbe(client, b"image", (tmp_path / "none").as_uri())() is None

@@ -27,13 +27,15 @@ PROBE_AGAIN_S = 1.0  # after one that failed
 PROBE_DEADLINE_S = 20.0
 FAILED_PROBES = 2  # in a row
 BUSY_SHARE = 0.1  # of a core, on which a decoder may have to wait its turn
+STUCK_S = 30.0  # without a batch, while the queue is full: one batch of 64 took 5 s on two busy cores
 
 Probe = Callable[[], str | None]
 """Asks the server to embed, and says what is wrong; None: nothing."""
 
 _STUB = "triton_python_b"  # triton_python_backend_stub, as the kernel keeps names
 _WRONG = {"Z": "has ended", "T": "is stopped"}  # states of proc(5)
-_SERVED = re.compile(r'^nv_inference_request_success\{model="clip_ensemble",.*\} (\d+)', re.MULTILINE)
+# Of the image engine: `preprocess` goes on while that one is stuck, and texts have a tower for themselves.
+_BATCHES = re.compile(r'^nv_inference_exec_count\{model="(?!preprocess|tokenize|clip_text).*\} (\d+)', re.MULTILINE)
 
 
 class Watchdog:
@@ -142,8 +144,9 @@ class ImageProbe:
     ) -> None:
         self._texts = texts
         self._new_client, self._image, self._metrics_url, self._cpu_s = new_client, image, metrics_url, cpu_s
-        self._served = self._count()
+        self._batches = self._count()
         self._seen_s, self._seen_cpu_s = time.monotonic(), cpu_s()
+        self._worked_s = self._seen_s
 
     def __call__(self) -> str | None:
         from clip_embed import EmbeddingError
@@ -163,31 +166,32 @@ class ImageProbe:
                 client.embed([self._image])
                 if self._texts:
                     client.embed_text(self._texts)
-        except ServerOverloadedError:
-            if not self._was_busy() and self._served is not None:
+        except ServerOverloadedError:  # at once, so that one batch may not have ended since the last look
+            if self._idle_s() > STUCK_S and self._batches is not None:
                 raise
         except DeadlineExceededError:
-            if not self._was_busy():
+            if self._idle_s() > 0:
                 raise
         else:
-            self._was_busy()
+            self._idle_s()
 
-    def _was_busy(self) -> bool:
-        """Whether it has embedded something since the last time, or its `preprocess` has worked on."""
-        served, now_s, cpu_s = self._count(), time.monotonic(), self._cpu_s()
-        has_served = (served or 0) > (self._served or 0)
-        has_worked = cpu_s - self._seen_cpu_s > BUSY_SHARE * (now_s - self._seen_s)
-        self._served = self._served if served is None else served
+    def _idle_s(self) -> float:
+        """How long the server has embedded and decoded nothing; 0 when it has since the last look."""
+        batches, now_s, cpu_s = self._count(), time.monotonic(), self._cpu_s()
+        has_executed = (batches or 0) > (self._batches or 0)
+        has_decoded = cpu_s - self._seen_cpu_s > BUSY_SHARE * (now_s - self._seen_s)
+        if has_executed or has_decoded:
+            self._worked_s = now_s
+        self._batches = self._batches if batches is None else batches
         self._seen_s, self._seen_cpu_s = now_s, cpu_s
-        return has_served or has_worked
+        return now_s - self._worked_s
 
     def _count(self) -> int | None:
-        """How many requests `clip_ensemble` has embedded; None where the server does not say."""
+        """How many batches of images the engine has executed; None where the server does not say."""
         if self._metrics_url is None:
             return None
         try:
             with DIRECT.open(self._metrics_url, timeout=5) as answer:
-                found = _SERVED.search(answer.read().decode())
+                return sum(map(int, _BATCHES.findall(answer.read().decode())))
         except (OSError, HTTPException):
             return None
-        return int(found[1]) if found else 0
