@@ -18,7 +18,7 @@ help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
 
 setup: $(READY) ## the environment, in .venv, and our two C libraries
-	@$(BIN)/python -m clip_tools.kernel || true # it says what works less well without them
+	@$(BIN)/python -m clip_tools.c_libraries || true # it says what works less well without them
 
 # A failed set-up leaves no stamp, so the next make goes on from there.
 $(READY): $(PINS) requirements/uv.txt pyproject.toml

@@ -20,7 +20,8 @@ from clip_tools.measuring.services import free_ports
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import BACKENDS, CACHE, MODELS, RESULTS
 from clip_tools.repository import read_config
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 from clip_tools.verification.sample import FILE as SAMPLE
 from clip_tools.verification.sample import Sample
 
@@ -33,7 +34,7 @@ sys.path += [
 ]
 import clip_preprocess
 
-proxy.leave_this_machine_out()
+proxy.bypass_for_localhost()
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,9 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient, EmbeddingError, ServerError, ServerUnavailableError
 from clip_embed.table import parts_of
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions, probe_image
+from clip_tools.serving.probe import probe_image
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 
 CLIP_EMBED = str(Path(sys.executable).with_name("clip-embed"))
 CLIP_TOOLS = str(Path(sys.executable).with_name("clip-tools"))
@@ -151,7 +153,7 @@ def pair(repository, tmp_path_factory) -> Iterator[list[EmbeddedServer]]:
         for one in servers:
             one.start()
         for one in servers:
-            one.wait_until_it_embeds()
+            one.wait_until_ready()
         yield servers
     finally:
         for one in servers:
@@ -163,7 +165,7 @@ def replace(servers: list[EmbeddedServer], number: int) -> None:
     servers[number].stop()
     servers[number] = EmbeddedServer(servers[number].options)
     servers[number].start()
-    servers[number].wait_until_it_embeds()
+    servers[number].wait_until_ready()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.conftest import options_for, with_text
 
 from clip_embed.parquet import read_provenance
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.server import EmbeddedServer
 
 COMMAND = Path(sys.executable).with_name("clip-embed")
 

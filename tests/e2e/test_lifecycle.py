@@ -17,7 +17,10 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
 from clip_tools.errors import ToolError
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions, check_ports, warning_if_untrained
+from clip_tools.serving.ports import check_ports
+from clip_tools.serving.serve import warning_if_untrained
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 from clip_tools.serving.watchdog import stubs
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")

@@ -17,7 +17,7 @@ from clip_tools.gpu import find_gpu
 from clip_tools.measuring.results import read
 from clip_tools.measuring.services import PyTorchService, free_ports
 from clip_tools.measuring.variants import Variant, write_repository
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.server import EmbeddedServer
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
 PERF_ANALYZER = Path(sys.executable).with_name("perf-analyzer")

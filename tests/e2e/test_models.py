@@ -9,7 +9,7 @@ from tests.conftest import exported, exported_text, kept_model, options_for, wit
 
 from clip_embed import EmbeddingClient
 from clip_tools.oracle import OtherTokenizer, Weights, load_oracle, load_tokenizer
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.server import EmbeddedServer
 from clip_tools.verification.texts import texts
 
 MIN_COSINE = 0.99999  # as in test_embeddings
@@ -31,7 +31,7 @@ def test_it_gives_open_clips_pixels_and_vectors(name, demo_photos, odd_images, t
         expected_texts = None
     options = options_for(models, tmp_path / "log", check_vectors=True)
     with EmbeddedServer(options) as server, EmbeddingClient(options.grpc_url, timeout_s=300) as client:
-        assert "its vectors are open_clip's" in server.remark
+        assert "the vectors match open_clip's" in server.check_result
         for image in (*images[:4], *odd):
             assert np.array_equal(pixels_of(options.grpc_url, image), oracle.pixels(image))
         got, expected = client.embed(images), oracle.embed(images)

@@ -14,7 +14,7 @@ from clip_tools.export.mix import Engine, Mix, apply
 from clip_tools.export.tune_precision import embed
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.server import EmbeddedServer
 from clip_tools.verification.gates import agreement, cosines
 
 MIX = ("fp32", "fp32", "bf16", "bf16", "fp32")

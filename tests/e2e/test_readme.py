@@ -14,7 +14,8 @@ import pytest
 from tests.conftest import with_text
 
 from clip_tools.paths import ROOT
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 
 README = (ROOT / "README.md").read_text()
 PORTS = (8000, 8001, 8002)

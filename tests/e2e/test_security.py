@@ -33,10 +33,11 @@ from clip_embed import (
 )
 from clip_embed.provenance import Provenance
 from clip_tools.export.manifest import Manifest
-from clip_tools.serving import keyring
+from clip_tools.serving import key_files
 from clip_tools.serving.access import Access, Tls
 from clip_tools.serving.model_control import GrpcModelControl
-from clip_tools.serving.serve import EmbeddedServer, probe_image
+from clip_tools.serving.probe import probe_image
+from clip_tools.serving.server import EmbeddedServer
 
 BIN = Path(sys.executable).parent
 SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
@@ -284,7 +285,7 @@ def test_this_users_swap_finds_the_key_and_anothers_has_to_be_told(server, tmp_p
     assert "runs onnx already" in run_swap(server).stderr
     stranger = run_swap(server, TMPDIR=str(tmp_path))
     assert stranger.returncode == 1
-    assert stranger.stderr.endswith("asks for a key: set CLIP_ADMIN_KEY to the one that it was started with\n")
+    assert stranger.stderr.endswith("requires an admin key: set CLIP_ADMIN_KEY to the one it was started with\n")
     mistaken = run_swap(server, TMPDIR=str(tmp_path), CLIP_ADMIN_KEY="not-the-key-of-this-server")
     assert "does not take the key that it was asked with: set CLIP_ADMIN_KEY" in mistaken.stderr
     told = run_swap(server, TMPDIR=str(tmp_path), CLIP_ADMIN_KEY=server.options.access.admin_key)
@@ -420,7 +421,7 @@ def test_a_key_for_http_alone_keeps_json_from_the_parser_and_grpc_open(repositor
 @pytest.mark.long
 @pytest.mark.parametrize("request_", ["pieces", "depth"])
 def test_without_the_key_it_comes_down_which_security_md_says(repository, tmp_path, request_):
-    """When this fails, the server has been mended: SECURITY.md and `access.exposure` need no longer warn."""
+    """When this fails, the server is fixed: SECURITY.md and `access.exposure_warning` need not warn any more."""
     with EmbeddedServer(options_for(repository, tmp_path / "log")) as server:
         if request_ == "pieces":
             in_pieces(server.options.http_port, 1_000_000)
@@ -492,7 +493,7 @@ def test_swap_speaks_tls_with_the_certificates_of_the_environment(guarded, certi
     with GrpcModelControl(guarded.options.grpc_url) as control:
         assert "clip_ensemble" in control.ready_models()
         assert control.embed_image(probe_image()).shape == (1, 512)
-    assert keyring.access_of(guarded.options.grpc_url, {}).api_key == API_KEY
+    assert key_files.access_of(guarded.options.grpc_url, {}).api_key == API_KEY
 
 
 @pytest.mark.promise

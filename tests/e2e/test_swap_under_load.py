@@ -18,8 +18,9 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring.services import free_ports
 from clip_tools.repository import read_config
 from clip_tools.serving.model_control import GrpcModelControl
-from clip_tools.serving.serve import EmbeddedServer
-from clip_tools.serving.swap import SwapOptions, check_deployment, swap
+from clip_tools.serving.server import EmbeddedServer
+from clip_tools.serving.swap import check_deployment, swap
+from clip_tools.serving.swap_steps import SwapOptions
 from clip_tools.tensorrt.build_engine import EngineOptions, build_engine
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")

@@ -14,8 +14,9 @@ from tests.conftest import options_for, with_text
 from clip_embed import AsyncEmbeddingClient, EmbeddingClient, InvalidTextError, ModelNotReadyError, wire
 from clip_tools.oracle import load_tokenizer
 from clip_tools.serving.model_control import GrpcModelControl
-from clip_tools.serving.serve import EmbeddedServer
-from clip_tools.serving.swap import SwapOptions, swap
+from clip_tools.serving.server import EmbeddedServer
+from clip_tools.serving.swap import swap
+from clip_tools.serving.swap_steps import SwapOptions
 from clip_tools.verification.texts import texts
 
 MIN_COSINE = 0.99999  # as in test_embeddings
@@ -82,7 +83,9 @@ def test_the_command_embeds_texts_of_options_and_of_stdin(text_server, client, t
 
 def test_the_same_client_embeds_images_and_the_start_held_both_to_open_clip(text_server, client, demo_photos):
     assert client.embed(demo_photos[:1]).shape == (1, 512)
-    assert re.fullmatch(r".* photographs .*; of texts, its vectors are open_clip's: .* texts .*", text_server.remark)
+    assert re.fullmatch(
+        r".* photographs .*; for texts, the vectors match open_clip's: .* texts .*", text_server.check_result
+    )
 
 
 def test_a_swap_takes_the_text_tower_along_where_its_configuration_changes(text_server, client, expected):
@@ -91,9 +94,9 @@ def test_a_swap_takes_the_text_tower_along_where_its_configuration_changes(text_
         for name in ("onnx", "cpu-fp32", "onnx"):
             swap(control, SwapOptions(name, options.models, check_vectors=True, settle_s=0.1), said.append)
     assert said[0] == "the server runs onnx already"
-    (held,) = {line.split(": ", 1)[1].split(" (")[0] for line in said if "clip_text_ensemble embeds" in line}
-    assert held.startswith("its vectors are open_clip's")
-    assert sum("clip_text_onnx loaded anew" in line for line in said) == 2
+    (held,) = {line.split(": ", 1)[1].split(" (")[0] for line in said if "clip_text_ensemble verified" in line}
+    assert held.startswith("the vectors match open_clip's")
+    assert sum("clip_text_onnx loaded again" in line for line in said) == 2
     assert not any("tokenize" in line for line in said)
     assert_equal_open_clip(client.embed_text(texts()[-40:]), expected)
 

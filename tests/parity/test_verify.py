@@ -18,7 +18,7 @@ from clip_tools.export.export_variant import export_variant
 from clip_tools.export.manifest import Manifest, manifest_path
 from clip_tools.export.precision import lower
 from clip_tools.oracle import Oracle, Weights
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.server import EmbeddedServer
 from clip_tools.tensorrt.build_engine import EngineOptions
 from clip_tools.tensorrt.engine_manifest import stale_reason
 from clip_tools.verification import verify as verifying

@@ -1,4 +1,4 @@
-"""The sha256 of a file: what every manifest and pin names a file by."""
+"""The sha256 of a file, for manifests and pins."""
 
 import hashlib
 from pathlib import Path

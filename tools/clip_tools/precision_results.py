@@ -1,4 +1,4 @@
-"""The table of measured precisions in docs/precision.md, out of the committed results of `clip-tools verify`."""
+"""The table of measured precisions in docs/precision.md, from the committed results of `clip-tools verify`."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ RESULTS = ROOT / "docs" / "results" / "precision"
 
 
 def results_table(folder: Path = RESULTS) -> str:
-    """One line for each file: what ran, on which weights, and whether it passed."""
+    """One row for each result: weights, engine, gate, agreement, and whether it passed."""
     lines = [
         "| weights | engine | gate | worst cosine | mean cosine | nearest neighbour the same | ties aside | |",
         "|---|---|---|---|---|---|---|---|",

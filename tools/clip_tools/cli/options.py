@@ -1,4 +1,4 @@
-"""Options and ways to show a result that several verbs of `clip-tools` share."""
+"""Options and output that several verbs of `clip-tools` share."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import typer
 from clip_tools.errors import ToolError
 from clip_tools.export.precision import Precision
 from clip_tools.oracle import ORIENTATIONS, Orientation
-from clip_tools.serving.proof import CHECK_VECTORS
+from clip_tools.serving.vector_check import CHECK_VECTORS_VARIABLE
 from clip_tools.tensorrt.library import RUNTIMES, Runtime
 from clip_tools.verification.gates import PRECISIONS
 
@@ -18,12 +18,12 @@ Port = Annotated[int, typer.Option(min=1, max=65535)]
 Models = Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")]
 ConfigName = Annotated[
     str | None,
-    typer.Option("--model-config-name", help="A named configuration of the whole deployment, such as cpu-bf16."),
+    typer.Option("--model-config-name", help="A named configuration of the deployment, such as cpu-bf16."),
 ]
 CheckVectors = Annotated[
     bool,
     typer.Option(
-        envvar=CHECK_VECTORS, help="Hold the engine's vectors to open_clip's, on photographs kept by its export."
+        envvar=CHECK_VECTORS_VARIABLE, help="Verify the vectors against open_clip, on photographs kept by the export."
     ),
 ]
 Architecture = Annotated[str, typer.Option(help="An open_clip architecture.", envvar="CLIP_MODEL")]
@@ -31,7 +31,7 @@ PrecisionName = Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)
 
 
 def checked_precision(name: str) -> Precision:
-    """The precision of this name. Raises ToolError for another."""
+    """The precision of this name. Raises ToolError for an unknown one."""
     for precision in PRECISIONS:
         if precision == name:
             return precision
@@ -39,7 +39,7 @@ def checked_precision(name: str) -> Precision:
 
 
 def checked_orientation(name: str) -> Orientation:
-    """The orientation of this name. Raises ToolError for another."""
+    """The orientation of this name. Raises ToolError for an unknown one."""
     for orientation in ORIENTATIONS:
         if orientation == name:
             return orientation
@@ -47,7 +47,7 @@ def checked_orientation(name: str) -> Orientation:
 
 
 def checked_runtime(name: str) -> Runtime:
-    """The runtime of this name. Raises ToolError for another."""
+    """The runtime of this name. Raises ToolError for an unknown one."""
     for runtime in RUNTIMES:
         if runtime == name:
             return runtime
@@ -68,7 +68,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def show(table: Any) -> None:
-    """A table for people, on stderr, so that stdout holds data alone."""
+    """Print a table on stderr; stdout is for data."""
     from rich.console import Console
 
     Console(stderr=True).print(table)
@@ -76,7 +76,7 @@ def show(table: Any) -> None:
 
 @contextlib.contextmanager
 def progress(title: str = "") -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr; what it gives takes what goes on, how much is done, how much there is."""
+    """A progress bar on stderr; yields a function of description, done and total."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -87,7 +87,7 @@ def progress(title: str = "") -> Iterator[Callable[[str, int, int], None]]:
 
 
 def tell_applied(paths: list[Path], name: str) -> None:
-    """On stderr: which configurations were written, and how they are served."""
+    """Print on stderr which configurations were written, and how to serve them."""
     for path in paths:
         typer.echo(f"written: {path}", err=True)
     how = f"serve it: clip-tools serve --model-config-name={name}" if paths else "the committed configuration is best"

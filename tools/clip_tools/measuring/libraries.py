@@ -18,7 +18,8 @@ from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.measuring.sections import Section, markdown_table
 from clip_tools.measuring.services import free_ports
 from clip_tools.paths import MODELS
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 from clip_tools.proxy import DIRECT
-from clip_tools.serving.keyring import access_of
+from clip_tools.serving.key_files import access_of
 
 _PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
 

@@ -64,7 +64,7 @@ def committed_variant(models: Path = MODELS, config_name: str | None = None) -> 
     """The deployment as it is served here, in every value that a variant can name."""
     steps = deployment(models, config_name)
     for step in steps:
-        Machine.here().fit(step.config)
+        Machine.here().apply_to(step.config)
     preprocess = next(one.config for one in steps if one.config.backend == "python")
     engine = next(one.config for one in steps if one.config.backend and one.config.backend != "python")
     return Variant(
@@ -85,7 +85,7 @@ def change(config: Any, variant: Variant) -> bool:
     if config.name == "preprocess" or config.backend == "python":
         served = type(config)()
         served.CopyFrom(config)
-        Machine.here().fit(served)
+        Machine.here().apply_to(served)
         if variant.preprocess_instances not in (None, served.instance_group[0].count):
             config.instance_group[0].count = variant.preprocess_instances
             config.instance_group[0].ClearField("name")  # so that it is served in as many

@@ -1,7 +1,6 @@
-"""The sample of an export: a few photographs or texts and what open_clip makes of them in FP32, kept beside the graph.
+"""The sample of an export: a few photographs or texts with open_clip's FP32 embeddings, kept beside the graph.
 
-By it a server is proven before it is called ready, and an engine before a server is swapped to it (serving/proof.py),
-where neither open_clip nor PyTorch is installed.
+`serving/vector_check.py` verifies a server and a new engine with it, where open_clip and PyTorch are not installed.
 """
 
 import itertools

@@ -252,7 +252,8 @@ def _url(engine: Engine) -> Iterator[str]:
     import socket
     import tempfile
 
-    from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+    from clip_tools.serving.serve_options import ServeOptions
+    from clip_tools.serving.server import EmbeddedServer
 
     ports = []
     for _ in range(3):
