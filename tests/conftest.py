@@ -32,6 +32,7 @@ sys.path += [
     str(BACKENDS / "tensorrt"),
 ]
 import clip_preprocess
+from ort_session import computes_bf16
 
 proxy.leave_this_machine_out()
 
@@ -58,6 +59,20 @@ def openvino() -> None:
 
     if "OpenVINOExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs OpenVINO: make setup-cpu")
+
+
+@pytest.fixture(scope="session")
+def bf16(openvino: None) -> None:
+    """For tests of what OpenVINO computes in BF16."""
+    if not computes_bf16():
+        pytest.skip("needs a CPU on which OpenVINO has BF16: AVX-512 or AVX2-VNNI-2")
+
+
+@pytest.fixture(scope="session")
+def no_bf16(openvino: None) -> None:
+    """For tests of how BF16 is refused."""
+    if computes_bf16():
+        pytest.skip("OpenVINO has BF16 on this CPU")
 
 
 @pytest.fixture(scope="session")
