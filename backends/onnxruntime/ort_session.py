@@ -248,7 +248,11 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
     _load_libraries(wanted)
     try:  # with the fallback, a session that fails at a request would go on with the next provider
         session = onnxruntime.InferenceSession(
-            str(model_path), options, providers=plan.providers, enable_fallback=False
+            # ONNX Runtime 1.24.1 refuses weights in a second file behind a link: microsoft/onnxruntime#27374.
+            str(model_path.resolve()),
+            options,
+            providers=plan.providers,
+            enable_fallback=False,
         )
     except Exception as error:
         needs = f"; {wanted} needs {_INSTALL[wanted]}" if wanted == "TensorrtExecutionProvider" else ""
