@@ -90,4 +90,4 @@ lock: setup ## resolve the requirements anew (needs the package index)
 	@./requirements/lock.sh $(BIN)/uv
 
 clean: ## remove what was built; the environment and the photographs stay
-	rm -rf .cache/demo .cache/models .pytest_cache .ruff_cache .mypy_cache $(foreach tower,clip_onnx clip_text_onnx,$(addprefix models/$(tower)/1/,model.onnx manifest.json sample.npz)) models/tokenize/1/merges.txt models/preprocess/1/*.so
+	rm -rf .cache/demo .cache/models .pytest_cache .ruff_cache .mypy_cache $(foreach tower,clip_onnx clip_text_onnx,$(addprefix models/$(tower)/1/,model.onnx model.onnx.data manifest.json sample.npz)) models/tokenize/1/merges.txt models/preprocess/1/*.so

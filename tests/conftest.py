@@ -13,6 +13,7 @@ import pytest
 
 from clip_tools import photos, proxy, reliability
 from clip_tools.demo import weights_from_environment
+from clip_tools.digest import files_of
 from clip_tools.export.export_onnx import export_onnx, write_graph
 from clip_tools.export.export_text import MERGES, export_text
 from clip_tools.export.manifest import is_exported, manifest_path
@@ -33,6 +34,7 @@ sys.path += [
     str(BACKENDS / "tensorrt"),
 ]
 import clip_preprocess
+from ort_session import computes_bf16
 
 proxy.bypass_for_localhost()
 
@@ -59,6 +61,20 @@ def openvino() -> None:
 
     if "OpenVINOExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs OpenVINO: make setup-cpu")
+
+
+@pytest.fixture(scope="session")
+def bf16(openvino: None) -> None:
+    """For tests of what OpenVINO computes in BF16."""
+    if not computes_bf16():
+        pytest.skip("needs a CPU on which OpenVINO has BF16: AVX-512 or AVX2-VNNI-2")
+
+
+@pytest.fixture(scope="session")
+def no_bf16(openvino: None) -> None:
+    """For tests of how BF16 is refused."""
+    if computes_bf16():
+        pytest.skip("OpenVINO has BF16 on this CPU")
 
 
 @pytest.fixture(scope="session")
@@ -98,12 +114,12 @@ def onnx_model(weights: Weights, demo_photos: list[Path]) -> Path:
     return exported(weights, demo_photos)
 
 
-def exported(weights: Weights, photographs: list[Path]) -> Path:
+def exported(weights: Weights, photographs: list[Path], oracle: Oracle | None = None) -> Path:
     """The image tower of these weights, kept between runs."""
     path = kept_model(weights, "model.onnx")
     kept = Sample.read(path)
     if not is_exported(path, weights) or kept is None or kept.upright_embeddings is None:
-        export_onnx(weights, [photo.read_bytes() for photo in photographs], path)
+        export_onnx(weights, [photo.read_bytes() for photo in photographs], path, oracle=oracle)
     return path
 
 
@@ -113,11 +129,11 @@ def text_model(weights: Weights) -> Path:
     return exported_text(weights)
 
 
-def exported_text(weights: Weights) -> Path:
+def exported_text(weights: Weights, oracle: Oracle | None = None) -> Path:
     """The text tower of these weights, kept between runs."""
     path = kept_model(weights, "text_tower/model.onnx")
     if not is_exported(path, weights) or Sample.read(path) is None:
-        export_text(weights, path)
+        export_text(weights, path, oracle=oracle)
     return path
 
 
@@ -137,9 +153,9 @@ def repository(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def with_image(folder: Path, onnx_model: Path) -> Path:
     """The repository as it is committed, at `folder`, with this image tower in it."""
-    built = shutil.ignore_patterns("*.onnx", "*.plan", "manifest*.json", SAMPLE, MERGES, "__pycache__")
+    built = shutil.ignore_patterns("*.onnx", "*.onnx.data", "*.plan", "manifest*.json", SAMPLE, MERGES, "__pycache__")
     shutil.copytree(MODELS, folder, ignore=built)
-    for path in (onnx_model, manifest_path(onnx_model), onnx_model.with_name(SAMPLE)):
+    for path in (*files_of(onnx_model), manifest_path(onnx_model), onnx_model.with_name(SAMPLE)):
         (folder / "clip_onnx" / "1" / path.name).symlink_to(path)
     return folder
 
@@ -147,7 +163,7 @@ def with_image(folder: Path, onnx_model: Path) -> Path:
 def with_text(repository: Path, models: Path, text_model: Path) -> Path:
     """The repository at `models`, with the text tower in it."""
     shutil.copytree(repository, models, symlinks=True)
-    for path in (text_model, manifest_path(text_model), text_model.with_name(SAMPLE)):
+    for path in (*files_of(text_model), manifest_path(text_model), text_model.with_name(SAMPLE)):
         (models / "clip_text_onnx" / "1" / path.name).symlink_to(path)
     (models / "tokenize" / "1" / MERGES).symlink_to(text_model.with_name(MERGES))
     return models

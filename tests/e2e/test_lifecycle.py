@@ -113,7 +113,7 @@ def test_when_serve_is_killed_the_server_and_its_models_processes_go_too(reposit
     check_ports(options)
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("bf16")
 def test_bf16_is_served_by_name_and_is_not_fp32(repository, server, demo_photos, tmp_path):
     """The precision asked for is the one that runs: its vectors are FP32's, but not to the bit.
 
@@ -126,6 +126,14 @@ def test_bf16_is_served_by_name_and_is_not_fp32(repository, server, demo_photos,
         bf16 = client.embed(demo_photos)
     assert "OpenVINO BF16" in options.log.read_text()
     assert 1e-6 < 1 - (fp32 * bf16).sum(axis=1).min() < 0.1
+
+
+@pytest.mark.usefixtures("no_bf16")
+def test_a_cpu_without_bf16_serves_no_fp32_under_its_name(repository, tmp_path):
+    """OpenVINO itself would compute in FP32 and say nothing."""
+    options = options_for(repository, tmp_path / "log", config_name="cpu-bf16")
+    with pytest.raises(ToolError, match=r"OpenVINO has no BF16 on this CPU.*serve the default configuration"):
+        EmbeddedServer(options).__enter__()
 
 
 @pytest.mark.usefixtures("openvino")

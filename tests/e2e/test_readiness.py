@@ -93,7 +93,7 @@ def is_ready(options) -> bool:
 
 
 def has_said_so(options) -> bool:
-    """Whether `serve` has said of the newest server that it is ready, once its vectors were verified against open_clip's."""
+    """Whether the log says that the newest server is ready, after its vectors were verified against open_clip."""
     log = options.log.read_text()
     return log.rfind("ready after") > log.rfind("a new server starts")
 
@@ -382,7 +382,7 @@ def test_a_storm_that_meets_a_swap(served, repository):
     thread.start()
     try:
         with GrpcModelControl(options.grpc_url) as control:
-            for name in ("cpu-bf16", "cpu-fp32"):
+            for name in ("cpu-fp32", "onnx"):  # which every CPU has
                 swap(control, SwapOptions(name, models=repository), lambda _: None)
     finally:
         over.set()

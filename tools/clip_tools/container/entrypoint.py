@@ -6,6 +6,7 @@ model repository, `server` runs it. Flags of the command line go to tritonserver
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from clip_tools.container.server import ContainerServer, flags_in, options_in
 from clip_tools.container.settings import Settings
 from clip_tools.container.start import Available, Start, decide_start, find_available
 from clip_tools.container.write_repository import write_container_repository
+from clip_tools.digest import files_of
 from clip_tools.errors import ToolError
 from clip_tools.export.export_text import MERGES
 from clip_tools.export.manifest import manifest_path
@@ -60,7 +62,8 @@ def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS
         say(_FALLBACK)
         start, graphs = _make_graphs(without, found, say)
     served = graphs[start.graph or found.onnx_engine_file]
-    built = [*graphs.values(), *map(manifest_path, graphs.values()), served.with_name(SAMPLE)]
+    built = [*itertools.chain.from_iterable(map(files_of, graphs.values()))]
+    built += [*map(manifest_path, graphs.values()), served.with_name(SAMPLE)]
     files = {f"clip_onnx/1/{path.name}": path for path in built if path.is_file()}
     files |= _text_files(settings.onnx_dir / "text")
     if plan is not None:
@@ -83,7 +86,7 @@ def _text_files(folder: Path) -> dict[str, Path]:
         raise ToolError(f"{wrong}; it is damaged or was replaced: export it again with --text")
     beside = [path for path in (manifest_path(model), folder / SAMPLE) if path.is_file()]
     return {
-        **{f"clip_text_onnx/1/{path.name}": path for path in (model, *beside)},
+        **{f"clip_text_onnx/1/{path.name}": path for path in (*files_of(model), *beside)},
         f"tokenize/1/{MERGES}": folder / MERGES,
     }
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_tools.digest import sha256_of
+from clip_tools.digest import files_of, sha256_of
 from clip_tools.export.precision import Precision
 from clip_tools.oracle import Weights
 
@@ -86,7 +86,12 @@ def put_in_place(draft: Path, manifest: "Manifest | EngineManifest", output: Pat
     # The old manifest goes first: a crash between the two leaves a model without one, never with a wrong one.
     beside = beside or manifest_path(output)
     beside.unlink(missing_ok=True)
-    draft.replace(output)
+    new, old = files_of(draft), files_of(output)
+    if len(new) > 1 or len(old) > 1:  # nor a graph with the weights of another
+        for file in old:
+            file.unlink(missing_ok=True)
+    for file in reversed(new):
+        file.replace(output.with_name(output.name + file.name.removeprefix(draft.name)))
     text = draft.with_name("manifest.json")
     text.write_text(manifest.to_json() + "\n")
     text.replace(beside)

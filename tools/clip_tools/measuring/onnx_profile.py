@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_tools.errors import ToolError, missing_extra
+from clip_tools.export.external_data import load_nodes
 from clip_tools.measuring.bare import engine_plan, open_engine
 from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.paths import MODELS
@@ -123,8 +124,6 @@ def onnx_profile(
 
 def _compare(onnxruntime: Any, served: Path, other: Path, plan: Any, batches: Sequence[int]) -> dict[str, Any]:
     """Nodes, agreement with open_clip on the sample beside the served graph, and the times of both, in turn."""
-    import onnx
-
     from clip_tools.export.tune_precision import embed, times
     from clip_tools.verification.gates import cosines
     from clip_tools.verification.sample import Sample
@@ -152,7 +151,7 @@ def _compare(onnxruntime: Any, served: Path, other: Path, plan: Any, batches: Se
             bounds = [round(value, 3) for value in (statistics.median(ratios), min(ratios), max(ratios))]
             rows.append(Paired(provider[0], batch, *medians, *bounds))
     graphs = [
-        {"file": path.name, "nodes": len(onnx.load(str(path)).graph.node), "worst_cosine": round(worst[str(path)], 7)}
+        {"file": path.name, "nodes": len(load_nodes(path).graph.node), "worst_cosine": round(worst[str(path)], 7)}
         for path in (served, other)
     ]
     return {"graphs": graphs, "photographs": len(sample.inputs), "times": [asdict(row) for row in rows]}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from clip_tools.digest import sha256_of
+from clip_tools.digest import files_of, sha256_of
 from clip_tools.errors import ToolError
 from clip_tools.export.manifest import GRAPH, Manifest, manifest_path
 from clip_tools.repository import Model, build_command
@@ -31,8 +31,9 @@ def wrong_file(file: Path) -> str | None:
         return None
     except (ValueError, KeyError, TypeError):
         return f"{path}: expected the sha256 of {file}, found none"
-    status = file.stat()
-    if (got := _sum_of(file, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)) == expected:
+    status = [part.stat() for part in files_of(file)]
+    seen = (number for one in status for number in (one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns))
+    if (got := _sum_of(file, *seen)) == expected:
         return None
     return f"{file} is not the file that {path.name} describes: expected sha256 {expected}, came {got}"
 

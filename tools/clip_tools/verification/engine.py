@@ -6,6 +6,7 @@ from typing import Any
 
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError
+from clip_tools.export.external_data import load_nodes
 from clip_tools.export.manifest import Manifest
 from clip_tools.export.precision import Precision, precision_of
 from clip_tools.oracle import Orientation
@@ -112,9 +113,7 @@ def graph_of(file: Path) -> tuple[Path, Manifest] | None:
 
 
 def _load(file: Path) -> Any:
-    import onnx
-
     try:
-        return onnx.load(str(file))
+        return load_nodes(file)
     except Exception as error:  # protobuf's own
         raise ToolError(f"{file} is no ONNX file: {' '.join(str(error).split())[:200]}") from error
