@@ -230,6 +230,13 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install():
     ]
 
 
+def test_wrong_paths_are_noticed_before_a_server_is_asked(run):
+    """A missing path beside others that exist is a failed image."""
+    done = run("photoz/", "b.jqg", "--url", "grpc://127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"clip-embed: no such file or folder: photoz/, b.jqg\n"
+
+
 @pytest.fixture
 def waiting(run, url, brain, tmp_path, ctrl_c):
     """The command's process, which has printed a.jpg's line or is about to, and waits for the second image."""
@@ -247,11 +254,11 @@ def waiting(run, url, brain, tmp_path, ctrl_c):
         process.kill()
 
 
-def test_ctrl_c_is_quiet_and_keeps_what_was_finished(waiting):
+def test_ctrl_c_says_in_one_line_how_much_is_done_and_keeps_it(waiting):
     line = waiting.stdout.readline()
     waiting.send_signal(signal.SIGINT)
     rest, talk = waiting.communicate(timeout=30)
-    assert (waiting.returncode, rest, talk) == (130, b"", b"")
+    assert (waiting.returncode, rest, talk) == (130, b"", b"clip-embed: interrupted after 1 embeddings\n")
     assert json.loads(line)["path"] == "a.jpg"
 
 
@@ -265,7 +272,9 @@ def test_ctrl_c_leaves_no_part_of_a_file(url, brain, tmp_path):
     with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, cwd=tmp_path) as process:
         assert brain.waiting.acquire(timeout=30)
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30)[1] == b""
+        said = process.communicate(timeout=30)[1].decode()
+        assert said.startswith("clip-embed: interrupted after 0 embeddings; nothing was written: --resume")
+        assert said.count("\n") == 1
         assert process.returncode == 130
         process.kill()
     brain.gate.set()

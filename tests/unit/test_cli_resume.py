@@ -361,8 +361,13 @@ def test_the_command_goes_on_after_a_signal(start, run, brain, out, table, photo
         assert brain.waiting.acquire(timeout=60)
         process.send_signal(number)
         process.wait(60)
-        process.communicate()
+        said = process.communicate()[1]
     assert not out.exists()
+    if number == signal.SIGINT:
+        assert said == (
+            f"clip-embed: interrupted after 7 embeddings; what was finished is kept in {out.resolve()}.parts: "
+            "run it again with --resume\n"
+        )
     brain.gate.set()
     code, stdout, stderr = run(*arguments)
     assert (code, stdout) == (0, "")
@@ -498,7 +503,7 @@ def test_vectors_of_another_server_do_not_get_into_one_file(out, table, photos, 
     with open_resumed(out, table, provenance=ONE) as output:
         for image in output.unfinished(map(str, photos)):
             output.add(image, vector_of(Path(image.path).read_bytes()))
-    assert (output.already_there, output.remark) == (3, None)
+    assert (output.already_there, output.warning) == (3, None)
     assert table.read_provenance(out) == ONE
     assert_has(out, photos)
 
