@@ -43,6 +43,14 @@ def test_every_link_leads_somewhere(page):
     assert broken_links(page) == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_source_file_that_a_page_names_exists(page):
+    """`models/preprocess/config.pbtxt` from the top, `serving/access.py` from the tools; NAME stands for any."""
+    named = set(re.findall(r"`([\w.-]+/[\w./-]+\.(?:py|c|cu|pbtxt|sh|ya?ml|md))`", prose(page)))
+    tops = (ROOT, ROOT / "tools", ROOT / "tools" / "clip_tools")
+    assert [path for path in named if "NAME" not in path and not any((top / path).is_file() for top in tops)] == []
+
+
 def test_a_broken_link_is_found(tmp_path):
     (tmp_path / "other.md").write_text("# Two words, `code`\n")
     page = tmp_path / "page.md"

@@ -60,7 +60,7 @@ def headline(result: dict[str, Any]) -> str:
     table = markdown_table((f"{images} JPEGs, {most} requests at once", "images/s", f"times `{BASELINE}`"), rows)
     gpu = environment["gpu"] or "no GPU"
     where = f"{environment['cpu']}, {environment['cores']} cores, {gpu}, {environment['date'][:10]}"
-    return f"{table}\n{where}, `{environment['command']}`; all of it: [docs/benchmarks.md](docs/benchmarks.md).\n"
+    return f"{table}\n{where}, `{environment['command']}`; all figures: [docs/benchmarks.md](docs/benchmarks.md).\n"
 
 
 def _against(result: dict[str, Any], cell: Cell, baseline: str = BASELINE) -> Ratio | None:
