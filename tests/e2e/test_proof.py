@@ -21,9 +21,9 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'c
 
 
 @pytest.fixture(scope="module")
-def models(repository, tmp_path_factory):
+def models(light_repository, tmp_path_factory):
     """`wrong` leads to the graph with its positions in another order, which its manifest calls right."""
-    folder = with_second_model(repository, tmp_path_factory.mktemp("proof") / "models", "wrong")
+    folder = with_second_model(light_repository, tmp_path_factory.mktemp("proof") / "models", "wrong")
     path = folder / "clip_wrong" / "1" / "model.onnx"
     manifest, graph = Manifest.read(path), onnx.load(str(path))
     tensor = next(one for one in graph.graph.initializer if one.name == "position")
