@@ -34,9 +34,31 @@ sys.path += [
 import clip_preprocess
 
 ARCHITECTURES = Path(__file__).with_name("architectures")
+EXPORTS = {"oracle", "onnx_model", "text_model", "gpu_model", "light_model"}
 TINY = Weights("tiny-vit", "random:0")
 
 proxy.leave_this_machine_out()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs an export, as every server does, is slow."""
+    for item in items:
+        if EXPORTS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Gives tests/e2e to one process, since each of its servers wants both cores, and the others out by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ServersInOneProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "e2e" if "e2e" in Path(file).parts else file
+
+    return ServersInOneProcess(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +108,22 @@ def limits() -> clip_preprocess.Limits:
     """The limits that are served."""
     value = {key: entry.string_value for key, entry in read_config(MODELS, "preprocess").parameters.items()}
     return clip_preprocess.Limits.of(value)
+
+
+class Lazily:
+    """A module that is imported as it is first used, so that naming the tests does not take PyTorch's seconds.
+
+    Where it is not installed, the test that uses it is skipped.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> object:
+        if attribute.startswith("_"):  # pytest looks for its own on whatever a module names
+            raise AttributeError(attribute)
+        reason = f"{self._name} is not installed: pip install 'clip-embed[export]'"
+        return getattr(pytest.importorskip(self._name, reason=reason), attribute)
 
 
 def is_short_run(config: pytest.Config) -> bool:

@@ -20,6 +20,7 @@ from clip_tools.measuring.variants import Variant, write_repository
 from clip_tools.serving.serve import EmbeddedServer
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
+ARMS = ("ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch")
 PERF_ANALYZER = Path(sys.executable).with_name("perf-analyzer")
 
 
@@ -42,14 +43,21 @@ def results(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("results")
 
 
-def test_bench_sends_the_same_photographs_through_every_arm(repository, results):
-    """Every answer of every arm is open_clip's, or the run would have failed; a target not measured is not met."""
+@pytest.mark.parametrize("starts_all", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_bench_sends_the_same_photographs_through_every_arm(repository, pytorch, results, starts_all):
+    """Every answer of every arm is open_clip's, or the run would have failed; a target not measured is not met.
+
+    In short the PyTorch service runs already.
+    """
     output = results / "bench.json"
-    printed = run(CLIP_TOOLS, "bench", "--quick", "--check", "--models", repository, "--output", output, expected=1)
+    options = ["--models", repository, "--output", output]
+    if not starts_all:
+        options += ["--pytorch-url", pytorch.url, "--arms", ",".join(ARMS)]
+    printed = run(CLIP_TOOLS, "bench", "--quick", "--check", *options, expected=1)
     assert "| ensemble over gRPC against the PyTorch service, FP32 | >= 3.3 | not measured:" in printed
     result = read(output)
     arms = {row["arm"] for row in result["cells"]}
-    assert arms == {"ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch"}
+    assert arms == set(ARMS)
     assert all(row["agreement"] >= 0.99999 and row["throughput"] > 0 for row in result["cells"])
     assert {row["images"] for row in result["cells"]} == {"640x480"}
     row = next(row for row in result["cells"] if row["arm"] == "ensemble-grpc" and row["batch"] == 4)
@@ -131,7 +139,9 @@ def perf_input(light_repository, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_plain_perf_analyzer_needs_no_key_on_this_machine(light_server, perf_input, protocol):
     """With the flags of its own documentation, and the photographs that `clip-tools perf` wrote."""
-    address = (light_server.options.grpc_url if protocol == "grpc" else light_server.options.http_url).partition("://")[2]
+    address = (light_server.options.grpc_url if protocol == "grpc" else light_server.options.http_url).partition("://")[
+        2
+    ]
     photographs = ["--shape", "image_bytes:1", "--input-data", perf_input]
     printed = run(
         PERF_ANALYZER, "-m", "clip_ensemble", "-i", protocol, "-u", address, *photographs, "--request-count", 10
@@ -179,7 +189,8 @@ def test_model_analyzer_profiles_the_ensemble(light_repository, tmp_path, result
 def test_the_sweep_measures_with_perf_analyzer_and_goes_on(light_repository, results):
     log = results / "sweep.jsonl"
     options = ["--axes", "", "--window-ms", 500, "--stability-percent", 999, "--concurrency", 2]
-    command = [CLIP_TOOLS, "sweep", *options, "--models", light_repository, "--log", log, "--output", results / "sweep.json"]
+    options += ["--models", light_repository, "--log", log, "--output", results / "sweep.json"]
+    command = [CLIP_TOOLS, "sweep", *options]
     first = run(*command)
     assert "(as committed)" in first
     assert run(*command) == first  # nothing is measured again

@@ -104,7 +104,10 @@ def test_one_bad_text_is_one_failed_request_with_its_index_and_code(client):
 
 def test_a_server_without_a_text_tower_loads_nothing_for_texts_and_says_so(light_server):
     assert "tokenize" not in light_server.options.log.read_text()
-    with EmbeddingClient(light_server.options.grpc_url, timeout_s=1) as client, pytest.raises(ModelNotReadyError) as caught:
+    with (
+        EmbeddingClient(light_server.options.grpc_url, timeout_s=1) as client,
+        pytest.raises(ModelNotReadyError) as caught,
+    ):
         client.embed_text(["a dog"])
     assert "export-onnx --text" in str(caught.value)
     with EmbeddingClient(light_server.options.grpc_url, model=wire.TEXT_MODEL) as client:
