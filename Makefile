@@ -12,7 +12,7 @@ PINS_trt := requirements/gpu.txt requirements/tensorrt.txt
 PINS := $(PINS_$(FOR))
 READY := $(VENV)/.ready-$(FOR)
 
-.PHONY: help setup setup-cpu setup-gpu setup-trt demo serve bench test test-long audit soak lint format docs lock clean
+.PHONY: help setup setup-cpu setup-gpu setup-trt demo serve bench check test test-quick test-long audit soak lint format docs lock clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
@@ -60,8 +60,15 @@ bench: setup ## how fast it is: fills results/ with JSON, tables and pictures (o
 	@$(BIN)/clip-tools report
 	@$(BIN)/clip-tools bench --check --result results/bench.json
 
+# In two processes: one has the servers, the other the rest (tests/conftest.py); in one where ARGS names some.
 test: setup ## every test this machine can run
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(or $(ARGS),-n 2 --no-loadscope-reorder)
+
+check: setup ## the quick loop: lint, types, and the unit tests that need no server and no export (under 90 s)
+	@$(MAKE) --no-print-directory --output-sync --jobs 2 lint test-quick
+
+test-quick: setup
+	@$(BIN)/python -m pytest -q -n 2 -m "not long and not slow" tests/unit $(ARGS)
 
 test-long: setup ## the long forms: thousands of broken files, overload, faults, soak (most of an hour)
 	@$(BIN)/python -m pytest -m "long or promise" $(ARGS)

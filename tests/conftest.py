@@ -36,7 +36,32 @@ sys.path += [
 import clip_preprocess
 from ort_session import computes_bf16
 
+ARCHITECTURES = Path(__file__).with_name("architectures")
+EXPORTS = {"oracle", "onnx_model", "text_model", "gpu_model", "light_model"}
+TINY = Weights("tiny-vit", "random:0")
+
 proxy.bypass_for_localhost()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs an export, as every server does, is slow."""
+    for item in items:
+        if EXPORTS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Gives tests/e2e to one process, since each of its servers wants both cores, and the others out by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ServersInOneProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "e2e" if "e2e" in Path(file).parts else file
+
+    return ServersInOneProcess(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -102,10 +127,44 @@ def limits() -> clip_preprocess.Limits:
     return clip_preprocess.Limits.of(value)
 
 
+class Lazily:
+    """A module that is imported as it is first used, so that naming the tests does not take PyTorch's seconds.
+
+    Where it is not installed, the test that uses it is skipped.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> object:
+        if attribute.startswith("_"):  # pytest looks for its own on whatever a module names
+            raise AttributeError(attribute)
+        reason = f"{self._name} is not installed: pip install 'clip-embed[export]'"
+        return getattr(pytest.importorskip(self._name, reason=reason), attribute)
+
+
+def is_short_run(config: pytest.Config) -> bool:
+    """Whether the long forms are left out."""
+    return "not long" in config.getoption("markexpr")
+
+
+def is_long_run(config: pytest.Config) -> bool:
+    """Whether this is `make test-long`."""
+    return config.getoption("markexpr") == reliability.LONG_RUN
+
+
 def kept_model(weights: Weights, name: str) -> Path:
     """Where what is exported of these weights is kept between runs."""
-    folder = hashlib.sha256(f"{weights} {weights.checkpoint_sha256}".encode()).hexdigest()[:12]
-    return CACHE / "models" / folder / name
+    own = ARCHITECTURES / f"{weights.model}.json"
+    which = f"{weights} {weights.checkpoint_sha256}{own.read_text() if own.is_file() else ''}"
+    return CACHE / "models" / hashlib.sha256(which.encode()).hexdigest()[:12] / name
+
+
+def know_our_architectures() -> None:
+    """Has open_clip know those of `tests/architectures`: its own towers, so small that a server loads them at once."""
+    import open_clip
+
+    open_clip.add_model_config(ARCHITECTURES)
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +178,7 @@ def exported(weights: Weights, photographs: list[Path], oracle: Oracle | None = 
     path = kept_model(weights, "model.onnx")
     kept = Sample.read(path)
     if not is_exported(path, weights) or kept is None or kept.upright_embeddings is None:
+        know_our_architectures()
         export_onnx(weights, [photo.read_bytes() for photo in photographs], path, oracle=oracle)
     return path
 
@@ -133,6 +193,7 @@ def exported_text(weights: Weights, oracle: Oracle | None = None) -> Path:
     """The text tower of these weights, kept between runs."""
     path = kept_model(weights, "text_tower/model.onnx")
     if not is_exported(path, weights) or Sample.read(path) is None:
+        know_our_architectures()
         export_text(weights, path, oracle=oracle)
     return path
 
@@ -149,6 +210,32 @@ def gpu_model(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def repository(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model repository as it is committed, with the tests' model in it."""
     return with_image(tmp_path_factory.mktemp("repository") / "models", onnx_model)
+
+
+@pytest.fixture(scope="session")
+def light_model(request: pytest.FixtureRequest) -> Path:
+    """The model of `light_repository`."""
+    if not is_short_run(request.config):
+        return request.getfixturevalue("onnx_model")
+    return exported(TINY, request.getfixturevalue("demo_photos"))
+
+
+@pytest.fixture(scope="session")
+def light_repository(light_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with `tiny-vit`, for tests of the server that any model will do for: it starts with a third of the CPU
+    time. The long forms, whose figures are documented, have the tests' model in its place.
+    """
+    return with_image(tmp_path_factory.mktemp("light") / "models", light_model)
+
+
+@pytest.fixture(scope="session")
+def light_text_repository(
+    request: pytest.FixtureRequest, light_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same with both towers."""
+    is_short = is_short_run(request.config)
+    model = exported_text(TINY) if is_short else request.getfixturevalue("text_model")
+    return with_text(light_repository, tmp_path_factory.mktemp("light_text") / "models", model)
 
 
 def with_image(folder: Path, onnx_model: Path) -> Path:
@@ -188,9 +275,18 @@ def options_for(models: Path, log: Path, **changes: object) -> ServeOptions:
 
 
 @pytest.fixture(scope="session")
-def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """The real tritonserver, started once for all tests that only ask it things."""
-    with EmbeddedServer(options_for(repository, tmp_path_factory.mktemp("server") / "log")) as running:
+def server(repository: Path, text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The real tritonserver with both towers, started once for all tests that only ask it things."""
+    folder = tmp_path_factory.mktemp("server")
+    models = with_text(repository, folder / "models", text_model)
+    with EmbeddedServer(options_for(models, folder / "log", check_vectors=True)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def light_server(light_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """One with `light_repository`, started once, for tests of what asks it: its vectors are those of no weights."""
+    with EmbeddedServer(options_for(light_repository, tmp_path_factory.mktemp("light") / "log")) as running:
         yield running
 
 
@@ -208,8 +304,7 @@ def record_reliability(request: pytest.FixtureRequest) -> Callable[..., None]:
 
     They go to results/reliability.json from `make test-long`, from any other run to another file beside it.
     """
-    is_long = request.config.getoption("markexpr") == reliability.LONG_RUN
-    path = RESULTS / ("reliability.json" if is_long else "reliability-short.json")
+    path = RESULTS / ("reliability.json" if is_long_run(request.config) else "reliability-short.json")
 
     def record(name: str, **figures: object) -> None:
         if name not in reliability.names():

@@ -92,10 +92,10 @@ def test_onnx_only_serves_what_is_mounted_and_ends_on_sigterm(
     assert process.wait(timeout=60) == 0
 
 
-def test_the_server_is_started_anew_when_a_models_process_is_lost(start, demo_photos):
+def test_the_server_is_started_anew_when_a_models_process_is_lost(start, light_model, demo_photos):
     """And the health check, which is the image's, says what is so."""
     images = [demo_photos[0].read_bytes()]
-    process, grpc, _, log = start(SKIP_TRT_BUILD="1")
+    process, grpc, _, log = start(SKIP_TRT_BUILD="1", CLIP_ONNX_DIR=str(light_model.parent))
     expected = embed_when_ready(process, grpc, images, log)
     wait_for(log, "ready after")
     health = [sys.executable, "-m", "clip_tools", "health", f"--url={grpc}"]
@@ -139,8 +139,9 @@ def test_a_plan_is_built_and_handed_to_the_server_which_needs_a_gpu(start, tmp_p
     assert "clip_trt: a plan needs an NVIDIA GPU, and this server sees none" in log.read_text()
 
 
-def test_with_the_fallback_it_says_so_and_serves_onnx(start, demo_photos):
-    process, grpc, _, log = start(TRT_PRECISION="fp32", TRT_FALLBACK="1", CUDA_VISIBLE_DEVICES="")
+def test_with_the_fallback_it_says_so_and_serves_onnx(start, light_model, demo_photos):
+    variables = {"TRT_PRECISION": "fp32", "TRT_FALLBACK": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process, grpc, _, log = start(**variables, CLIP_ONNX_DIR=str(light_model.parent))
     assert embed_when_ready(process, grpc, [demo_photos[0].read_bytes()], log).shape == (1, 512)
     assert "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead" in log.read_text()
 

@@ -70,9 +70,9 @@ def serving(models, folder, program=(CLIP_TOOLS,)):
 
 
 @pytest.fixture(scope="module")
-def served(repository, tmp_path_factory):
+def served(light_repository, tmp_path_factory):
     """One for all that breaks it and waits until it is well again."""
-    with serving(repository, tmp_path_factory.mktemp("readiness")) as running:
+    with serving(light_repository, tmp_path_factory.mktemp("readiness")) as running:
         yield running
 
 
@@ -369,7 +369,7 @@ def test_a_storm_that_meets_a_server_as_it_starts(served):
 
 
 @pytest.mark.long
-def test_a_storm_that_meets_a_swap(served, repository):
+def test_a_storm_that_meets_a_swap(served, light_repository):
     options, server_pid = served
     wait_until(lambda: has_said_so(options) and is_ready(options))
     before, over = server_pid(), threading.Event()
@@ -383,7 +383,7 @@ def test_a_storm_that_meets_a_swap(served, repository):
     try:
         with GrpcModelControl(options.grpc_url) as control:
             for name in ("cpu-fp32", "onnx"):  # which every CPU has
-                swap(control, SwapOptions(name, models=repository), lambda _: None)
+                swap(control, SwapOptions(name, models=light_repository), lambda _: None)
     finally:
         over.set()
         thread.join()

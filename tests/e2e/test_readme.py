@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from tests.conftest import with_text
 
 from clip_tools.cli import app
 from clip_tools.paths import MODELS, ROOT
@@ -59,10 +58,9 @@ def environment(repository: Path) -> dict[str, str]:
     return os.environ | {"PATH": path, "CLIP_MODELS": str(repository)}
 
 
-@pytest.fixture
-def served(repository: Path, text_model: Path, tmp_path: Path) -> Iterator[None]:
-    models = with_text(repository, tmp_path / "models", text_model)
-    with EmbeddedServer(ServeOptions(models=models, log=tmp_path / "log")):
+@pytest.fixture(scope="module")
+def served(light_text_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with EmbeddedServer(ServeOptions(models=light_text_repository, log=tmp_path_factory.mktemp("readme") / "log")):
         yield
 
 

@@ -181,12 +181,12 @@ def ask_http(port: int, method: str, route: str, **headers: str) -> int:
 @pytest.mark.promise
 @pytest.mark.parametrize("open_metadata", [True, False])
 def test_a_stranger_can_embed_and_read_health_and_metrics_and_nothing_else(
-    server, repository, tmp_path, record_reliability, open_metadata
+    server, light_repository, tmp_path, record_reliability, open_metadata
 ):
     """Over both protocols, every method and route, without a key and with wrong ones; and closed to be read too."""
     with contextlib.ExitStack() as stack:
         if not open_metadata:
-            closed = options_for(repository, tmp_path / "log", open_metadata=False)
+            closed = options_for(light_repository, tmp_path / "log", open_metadata=False)
             server = stack.enter_context(EmbeddedServer(closed))
         readable = (READ_METHODS, READ_ROUTES) if open_metadata else (set(), [])
         figures = ask_for_everything(server, *readable)
@@ -335,22 +335,22 @@ def certificates(tmp_path_factory) -> Certificates:
 
 
 @pytest.fixture(scope="module")
-def guarded(repository, certificates, tmp_path_factory):
+def guarded(light_repository, certificates, tmp_path_factory):
     """A server with everything: mutual TLS on gRPC, and an API key."""
     tls = Tls(certificates.cert, certificates.key, certificates.ca_pem)
     options = options_for(
-        repository, tmp_path_factory.mktemp("guarded") / "log", access=Access(api_key=API_KEY, tls=tls)
+        light_repository, tmp_path_factory.mktemp("guarded") / "log", access=Access(api_key=API_KEY, tls=tls)
     )
     with EmbeddedServer(options) as running:
         yield running
 
 
-def test_mutual_tls_and_the_key_let_a_client_in(guarded, certificates, server):
+def test_mutual_tls_and_the_key_let_a_client_in(guarded, certificates, light_server):
     url, image = guarded.options.grpc_url, probe_image()
     assert url.startswith("grpcs://")
     with EmbeddingClient(url, api_key=API_KEY, **certificates.of_a_client) as client:
         got = client.embed([image])
-    with EmbeddingClient(server.options.grpc_url) as client:
+    with EmbeddingClient(light_server.options.grpc_url) as client:
         assert (got * client.embed([image])).sum() >= 0.99999  # FP32 in another process
 
     async def embed() -> np.ndarray:
@@ -405,9 +405,9 @@ DEEP = b"[" * 1_000_000
 PARAMETERS = json.dumps({"parameters": {f"p{number}": 1 for number in range(60_000)}, "inputs": []}).encode()
 
 
-def test_a_key_for_http_alone_keeps_json_from_the_parser_and_grpc_open(repository, tmp_path):
+def test_a_key_for_http_alone_keeps_json_from_the_parser_and_grpc_open(light_repository, tmp_path):
     """Neither depth nor number of parameters costs anything then, and whoever has the key can embed by HTTP."""
-    options = options_for(repository, tmp_path / "log", access=Access(http_key=API_KEY))
+    options = options_for(light_repository, tmp_path / "log", access=Access(http_key=API_KEY))
     with EmbeddedServer(options):
         for route in ("infer", "generate", "generate_stream", "versions/1/infer"):
             for body in (DEEP, PARAMETERS):

@@ -22,9 +22,9 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'c
 
 
 @pytest.fixture(scope="module")
-def models(repository, tmp_path_factory):
+def models(light_repository, tmp_path_factory):
     """`wrong` leads to the graph with its positions in another order, which its manifest calls right."""
-    folder = with_second_model(repository, tmp_path_factory.mktemp("proof") / "models", "wrong")
+    folder = with_second_model(light_repository, tmp_path_factory.mktemp("proof") / "models", "wrong")
     path = folder / "clip_wrong" / "1" / "model.onnx"
     manifest, graph = Manifest.read(path), onnx.load(str(path))
     tensor = next(one for one in graph.graph.initializer if one.name == "position")
@@ -54,7 +54,7 @@ def test_vectors_that_are_not_open_clips_are_not_served(models, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert "the vectors of clip_ensemble, configuration wrong do not match open_clip's: worst cosine 0." in last
+    assert "the vectors of clip_ensemble, configuration wrong do not match open_clip's: worst cosine " in last
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"CLIP_CHECK_VECTORS": "0"}
     ) as process:

@@ -283,13 +283,14 @@ print(steps)
 MOMENTS = {"jsonl": 40, "parquet": 24}
 
 
-@pytest.mark.promise
-def test_killed_at_any_moment_every_image_is_there_once(out, table, photos, tmp_path, record_reliability):
+@pytest.mark.parametrize("share", [0.25, pytest.param(1, marks=pytest.mark.long)])
+def test_killed_at_any_moment_every_image_is_there_once(out, table, photos, tmp_path, record_reliability, share):
     """A kill -9 at moments spread over a whole run, in the midst of writing too, and then often a second one."""
     name = out.suffix.removeprefix(".")
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    moments = int(MOMENTS[name] * share)
     done = subprocess.run(
-        [sys.executable, "-c", KILL, tmp_path, name, str(MOMENTS[name])],
+        [sys.executable, "-c", KILL, tmp_path, name, str(moments)],
         check=False,
         capture_output=True,
         text=True,
@@ -297,7 +298,7 @@ def test_killed_at_any_moment_every_image_is_there_once(out, table, photos, tmp_
     )
     assert done.returncode == 0, done.stderr
     killed = list(tmp_path.glob("killed at *"))
-    assert len(killed) == MOMENTS[name] < int(done.stdout)
+    assert len(killed) == moments < int(done.stdout)
     for folder in killed:
         assert_has(folder / out.name, photos)
         assert [path.name for path in folder.iterdir()] == [out.name]
