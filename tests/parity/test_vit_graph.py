@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 from tests.conftest import Lazily
 
-from clip_tools.errors import ToolError
+from clip_tools.digest import data_path
 from clip_tools.export.export_onnx import compare, write_graph
+from clip_tools.export.external_data import load_graph, save_graph
 from clip_tools.export.mix import Engine
+from clip_tools.export.onnx_runner import run_onnx
 from clip_tools.export.precision import count_matrices, lower, twin
 from clip_tools.export.tune_precision import embed
 from clip_tools.export.vit_graph import OPSETS, is_plain_vit
@@ -20,7 +22,6 @@ from clip_tools.quantization.calibration import calibrate
 from clip_tools.quantization.quantize import linear_layers, prepare
 from clip_tools.quantization.rotation import ROTATION, rotate
 from clip_tools.verification.gates import cosines
-from clip_tools.verification.onnx_runner import run_onnx
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 open_clip = Lazily("open_clip")
@@ -148,12 +149,27 @@ def test_a_tower_that_reads_more_or_is_built_otherwise_is_no_plain_vit(changes):
     assert not is_plain_vit(small_tower(**changes))
 
 
-def test_a_tower_that_no_file_can_hold_is_refused_before_it_is_written(tmp_path):
-    """ViT-H-14 is one: its weights are not copied for nothing."""
-    tower = small_tower()
-    tower.register_parameter("large", torch.nn.Parameter(torch.empty(1 << 29, device="meta")))
-    with pytest.raises(ToolError, match=r"2\.1 GB of weights .* 2 GB at most: take a smaller model"):
-        write_graph(oracle_of(tower), tmp_path / "model.onnx")
+@pytest.mark.parametrize(
+    ("changes", "form"),
+    [({}, "portable"), ({}, "gpu"), ({"pool_type": "avg"}, "portable")],
+    ids=["plain", "gpu", "traced"],
+)
+def test_a_tower_over_the_limit_has_its_weights_in_a_second_file(changes, form, tmp_path):
+    """The same graph as in one file, and the same in FP16."""
+    tower = small_tower(**changes)
+    whole = exported(tower, tmp_path, form)
+    (tmp_path / "apart").mkdir()
+    path = tmp_path / "apart" / "model.onnx"
+    write_graph(oracle_of(tower), path, form, largest_bytes=1 << 10)
+    assert 100_000 < data_path(path).stat().st_size < (tmp_path / "model.onnx").stat().st_size
+    apart, pixels = load_graph(path), coarse_noise(3)
+    assert run_onnx(path, pixels).embeddings.tobytes() == run_onnx(whole, pixels).embeddings.tobytes()
+    for name, graph in (("whole", whole), ("apart", apart)):
+        save_graph(lower(graph, "fp16"), tmp_path / f"{name}.onnx", {"whole": 1 << 30, "apart": 1 << 10}[name])
+    assert data_path(tmp_path / "apart.onnx").is_file() and not data_path(tmp_path / "whole.onnx").exists()
+    onnx.checker.check_model(str(tmp_path / "apart.onnx"), full_check=True)
+    got = [run_onnx(tmp_path / f"{name}.onnx", pixels).embeddings.tobytes() for name in ("whole", "apart")]
+    assert got[0] == got[1]
 
 
 def test_another_tower_is_exported_by_torch_with_every_token(tmp_path):

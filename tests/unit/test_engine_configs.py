@@ -9,8 +9,8 @@ from google.protobuf import json_format
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import check_files, config_names, deployment, read_config
+from clip_tools.serving.engine import Engine, has_exact_pixels
 from clip_tools.serving.machine import Machine
-from clip_tools.verification.engine import Engine, has_exact_pixels
 from ort_bound import bucket_sizes
 from ort_session import session_plan
 

@@ -14,9 +14,9 @@ from clip_tools.export.export_onnx import describe
 from clip_tools.export.manifest import manifest_path
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
+from clip_tools.serving.engine import Engine, unchanged_graph_of
 from clip_tools.serving.vector_check import WrongVectors, check_vectors
 from clip_tools.tensorrt.engine_manifest import EngineManifest
-from clip_tools.verification.engine import Engine, graph_of
 from clip_tools.verification.sample import FILE, Sample, keep_sample
 
 NPY = b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }".ljust(128) + b"\n1"
@@ -191,5 +191,5 @@ def test_a_plan_is_held_to_the_sample_of_its_graph(models):
         check_vectors(engine, off_by(0.998))
     assert "(fp16: at least 0.999)" in check_vectors(engine, off_by(0.9995))
     graph.write_bytes(b"another")
-    assert graph_of(plan) is None
+    assert unchanged_graph_of(plan) is None
     assert f"the graph of {plan} or its manifest is missing" in check_vectors(engine, off_by(1.0))

@@ -1,5 +1,7 @@
 """The steps of a swap, and how each failure is undone: on a server that is pretended, with the committed repository."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
@@ -175,7 +177,11 @@ def test_the_text_tower_stays_unless_its_own_configuration_or_the_weights_change
 
 def test_towers_of_different_weights_are_refused_before_anything_changes(with_texts, monkeypatch):
     """Also where the vectors may be other ones: no text would be near any image."""
-    monkeypatch.setattr(manifests, "_weights_of", lambda file: ("ViT-B-32", file.parents[1].name))
+
+    def made(file):
+        return SimpleNamespace(identity=("ViT-B-32", file.parents[1].name))
+
+    monkeypatch.setattr(manifests, "manifest_of", made)
     with pytest.raises(
         ToolError, match="clip_trt is of ViT-B-32 clip_trt and clip_text_onnx of ViT-B-32 clip_text_onnx"
     ):

@@ -52,9 +52,9 @@ def export_onnx(
     from clip_tools import photos
     from clip_tools.export import export_onnx as verb
     from clip_tools.export.export_text import TEXT_MODEL_PATH, export_text
-    from clip_tools.export.export_variant import export_variant
     from clip_tools.oracle import Weights, load_oracle, load_tokenizer
     from clip_tools.quantization.calibration import check_count
+    from clip_tools.quantization.export_variant import export_variant
 
     weights, wanted = Weights(model, pretrained), checked_precision(precision)
     if text and (wanted != "fp32" or (image and output)):

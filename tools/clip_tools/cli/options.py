@@ -8,11 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from clip_tools.errors import ToolError
-from clip_tools.export.precision import Precision
 from clip_tools.oracle import ORIENTATIONS, Orientation
 from clip_tools.serving.vector_check import CHECK_VECTORS_VARIABLE
 from clip_tools.tensorrt.library import RUNTIMES, Runtime
-from clip_tools.verification.gates import PRECISIONS
+from clip_tools.verification.gates import PRECISIONS, Precision
 
 Port = Annotated[int, typer.Option(min=1, max=65535)]
 Models = Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")]

@@ -45,10 +45,10 @@ def verify(
     from rich.console import Console
 
     from clip_tools import photos
+    from clip_tools.measuring import verify as verb
     from clip_tools.measuring.fingerprint import fingerprint
     from clip_tools.oracle import Weights
-    from clip_tools.verification import verify as verb
-    from clip_tools.verification.engine import find_engine
+    from clip_tools.serving.engine import find_engine
 
     found = find_engine(engine, url, models)
     given = Weights()

@@ -15,10 +15,10 @@ from clip_tools.errors import ToolError, missing_extra
 from clip_tools.export import external_data
 from clip_tools.export.external_data import DataFile, load_nodes
 from clip_tools.export.manifest import GRAPH, Manifest, put_in_place
-from clip_tools.export.precision import Precision
 from clip_tools.export.vit_graph import OPSETS, Form, is_plain_vit, vit_graph
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import MODELS
+from clip_tools.verification.gates import Precision
 from clip_tools.verification.sample import keep_sample
 
 if TYPE_CHECKING:

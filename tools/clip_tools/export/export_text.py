@@ -10,7 +10,7 @@ from clip_tools.export.manifest import Manifest, put_in_place
 from clip_tools.export.text_graph import is_plain_text, text_graph, text_tower
 from clip_tools.oracle import Oracle, Weights, load_oracle, load_tokenizer
 from clip_tools.paths import MODELS
-from clip_tools.verification.sample import PHOTOGRAPHS, Sample, known_as
+from clip_tools.verification.sample import PHOTOGRAPHS, Sample
 from clip_tools.verification.texts import texts
 
 TEXT_MODEL_PATH = MODELS / "clip_text_onnx" / "1" / "model.onnx"
@@ -49,7 +49,7 @@ def export_text(weights: Weights, output: Path = TEXT_MODEL_PATH, *, oracle: Ora
         put_in_place(draft, manifest, output)
     kept = slice(None, None, max(1, len(some) // PHOTOGRAPHS))
     files = tuple(text.encode() for text in some[kept])
-    Sample(known_as(weights), files, tokens[kept], expected[kept]).write(output)
+    Sample(weights.identity, files, tokens[kept], expected[kept]).write(output)
     return manifest
 
 

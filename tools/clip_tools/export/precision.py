@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_tools.errors import ToolError, missing_extra
+from clip_tools.verification.gates import Precision
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import onnx
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 Half = Literal["fp16", "bf16"]
 
 _BF16_OPSET = 22

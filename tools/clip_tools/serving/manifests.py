@@ -10,16 +10,8 @@ from clip_tools.digest import files_of, sha256_of
 from clip_tools.errors import ToolError
 from clip_tools.export.manifest import GRAPH, Manifest, manifest_path
 from clip_tools.repository import Model, build_command
+from clip_tools.serving.engine import manifest_of
 from clip_tools.tensorrt.engine_manifest import EngineManifest
-
-
-def manifest_of(file: Path) -> Manifest | None:
-    """The manifest of an exported graph, or of the graph that a plan was built from. None if unknown."""
-    if file.suffix != ".plan":
-        return Manifest.read(file)
-    plan = EngineManifest.read(file)
-    graph = Manifest.read(file.parents[2] / "clip_onnx" / "1" / plan.onnx) if plan else None
-    return graph if plan and graph and graph.sha256 == plan.onnx_sha256 else None
 
 
 def wrong_file(file: Path) -> str | None:
@@ -92,16 +84,10 @@ def check_towers(images: Sequence[Model], texts: Sequence[Model]) -> None:
     """
     if not texts:
         return
-    (image, of_images), (text, of_texts) = ((models[-2], _weights_of(models[-2].file)) for models in (images, texts))
-    if of_images and of_texts and of_images != of_texts:
+    (image, of_images), (text, of_texts) = ((models[-2], manifest_of(models[-2].file)) for models in (images, texts))
+    if of_images and of_texts and of_images.identity != of_texts.identity:
         raise ToolError(
-            f"{image.name} is of {' '.join(of_images)} and {text.name} of {' '.join(of_texts)}: expected the same "
-            "weights, or texts and images do not compare. Export both again with `clip-tools export-onnx`, or remove "
-            f"{text.file} to serve images alone"
+            f"{image.name} is of {' '.join(of_images.identity)} and {text.name} of {' '.join(of_texts.identity)}: "
+            "expected the same weights, or texts and images do not compare. Export both again with `clip-tools "
+            f"export-onnx`, or remove {text.file} to serve images alone"
         )
-
-
-def _weights_of(file: Path | None) -> tuple[str, str] | None:
-    """The architecture and the weights of an engine; None if unknown."""
-    made = manifest_of(file) if file else None
-    return (made.model, made.checkpoint_sha256 or made.pretrained) if made else None

@@ -10,7 +10,7 @@ from clip_embed.served import CHECKPOINT, MODEL, PREPROCESS, SUFFIXES
 from clip_tools.errors import missing_extra
 from clip_tools.oracle import open_heif_too
 from clip_tools.repository import ENSEMBLE, Model, deployment
-from clip_tools.serving.manifests import manifest_of
+from clip_tools.serving.engine import manifest_of
 
 
 def set_provenance(models: Sequence[Model]) -> None:
@@ -37,10 +37,8 @@ def write_provenance(folder: Path, config_name: str | None) -> None:
 
 def _weights(models: Sequence[Model]) -> dict[str, str]:
     file = next((model.file for model in models if model.file and model.config.backend != "python"), None)
-    manifest = manifest_of(file) if file else None
-    if manifest is None:
-        return {}
-    return {MODEL: manifest.model, CHECKPOINT: manifest.checkpoint_sha256 or manifest.pretrained}
+    manifest = manifest_of(file)
+    return dict(zip((MODEL, CHECKPOINT), manifest.identity, strict=True)) if manifest else {}
 
 
 def _preprocessing(models: Sequence[Model]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from clip_tools.errors import ToolError, missing_extra
 from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, Model, check_files, deployment, text_deployment
 from clip_tools.serving import key_files
 from clip_tools.serving.drain import drain
+from clip_tools.serving.engine import Engine
 from clip_tools.serving.machine import Machine
 from clip_tools.serving.manifests import check_manifests, check_plans, check_towers
 from clip_tools.serving.ports import check_ports
@@ -25,7 +26,6 @@ from clip_tools.serving.tritonserver import command, find_installation
 from clip_tools.serving.vector_check import NOT_VERIFIED, WrongVectors, check_text_vectors, check_vectors
 from clip_tools.serving.watchdog import PROBE_DEADLINE_S, Watchdog, decoding_cpu_s
 from clip_tools.serving.write_repository import write_repository
-from clip_tools.verification.engine import Engine
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from clip_tools.errors import ToolError
 from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, Model
+from clip_tools.serving.engine import Engine
 from clip_tools.serving.model_control import ModelControl, ServerFullError
 from clip_tools.serving.probe import PROBE_TEXT, ask_when_there_is_room, probe_image
 from clip_tools.serving.vector_check import check_text_vectors, check_vectors
-from clip_tools.verification.engine import Engine
 from clip_tools.verification.sample import Sample
 
 if TYPE_CHECKING:

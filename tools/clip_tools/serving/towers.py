@@ -10,7 +10,7 @@ from typing import Any
 
 from clip_tools.export.manifest import Manifest
 from clip_tools.repository import deployment, text_deployment
-from clip_tools.serving.manifests import manifest_of
+from clip_tools.serving.engine import manifest_of
 
 # The defaults of `preprocess`.
 _DEFAULT_FIT = {"resize_mode": "shortest", "interpolation": "bicubic", "fill_color": "0"}
@@ -29,7 +29,7 @@ class Towers:
         engines = [
             found[-2].file for found in (deployment(models, config_name), text_deployment(models, config_name)) if found
         ]
-        return cls(*(manifest_of(file) if file else None for file in engines))
+        return cls(*map(manifest_of, engines))
 
     def apply_to(self, config: Any) -> bool:
         """Adapt a `ModelConfig` to the towers; whether that changed it."""

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 from clip_tools.errors import ToolError
 from clip_tools.export.manifest import Manifest
-from clip_tools.export.precision import Precision
 from clip_tools.oracle import Orientation
 from clip_tools.repository import Model
-from clip_tools.verification.engine import Engine, graph_of, has_exact_pixels, orientation_of, precision_of_engine
-from clip_tools.verification.gates import Gate, agreement, failures, gate_name, gate_of
+from clip_tools.serving.engine import Engine, has_exact_pixels, orientation_of, precision_of_engine, unchanged_graph_of
+from clip_tools.verification.gates import Gate, Precision, agreement, failures, gate_name, gate_of
 from clip_tools.verification.sample import FILE, Sample
 
 if TYPE_CHECKING:
@@ -54,12 +53,12 @@ def _check(
     exact_pixels: bool,
     orientation: Orientation = "ignore",
 ) -> str:
-    known = graph_of(file) if file else None
+    known = unchanged_graph_of(file) if file else None
     if file is None or known is None:
         return f"{NOT_VERIFIED}: the graph of {file} or its manifest is missing"
     graph, made = known
     sample = Sample.read(graph)
-    expected = sample.embeddings_of(orientation) if sample and sample.is_of(made) else None
+    expected = sample.embeddings_of(orientation) if sample and sample.weights == made.identity else None
     if sample is None or expected is None:
         return (
             f"{NOT_VERIFIED}: {graph.resolve().parent} has no {FILE} of these weights, which `clip-tools export-onnx` "

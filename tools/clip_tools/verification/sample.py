@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from clip_tools.export.manifest import Manifest
-
 FILE = "sample.npz"
 PHOTOGRAPHS = 10  # at most; ours are 1.3 MB
 # Says that the photograph lies on its side: what a phone writes, for `orientation: exif` to be told from `ignore`.
@@ -61,10 +59,6 @@ class Sample:
             return None
         return found if len(files) == len(found.inputs) == len(found.embeddings) else None
 
-    def is_of(self, manifest: "Manifest") -> bool:
-        """Whether the graph with this manifest was made of the same weights."""
-        return self.weights == (manifest.model, manifest.checkpoint_sha256 or manifest.pretrained)
-
     def embeddings_of(self, orientation: Orientation) -> "npt.NDArray[np.float32] | None":
         """(N, 512): open_clip's of the photographs that way up; None where they were not kept."""
         return self.embeddings if orientation == "ignore" else self.upright_embeddings
@@ -102,12 +96,7 @@ def keep_sample(graph: Path, weights: Weights, photographs: Iterable[bytes], ora
         some = (*some[:-1], some[-1][:2] + _ON_ITS_SIDE + some[-1][2:])
     pixels = np.stack([oracle.pixels(one) for one in some])
     upright = replace(oracle, orientation="exif").embed(some)
-    Sample(known_as(weights), some, pixels, oracle.embed(some), upright).write(graph)
-
-
-def known_as(weights: Weights) -> tuple[str, str]:
-    """How a sample names its weights."""
-    return weights.model, weights.checkpoint_sha256 or weights.pretrained
+    Sample(weights.identity, some, pixels, oracle.embed(some), upright).write(graph)
 
 
 def _is_small(photograph: bytes) -> bool:

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, missing_extra
-from clip_tools.export.precision import Precision
+from clip_tools.export.onnx_runner import run_onnx
 from clip_tools.oracle import Orientation, Weights, load_oracle, load_tokenizer
 from clip_tools.repository import text_deployment
+from clip_tools.serving.engine import Engine, has_exact_pixels, orientation_of, precision_of_engine, unchanged_graph_of
 from clip_tools.tensorrt.engine_manifest import EngineManifest
-from clip_tools.verification.engine import Engine, graph_of, has_exact_pixels, orientation_of, precision_of_engine
 from clip_tools.verification.gates import (
     TIE,
     Agreement,
     Gate,
+    Precision,
     agreement,
     cosines,
     counts_for_nothing,
@@ -26,7 +27,6 @@ from clip_tools.verification.gates import (
     gate_name,
     gate_of,
 )
-from clip_tools.verification.onnx_runner import run_onnx
 from clip_tools.verification.reference import Reference, reference
 from clip_tools.verification.texts import texts
 
@@ -188,11 +188,10 @@ def verify_text(
 
 def _weights(given: Weights | None, file: Path | None) -> Weights:
     """The weights to compare with: those given, else the manifest's; refused when the two are known to differ."""
-    known = graph_of(file) if file else None
+    known = unchanged_graph_of(file) if file else None
     manifest = known[1] if known else None
     if given is not None:
-        made_of = manifest and (manifest.checkpoint_sha256 or manifest.pretrained)
-        if manifest and made_of != (given.checkpoint_sha256 or given.pretrained):
+        if manifest and manifest.identity != given.identity:
             raise ToolError(
                 f"{file} was made of {manifest.model}, {manifest.pretrained}, and is to be compared with "
                 f"{given.model}, {given.pretrained}: leave --pretrained out, or give the same",

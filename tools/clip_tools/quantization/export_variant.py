@@ -10,17 +10,18 @@ from clip_tools.errors import ToolError
 from clip_tools.export.export_onnx import compare, describe, tensors_of, write_graph
 from clip_tools.export.external_data import LARGEST_BYTES, is_large, load_graph, save_graph
 from clip_tools.export.manifest import Manifest, put_in_place
-from clip_tools.export.precision import Precision, count_matrices, count_weights, lower
+from clip_tools.export.onnx_runner import OnnxRun, run_onnx
+from clip_tools.export.precision import count_matrices, count_weights, lower
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.verification.gates import (
     GATES,
     Agreement,
+    Precision,
     agreement,
     counts_for_nothing,
     failures,
     likely_neighbours_kept,
 )
-from clip_tools.verification.onnx_runner import OnnxRun, run_onnx
 from clip_tools.verification.reference import image_pixels, reference
 from clip_tools.verification.sample import keep_sample
 
