@@ -178,9 +178,9 @@ def embed(
     # be lost, or leave a client that does not close.
     pool = ThreadPoolExecutor(1)
     if text:
-        work = pool.submit(_run_texts, *clients, text, target)
+        work = pool.submit(_run_texts, clients[0], clients[1], text, target)
     else:
-        work = pool.submit(_run, *clients, search, images, target)
+        work = pool.submit(_run, clients[0], search, images, target)
     try:
         some_failed = work.result()
     except KeyboardInterrupt:
