@@ -1,4 +1,4 @@
-"""`clip-tools verify`: an engine's embeddings against open_clip's own in FP32, and whether they pass the gate."""
+"""`clip-tools verify`: compares an engine's embeddings with open_clip's in FP32, and judges them by the gate."""
 
 import hashlib
 import os
@@ -41,11 +41,11 @@ Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 
 @dataclass(frozen=True)
 class Verdict:
-    """The agreement, what it was held to, and whether it passed.
+    """The agreement, its gate, and whether it passed.
 
-    `what` was embedded: images or texts. `exact_pixels`: they are to be open_clip's own. `orientation`: which way up
-    both sides had the images. `how` says what computed it. `counts_for_nothing` is why a passed gate proves nothing,
-    None when it counts. `cosines` are those of the images, in their order.
+    `what` was embedded: images or texts. `exact_pixels`: the pixels must equal open_clip's. `orientation` of the images
+    is the same on both sides. `how` names what computed the embeddings. `counts_for_nothing` is why a pass proves
+    nothing; None if it counts. `cosines` are in the order of the images.
     """
 
     engine: str
@@ -90,11 +90,11 @@ def verify(
     orientation: Orientation | None = None,
     advance: Advance = lambda what, done, total: None,
 ) -> Verdict:
-    """Hold the engine against open_clip in FP32 on the images. `weights` None takes them from the engine's manifest.
+    """Compare the engine with open_clip in FP32 on the images.
 
-    `precision` None takes that of the engine's manifest, or of the graph itself; for a URL it is FP32. `orientation`
-    None takes that of the configuration; for a URL images stay as they lie. Raises ToolError when the engine cannot be
-    run, or is of other weights than given.
+    What is None comes from the engine: `weights` from its manifest, `precision` from its manifest or graph (FP32 for a
+    URL), `orientation` from its configuration ("ignore" for a URL). Raises ToolError if the engine cannot run, or has
+    other weights than given.
     """
     file = engine.runs
     held_to = precision or precision_of_engine(engine)

@@ -1,4 +1,4 @@
-"""`clip-tools export-onnx --precision`: the exported graph in a lower precision, held to its gate before it is kept."""
+"""`clip-tools export-onnx --precision`: the graph in a lower precision, written only if it passes its gate."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -47,8 +47,8 @@ def export_variant(
 ) -> Manifest:
     """Write the graph of a lower precision to `output`, with its manifest and sample. Raises ToolError under its gate.
 
-    `photographs` are what it is held against open_clip on, at least `gates.MIN_IMAGES` for the gate to count;
-    `calibration` is for INT8 and FP8.
+    `photographs` are compared with open_clip; the gate counts from `gates.MIN_IMAGES` of them on. INT8 and FP8 need the
+    images of `calibration`.
     """
     import onnx
 

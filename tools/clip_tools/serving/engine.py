@@ -1,4 +1,4 @@
-"""What is known of an engine without running it: its file, the graph that it was made of, its precision, its pixels."""
+"""What is known of an engine without running it: its file, its graph and manifest, its precision, its pixels."""
 
 from dataclasses import dataclass
 from pathlib import Path
