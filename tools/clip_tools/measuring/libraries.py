@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from clip_embed import EmbeddingClient
+
 SIZE = 512
 THRESHOLDS = (0.90, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98)
 SPEED_THRESHOLD = 0.96
@@ -166,6 +168,7 @@ def measure_edits(paths: Sequence[Path], models: Path, tell: Callable[[str, int,
                     image.draft("RGB", (1600, 1600))
                     rgb = image.convert("RGB")
                 vectors.append(client.embed([path, *(edit(rgb) for edit in made.values())]))
+            duplicates = measure_duplicates(client)
     found = np.stack(vectors)  # (photographs, 1 + edits, D)
     return {
         "model": manifest.model,
@@ -174,6 +177,26 @@ def measure_edits(paths: Sequence[Path], models: Path, tell: Callable[[str, int,
         "photographs": len(paths),
         "edits": list(made),
         "thresholds": [_at(found, threshold) for threshold in THRESHOLDS],
+        "imagededup": duplicates,
+    }
+
+
+def measure_duplicates(client: "EmbeddingClient") -> dict[str, Any]:
+    """For imagededup's near-duplicates: how many pairs are found at each threshold, and how many by mistake."""
+    import numpy as np
+
+    files = photos.duplicate_photos()
+    photograph = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
+    vectors = client.embed([path for paths in files.values() for path in paths])
+    first, second = np.triu_indices(len(vectors), 1)
+    is_pair = photograph[first] == photograph[second]
+    cosines = (vectors[first] * vectors[second]).sum(axis=1)
+    return {
+        "photographs": len(files),
+        "files": len(vectors),
+        "pairs": int(is_pair.sum()),
+        "found": [int((is_pair & (cosines >= threshold)).sum()) for threshold in THRESHOLDS],
+        "false": [int((~is_pair & (cosines >= threshold)).sum()) for threshold in THRESHOLDS],
     }
 
 
@@ -262,9 +285,18 @@ def edits_text(edited: dict[str, Any]) -> str:
         "pairs of different photographs as they are": "false_pairs_of_photographs",
     }.items():
         rows.append((title, *(str(level[key]) for level in levels)))
+    also = ""
+    if duplicates := edited.get("imagededup"):
+        rows.append((f"imagededup: pairs found, of {duplicates['pairs']}", *map(str, duplicates["found"])))
+        rows.append(("imagededup: pairs of different photographs", *map(str, duplicates["false"])))
+        also = (
+            f" The last two lines are imagededup's {duplicates['files']} test images, {duplicates['photographs']} "
+            "photographs and edits of one of them: mirrored, made square, turned by 30 degrees, gray. Each two "
+            "of that one are a pair."
+        )
     untrained = "" if edited["trained"] else " **Untrained weights: this counts for nothing.**"
     return (
         f"{edited['photographs']} photographs and {len(edited['edits'])} edits of each, by {edited['model']} "
         f"({edited['weights']}): the share of edits that are a pair with their photograph at each threshold, and the "
-        f"groups that join different photographs.{untrained}\n\n{markdown_table(head, rows)}"
+        f"groups that join different photographs.{also}{untrained}\n\n{markdown_table(head, rows)}"
     )
