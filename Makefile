@@ -64,7 +64,7 @@ bench: setup ## how fast it is: fills results/ with JSON, tables and pictures (o
 test: setup ## every test this machine can run
 	@$(BIN)/python -m pytest $(or $(ARGS),-n 2 --no-loadscope-reorder)
 
-check: setup ## the quick loop: lint, types, and the unit tests that need no server and no export (under 90 s)
+check: setup ## the quick loop: lint, types, and the unit tests that need no server and no export
 	@$(MAKE) --no-print-directory --output-sync --jobs 2 lint test-quick
 
 test-quick: setup

@@ -105,6 +105,7 @@ def test_a_name_shows_nothing_to_the_terminal_that_it_obeys(run, tmp_path):
 
 
 @pytest.mark.promise
+@pytest.mark.slow
 def test_no_odd_file_ends_a_run(run, tmp_path, record_reliability):
     """Each is a line on stderr or a row, and the images after it have theirs."""
     folder = tmp_path / "photos"

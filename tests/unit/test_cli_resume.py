@@ -283,6 +283,7 @@ print(steps)
 MOMENTS = {"jsonl": 40, "parquet": 24}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.25, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_any_moment_every_image_is_there_once(out, table, photos, tmp_path, record_reliability, share):
     """A kill -9 at moments spread over a whole run, in the midst of writing too, and then often a second one."""
