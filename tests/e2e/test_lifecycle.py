@@ -63,7 +63,7 @@ def test_serve_says_ready_stops_on_a_signal_and_leaves_nothing(light_repository,
         children = psutil.Process(process.pid).children(recursive=True)
         assert any("tritonserver" in child.name() for child in children)
         process.send_signal(number)
-        process.stderr.read()
+        assert process.stderr.read().endswith("\nclip-tools: the server was stopped\n")
         assert process.wait(timeout=60) == 0
     assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
     assert list(Path("/dev/shm").glob(f"clip_tools_{process.pid}_*")) == []  # noqa: S108

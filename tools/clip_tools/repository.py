@@ -65,7 +65,8 @@ def write_config(models: Path, name: str, config: Any, config_name: str | None, 
 
 def deployment(models: Path, config_name: str | None = None, *, root: str = ENSEMBLE) -> list[Model]:
     """The models that `root` loads, its steps first. Raises ToolError for an unknown configuration name."""
-    if config_name and config_name not in config_names(models):
+    is_repository = (models / root / "config.pbtxt").is_file()
+    if is_repository and config_name and config_name not in config_names(models):
         known = ", ".join(config_names(models)) or "none"
         raise ToolError(f"no model in {models} has a configuration named '{config_name}'; expected one of: {known}")
     config = read_config(models, root, config_name)

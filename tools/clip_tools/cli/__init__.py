@@ -76,5 +76,7 @@ def main() -> None:
     except ToolError as error:
         sys.stderr.write(f"clip-tools: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # typer's exit code for Ctrl-C
+            sys.stderr.write("clip-tools: interrupted\n")
+        raise
