@@ -35,7 +35,7 @@ COPY client/clip_embed /opt/clip/client/clip_embed
 # The library that resamples for preprocess; its compiler does not stay in the image.
 RUN python3 -m pip install --no-cache-dir --target /tmp/ziglang --require-hashes \
       -r /opt/clip/requirements/container-kernel.txt \
-    && PYTHONPATH=/opt/clip/tools:/tmp/ziglang python3 -m clip_tools.kernel \
+    && PYTHONPATH=/opt/clip/tools:/tmp/ziglang python3 -m clip_tools.c_libraries \
     && rm -r /tmp/ziglang
 
 # /onnx: the exported graphs, mounted. /var/cache/clip-embed: the volume with what the first start made.

@@ -12,13 +12,13 @@ PINS_trt := requirements/gpu.txt requirements/tensorrt.txt
 PINS := $(PINS_$(FOR))
 READY := $(VENV)/.ready-$(FOR)
 
-.PHONY: help setup setup-cpu setup-gpu setup-trt demo serve bench test test-long audit soak lint format docs lock clean
+.PHONY: help setup setup-cpu setup-gpu setup-trt demo serve bench check test test-quick test-long audit soak lint format docs lock clean
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 10
 
 setup: $(READY) ## the environment, in .venv, and our two C libraries
-	@$(BIN)/python -m clip_tools.kernel || true # it says what works less well without them
+	@$(BIN)/python -m clip_tools.c_libraries || true # it says what works less well without them
 
 # A failed set-up leaves no stamp, so the next make goes on from there.
 $(READY): $(PINS) requirements/uv.txt pyproject.toml
@@ -60,8 +60,15 @@ bench: setup ## how fast it is: fills results/ with JSON, tables and pictures (o
 	@$(BIN)/clip-tools report
 	@$(BIN)/clip-tools bench --check --result results/bench.json
 
+# In two processes: one has the servers, the other the rest (tests/conftest.py); in one where ARGS names some.
 test: setup ## every test this machine can run
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(or $(ARGS),-n 2 --no-loadscope-reorder)
+
+check: setup ## the quick loop: lint, types, and the unit tests that need no server and no export
+	@$(MAKE) --no-print-directory --output-sync --jobs 2 lint test-quick
+
+test-quick: setup
+	@$(BIN)/python -m pytest -q -n 2 -m "not long and not slow" tests/unit $(ARGS)
 
 test-long: setup ## the long forms: thousands of broken files, overload, faults, soak (most of an hour)
 	@$(BIN)/python -m pytest -m "long or promise" $(ARGS)
@@ -90,4 +97,4 @@ lock: setup ## resolve the requirements anew (needs the package index)
 	@./requirements/lock.sh $(BIN)/uv
 
 clean: ## remove what was built; the environment and the photographs stay
-	rm -rf .cache/demo .cache/models .pytest_cache .ruff_cache .mypy_cache $(foreach tower,clip_onnx clip_text_onnx,$(addprefix models/$(tower)/1/,model.onnx manifest.json sample.npz)) models/tokenize/1/merges.txt models/preprocess/1/*.so
+	rm -rf .cache/demo .cache/models .pytest_cache .ruff_cache .mypy_cache $(foreach tower,clip_onnx clip_text_onnx,$(addprefix models/$(tower)/1/,model.onnx model.onnx.data manifest.json sample.npz)) models/tokenize/1/merges.txt models/preprocess/1/*.so

@@ -13,6 +13,7 @@ import pytest
 
 from clip_tools import photos, proxy, reliability
 from clip_tools.demo import weights_from_environment
+from clip_tools.digest import files_of
 from clip_tools.export.export_onnx import export_onnx, write_graph
 from clip_tools.export.export_text import MERGES, export_text
 from clip_tools.export.manifest import is_exported, manifest_path
@@ -20,7 +21,8 @@ from clip_tools.measuring.services import free_ports
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import BACKENDS, CACHE, MODELS, RESULTS
 from clip_tools.repository import read_config
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 from clip_tools.verification.sample import FILE as SAMPLE
 from clip_tools.verification.sample import Sample
 
@@ -32,8 +34,34 @@ sys.path += [
     str(BACKENDS / "tensorrt"),
 ]
 import clip_preprocess
+from ort_session import computes_bf16
 
-proxy.leave_this_machine_out()
+ARCHITECTURES = Path(__file__).with_name("architectures")
+EXPORTS = {"oracle", "onnx_model", "text_model", "gpu_model", "light_model"}
+TINY = Weights("tiny-vit", "random:0")
+
+proxy.bypass_for_localhost()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs an export, as every server does, is slow."""
+    for item in items:
+        if EXPORTS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Gives tests/e2e to one process, since each of its servers wants both cores, and the others out by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ServersInOneProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "e2e" if "e2e" in Path(file).parts else file
+
+    return ServersInOneProcess(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +89,20 @@ def openvino() -> None:
 
 
 @pytest.fixture(scope="session")
+def bf16(openvino: None) -> None:
+    """For tests of what OpenVINO computes in BF16."""
+    if not computes_bf16():
+        pytest.skip("needs a CPU on which OpenVINO has BF16: AVX-512 or AVX2-VNNI-2")
+
+
+@pytest.fixture(scope="session")
+def no_bf16(openvino: None) -> None:
+    """For tests of how BF16 is refused."""
+    if computes_bf16():
+        pytest.skip("OpenVINO has BF16 on this CPU")
+
+
+@pytest.fixture(scope="session")
 def oracle(weights: Weights) -> Oracle:
     """open_clip itself."""
     return load_oracle(weights)
@@ -85,10 +127,44 @@ def limits() -> clip_preprocess.Limits:
     return clip_preprocess.Limits.of(value)
 
 
+class Lazily:
+    """A module that is imported as it is first used, so that naming the tests does not take PyTorch's seconds.
+
+    Where it is not installed, the test that uses it is skipped.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> object:
+        if attribute.startswith("_"):  # pytest looks for its own on whatever a module names
+            raise AttributeError(attribute)
+        reason = f"{self._name} is not installed: pip install 'clip-embed[export]'"
+        return getattr(pytest.importorskip(self._name, reason=reason), attribute)
+
+
+def is_short_run(config: pytest.Config) -> bool:
+    """Whether the long forms are left out."""
+    return "not long" in config.getoption("markexpr")
+
+
+def is_long_run(config: pytest.Config) -> bool:
+    """Whether this is `make test-long`."""
+    return config.getoption("markexpr") == reliability.LONG_RUN
+
+
 def kept_model(weights: Weights, name: str) -> Path:
     """Where what is exported of these weights is kept between runs."""
-    folder = hashlib.sha256(f"{weights} {weights.checkpoint_sha256}".encode()).hexdigest()[:12]
-    return CACHE / "models" / folder / name
+    own = ARCHITECTURES / f"{weights.model}.json"
+    which = f"{weights} {weights.checkpoint_sha256}{own.read_text() if own.is_file() else ''}"
+    return CACHE / "models" / hashlib.sha256(which.encode()).hexdigest()[:12] / name
+
+
+def know_our_architectures() -> None:
+    """Has open_clip know those of `tests/architectures`: its own towers, so small that a server loads them at once."""
+    import open_clip
+
+    open_clip.add_model_config(ARCHITECTURES)
 
 
 @pytest.fixture(scope="session")
@@ -97,12 +173,13 @@ def onnx_model(weights: Weights, demo_photos: list[Path]) -> Path:
     return exported(weights, demo_photos)
 
 
-def exported(weights: Weights, photographs: list[Path]) -> Path:
+def exported(weights: Weights, photographs: list[Path], oracle: Oracle | None = None) -> Path:
     """The image tower of these weights, kept between runs."""
     path = kept_model(weights, "model.onnx")
     kept = Sample.read(path)
     if not is_exported(path, weights) or kept is None or kept.upright_embeddings is None:
-        export_onnx(weights, [photo.read_bytes() for photo in photographs], path)
+        know_our_architectures()
+        export_onnx(weights, [photo.read_bytes() for photo in photographs], path, oracle=oracle)
     return path
 
 
@@ -112,11 +189,12 @@ def text_model(weights: Weights) -> Path:
     return exported_text(weights)
 
 
-def exported_text(weights: Weights) -> Path:
+def exported_text(weights: Weights, oracle: Oracle | None = None) -> Path:
     """The text tower of these weights, kept between runs."""
     path = kept_model(weights, "text_tower/model.onnx")
     if not is_exported(path, weights) or Sample.read(path) is None:
-        export_text(weights, path)
+        know_our_architectures()
+        export_text(weights, path, oracle=oracle)
     return path
 
 
@@ -134,11 +212,37 @@ def repository(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return with_image(tmp_path_factory.mktemp("repository") / "models", onnx_model)
 
 
+@pytest.fixture(scope="session")
+def light_model(request: pytest.FixtureRequest) -> Path:
+    """The model of `light_repository`."""
+    if not is_short_run(request.config):
+        return request.getfixturevalue("onnx_model")
+    return exported(TINY, request.getfixturevalue("demo_photos"))
+
+
+@pytest.fixture(scope="session")
+def light_repository(light_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with `tiny-vit`, for tests of the server that any model will do for: it starts with a third of the CPU
+    time. The long forms, whose figures are documented, have the tests' model in its place.
+    """
+    return with_image(tmp_path_factory.mktemp("light") / "models", light_model)
+
+
+@pytest.fixture(scope="session")
+def light_text_repository(
+    request: pytest.FixtureRequest, light_repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same with both towers."""
+    is_short = is_short_run(request.config)
+    model = exported_text(TINY) if is_short else request.getfixturevalue("text_model")
+    return with_text(light_repository, tmp_path_factory.mktemp("light_text") / "models", model)
+
+
 def with_image(folder: Path, onnx_model: Path) -> Path:
     """The repository as it is committed, at `folder`, with this image tower in it."""
-    built = shutil.ignore_patterns("*.onnx", "*.plan", "manifest*.json", SAMPLE, MERGES, "__pycache__")
+    built = shutil.ignore_patterns("*.onnx", "*.onnx.data", "*.plan", "manifest*.json", SAMPLE, MERGES, "__pycache__")
     shutil.copytree(MODELS, folder, ignore=built)
-    for path in (onnx_model, manifest_path(onnx_model), onnx_model.with_name(SAMPLE)):
+    for path in (*files_of(onnx_model), manifest_path(onnx_model), onnx_model.with_name(SAMPLE)):
         (folder / "clip_onnx" / "1" / path.name).symlink_to(path)
     return folder
 
@@ -146,7 +250,7 @@ def with_image(folder: Path, onnx_model: Path) -> Path:
 def with_text(repository: Path, models: Path, text_model: Path) -> Path:
     """The repository at `models`, with the text tower in it."""
     shutil.copytree(repository, models, symlinks=True)
-    for path in (text_model, manifest_path(text_model), text_model.with_name(SAMPLE)):
+    for path in (*files_of(text_model), manifest_path(text_model), text_model.with_name(SAMPLE)):
         (models / "clip_text_onnx" / "1" / path.name).symlink_to(path)
     (models / "tokenize" / "1" / MERGES).symlink_to(text_model.with_name(MERGES))
     return models
@@ -171,9 +275,18 @@ def options_for(models: Path, log: Path, **changes: object) -> ServeOptions:
 
 
 @pytest.fixture(scope="session")
-def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """The real tritonserver, started once for all tests that only ask it things."""
-    with EmbeddedServer(options_for(repository, tmp_path_factory.mktemp("server") / "log")) as running:
+def server(repository: Path, text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The real tritonserver with both towers, started once for all tests that only ask it things."""
+    folder = tmp_path_factory.mktemp("server")
+    models = with_text(repository, folder / "models", text_model)
+    with EmbeddedServer(options_for(models, folder / "log", check_vectors=True)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def light_server(light_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """One with `light_repository`, started once, for tests of what asks it: its vectors are those of no weights."""
+    with EmbeddedServer(options_for(light_repository, tmp_path_factory.mktemp("light") / "log")) as running:
         yield running
 
 
@@ -191,8 +304,7 @@ def record_reliability(request: pytest.FixtureRequest) -> Callable[..., None]:
 
     They go to results/reliability.json from `make test-long`, from any other run to another file beside it.
     """
-    is_long = request.config.getoption("markexpr") == reliability.LONG_RUN
-    path = RESULTS / ("reliability.json" if is_long else "reliability-short.json")
+    path = RESULTS / ("reliability.json" if is_long_run(request.config) else "reliability-short.json")
 
     def record(name: str, **figures: object) -> None:
         if name not in reliability.names():

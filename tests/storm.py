@@ -14,7 +14,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from clip_tools.serving.serve import probe_image
+from clip_tools.serving.probe import probe_image
 
 THREADS = 16
 KINDS = {

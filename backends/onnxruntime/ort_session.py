@@ -1,6 +1,8 @@
 """What a `config.pbtxt` asks of ONNX Runtime, and the session that does it or says why it cannot."""
 
+import base64
 import contextlib
+import functools
 import importlib
 import json
 from collections.abc import Collection
@@ -31,6 +33,12 @@ _INSTALL = {
 }
 
 _GPU_PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+
+# The ONNX graph c = MatMul(a, b), each (64, 64) float32. The server's environment has no `onnx` to write one.
+_ONE_PRODUCT = base64.b64decode(
+    "CAg6VQoRCgFhCgFiEgFjIgZNYXRNdWwSAWdaEwoBYRIOCgwIARIICgIIQAoCCEBaEwoBYhIOCgwIARIICgIIQAoCCEBiEwoBYxIOCgwIARII"
+    "CgIIQAoCCEBCAhAN"
+)
 
 # Triton's numbers for `cudnn_conv_algo_search` -> ONNX Runtime's words.
 _CONVOLUTION_SEARCHES = {"0": "EXHAUSTIVE", "1": "HEURISTIC", "2": "DEFAULT"}
@@ -222,13 +230,7 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
                 for number, providers in enumerate(plan.parts, 1)
             ]
         )
-    available = onnxruntime.get_available_providers()
-    for name, _ in plan.providers:
-        if name not in available:
-            raise ConfigError(
-                f"{name} is asked for, but this onnxruntime {onnxruntime.__version__} has only "
-                f"{', '.join(available)}: install {_INSTALL.get(name, name)}"
-            )
+    check_plan(plan)
     if not model_path.is_file():
         raise ConfigError(f"{model_path} is missing: make it with `{_maker(model_path)}`")
     for name, provider_options in plan.providers:
@@ -246,7 +248,11 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
     _load_libraries(wanted)
     try:  # with the fallback, a session that fails at a request would go on with the next provider
         session = onnxruntime.InferenceSession(
-            str(model_path), options, providers=plan.providers, enable_fallback=False
+            # ONNX Runtime 1.24.1 refuses weights in a second file behind a link: microsoft/onnxruntime#27374.
+            str(model_path.resolve()),
+            options,
+            providers=plan.providers,
+            enable_fallback=False,
         )
     except Exception as error:
         needs = f"; {wanted} needs {_INSTALL[wanted]}" if wanted == "TensorrtExecutionProvider" else ""
@@ -264,6 +270,39 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
     if plan.gpu is None:
         return session
     return BoundSession(session, plan.max_batch, device_id=plan.gpu, graphs=plan.graphs)
+
+
+def check_plan(plan: SessionPlan) -> None:
+    """Raises ConfigError for a provider or a precision that this machine does not have."""
+    available = onnxruntime.get_available_providers()
+    for name, _ in plan.providers:
+        if name not in available:
+            raise ConfigError(
+                f"{name} is asked for, but this onnxruntime {onnxruntime.__version__} has only "
+                f"{', '.join(available)}: install {_INSTALL.get(name, name)}"
+            )
+    asked = (options.get("load_config", "") for providers in plan.parts or [plan.providers] for _, options in providers)
+    if any('"bf16"' in config for config in asked) and not computes_bf16():
+        raise ConfigError(
+            "openvino_bf16 is asked for, but OpenVINO has no BF16 on this CPU, which needs AVX-512 or AVX2-VNNI-2, and "
+            "would quietly compute in FP32: serve the default configuration, which is FP32"
+        )
+
+
+@functools.cache
+def computes_bf16() -> bool:
+    """Whether OpenVINO computes in BF16 on this CPU when asked to; where it cannot, it computes in FP32 without a word.
+
+    It needs AVX-512 (F, BW, DQ and VL) or AVX2-VNNI-2. Linux does not list the latter in /proc/cpuinfo, so this
+    multiplies two matrices and looks at the rounding.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    session = onnxruntime.InferenceSession(_ONE_PRODUCT, options, providers=[_openvino("bf16", 1)])
+    a, b = np.random.default_rng(0).standard_normal((2, 64, 64), dtype=np.float32)
+    (product,) = session.run(["c"], {"a": a, "b": b})
+    return bool(np.abs(product - a @ b).max() > 1e-3)  # FP32 is off by 1e-5, BF16 by 1e-2
 
 
 def _load_libraries(provider: str) -> None:

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from io import BufferedIOBase
 from itertools import chain, tee
 from pathlib import Path
@@ -20,7 +21,7 @@ from clip_embed.names import printable
 from clip_embed.output import Format, Output, open_output
 from clip_embed.provenance import Provenance
 from clip_embed.served import Served
-from clip_embed.table import Table, TextRow, UnusableOutput, has_parts, parts_of
+from clip_embed.table import Table, TextRow, UnusableOutput, has_parts, is_gone, parts_of
 from clip_embed.target import DEFAULT_URL
 from clip_embed.wire import DEFAULT_MODEL, TEXT_MODEL
 
@@ -67,8 +68,8 @@ def embed(
         list[str],
         typer.Option(
             metavar="TEXT",
-            help='A text to embed in place of images; may be repeated. - is each line of stdin. Its jsonl is {"text": '
-            '..., "embedding": [...]}; of npy FILE.paths has the texts; parquet has none.',
+            help='Embed a text instead of images; may be repeated. - reads stdin, a text a line. jsonl has {"text": '
+            '..., "embedding": [...]}; in parquet the column path holds the text, in npy FILE.paths.',
         ),
     ] = [],  # noqa: B006
     url: Url = DEFAULT_URL,
@@ -159,16 +160,11 @@ def embed(
     Exit codes: 0 all good, 1 some images failed, 2 usage, 3 the server cannot be reached or used.
     """
     target = _target(output, output_format, resume=resume, prune=prune)
-    if bool(images) == bool(text):
-        exit_with(USAGE, "expected images, or texts with --text, and not both")
-    if text and (resume or target.format is Format.parquet):
-        exit_with(USAGE, "--text writes jsonl or npy, and takes no --resume")
-    if null and "-" not in images:
-        exit_with(USAGE, "-0 is for paths on stdin: give - as an IMAGE")
+    _check_inputs(images, text, null=null, prune=prune)
     search = Search(tuple(exclude), tuple(include), b"\0" if null else b"\n", None if every_file else IMAGE_SUFFIXES)
-    client = connect(
+    open_client = partial(
+        connect,
         url,
-        model=TEXT_MODEL if text else DEFAULT_MODEL,
         timeout_s=timeout_s,
         attempt_timeout_s=attempt_timeout_s,
         batch_size=batch_size,
@@ -177,15 +173,22 @@ def embed(
         cert_file=cert_file,
         key_file=key_file,
     )
+    clients = [open_client(model=DEFAULT_MODEL), *([open_client(model=TEXT_MODEL)] if text else [])]
     # The work has its own thread, so that Ctrl-C meets this one, which only waits: in the midst of grpc's code it could
     # be lost, or leave a client that does not close.
     pool = ThreadPoolExecutor(1)
-    work = pool.submit(_run_texts, client, text, target) if text else pool.submit(_run, client, search, images, target)
+    if text:
+        work = pool.submit(_run_texts, clients[0], clients[1], text, target)
+    else:
+        work = pool.submit(_run, clients[0], search, images, target)
     try:
         some_failed = work.result()
     except KeyboardInterrupt:
-        client.close()  # which ends the work, but where it waits for stdin: so its end is not waited for long
+        for client in clients:
+            client.close()  # which ends the work, unless it waits for stdin: hence the timeout
         wait([work], timeout=2.0)
+        sys.stderr.write(f"clip-embed: {printable(target.interrupted)}\n")
+        sys.stderr.flush()
         os._exit(INTERRUPTED)
     except HOPELESS as error:
         exit_with(NO_SERVER, f"{one_line(error)}{target.kept}")
@@ -227,14 +230,16 @@ def is_on_library(arguments: list[str]) -> bool:
     return len(arguments) > 1 and (arguments[1] == "--help" or arguments[1].lower().endswith(ENDINGS))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Target:
-    """Where the embeddings go."""
+    """Where the embeddings go, and how many went there in this run."""
 
     path: Path | None
     format: Format
     resume: bool
     prune: bool
+    is_special: bool  # a device or a FIFO, which is written to at once
+    embedded: int = 0
 
     def open(self, provenance: Provenance | None) -> AbstractContextManager[Output]:
         if not self.resume or self.path is None:
@@ -251,15 +256,37 @@ class _Target:
             return f"; what was finished is kept in {parts_of(self.path)}: run it again with --resume"
         return ""
 
+    @property
+    def interrupted(self) -> str:
+        """What to say after Ctrl-C."""
+        done = f"interrupted after {self.embedded:,} embeddings"
+        if self.resume or self.path is None or self.is_special:
+            return f"{done}{self.kept}"
+        return f"{done}; nothing was written: --resume (jsonl, parquet) keeps what is finished"
+
+
+def _check_inputs(images: list[str], texts: list[str], *, null: bool, prune: bool) -> None:
+    """Exits for inputs that make no sense, before a server is asked."""
+    if bool(images) == bool(texts):
+        exit_with(USAGE, "expected images, or texts with --text, and not both")
+    if texts and prune:
+        exit_with(USAGE, "--prune drops the rows of files that are gone: it does not go with --text")
+    if null and "-" not in images:
+        exit_with(USAGE, "-0 is for paths on stdin: give - as an IMAGE")
+    if images and all(argument != "-" and is_gone(argument) for argument in images):
+        exit_with(USAGE, f"no such file or folder: {', '.join(images)}")
+
 
 def _target(path: Path | None, file_format: Format | None, *, resume: bool, prune: bool) -> _Target:
     """Refuses what cannot be written."""
     file_format = _format(path, file_format)
+    is_special = False
     if path is not None:
-        from clip_embed.destination import is_special, through_links
+        from clip_embed import destination
 
-        path = through_links(path)
-        if resume and is_special(path):
+        path = destination.through_links(path)
+        is_special = destination.is_special(path)
+        if resume and is_special:
             exit_with(USAGE, f"--resume needs a file that can be read and replaced, {path} is none")
     if path is None and resume:
         exit_with(USAGE, "--resume needs --output FILE")
@@ -276,7 +303,7 @@ def _target(path: Path | None, file_format: Format | None, *, resume: bool, prun
             parquet.require_pyarrow()
         except ModuleNotFoundError as error:
             exit_with(USAGE, str(error))
-    return _Target(path, file_format, resume, prune)
+    return _Target(path, file_format, resume, prune, is_special)
 
 
 def _format(path: Path | None, chosen: Format | None) -> Format:
@@ -291,7 +318,7 @@ def _format(path: Path | None, chosen: Format | None) -> Format:
 
 
 def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: _Target) -> bool:
-    """Embeds and writes; whether some images failed."""
+    """Embed and write; returns whether some images failed."""
     some_failed = False
     with client, Talk(shows_bar=not (target.path is None and sys.stdout.isatty())) as talk:
         served = served_by(client)
@@ -301,8 +328,8 @@ def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: 
         if (first := next(paths, None)) is None:
             exit_with(USAGE, "; ".join(filter(None, (f"no images found in {' '.join(arguments)}", search.report()))))
         with target.open(served.provenance) as output:
-            if output.remark:
-                talk.say(output.remark)
+            if output.warning:
+                talk.say(output.warning)
             # tee holds no more images than are read ahead.
             to_embed, to_name = tee(output.unfinished(chain([first], paths)))
             results = client.embed_many(image.path for image in to_embed)
@@ -315,7 +342,10 @@ def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: 
                 if isinstance(result, EmbeddingError):
                     some_failed = True
                     talk.say(f"{image.path}: {_describe(result)}")
-                output.add(image, None if isinstance(result, EmbeddingError) else result)
+                    output.add(image, None)
+                else:
+                    output.add(image, result)
+                    target.embedded += 1
                 talk.advance()
             if output.already_there:
                 talk.say(f"{output.already_there} of the images were there already")
@@ -344,17 +374,29 @@ def _check_weights(client: EmbeddingClient, served: Served) -> None:
         )
 
 
-def _run_texts(client: EmbeddingClient, given: list[str], target: _Target) -> bool:
-    """Embeds and writes all texts, or none; whether some failed, which is no."""
-    with client:
+def _run_texts(images: EmbeddingClient, client: EmbeddingClient, given: list[str], target: _Target) -> bool:
+    """Embeds and writes all texts, or none; whether some failed, which is no.
+
+    The image ensemble reports the weights; the server makes sure that both towers have the same.
+    """
+    with images, client, Talk(shows_bar=False) as talk:
         require_ready(client)
+        served = images.served()
         texts: list[str] = []
         for text in given:
             texts += _lines_of_stdin() if text == "-" else [text]
-        embeddings = client.embed_text(texts)
-        with target.open(None) as output:
-            for text, embedding in zip(texts, embeddings, strict=True):
-                output.add(TextRow(text, None, None), embedding)
+        with target.open(served.provenance and served.provenance.of_texts()) as output:
+            if output.warning:
+                talk.say(output.warning)
+            rows = list(output.unfinished(texts, TextRow.of))
+            embeddings = client.embed_text(row.path for row in rows)
+            if talk.has_come_back:
+                _check_weights(images, served)
+            for row, embedding in zip(rows, embeddings, strict=True):
+                output.add(row, embedding)
+                target.embedded += 1
+            if output.already_there:
+                talk.say(f"{output.already_there} of the texts were there already")
     return False
 
 

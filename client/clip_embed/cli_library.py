@@ -105,10 +105,8 @@ def search(
         credentials = {"ca_file": ca_file, "cert_file": cert_file, "key_file": key_file}
         with Talk(shows_bar=False) as talk:
             with connect(url, **credentials) as client:
-                if remark := _compared(library, served_by(client).provenance):
-                    talk.say(remark)
-                kind = "image" if is_image else "text"
-                talk.say(f"{len(library.images):,} images of {library_file}, nearest to the {kind} {query}")
+                if warning := _compared(library, served_by(client).provenance):
+                    talk.say(warning)
                 if is_image:
                     vector = client.embed([query])[0]
             if not is_image:
@@ -125,6 +123,8 @@ def search(
             rows, cosines = nearest_by_index(index_of(library, talk.say), library.embeddings, vector, count)
         else:
             rows, cosines = nearest(library.embeddings, vector, count)
+        kind = "image" if is_image else "text"
+        talk.say(f"{len(library.images):,} vectors of {library_file}, nearest to the {kind} {query}")
         found = [(library.images[row].path, float(one)) for row, one in zip(rows, cosines, strict=True)]
         _show(found, listing)
         if html:
@@ -246,7 +246,7 @@ def _compared(library: Library, served: Provenance | None) -> str | None:
             f"{library.path} has vectors of {library.provenance}, and the server gives those of {served}: serve the "
             "same weights, or embed the library anew",
         )
-    if library.provenance != served:
+    if library.provenance not in (served, served.of_texts()):
         return f"{library.path} was made with preprocess {library.provenance.preprocess}, the query {served.preprocess}"
     return None
 

@@ -1,4 +1,7 @@
-"""JSON lines: one for each embedding, `{"path": ..., "size_bytes": ..., "mtime_ns": ..., "embedding": [...]}`."""
+"""JSON lines: `{"path": ..., "size_bytes": ..., "mtime_ns": ..., "embedding": [...]}`, or a text.
+
+A text's line is `{"text": ..., "embedding": [...]}`.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -62,7 +65,8 @@ def _lines(path: Path) -> Iterator[tuple[ImageFile, bytes]]:
             head, found, numbers = line.partition(_EMBEDDING)
             try:
                 row = json.loads(head + b"}")
-                image = ImageFile("" + row["path"], row.get("size_bytes"), row.get("mtime_ns"))
+                name = row["path"] if "path" in row else row["text"]
+                image = ImageFile("" + name, row.get("size_bytes"), row.get("mtime_ns"))
             except (ValueError, KeyError, TypeError, AttributeError):
                 found = b""
             if not found or not numbers.endswith(b"]}\n"):

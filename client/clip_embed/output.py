@@ -3,7 +3,7 @@
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -31,9 +31,10 @@ class Output(Protocol):
 
     already_there: int  # how many need none
     pruned: int  # how many rows were dropped because their image is gone
-    remark: str | None  # what there is to say of what it holds already
+    warning: str | None  # about the rows that it holds already
 
-    def unfinished(self, paths: Iterable[str]) -> Iterator[ImageFile]: ...
+    def unfinished(self, paths: Iterable[str], row_of: Callable[[str], ImageFile] = ...) -> Iterator[ImageFile]:
+        """The rows to embed. `row_of` is `TextRow.of` for texts."""
 
     def add(self, image: ImageFile, embedding: Embeddings | None) -> None: ...
 
@@ -84,13 +85,13 @@ class _All:
     """An output that begins empty, so that every image needs an embedding."""
 
     already_there = pruned = 0
-    remark: str | None = None
+    warning: str | None = None
 
     def __init__(self, rows: Rows) -> None:
         self.add = rows.add
 
-    def unfinished(self, paths: Iterable[str]) -> Iterator[ImageFile]:
-        return map(look_at, paths)
+    def unfinished(self, paths: Iterable[str], row_of: Callable[[str], ImageFile] = look_at) -> Iterator[ImageFile]:
+        return map(row_of, paths)
 
 
 @contextmanager

@@ -1,19 +1,19 @@
-"""Of which weights vectors are, kept with them: in Parquet's metadata, beside other files as NAME.provenance.json."""
+"""Which weights vectors come from: kept in Parquet's metadata, and for other files in NAME.provenance.json."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Whose vectors they are: those of one provenance belong in one index.
+    """Where vectors come from. An index holds vectors of one provenance.
 
     Args:
         model: open_clip's name of the architecture.
         checkpoint: the sha256 of the weights' file, or the tag by which open_clip found them.
-        preprocess: how pixels are made, such as `exact` (open_clip's own) or `fast`.
+        preprocess: how pixels are made, such as `exact` (open_clip's own) or `fast`; "" for texts, which have none.
     """
 
     model: str
@@ -23,10 +23,14 @@ class Provenance:
     def __str__(self) -> str:
         is_digest = len(self.checkpoint) == 64
         checkpoint = f"checkpoint {self.checkpoint[:12]}..." if is_digest else self.checkpoint
-        return f"{self.model}, {checkpoint}, preprocess {self.preprocess}"
+        return f"{self.model}, {checkpoint}, {f'preprocess {self.preprocess}' if self.preprocess else 'texts'}"
+
+    def of_texts(self) -> "Provenance":
+        """The provenance of texts that the same server embeds."""
+        return replace(self, preprocess="")
 
     def has_weights_of(self, other: "Provenance") -> bool:
-        """Whether the vectors can be compared: the pixels may be made another way, which moves them a little."""
+        """Whether the vectors can be compared. Another `preprocess` moves them a little."""
         return (self.model, self.checkpoint) == (other.model, other.checkpoint)
 
     def to_json(self) -> str:
@@ -34,7 +38,7 @@ class Provenance:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self | None:
-        """None for what is no provenance."""
+        """The provenance; None if the text is something else."""
         try:
             found = json.loads(text)
             return cls(*("" + found[name] for name in cls.__slots__))
@@ -43,12 +47,12 @@ class Provenance:
 
 
 def beside(path: Path) -> Path:
-    """Where it is kept for a file of a format that has no place for it."""
+    """The path of the file that keeps the provenance of a .jsonl or .npy file."""
     return path.with_name(f"{path.name}.provenance.json")
 
 
 def read_beside(path: Path) -> Provenance | None:
-    """None where it is not known: an earlier version wrote the file, or the server did not say."""
+    """The provenance; None if an earlier version wrote the file or the server did not report its weights."""
     try:
         return Provenance.from_json(beside(path).read_bytes())
     except OSError:
@@ -56,6 +60,9 @@ def read_beside(path: Path) -> Provenance | None:
 
 
 def write_beside(path: Path, provenance: Provenance | None) -> None:
-    """After the file itself, and `beside(path)` is removed before it: in between it is not known, and never wrong."""
+    """Write the provenance beside a file.
+
+    Remove `beside(path)` before the file is replaced and call this afterwards, so that it is never wrong.
+    """
     if provenance:
         beside(path).write_text(f"{provenance.to_json()}\n")

@@ -7,7 +7,7 @@ loses the rows that had not yet become a part, and never leaves half a file.
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from clip_embed import jsonl
 from clip_embed.destination import locked, whole
 from clip_embed.names import original, printable
 from clip_embed.provenance import Provenance, beside, write_beside
-from clip_embed.table import ImageFile, Table, UnusableOutput, has_parts, is_gone, look_at
+from clip_embed.table import ImageFile, Table, TextRow, UnusableOutput, has_parts, is_gone, look_at
 from clip_embed.wire import Embeddings
 
 _PROVENANCE = "provenance.json"  # of the parts
@@ -41,7 +41,7 @@ class Resumed:
         self._seen: set[str] = set()
         self.already_there = 0
         self._served = provenance
-        self._provenance, self.remark = self._agreed()
+        self._provenance, self.warning = self._agreed()
         self._finished = {image.path: image[1:] for file in self._files() for image in table.read_images(file)}
         gone = [name for name in self._finished if prune and is_gone(original(name))]
         for name in gone:
@@ -75,15 +75,16 @@ class Resumed:
             "cannot be compared with the server's"
         )
 
-    def unfinished(self, paths: Iterable[str]) -> Iterator[ImageFile]:
-        """Each image once that has no row, or the row of a file that has changed since."""
+    def unfinished(self, paths: Iterable[str], row_of: Callable[[str], ImageFile] = look_at) -> Iterator[ImageFile]:
+        """Each image once that has no row, or the row of a file that has changed since; each text that has no row."""
         for path in paths:
             name = printable(path)
             if name in self._seen:
                 continue
             self._seen.add(name)
-            image = look_at(path)
-            if image.size_bytes is not None and self._finished.get(name) == image[1:]:
+            image = row_of(path)
+            is_readable = image.size_bytes is not None or isinstance(image, TextRow)
+            if is_readable and self._finished.get(name) == image[1:]:
                 self.already_there += 1
             else:
                 yield image

@@ -27,7 +27,11 @@ class ImageFile(NamedTuple):
 
 
 class TextRow(ImageFile):
-    """A text in the place of a path."""
+    """A text in the place of a path, without size and time."""
+
+    @classmethod
+    def of(cls, text: str) -> "TextRow":
+        return cls(text, None, None)
 
     def _asdict(self) -> dict[str, Any]:
         return {"text": self.path}

@@ -14,7 +14,7 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
 from clip_embed.table import parts_of
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.server import EmbeddedServer
 
 # One image alone and within a batch run through other kernels, so the last bits of FP32 differ.
 SAME_IMAGE_MAX_ABS = 1e-5
@@ -22,9 +22,9 @@ CLIP_EMBED = str(Path(sys.executable).with_name("clip-embed"))
 
 
 @pytest.mark.promise
-def test_a_server_is_replaced_under_running_clients(repository, demo_photos, tmp_path, record_reliability):
+def test_a_server_is_replaced_under_running_clients(light_repository, demo_photos, tmp_path, record_reliability):
     """SIGTERM to the old one and a new one on its port, in the midst of an embed_many and of a clip-embed --resume."""
-    options = options_for(repository, tmp_path / "log")
+    options = options_for(light_repository, tmp_path / "log")
     old, new = EmbeddedServer(options), EmbeddedServer(options)
     images = [demo_photos[index % len(demo_photos)] for index in range(60)]
     paths = []
@@ -39,7 +39,7 @@ def test_a_server_is_replaced_under_running_clients(repository, demo_photos, tmp
         old.stop()  # what is in flight is finished
         stopped.set()
         new.start()
-        new.wait_until_it_embeds()
+        new.wait_until_ready()
 
     with (
         ThreadPoolExecutor(1) as pool,

@@ -25,7 +25,9 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient, EmbeddingError, ServerError, ServerUnavailableError
 from clip_embed.table import parts_of
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions, probe_image
+from clip_tools.serving.probe import probe_image
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 
 CLIP_EMBED = str(Path(sys.executable).with_name("clip-embed"))
 CLIP_TOOLS = str(Path(sys.executable).with_name("clip-tools"))
@@ -53,9 +55,9 @@ def photographs(demo_photos, tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def embeddings(server, photographs) -> np.ndarray:
+def embeddings(light_server, photographs) -> np.ndarray:
     """What an untroubled server gives for them."""
-    with EmbeddingClient(server.options.grpc_url) as client:
+    with EmbeddingClient(light_server.options.grpc_url) as client:
         return client.embed(photographs)
 
 
@@ -143,15 +145,15 @@ def embed_with_a_fault(client: EmbeddingClient, library: Library, fed: Fed, faul
 
 
 @pytest.fixture(scope="module")
-def pair(repository, tmp_path_factory) -> Iterator[list[EmbeddedServer]]:
+def pair(light_repository, tmp_path_factory) -> Iterator[list[EmbeddedServer]]:
     """Two servers of the tests below, each of which says in what state it leaves them."""
     folder = tmp_path_factory.mktemp("pair")
-    servers = [EmbeddedServer(options_for(repository, folder / f"{number}.log")) for number in range(2)]
+    servers = [EmbeddedServer(options_for(light_repository, folder / f"{number}.log")) for number in range(2)]
     try:
         for one in servers:
             one.start()
         for one in servers:
-            one.wait_until_it_embeds()
+            one.wait_until_ready()
         yield servers
     finally:
         for one in servers:
@@ -163,7 +165,7 @@ def replace(servers: list[EmbeddedServer], number: int) -> None:
     servers[number].stop()
     servers[number] = EmbeddedServer(servers[number].options)
     servers[number].start()
-    servers[number].wait_until_it_embeds()
+    servers[number].wait_until_ready()
 
 
 @pytest.fixture(scope="module")
@@ -233,16 +235,16 @@ def has_ended(pid: int) -> bool:
 @pytest.mark.promise
 def test_a_server_that_is_told_to_stop_finishes_what_it_has_taken(pair, photographs, embeddings, record_reliability):
     """SIGTERM with seven requests in flight, none of which is sent again."""
-    stopping = pair[0]
-    with EmbeddingClient(stopping.options.grpc_url, batch_size=10, timeout_s=TIMEOUT_S, retry=None) as client:
+    stopping, images, expected = pair[0], photographs * 4, np.tile(embeddings, (4, 1))
+    with EmbeddingClient(stopping.options.grpc_url, batch_size=len(images), timeout_s=TIMEOUT_S, retry=None) as client:
         with ThreadPoolExecutor(8) as pool:
-            requests = [pool.submit(client.embed, photographs) for _ in range(8)]
+            requests = [pool.submit(client.embed, images) for _ in range(8)]
             wait(requests, TIMEOUT_S, FIRST_COMPLETED)  # they were sent together, so all have been taken
             in_flight = [request for request in requests if not request.done()]
             stopping.terminate()
             answers = [request.result(TIMEOUT_S) for request in requests]
         assert in_flight
-        assert max(np.abs(answer - embeddings).max() for answer in answers) < SAME_IMAGE_MAX_ABS
+        assert max(np.abs(answer - expected).max() for answer in answers) < SAME_IMAGE_MAX_ABS
         wait_until(lambda: has_ended(stopping.pid), what="the server ends by itself", timeout_s=60)
         with pytest.raises(ServerUnavailableError):
             client.embed(photographs[:1])
@@ -250,14 +252,14 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_has_taken(pair, photogra
 
 
 @pytest.mark.long
-def test_a_storm_of_faults(repository, library, tmp_path, record_reliability):
+def test_a_storm_of_faults(light_repository, library, tmp_path, record_reliability):
     """Up to ten times a server of two is killed, replaced or frozen, under an embed_many and a clip-embed --resume.
 
     The dice are seeded; what is in flight at a fault is not.
     """
     dice = random.Random(0)  # noqa: S311
     images, output = library(2000), tmp_path / "vectors.jsonl"
-    servers = [EmbeddedServer(options_for(repository, tmp_path / f"{number}.log")) for number in range(2)]
+    servers = [EmbeddedServer(options_for(light_repository, tmp_path / f"{number}.log")) for number in range(2)]
     urls = [one.options.grpc_url for one in servers]
     injected: Counter[str] = Counter()
     over = threading.Event()
@@ -353,11 +355,11 @@ def slow_answer(options, image: bytes) -> bytes:
     [(100, 10), pytest.param(400, 600, marks=pytest.mark.long)],
 )
 def test_slow_and_half_open_clients_keep_nobody_waiting(
-    server, photographs, embeddings, half_open, requests, record_reliability
+    light_server, photographs, embeddings, half_open, requests, record_reliability
 ):
     """Half of the half-open ones speak gRPC and half HTTP; the slow one gets its answer too."""
-    options = server.options
-    open_files = psutil.Process(server.pid).num_fds
+    options = light_server.options
+    open_files = psutil.Process(light_server.pid).num_fds
     before, latencies_ms = open_files(), []
     with (
         EmbeddingClient(options.grpc_url, timeout_s=TIMEOUT_S, retry=None) as client,
@@ -398,14 +400,14 @@ def namespace() -> list[str]:
 
 @pytest.mark.promise
 def test_a_full_disk_keeps_what_is_written_and_is_gone_on_from(
-    server, library, namespace, tmp_path, record_reliability
+    light_server, library, namespace, tmp_path, record_reliability
 ):
     """A run that fits, one that meets the end of the disk, and with more room one that embeds only the rest."""
     images, disk, kept = library(24), tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     kept.mkdir()
     output = disk / "vectors.jsonl"
-    run = f"{CLIP_EMBED} --url {server.options.grpc_url} --out {output} --resume"
+    run = f"{CLIP_EMBED} --url {light_server.options.grpc_url} --out {output} --resume"
     script = f"""
         mount -t tmpfs -o size=160k tmpfs {disk}
         {run} {" ".join(map(str, images.paths[:4]))}
@@ -432,10 +434,10 @@ def test_a_full_disk_keeps_what_is_written_and_is_gone_on_from(
     record_reliability("faults_full_disk", faults=1, lost=images.lost, twice=images.twice)
 
 
-def test_a_full_disk_behind_stdout_is_said(server, photographs):
+def test_a_full_disk_behind_stdout_is_said(light_server, photographs):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [CLIP_EMBED, "--url", server.options.grpc_url, *map(str, photographs)],
+            [CLIP_EMBED, "--url", light_server.options.grpc_url, *map(str, photographs)],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -446,17 +448,17 @@ def test_a_full_disk_behind_stdout_is_said(server, photographs):
 
 
 @pytest.fixture(scope="module")
-def cramped(repository, namespace, tmp_path_factory) -> Iterator[ServeOptions]:
+def cramped(light_repository, namespace, tmp_path_factory) -> Iterator[ServeOptions]:
     """The options of a `clip-tools serve` whose model folder is read-only and whose /dev/shm has 8 MB."""
     folder = tmp_path_factory.mktemp("cramped")
-    options = options_for(repository, folder / "log")
+    options = options_for(light_repository, folder / "log")
     ports = " ".join(f"--{name}-port={getattr(options, f'{name}_port')}" for name in ("http", "grpc", "metrics"))
     script = f"""
         mount -t tmpfs -o size=8m tmpfs /dev/shm
-        mount --bind {repository} {repository}
-        mount -o remount,bind,ro {repository}
-        if touch {repository}/written; then echo "the folder is not read-only"; exit 9; fi
-        exec {CLIP_TOOLS} serve --models={repository} {ports}
+        mount --bind {light_repository} {light_repository}
+        mount -o remount,bind,ro {light_repository}
+        if touch {light_repository}/written; then echo "the folder is not read-only"; exit 9; fi
+        exec {CLIP_TOOLS} serve --models={light_repository} {ports}
     """
     with options.log.open("w") as log, subprocess.Popen([*namespace, script], stdout=log, stderr=log) as process:
         try:
@@ -490,11 +492,11 @@ def test_a_small_dev_shm_fails_the_large_request_alone(cramped, photographs, emb
 
 
 @pytest.mark.promise
-def test_a_damaged_model_file_is_named_with_what_to_do(repository, tmp_path, record_reliability):
+def test_a_damaged_model_file_is_named_with_what_to_do(light_repository, tmp_path, record_reliability):
     """With its manifest, and without one, where ONNX Runtime is the first to notice."""
     for number, has_manifest in enumerate((True, False)):
         models = tmp_path / str(number)
-        shutil.copytree(repository, models, symlinks=True)
+        shutil.copytree(light_repository, models, symlinks=True)
         file = models / "clip_onnx" / "1" / "model.onnx"
         whole = file.resolve()
         file.unlink()
@@ -527,7 +529,7 @@ def faketime() -> Path | None:
 
 @pytest.mark.promise
 @pytest.mark.skipif(faketime() is None, reason="needs another clock: pip install libfaketime")
-def test_a_clock_that_jumps_changes_nothing(repository, library, tmp_path, record_reliability):
+def test_a_clock_that_jumps_changes_nothing(light_repository, library, tmp_path, record_reliability):
     """A year back, then two hours on, for the server and for clip-embed, with requests in flight.
 
     The clock begins a year ahead, for only what a process reads of it jumps: behind the kernel's own, each lock that is
@@ -541,9 +543,9 @@ def test_a_clock_that_jumps_changes_nothing(repository, library, tmp_path, recor
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # as a clock that is set does not
     }
-    options = options_for(repository, tmp_path / "log")
+    options = options_for(light_repository, tmp_path / "log")
     ports = [f"--{name}-port={getattr(options, f'{name}_port')}" for name in ("http", "grpc", "metrics")]
-    command = [CLIP_TOOLS, "serve", f"--models={repository}", *ports]
+    command = [CLIP_TOOLS, "serve", f"--models={light_repository}", *ports]
     embed = [CLIP_EMBED, "-", "--url", options.grpc_url, "--out", output, "--resume", "--batch-size=2"]
     embed += ["--timeout-s=120", "--attempt-timeout-s=60"]
 

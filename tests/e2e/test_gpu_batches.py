@@ -10,7 +10,7 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient, InvalidImageError
 from clip_tools.gpu import find_gpu
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.server import EmbeddedServer
 
 IN_ITS_PLACE = """
 from host_gpu import HostGpu

@@ -8,19 +8,18 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.conftest import options_for, with_text
+from tests.conftest import TINY, options_for
 
 from clip_embed.parquet import read_provenance
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.server import EmbeddedServer
 
 COMMAND = Path(sys.executable).with_name("clip-embed")
 
 
 @pytest.fixture
-def run(repository, text_model, tmp_path):
+def run(light_text_repository, tmp_path):
     """Runs the command in tmp_path, beside a server with both towers."""
-    models = with_text(repository, tmp_path / "models", text_model)
-    options = options_for(models, tmp_path / "log")
+    options = options_for(light_text_repository, tmp_path / "log")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "INFERENCE_SERVICE_URL": options.grpc_url}
@@ -34,7 +33,7 @@ def run(repository, text_model, tmp_path):
         yield run
 
 
-def test_a_library_is_searched_by_image_and_by_text_and_its_duplicates_are_found(run, tmp_path, demo_photos, weights):
+def test_a_library_is_searched_by_image_and_by_text_and_its_duplicates_are_found(run, tmp_path, demo_photos):
     """With weights that are not trained too: an image is nearest to itself, and its copy is a duplicate of it."""
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -45,7 +44,7 @@ def test_a_library_is_searched_by_image_and_by_text_and_its_duplicates_are_found
         image.save(photos / "copy.png")
     assert run("photos", "-o", "v.parquet").returncode == 0
     provenance = read_provenance(tmp_path / "v.parquet")
-    assert (provenance.model, provenance.preprocess) == (weights.model, "exact")
+    assert (provenance.model, provenance.preprocess) == (TINY.model, "exact")
     found = run("search", "v.parquet", f"photos/{first.name}", "-k", "2", "--format", "jsonl")
     assert found.returncode == 0, found.stderr
     rows = [json.loads(line) for line in found.stdout.splitlines()]

@@ -17,7 +17,10 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
 from clip_tools.errors import ToolError
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions, check_ports, warning_if_untrained
+from clip_tools.serving.ports import check_ports
+from clip_tools.serving.serve import warning_if_untrained
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 from clip_tools.serving.watchdog import stubs
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
@@ -44,10 +47,10 @@ def wait_for(stream, words: str) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_serve_says_ready_stops_on_a_signal_and_leaves_nothing(repository, tmp_path, number):
+def test_serve_says_ready_stops_on_a_signal_and_leaves_nothing(light_repository, tmp_path, number):
     """Also where the environment has a proxy, which cannot reach this machine's own server. Ready, it says in how many
     processes it decodes, and leaves no folder behind either."""
-    options = options_for(repository, tmp_path / "log")
+    options = options_for(light_repository, tmp_path / "log")
     environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
     environment |= {"CLIP_PREPROCESS_INSTANCES": "3", "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
@@ -60,7 +63,7 @@ def test_serve_says_ready_stops_on_a_signal_and_leaves_nothing(repository, tmp_p
         children = psutil.Process(process.pid).children(recursive=True)
         assert any("tritonserver" in child.name() for child in children)
         process.send_signal(number)
-        process.stderr.read()
+        assert process.stderr.read().endswith("\nclip-tools: the server was stopped\n")
         assert process.wait(timeout=60) == 0
     assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
     assert list(Path("/dev/shm").glob(f"clip_tools_{process.pid}_*")) == []  # noqa: S108
@@ -83,8 +86,8 @@ def test_untrained_weights_are_said_to_be_untrained(repository, weights):
     assert ("UNTRAINED" in words) == (weights.seed is not None)
 
 
-def test_a_server_comes_back_on_the_same_ports(repository, demo_photos, tmp_path):
-    options = options_for(repository, tmp_path / "log")
+def test_a_server_comes_back_on_the_same_ports(light_repository, demo_photos, tmp_path):
+    options = options_for(light_repository, tmp_path / "log")
     answers = []
     for _ in range(2):
         with EmbeddedServer(options), EmbeddingClient(options.grpc_url) as client:
@@ -92,9 +95,9 @@ def test_a_server_comes_back_on_the_same_ports(repository, demo_photos, tmp_path
     assert np.array_equal(*answers)
 
 
-def test_when_serve_is_killed_the_server_and_its_models_processes_go_too(repository, tmp_path):
+def test_when_serve_is_killed_the_server_and_its_models_processes_go_too(light_repository, tmp_path):
     """Also those that hang, and their shared memory; so that another `serve` can have the ports at once."""
-    options = options_for(repository, tmp_path / "log")
+    options = options_for(light_repository, tmp_path / "log")
     with subprocess.Popen(serve_command(options), stderr=subprocess.PIPE, text=True) as process:
         wait_for(process.stderr, "ready after")
         children = psutil.Process(process.pid).children(recursive=True)
@@ -110,7 +113,7 @@ def test_when_serve_is_killed_the_server_and_its_models_processes_go_too(reposit
     check_ports(options)
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("bf16")
 def test_bf16_is_served_by_name_and_is_not_fp32(repository, server, demo_photos, tmp_path):
     """The precision asked for is the one that runs: its vectors are FP32's, but not to the bit.
 
@@ -125,14 +128,22 @@ def test_bf16_is_served_by_name_and_is_not_fp32(repository, server, demo_photos,
     assert 1e-6 < 1 - (fp32 * bf16).sum(axis=1).min() < 0.1
 
 
+@pytest.mark.usefixtures("no_bf16")
+def test_a_cpu_without_bf16_serves_no_fp32_under_its_name(repository, tmp_path):
+    """OpenVINO itself would compute in FP32 and say nothing."""
+    options = options_for(repository, tmp_path / "log", config_name="cpu-bf16")
+    with pytest.raises(ToolError, match=r"OpenVINO has no BF16 on this CPU.*serve the default configuration"):
+        EmbeddedServer(options).__enter__()
+
+
 @pytest.mark.usefixtures("openvino")
 def test_what_runs_is_printed_at_load(server):
     assert "runs model.onnx with OpenVINO FP32 on the CPU" in server.options.log.read_text()
 
 
 @pytest.mark.promise
-def test_a_port_in_use_names_the_port_and_the_flag(repository, tmp_path, record_reliability):
-    options = options_for(repository, tmp_path / "log")
+def test_a_port_in_use_names_the_port_and_the_flag(light_repository, tmp_path, record_reliability):
+    options = options_for(light_repository, tmp_path / "log")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", options.grpc_port))
         taken.listen()
@@ -144,9 +155,9 @@ def test_a_port_in_use_names_the_port_and_the_flag(repository, tmp_path, record_
     record_reliability("faults_port_taken", faults=1)
 
 
-def test_a_missing_model_file_is_one_line_with_the_command(repository, tmp_path):
+def test_a_missing_model_file_is_one_line_with_the_command(light_repository, tmp_path):
     models = tmp_path / "models"
-    shutil.copytree(repository, models)
+    shutil.copytree(light_repository, models)
     (models / "clip_onnx" / "1" / "model.onnx").unlink()
     code, words = refused(*serve_command(options_for(models, tmp_path / "log")))
     assert code == 1
@@ -154,17 +165,17 @@ def test_a_missing_model_file_is_one_line_with_the_command(repository, tmp_path)
     assert words.count("\n") == 1
 
 
-def test_a_provider_that_is_not_there_fails_the_load_with_a_sentence(repository, tmp_path):
+def test_a_provider_that_is_not_there_fails_the_load_with_a_sentence(light_repository, tmp_path):
     models = tmp_path / "models"
-    shutil.copytree(repository, models, symlinks=True)
+    shutil.copytree(light_repository, models, symlinks=True)
     config = models / "clip_onnx" / "configs" / "cpu-fp32.pbtxt"
     config.write_text(config.read_text().replace('"openvino"', '"tensorrt"'))
     with pytest.raises(ToolError, match="cpu_execution_accelerator 'tensorrt': expected openvino"):
         EmbeddedServer(options_for(models, tmp_path / "log", config_name="cpu-fp32")).__enter__()
 
 
-def test_an_unknown_configuration_name_is_refused_with_the_known_ones(repository, tmp_path):
-    code, words = refused(*serve_command(options_for(repository, tmp_path / "log"), "--model-config-name=fp12"))
+def test_an_unknown_configuration_name_is_refused_with_the_known_ones(light_repository, tmp_path):
+    code, words = refused(*serve_command(options_for(light_repository, tmp_path / "log"), "--model-config-name=fp12"))
     assert code == 1
     assert "cpu-bf16" in words
 
@@ -177,12 +188,12 @@ def test_numpy_2_is_refused_before_a_stub_dies_of_it(monkeypatch):
         tritonserver.find_installation()
 
 
-def test_the_wrapper_takes_plain_tritonserver_flags(repository, demo_photos, tmp_path):
+def test_the_wrapper_takes_plain_tritonserver_flags(light_repository, demo_photos, tmp_path):
     """As Model Analyzer calls it."""
-    options = options_for(repository, tmp_path / "log")
+    options = options_for(light_repository, tmp_path / "log")
     command = [
         str(TRITONSERVER),
-        f"--model-repository={repository}",
+        f"--model-light_repository={light_repository}",
         "--model-control-mode=explicit",
         "--load-model=clip_ensemble",
         f"--http-port={options.http_port}",

@@ -17,9 +17,10 @@ from clip_tools.gpu import find_gpu
 from clip_tools.measuring.results import read
 from clip_tools.measuring.services import PyTorchService, free_ports
 from clip_tools.measuring.variants import Variant, write_repository
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.server import EmbeddedServer
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
+ARMS = ("ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch")
 PERF_ANALYZER = Path(sys.executable).with_name("perf-analyzer")
 
 
@@ -42,14 +43,21 @@ def results(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("results")
 
 
-def test_bench_sends_the_same_photographs_through_every_arm(repository, results):
-    """Every answer of every arm is open_clip's, or the run would have failed; a target not measured is not met."""
+@pytest.mark.parametrize("starts_all", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_bench_sends_the_same_photographs_through_every_arm(repository, pytorch, results, starts_all):
+    """Every answer of every arm is open_clip's, or the run would have failed; a target not measured is not met.
+
+    In short the PyTorch service runs already.
+    """
     output = results / "bench.json"
-    printed = run(CLIP_TOOLS, "bench", "--quick", "--check", "--models", repository, "--output", output, expected=1)
+    options = ["--models", repository, "--output", output]
+    if not starts_all:
+        options += ["--pytorch-url", pytorch.url, "--arms", ",".join(ARMS)]
+    printed = run(CLIP_TOOLS, "bench", "--quick", "--check", *options, expected=1)
     assert "| ensemble over gRPC against the PyTorch service, FP32 | >= 3.3 | not measured:" in printed
     result = read(output)
     arms = {row["arm"] for row in result["cells"]}
-    assert arms == {"ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch"}
+    assert arms == set(ARMS)
     assert all(row["agreement"] >= 0.99999 and row["throughput"] > 0 for row in result["cells"])
     assert {row["images"] for row in result["cells"]} == {"640x480"}
     row = next(row for row in result["cells"] if row["arm"] == "ensemble-grpc" and row["batch"] == 4)
@@ -71,10 +79,10 @@ def test_bench_asks_servers_that_run_elsewhere(repository, server, pytorch, tmp_
     server.process.raise_if_ended()
 
 
-def test_ab_shows_two_running_servers_and_where_their_time_goes(repository, server, tmp_path):
+def test_ab_shows_two_running_servers_and_where_their_time_goes(light_repository, light_server, tmp_path):
     """The second with the fast mode of preprocess: nearly the same vectors, and its own times by step."""
-    with EmbeddedServer(options_for(repository, tmp_path / "log", config_name="fast")) as other:
-        urls = (server.options.grpc_url, other.options.grpc_url)
+    with EmbeddedServer(options_for(light_repository, tmp_path / "log", config_name="fast")) as other:
+        urls = (light_server.options.grpc_url, other.options.grpc_url)
         printed = run(CLIP_TOOLS, "ab", *urls, "--rounds", 2, "--seconds", 0.5, "--concurrency", 2)
         same = run(CLIP_TOOLS, "ab", urls[0], urls[0], "--rounds", 1, "--seconds", 0.3)
     for side, url in zip("AB", urls, strict=True):
@@ -110,9 +118,9 @@ def test_one_variable_moves_a_client_to_the_pytorch_service_and_back(server, ora
         assert [(failure.index, failure.code) for failure in caught.value.failures] == [(1, "not_an_image")]
 
 
-def test_perf_runs_the_real_perf_analyzer(server, repository, results):
-    address = server.options.grpc_url.removeprefix("grpc://")
-    options = ["--url", address, "--models", repository, "--window-ms", 500, "--stability-percent", 999]
+def test_perf_runs_the_real_perf_analyzer(light_server, light_repository, results):
+    address = light_server.options.grpc_url.removeprefix("grpc://")
+    options = ["--url", address, "--models", light_repository, "--window-ms", 500, "--stability-percent", 999]
     levels = ["--concurrency", 2, "--request-rate", 4]
     printed = run(CLIP_TOOLS, "perf", *options, *levels, "--output", results / "perf.json")
     assert [level["mode"] for level in json.loads(printed)] == ["concurrency", "request-rate"]
@@ -121,17 +129,19 @@ def test_perf_runs_the_real_perf_analyzer(server, repository, results):
 
 
 @pytest.fixture(scope="module")
-def perf_input(repository, tmp_path_factory) -> Path:
+def perf_input(light_repository, tmp_path_factory) -> Path:
     """Photographs as perf_analyzer takes them."""
     source = tmp_path_factory.mktemp("perf") / "input.json"
-    run(CLIP_TOOLS, "perf", "--models", repository, "--write-input", source)
+    run(CLIP_TOOLS, "perf", "--models", light_repository, "--write-input", source)
     return source
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_plain_perf_analyzer_needs_no_key_on_this_machine(server, perf_input, protocol):
+def test_plain_perf_analyzer_needs_no_key_on_this_machine(light_server, perf_input, protocol):
     """With the flags of its own documentation, and the photographs that `clip-tools perf` wrote."""
-    address = (server.options.grpc_url if protocol == "grpc" else server.options.http_url).partition("://")[2]
+    address = (light_server.options.grpc_url if protocol == "grpc" else light_server.options.http_url).partition("://")[
+        2
+    ]
     photographs = ["--shape", "image_bytes:1", "--input-data", perf_input]
     printed = run(
         PERF_ANALYZER, "-m", "clip_ensemble", "-i", protocol, "-u", address, *photographs, "--request-count", 10
@@ -140,13 +150,13 @@ def test_plain_perf_analyzer_needs_no_key_on_this_machine(server, perf_input, pr
     assert "Composing models" in printed  # which it knows by the statistics
 
 
-def test_model_analyzer_measures_a_running_server(server, perf_input, tmp_path):
+def test_model_analyzer_measures_a_running_server(light_server, perf_input, tmp_path):
     """In its remote mode, with its own flags; the keys are found for it."""
     config = tmp_path / "config.yaml"
     flags = {"input-data": str(perf_input), "shape": "image_bytes:1"}
     flags |= {"measurement-request-count": 3, "stability-percentage": 999}
     config.write_text(json.dumps({"profile_models": {"clip_ensemble": {"perf_analyzer_flags": flags}}}))
-    options = server.options
+    options = light_server.options
     command = [sys.executable, "-m", "clip_tools.measuring.model_analyzer", "profile", "-f", config]
     command += ["--triton-launch-mode=remote", "--reload-model-disable", "--client-protocol=grpc"]
     command += [f"--triton-http-endpoint={options.http_url.partition('://')[2]}"]
@@ -162,9 +172,9 @@ def test_model_analyzer_measures_a_running_server(server, perf_input, tmp_path):
         assert client.is_ready()
 
 
-def test_model_analyzer_profiles_the_ensemble(repository, tmp_path, results):
+def test_model_analyzer_profiles_the_ensemble(light_repository, tmp_path, results):
     """Two configurations; a small batch limit, for it first tries twice as many requests at once as that holds."""
-    models = write_repository(Variant(), tmp_path / "models", repository)
+    models = write_repository(Variant(), tmp_path / "models", light_repository)
     for path in models.glob("*/config.pbtxt"):
         path.write_text(path.read_text().replace("max_batch_size: 64", "max_batch_size: 2"))
     http, grpc, metrics = free_ports(3)
@@ -176,22 +186,23 @@ def test_model_analyzer_profiles_the_ensemble(repository, tmp_path, results):
     assert {point["variants"][0] for point in points} == {"clip_ensemble_config_default", "clip_ensemble_config_0"}
 
 
-def test_the_sweep_measures_with_perf_analyzer_and_goes_on(repository, results):
+def test_the_sweep_measures_with_perf_analyzer_and_goes_on(light_repository, results):
     log = results / "sweep.jsonl"
     options = ["--axes", "", "--window-ms", 500, "--stability-percent", 999, "--concurrency", 2]
-    command = [CLIP_TOOLS, "sweep", *options, "--models", repository, "--log", log, "--output", results / "sweep.json"]
+    options += ["--models", light_repository, "--log", log, "--output", results / "sweep.json"]
+    command = [CLIP_TOOLS, "sweep", *options]
     first = run(*command)
     assert "(as committed)" in first
     assert run(*command) == first  # nothing is measured again
     assert len(log.read_text().splitlines()) == 1
 
 
-def test_onnx_profile_shows_operators_and_says_what_it_cannot_see(repository, results):
+def test_onnx_profile_shows_operators_and_says_what_it_cannot_see(light_repository, results):
     output = results / "onnx-profile.json"
     options = ["--batches", "1,2", "--seconds", 0.1, "--operator-batch", 1]
-    model = repository / "clip_onnx" / "1" / "model.onnx"
+    model = light_repository / "clip_onnx" / "1" / "model.onnx"
     options += ["--beside", model]  # itself
-    printed = run(CLIP_TOOLS, "onnx-profile", *options, "--models", repository, "--output", output)
+    printed = run(CLIP_TOOLS, "onnx-profile", *options, "--models", light_repository, "--output", output)
     assert f"`model.onnx` ({len(onnx.load(model).graph.node)} nodes, worst cosine" in printed
     paired = read(output)["beside"]
     assert {row["batch"] for row in paired["times"]} == {1, 2}

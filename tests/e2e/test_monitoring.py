@@ -15,7 +15,7 @@ import yaml
 from clip_embed import EmbeddingClient, InvalidImageError
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import ROOT
-from clip_tools.serving.serve import probe_image
+from clip_tools.serving.probe import probe_image
 
 MONITORING = ROOT / "deploy" / "monitoring"
 PAGE = ROOT / "docs" / "monitoring.md"

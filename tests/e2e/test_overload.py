@@ -16,7 +16,8 @@ from clip_embed import EmbeddingClient, InvalidImageError, RequestTooLargeError,
 from clip_embed.batches import MAX_REQUEST_BYTES
 from clip_tools.measuring.load import run_closed_loop
 from clip_tools.measuring.watch import cpu_seconds, resident_mib
-from clip_tools.serving.serve import EmbeddedServer, probe_image
+from clip_tools.serving.probe import probe_image
+from clip_tools.serving.server import EmbeddedServer
 
 # More than both queues hold (128 requests each), and what is between them.
 TOO_MANY = 600

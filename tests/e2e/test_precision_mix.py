@@ -14,13 +14,13 @@ from clip_tools.export.mix import Engine, Mix, apply
 from clip_tools.export.tune_precision import embed
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.server import EmbeddedServer
 from clip_tools.verification.gates import agreement, cosines
 
 MIX = ("fp32", "fp32", "bf16", "bf16", "fp32")
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("bf16")
 def test_an_applied_mix_is_served_under_its_name(tmp_path):
     """What the server answers is what the mix gives bare, and not what FP32 gives."""
     import onnx

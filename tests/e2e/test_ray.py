@@ -113,7 +113,7 @@ def test_files_shards_and_tables_become_rows_that_search_reads(start, server, tm
     assert subprocess.run(search, cwd=tmp_path, capture_output=True, check=False).returncode == 0
 
     again = start("library", "out")
-    assert f"{len(expected)} images in 4 parts are there already" in finish(again)
+    assert f"{len(expected)} images in 4 parts exist already" in finish(again)
 
 
 @pytest.mark.long
@@ -188,7 +188,7 @@ def test_ctrl_c_leaves_nothing_running_and_the_next_run_goes_on(start, tmp_path,
         time.sleep(0.5)
     assert not is_alive(TEMPORARY)
     there = {part.name: part.stat().st_mtime_ns for part in (tmp_path / "out").glob("*.parquet")}
-    assert "are there already" in finish(start("library", "out", "--part-images", "5"))
+    assert "exist already" in finish(start("library", "out", "--part-images", "5"))
     assert Counter(row["path"] for row in rows(tmp_path / "out")) == Counter(expected)
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == time_ns for name, time_ns in there.items())
 

@@ -1,5 +1,6 @@
 """The README's commands, run as they are written."""
 
+import json
 import os
 import re
 import shutil
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.conftest import with_text
+import typer
 
-from clip_tools.paths import ROOT
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+from clip_tools.cli import app
+from clip_tools.paths import MODELS, ROOT
+from clip_tools.repository import config_names
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 
 README = (ROOT / "README.md").read_text()
 PORTS = (8000, 8001, 8002)
@@ -25,10 +29,15 @@ def section(title: str) -> str:
     return re.split(r"^## ", README.split(f"## {title}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
 
 
-def commands(title: str) -> str:
-    """The indented shell lines of a section, as one script."""
-    text = re.sub(r"```.*?```", "", section(title), flags=re.DOTALL)
+def shell(text: str) -> str:
+    """The indented shell lines of Markdown, as one script."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     return "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+
+
+def commands(title: str) -> str:
+    """The shell lines of a section."""
+    return shell(section(title))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,10 +58,9 @@ def environment(repository: Path) -> dict[str, str]:
     return os.environ | {"PATH": path, "CLIP_MODELS": str(repository)}
 
 
-@pytest.fixture
-def served(repository: Path, text_model: Path, tmp_path: Path) -> Iterator[None]:
-    models = with_text(repository, tmp_path / "models", text_model)
-    with EmbeddedServer(ServeOptions(models=models, log=tmp_path / "log")):
+@pytest.fixture(scope="module")
+def served(light_text_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with EmbeddedServer(ServeOptions(models=light_text_repository, log=tmp_path_factory.mktemp("readme") / "log")):
         yield
 
 
@@ -67,12 +75,36 @@ def folder(demo_photos: list[Path], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(script: str, folder: Path, environment: dict[str, str]) -> str:
-    done = subprocess.run(
+def shell_process(script: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         ["bash", "-euc", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def run(script: str, folder: Path, environment: dict[str, str]) -> str:
+    done = shell_process(script, folder, environment)
     assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def test_every_block_of_commands_is_run_here():
+    tested = "\n".join(map(commands, ("One image in, one vector out", "The client", "Search and near-duplicates")))
+    rest = [line for line in shell(README).splitlines() if line not in tested.splitlines()]
+    assert [line.split("#")[0].strip() for line in rest] == ["make demo", "make test"]
+
+
+def test_the_commands_in_the_text_exist():
+    """Their verbs, options and configurations; the engines too."""
+    verbs = typer.main.get_command(app).commands
+    text = README.replace('make serve ARGS="', "clip-tools serve ")
+    found = [command.split() for command in re.findall(r"`clip-tools ([^`]*?)\"?`", text)]
+    assert {verb for verb, *_ in found} == {"bench", "serve", "swap", "export-onnx"}
+    for verb, *words in found:
+        known = {option for parameter in verbs[verb].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known
+    engines = re.findall(r"`([a-z0-9-]+)`(?=:| or)", section("Choosing an engine"))
+    assert len(engines) == 7
+    assert set(engines) <= set(config_names(MODELS))
 
 
 def test_make_demo(environment, demo_photos):
@@ -92,6 +124,10 @@ def test_one_image_in_one_vector_out(served, folder, environment):
     assert numbers.startswith("array('f', [")
     vector = np.frombuffer((folder / "answer.bin").read_bytes()[-2048:], np.float32)
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+    (folder / "photo.jpg").write_bytes(b"no image")
+    done = shell_process("\n".join(lines), folder, environment)
+    assert done.returncode != 0
+    assert "not_an_image" in json.loads((folder / "answer.bin").read_text())["error"]
 
 
 def test_the_client_and_search(served, folder, environment):

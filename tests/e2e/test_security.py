@@ -33,10 +33,11 @@ from clip_embed import (
 )
 from clip_embed.provenance import Provenance
 from clip_tools.export.manifest import Manifest
-from clip_tools.serving import keyring
+from clip_tools.serving import key_files
 from clip_tools.serving.access import Access, Tls
 from clip_tools.serving.model_control import GrpcModelControl
-from clip_tools.serving.serve import EmbeddedServer, probe_image
+from clip_tools.serving.probe import probe_image
+from clip_tools.serving.server import EmbeddedServer
 
 BIN = Path(sys.executable).parent
 SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
@@ -180,12 +181,12 @@ def ask_http(port: int, method: str, route: str, **headers: str) -> int:
 @pytest.mark.promise
 @pytest.mark.parametrize("open_metadata", [True, False])
 def test_a_stranger_can_embed_and_read_health_and_metrics_and_nothing_else(
-    server, repository, tmp_path, record_reliability, open_metadata
+    server, light_repository, tmp_path, record_reliability, open_metadata
 ):
     """Over both protocols, every method and route, without a key and with wrong ones; and closed to be read too."""
     with contextlib.ExitStack() as stack:
         if not open_metadata:
-            closed = options_for(repository, tmp_path / "log", open_metadata=False)
+            closed = options_for(light_repository, tmp_path / "log", open_metadata=False)
             server = stack.enter_context(EmbeddedServer(closed))
         readable = (READ_METHODS, READ_ROUTES) if open_metadata else (set(), [])
         figures = ask_for_everything(server, *readable)
@@ -284,9 +285,9 @@ def test_this_users_swap_finds_the_key_and_anothers_has_to_be_told(server, tmp_p
     assert "runs onnx already" in run_swap(server).stderr
     stranger = run_swap(server, TMPDIR=str(tmp_path))
     assert stranger.returncode == 1
-    assert stranger.stderr.endswith("asks for a key: set CLIP_ADMIN_KEY to the one that it was started with\n")
+    assert stranger.stderr.endswith("requires an admin key: set CLIP_ADMIN_KEY to the one it was started with\n")
     mistaken = run_swap(server, TMPDIR=str(tmp_path), CLIP_ADMIN_KEY="not-the-key-of-this-server")
-    assert "does not take the key that it was asked with: set CLIP_ADMIN_KEY" in mistaken.stderr
+    assert "rejects this admin key: set CLIP_ADMIN_KEY" in mistaken.stderr
     told = run_swap(server, TMPDIR=str(tmp_path), CLIP_ADMIN_KEY=server.options.access.admin_key)
     assert "runs onnx already" in told.stderr
 
@@ -334,22 +335,22 @@ def certificates(tmp_path_factory) -> Certificates:
 
 
 @pytest.fixture(scope="module")
-def guarded(repository, certificates, tmp_path_factory):
+def guarded(light_repository, certificates, tmp_path_factory):
     """A server with everything: mutual TLS on gRPC, and an API key."""
     tls = Tls(certificates.cert, certificates.key, certificates.ca_pem)
     options = options_for(
-        repository, tmp_path_factory.mktemp("guarded") / "log", access=Access(api_key=API_KEY, tls=tls)
+        light_repository, tmp_path_factory.mktemp("guarded") / "log", access=Access(api_key=API_KEY, tls=tls)
     )
     with EmbeddedServer(options) as running:
         yield running
 
 
-def test_mutual_tls_and_the_key_let_a_client_in(guarded, certificates, server):
+def test_mutual_tls_and_the_key_let_a_client_in(guarded, certificates, light_server):
     url, image = guarded.options.grpc_url, probe_image()
     assert url.startswith("grpcs://")
     with EmbeddingClient(url, api_key=API_KEY, **certificates.of_a_client) as client:
         got = client.embed([image])
-    with EmbeddingClient(server.options.grpc_url) as client:
+    with EmbeddingClient(light_server.options.grpc_url) as client:
         assert (got * client.embed([image])).sum() >= 0.99999  # FP32 in another process
 
     async def embed() -> np.ndarray:
@@ -404,9 +405,9 @@ DEEP = b"[" * 1_000_000
 PARAMETERS = json.dumps({"parameters": {f"p{number}": 1 for number in range(60_000)}, "inputs": []}).encode()
 
 
-def test_a_key_for_http_alone_keeps_json_from_the_parser_and_grpc_open(repository, tmp_path):
+def test_a_key_for_http_alone_keeps_json_from_the_parser_and_grpc_open(light_repository, tmp_path):
     """Neither depth nor number of parameters costs anything then, and whoever has the key can embed by HTTP."""
-    options = options_for(repository, tmp_path / "log", access=Access(http_key=API_KEY))
+    options = options_for(light_repository, tmp_path / "log", access=Access(http_key=API_KEY))
     with EmbeddedServer(options):
         for route in ("infer", "generate", "generate_stream", "versions/1/infer"):
             for body in (DEEP, PARAMETERS):
@@ -420,7 +421,7 @@ def test_a_key_for_http_alone_keeps_json_from_the_parser_and_grpc_open(repositor
 @pytest.mark.long
 @pytest.mark.parametrize("request_", ["pieces", "depth"])
 def test_without_the_key_it_comes_down_which_security_md_says(repository, tmp_path, request_):
-    """When this fails, the server has been mended: SECURITY.md and `access.exposure` need no longer warn."""
+    """When this fails, the server is fixed: SECURITY.md and `access.exposure_warning` need not warn any more."""
     with EmbeddedServer(options_for(repository, tmp_path / "log")) as server:
         if request_ == "pieces":
             in_pieces(server.options.http_port, 1_000_000)
@@ -492,7 +493,7 @@ def test_swap_speaks_tls_with_the_certificates_of_the_environment(guarded, certi
     with GrpcModelControl(guarded.options.grpc_url) as control:
         assert "clip_ensemble" in control.ready_models()
         assert control.embed_image(probe_image()).shape == (1, 512)
-    assert keyring.access_of(guarded.options.grpc_url, {}).api_key == API_KEY
+    assert key_files.access_of(guarded.options.grpc_url, {}).api_key == API_KEY
 
 
 @pytest.mark.promise

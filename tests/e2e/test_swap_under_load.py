@@ -18,8 +18,9 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring.services import free_ports
 from clip_tools.repository import read_config
 from clip_tools.serving.model_control import GrpcModelControl
-from clip_tools.serving.serve import EmbeddedServer
-from clip_tools.serving.swap import SwapOptions, check_deployment, swap
+from clip_tools.serving.server import EmbeddedServer
+from clip_tools.serving.swap import check_deployment, swap
+from clip_tools.serving.swap_steps import SwapOptions
 from clip_tools.tensorrt.build_engine import EngineOptions, build_engine
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
@@ -124,7 +125,7 @@ def test_under_load_the_engine_changes_there_and_back_and_no_request_is_lost(swa
     assert np.array_equal(embeddings(swapping, images), before)
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("bf16")
 def test_under_load_a_precision_changes_in_place_and_no_request_is_lost(swapping, control, models, demo_photos):
     images = [path.read_bytes() for path in demo_photos]
     before = embeddings(swapping, images)
@@ -136,6 +137,18 @@ def test_under_load_a_precision_changes_in_place_and_no_request_is_lost(swapping
     assert load.worst_cosine(before) >= MIN_COSINE_BF16
     assert (before * bf16).sum(axis=1).min() < 1 - 1e-6
     assert np.array_equal(embeddings(swapping, images), before)
+
+
+@pytest.mark.usefixtures("no_bf16")
+def test_a_precision_that_the_cpu_does_not_have_leaves_everything_as_before(swapping, control, models, demo_photos):
+    images = [path.read_bytes() for path in demo_photos]
+    before = embeddings(swapping, images)
+    with Load(swapping.options.grpc_url, images) as load:
+        with pytest.raises(ToolError, match="OpenVINO has no BF16 on this CPU"):
+            swap(control, SwapOptions("cpu-bf16", models=models), lambda _: None)
+        after = embeddings(swapping, images)
+    assert load.errors == []
+    assert np.array_equal(after, before)
 
 
 def test_an_engine_that_does_not_load_leaves_everything_as_before(swapping, control, models, demo_photos):

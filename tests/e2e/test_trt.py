@@ -7,7 +7,7 @@ from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
 from clip_tools.gpu import find_gpu
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.serving.server import EmbeddedServer
 from clip_tools.tensorrt.build_engine import EngineOptions, build_engine
 from clip_tools.tensorrt.library import RUNTIMES, installed_version
 from clip_tools.verification.gates import GATES

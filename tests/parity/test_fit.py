@@ -5,12 +5,13 @@ import itertools
 import numpy as np
 import pytest
 from PIL import Image
+from tests.conftest import Lazily
 
 from clip_fit import Fit
 from clip_orientation import TURNS
 from clip_preprocess import Limits, centre_of, lent_memory
 
-open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'clip-embed[export]'")
+open_clip = Lazily("open_clip")
 
 MODES = ("RGB", "L", "CMYK", "RGBA", "LA", "P", "1", "I;16")
 SIZES = ((640, 427), (427, 640), (300, 300), (224, 224), (3, 5))

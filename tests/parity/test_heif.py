@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clip_preprocess import RefusedImage, pixels_of
-from clip_tools.serving.told import suffixes_of
+from clip_tools.serving.provenance import suffixes_of
 
 
 @pytest.fixture(scope="module")

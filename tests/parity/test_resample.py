@@ -16,7 +16,7 @@ from tests.resample_cases import MODES, SIDE_PX, Case, by_pillow, cases, differi
 
 import clip_preprocess
 import clip_resample
-from clip_tools import kernel as built
+from clip_tools import c_libraries as built
 from clip_tools.paths import ROOT
 
 try:

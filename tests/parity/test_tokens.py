@@ -5,13 +5,14 @@ import time
 
 import numpy as np
 import pytest
+from tests.conftest import Lazily
 
 from clip_tokens import MERGES, RefusedText, Tokenizer
 from clip_tools.export.export_text import merges_text
 from clip_tools.oracle import OtherTokenizer, load_tokenizer
 from clip_tools.verification.texts import texts
 
-open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install 'clip-embed[export]'")
+open_clip = Lazily("open_clip")
 
 COUNT = 10_000
 SCRIPTS = [

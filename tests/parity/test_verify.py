@@ -12,21 +12,21 @@ from typer.testing import CliRunner
 from clip_tools import photos
 from clip_tools.cli import app
 from clip_tools.errors import ToolError
-from clip_tools.export import export_variant as exporting
 from clip_tools.export.export_onnx import compare
-from clip_tools.export.export_variant import export_variant
 from clip_tools.export.manifest import Manifest, manifest_path
 from clip_tools.export.precision import lower
+from clip_tools.measuring import verify as verifying
+from clip_tools.measuring.verify import verify, verify_text
 from clip_tools.oracle import Oracle, Weights
-from clip_tools.serving.serve import EmbeddedServer
+from clip_tools.quantization import export_variant as exporting
+from clip_tools.quantization.export_variant import export_variant
+from clip_tools.serving.engine import Engine, find_engine
+from clip_tools.serving.server import EmbeddedServer
 from clip_tools.tensorrt.build_engine import EngineOptions
 from clip_tools.tensorrt.engine_manifest import stale_reason
-from clip_tools.verification import verify as verifying
-from clip_tools.verification.engine import Engine, find_engine
 from clip_tools.verification.gates import cosines
 from clip_tools.verification.sample import Sample
 from clip_tools.verification.texts import texts
-from clip_tools.verification.verify import verify, verify_text
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 

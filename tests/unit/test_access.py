@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from clip_tools import cli
 from clip_tools.errors import ToolError
 from clip_tools.measuring import perf
-from clip_tools.serving import hidden_arguments, keyring
-from clip_tools.serving.access import CLOSED, DESCRIPTIVE, OPEN, Access, Tls, exposure
-from clip_tools.serving.serve import ServeOptions
+from clip_tools.serving import key_files, secret_arguments
+from clip_tools.serving.access import CLOSED, DESCRIPTIVE, OPEN, Access, Tls, exposure_warning
+from clip_tools.serving.serve_options import ServeOptions
 from clip_tools.serving.tritonserver import on_this_machine
 
 KEY, API_KEY, HTTP_KEY = "an-admin-key-of-25-letters", "an-api-key-of-23-letters", "a-key-for-http-alone"
@@ -109,48 +109,48 @@ def test_a_key_that_could_be_guessed_or_misread_is_one_line_and_exit_code_2(vari
 
 
 def test_keys_are_kept_for_this_user_alone_while_the_server_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr(keyring.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(key_files.tempfile, "gettempdir", lambda: str(tmp_path))
     access = Access(KEY, API_KEY, HTTP_KEY)
-    keyring.remember("grpc://127.0.0.1:8001", access)
-    (file,) = keyring.keyring_folder().iterdir()
+    key_files.save_keys("grpc://127.0.0.1:8001", access)
+    (file,) = key_files.key_folder().iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
     for url in ("grpc://localhost:8001", "localhost:8001", "grpcs://[::1]:8001", "http://127.0.0.1:8001"):
-        assert keyring.access_of(url, {"CLIP_ADMIN_KEY": "a-key-of-some-other-server"}) == access
+        assert key_files.access_of(url, {"CLIP_ADMIN_KEY": "a-key-of-some-other-server"}) == access
     for url in ("grpc://example.org:8001", "grpc://localhost:8002"):
-        assert keyring.access_of(url, {}) is None
-        assert keyring.access_of(url, {"CLIP_ADMIN_KEY": KEY}) == Access(KEY)
-    keyring.forget("grpc://localhost:8001", Access())  # another server's, that was there before
-    assert keyring.access_of("grpc://localhost:8001", {}) == access
-    keyring.forget("grpc://localhost:8001", access)
+        assert key_files.access_of(url, {}) is None
+        assert key_files.access_of(url, {"CLIP_ADMIN_KEY": KEY}) == Access(KEY)
+    key_files.remove_keys("grpc://localhost:8001", Access())  # another server's, that was there before
+    assert key_files.access_of("grpc://localhost:8001", {}) == access
+    key_files.remove_keys("grpc://localhost:8001", access)
     assert not file.exists()
 
 
 def test_keys_of_a_server_that_was_killed_are_not_used(monkeypatch, tmp_path):
-    monkeypatch.setattr(keyring.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(key_files.tempfile, "gettempdir", lambda: str(tmp_path))
     ended = subprocess.Popen(["true"])
     ended.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(keyring.os, "getpid", lambda: ended.pid)
-        keyring.remember("grpc://localhost:8001", Access(KEY))
-    assert keyring.access_of("grpc://localhost:8001", {}) is None
-    keyring.remember("grpc://localhost:8002", Access(API_KEY))
-    assert [file.name for file in keyring.keyring_folder().iterdir()] == ["localhost-8002"]
+        patch.setattr(key_files.os, "getpid", lambda: ended.pid)
+        key_files.save_keys("grpc://localhost:8001", Access(KEY))
+    assert key_files.access_of("grpc://localhost:8001", {}) is None
+    key_files.save_keys("grpc://localhost:8002", Access(API_KEY))
+    assert [file.name for file in key_files.key_folder().iterdir()] == ["localhost-8002"]
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770])
 def test_no_key_is_written_where_others_could_read_it(monkeypatch, tmp_path, mode):
-    monkeypatch.setattr(keyring.tempfile, "gettempdir", lambda: str(tmp_path))
-    keyring.keyring_folder().mkdir()
-    keyring.keyring_folder().chmod(mode)
-    with pytest.raises(ToolError, match="expected a folder that is yours"):
-        keyring.remember("grpc://localhost:8001", Access(KEY))
+    monkeypatch.setattr(key_files.tempfile, "gettempdir", lambda: str(tmp_path))
+    key_files.key_folder().mkdir()
+    key_files.key_folder().chmod(mode)
+    with pytest.raises(ToolError, match="expected a folder that you own"):
+        key_files.save_keys("grpc://localhost:8001", Access(KEY))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(mode=0o700)
-    keyring.keyring_folder().rmdir()
-    keyring.keyring_folder().symlink_to(elsewhere)
-    with pytest.raises(ToolError, match="expected a folder that is yours"):
-        keyring.remember("grpc://localhost:8001", Access(KEY))
+    key_files.key_folder().rmdir()
+    key_files.key_folder().symlink_to(elsewhere)
+    with pytest.raises(ToolError, match="expected a folder that you own"):
+        key_files.save_keys("grpc://localhost:8001", Access(KEY))
     assert not list(elsewhere.iterdir())
 
 
@@ -162,7 +162,7 @@ SHOW = (
 
 def test_a_program_gets_its_secrets_and_ps_does_not():
     """From before its first instruction: the stand-ins are all that ever was in its command line."""
-    with hidden_arguments.popen(
+    with secret_arguments.popen_with_secrets(
         [sys.executable, "-c", SHOW, "plain"],
         {"--key=***": f"--key={KEY}", "--other=***": "--other=ünd more"},
         env=os.environ,
@@ -181,7 +181,7 @@ def test_a_script_gets_its_secrets_as_well(tmp_path):
     script = tmp_path / "script"
     script.write_text('#!/bin/sh\necho "$@"\ntr "\\0" " " < /proc/$$/cmdline\n')
     script.chmod(0o755)
-    with hidden_arguments.popen(
+    with secret_arguments.popen_with_secrets(
         [str(script), "plain"], {"--key=***": f"--key={KEY}"}, env=os.environ, stdout=subprocess.PIPE, text=True
     ) as process:
         arguments, command_line = process.communicate(timeout=60)[0].splitlines()
@@ -190,15 +190,17 @@ def test_a_script_gets_its_secrets_as_well(tmp_path):
 
 
 def test_where_nothing_may_be_traced_the_program_runs_all_the_same_and_it_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(hidden_arguments, "_ptrace", lambda *_: -1)
-    with hidden_arguments.popen(["echo"], {"***": KEY}, env=os.environ, stdout=subprocess.PIPE, text=True) as process:
+    monkeypatch.setattr(secret_arguments, "_ptrace", lambda *_: -1)
+    with secret_arguments.popen_with_secrets(
+        ["echo"], {"***": KEY}, env=os.environ, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.communicate(timeout=60)[0] == f"{KEY}\n"
-    assert "echo: its keys can be seen with `ps`" in capsys.readouterr().err
+    assert "echo: `ps` shows its keys on this machine" in capsys.readouterr().err
 
 
 def test_a_program_that_is_not_there_is_the_same_error_as_ever():
     with pytest.raises(FileNotFoundError):
-        hidden_arguments.popen(["/nowhere"], {"***": KEY}, env=os.environ)
+        secret_arguments.popen_with_secrets(["/nowhere"], {"***": KEY}, env=os.environ)
 
 
 def test_an_encrypted_server_has_its_plain_http_on_this_machine_alone(tmp_path):
@@ -210,7 +212,7 @@ def test_an_encrypted_server_has_its_plain_http_on_this_machine_alone(tmp_path):
     assert options.http_host == "127.0.0.1"
     assert "--grpc-use-ssl-mutual=true" in tls.flags()
     assert ServeOptions(host="0.0.0.0").http_host == "0.0.0.0"  # noqa: S104
-    with pytest.raises(ToolError, match="nowhere: expected a file in PEM, found none"):
+    with pytest.raises(ToolError, match="nowhere: expected a PEM file, found none"):
         Tls(tmp_path / "nowhere", tmp_path / "key").flags()
 
 
@@ -218,26 +220,26 @@ def test_halves_of_tls_are_a_usage_error():
     for half in (["--tls-cert=c"], ["--tls-key=k"], ["--tls-client-ca=a"]):
         done = CliRunner().invoke(cli.app, ["serve", *half])
         assert isinstance(done.exception, ToolError)
-        assert "go together" in str(done.exception)
+        assert "require each other" in str(done.exception)
 
 
 def test_only_a_server_that_strangers_can_reach_is_warned_about():
     ca = Access(tls=Tls(Path("c"), Path("k"), Path("a")))
     crash = "crafted HTTP request"
-    assert "0.0.0.0" in exposure("0.0.0.0", Access())  # noqa: S104
-    assert crash in exposure("192.0.2.1", Access())
-    assert crash not in exposure("192.0.2.1", Access(tls=Tls(Path("c"), Path("k"))))
-    assert crash not in exposure("192.0.2.1", Access(http_key=API_KEY))
+    assert "0.0.0.0" in exposure_warning("0.0.0.0", Access())  # noqa: S104
+    assert crash in exposure_warning("192.0.2.1", Access())
+    assert crash not in exposure_warning("192.0.2.1", Access(tls=Tls(Path("c"), Path("k"))))
+    assert crash not in exposure_warning("192.0.2.1", Access(http_key=API_KEY))
     for host, access in (("127.0.0.1", Access()), ("192.0.2.1", Access(KEY, API_KEY)), ("192.0.2.1", ca)):
-        assert exposure(host, access) is None
+        assert exposure_warning(host, access) is None
 
 
 def test_perf_analyzer_is_given_the_keys_of_the_server_that_it_measures(monkeypatch, tmp_path):
-    monkeypatch.setattr(keyring.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(key_files.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.delenv("CLIP_ADMIN_KEY", raising=False)
     assert perf.headers(perf.PerfOptions(url="localhost:8001")) == {}
-    keyring.remember("grpc://localhost:8001", Access(KEY))
-    keyring.remember("http://localhost:8000", Access(KEY, API_KEY))
+    key_files.save_keys("grpc://localhost:8001", Access(KEY))
+    key_files.save_keys("http://localhost:8000", Access(KEY, API_KEY))
     grpc, http = perf.PerfOptions(url="localhost:8001"), perf.PerfOptions(url="localhost:8000", protocol="http")
     name = "triton-grpc-protocol-clip-admin-key"
     assert perf.headers(grpc) == {f"-H{name}:***": f"-H{name}:{KEY}"}

@@ -62,7 +62,7 @@ def requirements(tmp_path):
 
 
 def test_a_known_hole_is_named_with_the_version_that_mends_it(requirements, options):
-    assert audit(requirements, options) == ["idna 3.6: PYSEC-0000-1, mended in 3.7"]
+    assert audit(requirements, options) == ["idna 3.6: PYSEC-0000-1, fixed in 3.7"]
 
 
 def test_a_clean_file_and_one_with_a_hole_end_differently(tmp_path, options, monkeypatch, capsys):
@@ -72,7 +72,7 @@ def test_a_clean_file_and_one_with_a_hole_end_differently(tmp_path, options, mon
     monkeypatch.setattr(module, "FILES", ("all",))
     for pins, code, line in (
         (PINS.replace("idna==3.6", "certifi==2024.2.2"), 0, "all.txt: no known vulnerability\n"),
-        (PINS, 1, "idna 3.6: PYSEC-0000-1, mended in 3.7\n"),
+        (PINS, 1, "idna 3.6: PYSEC-0000-1, fixed in 3.7\n"),
     ):
         (folder / "all.txt").write_text(pins)
         with pytest.raises(SystemExit) as ended:
@@ -93,7 +93,7 @@ def test_an_advisory_service_that_does_not_answer_is_no_pass(requirements, optio
 def test_what_the_service_does_not_know_is_no_pass(requirements, monkeypatch):
     """As an index without advisories answers; pip-audit itself exits 0 then."""
     skipped = [{"name": "idna", "skip_reason": "Dependency not found"}, {"name": "rich", "version": "1", "vulns": []}]
-    for packages, words in ((skipped, "of 2 packages the advisory service did not know 1"), ([], "0 of 2 packages")):
+    for packages, words in ((skipped, "the advisory service does not know 1 of 2 packages"), ([], "0 of 2 packages")):
         said = json.dumps({"dependencies": packages})
         monkeypatch.setattr(
             module.subprocess, "run", lambda *_, said=said, **__: module.subprocess.CompletedProcess([], 0, said, "")

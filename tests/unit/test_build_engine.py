@@ -15,7 +15,7 @@ from clip_tools.errors import ToolError
 from clip_tools.export.precision import count_weights, lower
 from clip_tools.gpu import Gpu
 from clip_tools.repository import deployment
-from clip_tools.serving.serve import check_plans
+from clip_tools.serving.manifests import check_plans
 from clip_tools.tensorrt import engine_manifest
 from clip_tools.tensorrt.build_engine import EngineManifest, EngineOptions, _configure, build_engine, stale_reason
 from clip_tools.tensorrt.census import Census, count_engine

@@ -5,7 +5,6 @@ import re
 from io import BytesIO
 
 import pytest
-import torch
 
 from clip_tools.oracle import Weights, WeightsUnavailable, load_oracle
 from clip_tools.paths import ROOT
@@ -24,6 +23,8 @@ class Payload:
 @pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.bin", "checkpoint.safetensors"])
 def test_a_checkpoint_with_code_in_it_is_refused_with_a_sentence_and_the_code_does_not_run(tmp_path, name):
     """Whatever it calls itself."""
+    import torch
+
     proof = tmp_path / "it ran"
     torch.save({"state_dict": {"logit_scale": torch.ones(())}, "more": Payload(str(proof))}, tmp_path / name)
     with pytest.raises(WeightsUnavailable, match=r"the weights '.*' of ViT-S-32-alt cannot be had: ") as caught:

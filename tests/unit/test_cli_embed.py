@@ -14,6 +14,10 @@ from test_client_loopback import Brain, serve, vector_of
 pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
 pytest.importorskip("rich", reason="pip install 'clip-embed[cli]'")
 
+from typer.testing import CliRunner
+
+from clip_embed.cli import app
+
 COMMAND = [sys.executable, "-W", "error", "-c", "from clip_embed.cli import main; main()"]
 
 
@@ -101,6 +105,7 @@ def test_a_name_shows_nothing_to_the_terminal_that_it_obeys(run, tmp_path):
 
 
 @pytest.mark.promise
+@pytest.mark.slow
 def test_no_odd_file_ends_a_run(run, tmp_path, record_reliability):
     """Each is a line on stderr or a row, and the images after it have theirs."""
     folder = tmp_path / "photos"
@@ -193,12 +198,15 @@ def test_the_backend_is_that_of_the_environment(run):
         (["a.jpg", "-0"], {}, "-0 is for paths on stdin"),
     ],
 )
-def test_a_users_mistake_is_a_sentence(run, tmp_path, arguments, env, says):
+def test_a_users_mistake_is_a_sentence(url, tmp_path, monkeypatch, arguments, env, says):
+    """In this process, since each of its own would take two seconds."""
     (tmp_path / "empty").mkdir()
-    done = run(*arguments, **env)
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert says in done.stderr.decode()
-    assert "Traceback" not in done.stderr.decode()
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, arguments, env={"INFERENCE_SERVICE_URL": url, **env})
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert isinstance(done.exception, SystemExit)
+    assert says in done.stderr
 
 
 def test_no_server_is_one_line_that_says_what_to_do(run):
@@ -230,6 +238,13 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install():
     ]
 
 
+def test_wrong_paths_are_noticed_before_a_server_is_asked(run):
+    """A missing path beside others that exist is a failed image."""
+    done = run("photoz/", "b.jqg", "--url", "grpc://127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr == b"clip-embed: no such file or folder: photoz/, b.jqg\n"
+
+
 @pytest.fixture
 def waiting(run, url, brain, tmp_path, ctrl_c):
     """The command's process, which has printed a.jpg's line or is about to, and waits for the second image."""
@@ -247,11 +262,11 @@ def waiting(run, url, brain, tmp_path, ctrl_c):
         process.kill()
 
 
-def test_ctrl_c_is_quiet_and_keeps_what_was_finished(waiting):
+def test_ctrl_c_says_in_one_line_how_much_is_done_and_keeps_it(waiting):
     line = waiting.stdout.readline()
     waiting.send_signal(signal.SIGINT)
     rest, talk = waiting.communicate(timeout=30)
-    assert (waiting.returncode, rest, talk) == (130, b"", b"")
+    assert (waiting.returncode, rest, talk) == (130, b"", b"clip-embed: interrupted after 1 embeddings\n")
     assert json.loads(line)["path"] == "a.jpg"
 
 
@@ -265,7 +280,9 @@ def test_ctrl_c_leaves_no_part_of_a_file(url, brain, tmp_path):
     with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, cwd=tmp_path) as process:
         assert brain.waiting.acquire(timeout=30)
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=30)[1] == b""
+        said = process.communicate(timeout=30)[1].decode()
+        assert said.startswith("clip-embed: interrupted after 0 embeddings; nothing was written: --resume")
+        assert said.count("\n") == 1
         assert process.returncode == 130
         process.kill()
     brain.gate.set()

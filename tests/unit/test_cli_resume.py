@@ -283,13 +283,15 @@ print(steps)
 MOMENTS = {"jsonl": 40, "parquet": 24}
 
 
-@pytest.mark.promise
-def test_killed_at_any_moment_every_image_is_there_once(out, table, photos, tmp_path, record_reliability):
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.25, pytest.param(1, marks=pytest.mark.long)])
+def test_killed_at_any_moment_every_image_is_there_once(out, table, photos, tmp_path, record_reliability, share):
     """A kill -9 at moments spread over a whole run, in the midst of writing too, and then often a second one."""
     name = out.suffix.removeprefix(".")
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    moments = int(MOMENTS[name] * share)
     done = subprocess.run(
-        [sys.executable, "-c", KILL, tmp_path, name, str(MOMENTS[name])],
+        [sys.executable, "-c", KILL, tmp_path, name, str(moments)],
         check=False,
         capture_output=True,
         text=True,
@@ -297,7 +299,7 @@ def test_killed_at_any_moment_every_image_is_there_once(out, table, photos, tmp_
     )
     assert done.returncode == 0, done.stderr
     killed = list(tmp_path.glob("killed at *"))
-    assert len(killed) == MOMENTS[name] < int(done.stdout)
+    assert len(killed) == moments < int(done.stdout)
     for folder in killed:
         assert_has(folder / out.name, photos)
         assert [path.name for path in folder.iterdir()] == [out.name]
@@ -361,8 +363,13 @@ def test_the_command_goes_on_after_a_signal(start, run, brain, out, table, photo
         assert brain.waiting.acquire(timeout=60)
         process.send_signal(number)
         process.wait(60)
-        process.communicate()
+        said = process.communicate()[1]
     assert not out.exists()
+    if number == signal.SIGINT:
+        assert said == (
+            f"clip-embed: interrupted after 7 embeddings; what was finished is kept in {out.resolve()}.parts: "
+            "run it again with --resume\n"
+        )
     brain.gate.set()
     code, stdout, stderr = run(*arguments)
     assert (code, stdout) == (0, "")
@@ -498,7 +505,7 @@ def test_vectors_of_another_server_do_not_get_into_one_file(out, table, photos, 
     with open_resumed(out, table, provenance=ONE) as output:
         for image in output.unfinished(map(str, photos)):
             output.add(image, vector_of(Path(image.path).read_bytes()))
-    assert (output.already_there, output.remark) == (3, None)
+    assert (output.already_there, output.warning) == (3, None)
     assert table.read_provenance(out) == ONE
     assert_has(out, photos)
 

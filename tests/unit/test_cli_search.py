@@ -13,9 +13,10 @@ from test_client_loopback import Brain, serve, vector_of
 
 pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
 
+from clip_embed import parquet
 from clip_embed.cli import is_on_library
 from clip_embed.output import Format, open_output
-from clip_embed.provenance import Provenance
+from clip_embed.provenance import Provenance, read_beside
 from clip_embed.table import look_at
 
 COMMAND = [sys.executable, "-W", "error", "-c", "from clip_embed.cli import main; main()"]
@@ -113,6 +114,36 @@ def test_a_query_that_cannot_be_embedded_is_a_sentence(run, query, code, says):
     Path("bad.jpg").write_bytes(b"bad:truncated:ends")
     done = run("search", "v.npy", query)
     assert (done.returncode, done.stdout, says in done.stderr) == (code, "", True)
+
+
+@pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
+def test_texts_keep_the_weights_that_their_vectors_come_from(run, brain, monkeypatch, ending):
+    """`--resume` and `search` refuse a server of other weights. Another `preprocess` makes no difference to texts."""
+    if ending == "parquet":
+        pytest.importorskip("pyarrow.parquet", reason="pip install 'clip-embed[parquet]'")
+    monkeypatch.setattr(brain, "has_texts", True)
+    monkeypatch.setattr(brain, "says", dict(brain.says))
+    file, resumes = f"t.{ending}", [] if ending == "npy" else ["--resume"]
+    arguments = ("--text", "a dog", "--text", "a cat", "--output", file, *resumes)
+    assert run(*arguments).returncode == 0
+    provenance = parquet.read_provenance(Path(file)) if ending == "parquet" else read_beside(Path(file))
+    assert provenance == HERE.of_texts()
+    brain.says["clip_preprocess"] = "fast"
+    done = run(*arguments, "--text", "a fish")
+    assert (done.returncode, "2 of the texts were there already" in done.stderr) == (0, bool(resumes))
+    if ending != "jsonl":
+        found = run("search", file, "a fish", "-k", "1", "--format", "jsonl")
+        assert json.loads(found.stdout) == {"path": "a fish", "cosine": 1.0}
+        assert "preprocess" not in found.stderr
+    brain.says["clip_checkpoint"] = "b" * 64
+    refused = [run(*arguments)] if resumes else []
+    refused += [run("search", file, "a dog")] if ending != "jsonl" else []
+    for done in refused:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert (
+            "t." + ending + " has vectors of ViT-B-32, checkpoint aaaaaaaaaaaa..., texts, and the server" in done.stderr
+        )
+        assert "nearest to" not in done.stderr
 
 
 def test_a_folder_of_a_commands_name_is_embedded_as_before(run, tmp_path):

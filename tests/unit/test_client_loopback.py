@@ -47,6 +47,7 @@ class Brain:
         self.refusals: list[tuple[str, str]] = []  # of the next requests: status and message
         self.alter = lambda embeddings: embeddings
         self.ready = True
+        self.has_texts = False
         self.says: dict[str, str] | None = None  # the parameters of its configuration; None: it is closed
 
     def embed(self, raw: bytes, count: int) -> np.ndarray:
@@ -83,7 +84,8 @@ class GrpcServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.brain = brain
 
     def ModelReady(self, request, context):
-        return service_pb2.ModelReadyResponse(ready=self.brain.ready and request.name == "clip_ensemble")
+        models = ("clip_ensemble", "clip_text_ensemble") if self.brain.has_texts else ("clip_ensemble",)
+        return service_pb2.ModelReadyResponse(ready=self.brain.ready and request.name in models)
 
     def ModelConfig(self, request, context):
         if self.brain.says is None:
@@ -97,7 +99,8 @@ class GrpcServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         context.add_callback(lambda: None if context.is_active() or answered else self.brain.cancelled.release())
         answered = False
         (tensor,), (wanted,), (raw,) = request.inputs, request.outputs, request.raw_input_contents
-        assert (request.model_name, tensor.name, tensor.datatype) == ("clip_ensemble", "image_bytes", "BYTES")
+        kinds = {"clip_ensemble": "image_bytes"} | ({"clip_text_ensemble": "text"} if self.brain.has_texts else {})
+        assert (tensor.name, tensor.datatype) == (kinds[request.model_name], "BYTES")
         assert tensor.shape[1:] == [1] and wanted.name == "embedding"
         try:
             embeddings = self.brain.embed(raw, tensor.shape[0])

@@ -23,18 +23,18 @@ from tests.small_graph import write_small_graph
 from clip_tools.container import build as container_build
 from clip_tools.container import entrypoint
 from clip_tools.container.build import export, plan_path, served_tensorrt_version
-from clip_tools.container.served import READY_TIMEOUT_S, options_in
-from clip_tools.container.served_repository import fit_batches, write_served_repository
+from clip_tools.container.server import READY_TIMEOUT_S, options_in
 from clip_tools.container.settings import Settings
-from clip_tools.container.start import Found, Start, look, plan_start
+from clip_tools.container.start import Available, Start, decide_start, find_available
+from clip_tools.container.write_repository import limit_batches, write_container_repository
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import config_names, deployment, read_config
 from clip_tools.serving.machine import Machine
-from clip_tools.serving.proof import WrongVectors
+from clip_tools.serving.vector_check import WrongVectors
 
 GRAPHS = {"model.onnx": Path("/onnx/model.onnx"), "model.fp16.onnx": Path("/onnx/model.fp16.onnx")}
-FOUND = Found(onnx=GRAPHS, can_export=False, gpu="NVIDIA L4, 8.9", onnx_engine_file="model.onnx")
+FOUND = Available(onnx=GRAPHS, can_export=False, gpu="NVIDIA L4, 8.9", onnx_engine_file="model.onnx")
 
 
 class Recorder(Mapping):
@@ -64,7 +64,7 @@ CPU = Machine(cores=2, has_gpu=False)
 
 
 def test_without_variables_it_is_an_fp16_plan_of_the_graph_that_is_mounted():
-    assert plan_start(Settings.from_environment({}), FOUND) == Start(
+    assert decide_start(Settings.from_environment({}), FOUND) == Start(
         exports=(), graph="model.fp16.onnx", config_name="trt"
     )
 
@@ -92,16 +92,16 @@ def test_each_variable_reaches_its_setting():
         ({"TRT_FP16": "yes"}, "TRT_FP16=yes: expected 1 or 0"),
         (
             {"TRT_FP16": "0", "TRT_PRECISION": "fp16"},
-            "TRT_FP16=0 means TRT_PRECISION=fp32, and TRT_PRECISION=fp16 came",
+            "TRT_FP16=0 means TRT_PRECISION=fp32, but TRT_PRECISION=fp16",
         ),
-        ({"TRT_FP16": "1", "TRT_PRECISION": "int8"}, "TRT_FP16=1 means TRT_PRECISION=fp16, and TRT_PRECISION=int8"),
+        ({"TRT_FP16": "1", "TRT_PRECISION": "int8"}, "TRT_FP16=1 means TRT_PRECISION=fp16, but TRT_PRECISION=int8"),
         ({"TRT_MAX_BATCH": "many"}, "TRT_MAX_BATCH=many: expected a whole number from 1"),
         ({"TRT_MAX_BATCH": "0"}, "TRT_MAX_BATCH=0"),
         ({"CLIP_PREPROCESS_INSTANCES": "all"}, "CLIP_PREPROCESS_INSTANCES=all: expected a whole number from 1"),
         ({"TRT_MAX_BATCH": "8", "TRT_OPT_BATCH": "16"}, "TRT_OPT_BATCH=16: expected at most TRT_MAX_BATCH, 8"),
         ({"SKIP_TRT_BUILD": "yes"}, "SKIP_TRT_BUILD=yes: expected 1"),
         ({"TRT_RUNTIME": "openvino"}, "TRT_RUNTIME=openvino: expected one of tensorrt, tensorrt-rtx"),
-        ({"CLIP_CONFIG_NAME": "ort-trt"}, "CLIP_CONFIG_NAME=ort-trt.*needs SKIP_TRT_BUILD=1"),
+        ({"CLIP_CONFIG_NAME": "ort-trt"}, "CLIP_CONFIG_NAME=ort-trt.*requires SKIP_TRT_BUILD=1"),
     ],
 )
 def test_a_variable_that_cannot_be_is_named_with_what_was_expected(environment, message):
@@ -118,30 +118,30 @@ def test_trt_fp16_is_taken_for_a_precision(value, precision):
 
 
 def test_onnx_only_builds_nothing_and_needs_no_gpu():
-    start = plan_start(Settings(skip_build=True), replace(FOUND, gpu=None))
+    start = decide_start(Settings(skip_build=True), replace(FOUND, gpu=None))
     assert start == Start(exports=(), graph=None, config_name=None)
 
 
 def test_a_named_onnx_engine_needs_its_own_graph():
     settings = Settings(skip_build=True, config_name="ort-trt")
     found = replace(FOUND, onnx={"model.onnx": GRAPHS["model.onnx"]}, onnx_engine_file="model.fp16.onnx")
-    with pytest.raises(ToolError, match=r"model.fp16.onnx was not found.*--precision fp16"):
-        plan_start(settings, found)
-    assert plan_start(settings, FOUND).config_name == "ort-trt"
+    with pytest.raises(ToolError, match=r"model.fp16.onnx is missing.*--precision fp16"):
+        decide_start(settings, found)
+    assert decide_start(settings, FOUND).config_name == "ort-trt"
 
 
 def test_a_missing_graph_says_how_to_make_and_where_to_mount_it():
     with pytest.raises(ToolError, match=r"model.int8.onnx.*export-onnx --precision int8.*mount.*WITH_EXPORT=1"):
-        plan_start(Settings(precision="int8"), FOUND)
+        decide_start(Settings(precision="int8"), FOUND)
 
 
 def test_a_missing_graph_is_exported_where_torch_is_installed():
-    assert plan_start(Settings(), replace(FOUND, onnx={}, can_export=True)).exports == ("fp16",)
+    assert decide_start(Settings(), replace(FOUND, onnx={}, can_export=True)).exports == ("fp16",)
 
 
 def test_no_gpu_is_said_before_anything_is_built():
     with pytest.raises(ToolError, match=r"no GPU was found.*--gpus all.*SKIP_TRT_BUILD=1"):
-        plan_start(Settings(), replace(FOUND, gpu=None))
+        decide_start(Settings(), replace(FOUND, gpu=None))
 
 
 def test_the_mounted_graph_goes_before_the_exported_one(tmp_path):
@@ -149,15 +149,13 @@ def test_the_mounted_graph_goes_before_the_exported_one(tmp_path):
     for folder in (settings.onnx_dir, container_build.exported_dir(settings)):
         folder.mkdir(parents=True)
         (folder / "model.onnx").touch()
-    assert look(settings).onnx == {"model.onnx": settings.onnx_dir / "model.onnx"}
+    assert find_available(settings).onnx == {"model.onnx": settings.onnx_dir / "model.onnx"}
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("fp12", "expected one of .*ort-trt"), ("trt", "leave SKIP_TRT_BUILD out")]
-)
+@pytest.mark.parametrize(("name", "message"), [("fp12", "expected one of .*ort-trt"), ("trt", "remove SKIP_TRT_BUILD")])
 def test_an_engine_that_is_no_onnx_engine_is_refused(name, message, tmp_path):
     with pytest.raises(ToolError, match=message):
-        look(Settings(skip_build=True, config_name=name, onnx_dir=tmp_path, cache_dir=tmp_path))
+        find_available(Settings(skip_build=True, config_name=name, onnx_dir=tmp_path, cache_dir=tmp_path))
 
 
 def test_the_volume_has_one_plan_for_each_graph_gpu_version_and_option(tmp_path):
@@ -239,7 +237,7 @@ def test_the_first_start_builds_and_the_second_takes_the_plan_out_of_the_volume(
         "opt_batch": 16,
         "max_batch": 64,
     }
-    assert "taken from" in container.said[-1]
+    assert "TensorRT plan: using" in container.said[-1]
 
 
 @pytest.mark.parametrize(("precision", "of"), [("fp32", "onnx"), ("fp16", "exported")])
@@ -341,13 +339,13 @@ def test_a_second_container_waits_for_the_first_ones_build(tmp_path):
         order.append("second")
     thread.join()
     assert order == ["first", "second"]
-    assert said == ["TensorRT plan: another container is building it; waiting"]
+    assert said == ["TensorRT plan: waiting for another container that builds it"]
 
 
 def test_a_volume_that_cannot_be_written_names_the_user(container, monkeypatch):
     container.install(engines())
     for error, words in (
-        (PermissionError(13, "read-only"), r"cannot be written .*read-only.*give the volume to user"),
+        (PermissionError(13, "read-only"), r"cannot be written .*read-only.*make it writable for user"),
         (OSError(28, "No space left"), r"cannot be written .*No space left.*make room"),
     ):
         monkeypatch.setattr(Path, "mkdir", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
@@ -384,7 +382,7 @@ def test_a_runtime_that_is_not_installed_is_named(monkeypatch):
         raise container_build.importlib.metadata.PackageNotFoundError
 
     monkeypatch.setattr(container_build.importlib.metadata, "version", missing)
-    with pytest.raises(ToolError, match="package tensorrt is not in this image"):
+    with pytest.raises(ToolError, match="package tensorrt, which builds the plan, is not in this image"):
         container_build._runtime_version("tensorrt")
 
 
@@ -404,7 +402,7 @@ def test_an_export_that_fails_points_to_its_own_words(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("max_batch", [1, 2, 20, 32, 64, 100])
 def test_another_largest_batch_reaches_every_configuration_and_keeps_the_graphs_gapless(tmp_path, max_batch):
-    write_served_repository(MODELS, tmp_path / "models", files={}, max_batch=max_batch, machine=CPU)
+    write_container_repository(MODELS, tmp_path / "models", files={}, max_batch=max_batch, machine=CPU)
     for name in (None, *config_names(MODELS)):
         for model in deployment(tmp_path / "models", name):
             expected = max_batch if model.name == "clip_trt" else min(64, max_batch)
@@ -425,16 +423,16 @@ def test_another_largest_batch_reaches_every_configuration_and_keeps_the_graphs_
 
 
 def test_the_committed_batches_are_served_as_they_are_written(tmp_path):
-    write_served_repository(MODELS, tmp_path / "models", files={}, max_batch=64, machine=CPU)
+    write_container_repository(MODELS, tmp_path / "models", files={}, max_batch=64, machine=CPU)
     for path in MODELS.glob("*/config.pbtxt"):
         assert (tmp_path / "models" / path.relative_to(MODELS)).read_text() == path.read_text()
-    assert not fit_batches(read_config(MODELS, "preprocess"), 100)
+    assert not limit_batches(read_config(MODELS, "preprocess"), 100)
 
 
 @pytest.mark.parametrize("max_batch", [None, 8])
 def test_beside_a_gpu_preprocess_has_the_cores_and_the_engine_is_warmed_up_in_what_it_takes(tmp_path, max_batch):
     machine = Machine(cores=16, has_gpu=True)
-    write_served_repository(MODELS, tmp_path / "models", files={}, max_batch=max_batch, machine=machine)
+    write_container_repository(MODELS, tmp_path / "models", files={}, max_batch=max_batch, machine=machine)
     for name in (None, "fast", "upright"):
         assert read_config(tmp_path / "models", "preprocess", name).instance_group[0].count == 14
     warmed = [one.batch_size for one in read_config(tmp_path / "models", "clip_onnx").model_warmup]
@@ -456,9 +454,9 @@ def test_a_real_plan_is_built_once_without_a_gpu_and_then_found(container, small
     folders = [container.start(onnx_dir=small_graph.parent, **changes)[1] for _ in range(2)]
     plans = [(folder / "clip_trt" / "1" / "model.plan").resolve() for folder in folders]
     assert plans[0] == plans[1]
-    assert [line.split(" fp32")[0].split(" from")[0] for line in container.said] == [
+    assert [" ".join(line.split()[:3]) for line in container.said] == [
         "TensorRT plan: building",
-        "TensorRT plan: taken",
+        "TensorRT plan: using",
     ]
     manifest = json.loads((folders[1] / "clip_trt" / "1" / "manifest.json").read_text())
     assert (manifest["runtime"], manifest["precision"], manifest["max_batch"]) == ("tensorrt-rtx", "fp32", 4)
@@ -600,7 +598,7 @@ def test_a_plan_whose_vectors_are_wrong_stops_the_container_or_gives_way_to_onnx
     monkeypatch.setattr(entrypoint, "prepare", prepare)
     monkeypatch.setattr(entrypoint, "Supervisor", PlanIsWrong)
     monkeypatch.setattr(entrypoint, "warning_if_untrained", lambda _: "")
-    monkeypatch.setattr(entrypoint, "write_told", lambda *_: None)
+    monkeypatch.setattr(entrypoint, "write_provenance", lambda *_: None)
     monkeypatch.setattr(entrypoint.signal, "signal", lambda *_: None)
     monkeypatch.setenv("TRT_FALLBACK", str(int(fallback)))
     monkeypatch.setenv("CLIP_OPEN_METADATA", str(int(fallback)))
@@ -644,7 +642,7 @@ from pathlib import Path
 from clip_tools import cli
 from clip_tools.tensorrt import build_engine
 from clip_tools.container import entrypoint
-from clip_tools.container import served
+from clip_tools.container import server as container_server
 from clip_tools.serving import health
 from clip_tools.serving import model_control
 from clip_tools.serving import swap
@@ -653,7 +651,7 @@ folder = Path(sys.argv[2])
 settings = Settings(skip_build=True, onnx_dir=folder, cache_dir=folder)
 print(entrypoint.prepare(settings, folder / "served", print)[0])
 model_control.GrpcModelControl("grpc://localhost:1")
-server = served.ContainerServer(served.options_in(["tritonserver", "--grpc-port=1"]))
+server = container_server.ContainerServer(container_server.options_in(["tritonserver", "--grpc-port=1"]))
 assert not server.client(timeout_s=1).is_ready()
 try:
     health.check_health("grpc://localhost:1", 1)
@@ -756,10 +754,10 @@ int cuDeviceGetAttribute(int *value, int which, int device) { *value = which == 
 int cuDriverGetVersion(int *version) { *version = 13020; return 0; }
 """
 ASKED_AGAIN_IN_A_FORK = """
-from clip_tools.container.build import _in_a_process
+from clip_tools.container.build import _in_subprocess
 from clip_tools.gpu import find_gpu
 print(find_gpu(), flush=True)
-_in_a_process(lambda: print(find_gpu(), flush=True))
+_in_subprocess(lambda: print(find_gpu(), flush=True))
 """
 
 
@@ -797,7 +795,7 @@ def test_what_cannot_be_read_is_one_line(monkeypatch, capsys):
         entrypoint.main([])
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "Permission denied: '/onnx/model.onnx': what is mounted is to be readable by user" in line
+    assert "Permission denied: '/onnx/model.onnx': user " in line
 
 
 def test_the_best_batch_is_never_over_the_largest():

@@ -9,8 +9,8 @@ from google.protobuf import json_format
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import check_files, config_names, deployment, read_config
+from clip_tools.serving.engine import Engine, has_exact_pixels
 from clip_tools.serving.machine import Machine
-from clip_tools.verification.engine import Engine, has_exact_pixels
 from ort_bound import bucket_sizes
 from ort_session import session_plan
 
@@ -89,7 +89,7 @@ def test_ort_trt_gives_the_profile_the_caches_and_the_precision_to_onnx_runtime(
 @pytest.mark.parametrize("name", ["onnx", "ort-fp16", "trt", "ort-trt"])
 def test_each_engine_of_a_gpu_is_warmed_up_in_the_batches_that_the_embedded_server_runs(name):
     config = engine(name).config
-    Machine(cores=16, has_gpu=True).fit(config)
+    Machine(cores=16, has_gpu=True).apply_to(config)
     assert buckets(config) == bucket_sizes(config.max_batch_size)
     for warmup in config.model_warmup:
         assert {key: list(entry.dims) for key, entry in warmup.inputs.items()} == {"pixels": [224, 224, 3]}

@@ -91,6 +91,16 @@ def test_the_autoscaler_asks_for_what_the_adapter_gives():
     assert monitor["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
 
 
+def test_the_pages_command_makes_a_prometheus_rule_of_all_alerts():
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    (command,) = re.findall(r"^    \{ printf .*?$\n.*? \| kubectl apply -f -$", page, re.MULTILINE)
+    shell = command.replace("kubectl apply -f -", "cat")
+    made = yaml.safe_load(subprocess.run(["/bin/sh", "-c", shell], cwd=ROOT, capture_output=True, check=True).stdout)
+    assert (made["apiVersion"], made["kind"]) == ("monitoring.coreos.com/v1", "PrometheusRule")
+    files = sorted((ROOT / "deploy" / "monitoring").glob("alerts*.yml"))
+    assert made["spec"]["groups"] == [group for file in files for group in yaml.safe_load(file.read_text())["groups"]]
+
+
 def instances_by_gpu(config, gpus: int) -> list[int]:
     """How many instances of a model Triton makes on each GPU, as its page on instance groups says; none for the CPU.
 

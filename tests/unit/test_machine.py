@@ -7,7 +7,8 @@ import pytest
 
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, read_config
-from clip_tools.serving.machine import Machine, available_cores, write_served
+from clip_tools.serving.machine import Machine, available_cores
+from clip_tools.serving.write_repository import write_repository
 
 GPU_HOST = Machine(cores=16, has_gpu=True)
 
@@ -68,17 +69,17 @@ def count(models: Path, config_name: str | None = None) -> int:
 
 @pytest.mark.parametrize("config_name", [None, "fast", "upright"])
 def test_every_configuration_that_is_served_has_the_machines_processes(tmp_path, config_name):
-    write_served(MODELS, tmp_path / "models", GPU_HOST)
+    write_repository(MODELS, tmp_path / "models", GPU_HOST)
     assert count(tmp_path / "models", config_name) == 14
     assert count(MODELS, config_name) == 2
-    assert GPU_HOST.decoders(MODELS, config_name) == "14 processes for preprocess on 16 cores"
+    assert GPU_HOST.describe_preprocess(MODELS, config_name) == "14 processes for preprocess on 16 cores"
 
 
 def test_in_mode_gpu_the_processes_are_those_of_the_configuration_unless_the_user_says_another(tmp_path):
     """Each has a context and memory on the GPU: fourteen would fill it."""
-    write_served(MODELS, tmp_path / "models", GPU_HOST)
+    write_repository(MODELS, tmp_path / "models", GPU_HOST)
     assert count(tmp_path / "models", "gpu") == 4
-    write_served(MODELS, tmp_path / "others", Machine(16, has_gpu=True, instances=2))
+    write_repository(MODELS, tmp_path / "others", Machine(16, has_gpu=True, instances=2))
     assert count(tmp_path / "others", "gpu") == 2
 
 
@@ -88,7 +89,7 @@ def test_the_committed_repository_is_linked_also_what_comes_later(tmp_path):
     for name in ("preprocess", "clip_onnx"):
         (models / name / "1").mkdir(parents=True)
         (models / name / "config.pbtxt").write_text((MODELS / name / "config.pbtxt").read_text())
-    write_served(models, served, Machine(cores=3, has_gpu=False))
+    write_repository(models, served, Machine(cores=3, has_gpu=False))
     (models / "clip_onnx" / "1" / "model.onnx").write_text("built later")
     assert (served / "clip_onnx" / "1" / "model.onnx").read_text() == "built later"
     assert (served / "clip_onnx" / "config.pbtxt").resolve() == models / "clip_onnx" / "config.pbtxt"
@@ -99,15 +100,15 @@ def test_the_committed_repository_is_linked_also_what_comes_later(tmp_path):
 def test_a_count_that_was_tuned_stays_unless_the_user_says_another():
     tuned = read_config(MODELS, "preprocess")
     tuned.instance_group[0].ClearField("name")
-    assert not GPU_HOST.fit(tuned)
-    assert Machine(16, has_gpu=True, instances=5).fit(tuned)
+    assert not GPU_HOST.apply_to(tuned)
+    assert Machine(16, has_gpu=True, instances=5).apply_to(tuned)
     assert tuned.instance_group[0].count == 5
 
 
 def test_an_engine_is_warmed_up_beside_a_gpu_alone():
     on_cpu, on_gpu, kept_off = (read_config(MODELS, "clip_onnx", name) for name in (None, None, "cpu-fp32"))
-    assert not Machine(cores=2, has_gpu=False).fit(on_cpu)
-    assert GPU_HOST.fit(on_gpu)
+    assert not Machine(cores=2, has_gpu=False).apply_to(on_cpu)
+    assert GPU_HOST.apply_to(on_gpu)
     assert [warm_up.batch_size for warm_up in on_gpu.model_warmup] == [1, 2, 4, 8, 16, 32, 64]
     assert list(on_gpu.model_warmup[0].inputs["pixels"].dims) == [224, 224, 3]
-    assert not GPU_HOST.fit(kept_off)
+    assert not GPU_HOST.apply_to(kept_off)

@@ -52,7 +52,7 @@ def test_another_file_is_refused_with_both_sums_and_the_command(models, config_n
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(ToolError) as caught:
         check_manifests(deployment(models, config_name))
-    for words in ("clip_onnx: ", str(path), expected, sha256_of(path), command, "exchanged"):
+    for words in ("clip_onnx: ", str(path), expected, sha256_of(path), command, "replaced"):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     check_manifests(deployment(models, {None: "ort-fp16", "ort-fp16": None}[config_name]))  # the other is as it was

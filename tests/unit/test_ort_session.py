@@ -12,7 +12,15 @@ from google.protobuf import json_format
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
 from clip_tools.repository import read_config
-from ort_session import ConfigError, SessionPlan, check_contract, open_session, session_plan
+from ort_session import (
+    ConfigError,
+    SessionPlan,
+    check_contract,
+    check_plan,
+    computes_bf16,
+    open_session,
+    session_plan,
+)
 
 CPU = ("CPUExecutionProvider", {})
 OPENVINO = ("OpenVINOExecutionProvider", CPU[0])  # the providers of an environment without CUDA
@@ -69,6 +77,28 @@ def test_on_a_cpu_nothing_is_bound_or_captured():
 
 def test_bf16_is_a_named_configuration():
     assert hint(session_plan(as_triton_gives_it("cpu-bf16"), "CPU", 0)) == "bf16"
+
+
+def test_bf16_on_a_cpu_without_it_is_refused(monkeypatch, openvino, onnx_model):
+    """Also where one part of several is in BF16."""
+    monkeypatch.setattr("ort_session.computes_bf16", lambda: False)
+    mixed = accelerated("cpu", "openvino_bf16", parts="fp32 bf16")
+    for config in (as_triton_gives_it("cpu-bf16"), mixed):
+        with pytest.raises(ConfigError, match="OpenVINO has no BF16 on this CPU"):
+            check_plan(session_plan(config, "CPU", 0))
+    with pytest.raises(ConfigError, match="OpenVINO has no BF16 on this CPU"):
+        open_session(onnx_model, session_plan(as_triton_gives_it("cpu-bf16"), "CPU", 0))
+    check_plan(session_plan(accelerated("cpu", "openvino_bf16", parts="fp32 fp32"), "CPU", 0))
+
+
+@pytest.mark.usefixtures("openvino")
+def test_whether_the_cpu_has_bf16_is_seen_in_what_it_computes():
+    """AVX-512 is what Linux shows of OpenVINO's two ways to BF16."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    if flags >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"}:
+        assert computes_bf16()
+    elif not flags & {"avx_vnni", "avx512f"}:
+        assert not computes_bf16()
 
 
 def test_threads_reach_onnx_runtime_and_openvino():

@@ -23,7 +23,7 @@ from clip_tools.measuring.perf_analyzer import find_perf_analyzer
 from clip_tools.measuring.report import keep
 from clip_tools.measuring.targets import Cell
 from clip_tools.paths import MODELS
-from clip_tools.serving.serve import probe_image
+from clip_tools.serving.probe import probe_image
 
 # Two lines of a real run of 2.51.0, --verbose-csv, most columns left out.
 CSV = """Concurrency,Inferences/Second,Client Send,Server Queue,Server Compute Infer,p50 latency,p99 latency,Avg latency

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clip_tools.errors import ToolError
-from clip_tools.export.export_variant import holds_with_margin
+from clip_tools.export.onnx_runner import NATIVE, TWIN, run_onnx
 from clip_tools.export.precision import (
     count_matrices,
     fold_normalisation,
@@ -19,6 +19,7 @@ from clip_tools.export.precision import (
 from clip_tools.paths import ROOT
 from clip_tools.precision_results import results_table
 from clip_tools.quantization.calibration import Calibration, calibrate, check_count, split, watch
+from clip_tools.quantization.export_variant import holds_with_margin
 from clip_tools.quantization.gptq import curvature, fit_weights, round_weights
 from clip_tools.quantization.quantize import QuantisedLayer, fit, linear_layers, prepare, quantize
 from clip_tools.quantization.rotation import mean_keeping_rotation, rotate
@@ -34,7 +35,6 @@ from clip_tools.verification.gates import (
     gates_table,
     likely_neighbours_kept,
 )
-from clip_tools.verification.onnx_runner import NATIVE, TWIN, run_onnx
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 

@@ -25,7 +25,7 @@ def test_this_machine_is_added_to_what_needs_no_proxy(monkeypatch, given, kept):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, given.get(name, ""))
     monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
-    proxy.leave_this_machine_out()
+    proxy.bypass_for_localhost()
     for name in ("no_proxy", "NO_PROXY"):
         assert os.environ[name].split(",") == [*kept, "localhost", "127.0.0.1", "::1"]
     assert urllib.request.proxy_bypass("localhost:8000")
@@ -36,7 +36,7 @@ def test_this_machine_is_added_to_what_needs_no_proxy(monkeypatch, given, kept):
 def test_where_nothing_goes_to_the_proxy_it_stays_so(monkeypatch):
     """Beside other names `*` would be one of them."""
     monkeypatch.setenv("no_proxy", "*")
-    proxy.leave_this_machine_out()
+    proxy.bypass_for_localhost()
     assert os.environ["no_proxy"] == "*"
     assert urllib.request.proxy_bypass("hub.example")
 

@@ -1,4 +1,4 @@
-"""docs/reliability.md is made of what the tests recorded, and a soak is judged by what grew."""
+"""docs/reliability.md shows what the tests recorded, and a soak fails for what grew."""
 
 import random
 
@@ -53,7 +53,7 @@ def test_figures_are_summed_and_shown_beside_their_promise():
 
 
 def test_figures_of_two_machines_are_not_shown_as_one():
-    with pytest.raises(ToolError, match="one machine, came those of Other CPU, 2 cores, no GPU; Some CPU, 2 cores"):
+    with pytest.raises(ToolError, match="one machine, found those of Other CPU, 2 cores, no GPU; Some CPU, 2 cores"):
         document({"2core": {"soak": entry(), "overload": entry(cpu="Other CPU")}})
 
 

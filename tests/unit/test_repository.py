@@ -17,7 +17,7 @@ from clip_tools.repository import (
     read_config,
     text_deployment,
 )
-from clip_tools.serving.serve import repository_flags
+from clip_tools.serving.server import repository_flags
 
 NAMED = [None, *config_names(MODELS)]
 
@@ -107,6 +107,7 @@ def test_a_missing_model_file_names_the_command_that_makes_it(tmp_path):
         check_files(deployment(models))
 
 
-def test_a_folder_that_is_no_repository_is_said_to_be_none(tmp_path):
-    with pytest.raises(ToolError, match=r"is .* the model repository"):
-        deployment(tmp_path)
+@pytest.mark.parametrize("config_name", [None, "trt"])
+def test_a_folder_that_is_no_repository_is_said_to_be_none(tmp_path, config_name):
+    with pytest.raises(ToolError, match=r"expected a model repository"):
+        deployment(tmp_path, config_name)

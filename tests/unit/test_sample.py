@@ -14,9 +14,9 @@ from clip_tools.export.export_onnx import describe
 from clip_tools.export.manifest import manifest_path
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
-from clip_tools.serving.proof import WrongVectors, check_vectors
+from clip_tools.serving.engine import Engine, unchanged_graph_of
+from clip_tools.serving.vector_check import WrongVectors, check_vectors
 from clip_tools.tensorrt.engine_manifest import EngineManifest
-from clip_tools.verification.engine import Engine, graph_of
 from clip_tools.verification.sample import FILE, Sample, keep_sample
 
 NPY = b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }".ljust(128) + b"\n1"
@@ -80,7 +80,7 @@ def test_one_that_cannot_be_read_is_none(models, content):
         path.write_bytes(content)
     assert Sample.read(path.with_name("model.onnx")) is None
     said = check_vectors(Engine(models=models), off_by(0.0))
-    assert f"were not held to open_clip's: {path.parent} has no {FILE} of these weights" in said
+    assert f"were not verified against open_clip: {path.parent} has no {FILE} of these weights" in said
     assert f"export {WEIGHTS.model}, {WEIGHTS.pretrained}, again" in said
 
 
@@ -101,9 +101,11 @@ def test_one_with_a_part_missing_is_none(models, sample):
 )
 def test_each_configuration_is_held_to_its_own_gate(models, config_name, cosine, gate):
     engine = Engine(models=models, config_name=config_name)
-    with pytest.raises(WrongVectors, match=rf"are not open_clip's: {gate} on 10 photographs.*CLIP_CHECK_VECTORS=0"):
+    with pytest.raises(
+        WrongVectors, match=rf"do not match open_clip's: {gate} on 10 photographs.*CLIP_CHECK_VECTORS=0"
+    ):
         check_vectors(engine, off_by(cosine))
-    assert "its vectors are open_clip's: worst cosine 0.9999" in check_vectors(engine, off_by(0.999995))
+    assert "the vectors match open_clip's: worst cosine 0.9999" in check_vectors(engine, off_by(0.999995))
 
 
 def test_an_engine_that_is_given_the_very_pixels_has_no_such_excuse(models):
@@ -115,7 +117,7 @@ def test_an_engine_that_is_given_the_very_pixels_has_no_such_excuse(models):
 
 def test_the_mean_of_so_few_is_not_asked(models):
     """One photograph of three may be the worst of a hundred that pass."""
-    assert "its vectors are open_clip's" in check_vectors(Engine(models=models, config_name="fast"), off_by(0.9965))
+    assert "the vectors match open_clip's" in check_vectors(Engine(models=models, config_name="fast"), off_by(0.9965))
 
 
 @pytest.mark.parametrize("bound", [4_000_000, 40_000_000, None])
@@ -150,11 +152,11 @@ def test_photographs_far_larger_than_others_are_not_kept(tmp_path, monkeypatch, 
 def test_an_upright_configuration_is_held_to_the_upright_vectors(models, sample):
     """Of a photograph that lies on its side they are others."""
     graph, upright = models / "clip_onnx" / "1" / "model.onnx", Engine(models=models, config_name="upright")
-    assert "were not held to open_clip's" in check_vectors(upright, off_by(1.0))
+    assert "were not verified against open_clip" in check_vectors(upright, off_by(1.0))
     turned = np.roll(sample.embeddings, 1, axis=0)
     dataclasses.replace(sample, upright_embeddings=turned).write(graph)
-    assert "its vectors are open_clip's" in check_vectors(upright, lambda _: turned)
-    assert "its vectors are open_clip's" in check_vectors(upright, off_by(1.0), on_pixels=True)
+    assert "the vectors match open_clip's" in check_vectors(upright, lambda _: turned)
+    assert "the vectors match open_clip's" in check_vectors(upright, off_by(1.0), on_pixels=True)
     with pytest.raises(WrongVectors):
         check_vectors(upright, off_by(1.0))
     with pytest.raises(WrongVectors):
@@ -168,7 +170,7 @@ def test_vectors_that_are_no_numbers_are_wrong(models):
 
 def test_a_sample_of_other_weights_vouches_for_nothing(models):
     write_graph(models, weights=dataclasses.replace(WEIGHTS, pretrained="openai"))
-    assert "were not held to open_clip's" in check_vectors(Engine(models=models), off_by(1.0))
+    assert "were not verified against open_clip" in check_vectors(Engine(models=models), off_by(1.0))
 
 
 def test_a_plan_is_held_to_the_sample_of_its_graph(models):
@@ -189,5 +191,5 @@ def test_a_plan_is_held_to_the_sample_of_its_graph(models):
         check_vectors(engine, off_by(0.998))
     assert "(fp16: at least 0.999)" in check_vectors(engine, off_by(0.9995))
     graph.write_bytes(b"another")
-    assert graph_of(plan) is None
-    assert f"the graph of {plan} and its manifest are not both here" in check_vectors(engine, off_by(1.0))
+    assert unchanged_graph_of(plan) is None
+    assert f"the graph of {plan} or its manifest is missing" in check_vectors(engine, off_by(1.0))

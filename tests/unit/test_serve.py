@@ -14,9 +14,10 @@ from clip_embed import (
 )
 from clip_embed.target import parse_url
 from clip_tools.errors import ToolError
-from clip_tools.serving import serve
+from clip_tools.serving import server as embedded
 from clip_tools.serving.health import check_health
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 from clip_tools.verification.sample import Sample
 
 
@@ -85,20 +86,20 @@ def started(monkeypatch, client, **options):
 
 def test_a_first_image_that_others_are_before_is_sent_again(monkeypatch):
     client = Client(DeadlineExceededError("slow"), DeadlineExceededError("slow"))
-    started(monkeypatch, client).wait_until_it_embeds()
+    started(monkeypatch, client).wait_until_ready()
     assert not client.errors
 
 
 def test_a_first_image_that_never_has_its_turn_is_said_so(monkeypatch):
     server = started(monkeypatch, Client(*[DeadlineExceededError("slow")] * 1000), ready_timeout_s=0.3)
-    with pytest.raises(ToolError, match=r"loaded and has no room: slow; the server was not ready after"):
-        server.wait_until_it_embeds()
+    with pytest.raises(ToolError, match=r"loaded but busy: slow; the server was not ready after"):
+        server.wait_until_ready()
 
 
 def test_a_first_image_that_fails_otherwise_is_not_sent_again(monkeypatch):
     client = Client(ServerError("no such tensor"), ServerOverloadedError("not reached"))
     with pytest.raises(ToolError, match="loaded but does not embed: no such tensor"):
-        started(monkeypatch, client).wait_until_it_embeds()
+        started(monkeypatch, client).wait_until_ready()
     assert len(client.errors) == 1
 
 
@@ -106,13 +107,13 @@ def test_a_first_image_that_fails_otherwise_is_not_sent_again(monkeypatch):
 def three(monkeypatch):
     """A sample of three photographs, of which the vectors only have to come."""
     sample = Sample(("m", "p"), (b"a", b"b", b"c"), np.zeros((3, 224, 224, 3), np.uint8), np.zeros((3, 512)))
-    monkeypatch.setattr(serve, "check_vectors", lambda _, embed: f"its vectors are {embed(sample).shape}")
+    monkeypatch.setattr(embedded, "check_vectors", lambda _, embed: f"its vectors are {embed(sample).shape}")
 
 
 def test_a_photograph_of_the_sample_waits_for_room_as_well(monkeypatch, three):
     """After the first image, and without sending those again that had their turn."""
     client = Client(None, None, ServerOverloadedError("full"), DeadlineExceededError("slow"))
-    assert started(monkeypatch, client, check_vectors=True).wait_until_it_embeds() == "its vectors are (3, 512)"
+    assert started(monkeypatch, client, check_vectors=True).wait_until_ready() == "its vectors are (3, 512)"
     assert not client.errors
 
 
@@ -120,9 +121,9 @@ def test_a_photograph_of_the_sample_waits_for_room_as_well(monkeypatch, three):
     "errors", [[ServerOverloadedError("full")] * 1000, [InvalidImageError("too_many_pixels")]], ids=["full", "limits"]
 )
 def test_a_server_that_has_no_room_for_the_sample_or_refuses_it_serves_unproven(monkeypatch, three, errors):
-    monkeypatch.setattr(serve, "_CHECK_S", 0.3)
+    monkeypatch.setattr(embedded, "_CHECK_S", 0.3)
     server = started(monkeypatch, Client(None, *errors), check_vectors=True)
-    assert server.wait_until_it_embeds() == f"its vectors were not held to open_clip's: {errors[0]}"
+    assert server.wait_until_ready() == f"the vectors were not verified against open_clip: {errors[0]}"
 
 
 def test_a_server_that_is_lost_meanwhile_is_not_ready(monkeypatch, three):
@@ -133,15 +134,15 @@ def test_a_server_that_is_lost_meanwhile_is_not_ready(monkeypatch, three):
             looks = iter([None, ToolError("out of memory")])
             monkeypatch.setattr(server._process, "raise_if_ended", lambda: raise_(next(looks)), raising=False)  # noqa: B023
         with pytest.raises(ToolError, match=words):
-            server.wait_until_it_embeds()
+            server.wait_until_ready()
 
 
 def test_a_stop_meanwhile_is_no_ready_server(monkeypatch, three):
     server = started(monkeypatch, Client(None, ServerOverloadedError("full")), check_vectors=True)
     stops = iter([False, True])
     monkeypatch.setattr(Process, "is_stopping", property(lambda _: next(stops)))
-    with pytest.raises(ToolError, match="was stopped before its vectors were held"):
-        server.wait_until_it_embeds()
+    with pytest.raises(ToolError, match="was stopped before its vectors were verified"):
+        server.wait_until_ready()
 
 
 @pytest.mark.parametrize(

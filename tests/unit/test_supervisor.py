@@ -14,11 +14,13 @@ import pytest
 
 from clip_embed import DeadlineExceededError, ServerError, ServerOverloadedError
 from clip_tools.errors import ToolError
+from clip_tools.serving import probe as probes
 from clip_tools.serving import process as processes
 from clip_tools.serving import supervisor, watchdog
+from clip_tools.serving.probe import ImageProbe
 from clip_tools.serving.process import TritonProcess
 from clip_tools.serving.supervisor import Supervisor
-from clip_tools.serving.watchdog import ImageProbe, Watchdog, decoding_cpu_s, stubs
+from clip_tools.serving.watchdog import Watchdog, decoding_cpu_s, stubs
 
 LONG_S = 60.0
 
@@ -104,7 +106,7 @@ def test_two_failed_probes_in_a_row_are_a_broken_server(monkeypatch, answers, is
         return answer
 
     found = Watchdog(1 << 22, probe).watch(lambda _: asked.wait(0.01) and next(left, "over") == "over")
-    assert found == ("a test image is not embedded: no" if is_broken else None)
+    assert found == ("a test image was not embedded: no" if is_broken else None)
 
 
 def test_a_probe_that_fails_itself_is_one_that_failed(monkeypatch):
@@ -116,7 +118,7 @@ def test_a_probe_that_fails_itself_is_one_that_failed(monkeypatch):
 
     deadline = time.monotonic() + LONG_S
     found = Watchdog(1 << 22, probe).watch(lambda _: threading.Event().wait(0.01) or time.monotonic() > deadline)
-    assert found == "a test image is not embedded: ValueError: not foreseen"
+    assert found == "a test image was not embedded: ValueError: not foreseen"
 
 
 class Client:
@@ -151,7 +153,7 @@ def metrics(path: Path, batches: int, decoded: int = 99) -> str:
 @pytest.fixture
 def impatient(monkeypatch):
     """A full queue counts as stuck when nothing was embedded since the last look."""
-    monkeypatch.setattr(watchdog, "STUCK_S", 0.0)
+    monkeypatch.setattr(probes, "STUCK_S", 0.0)
 
 
 def test_a_full_queue_is_not_broken_within_one_long_batch(tmp_path):
@@ -217,19 +219,19 @@ def test_without_metrics_a_full_queue_is_one_but_not_where_there_were_some(tmp_p
 class Server:
     """One that embeds at once, until `life` seconds are over; or that cannot start."""
 
-    def __init__(self, script="exec sleep 600", *, failure=None, broken=None, remark=None):
-        self.script, self.failure, self.broken, self.remark = script, failure, broken, remark
-        self.stopped, self.embeds = None, False
+    def __init__(self, script="exec sleep 600", *, failure=None, broken=None, result=None):
+        self.script, self.failure, self.broken, self.result = script, failure, broken, result
+        self.stopped, self.is_ready = None, False
 
     def start(self):
         if self.failure:
             raise ToolError(self.failure)
         self.process = a_process(self.script)
 
-    def wait_until_it_embeds(self):
+    def wait_until_ready(self):
         self.process.raise_if_ended()
-        self.embeds = True
-        return self.remark
+        self.is_ready = True
+        return self.result
 
     def watchdog(self):
         return self
@@ -251,7 +253,7 @@ def test_each_server_that_breaks_or_cannot_start_has_a_successor(monkeypatch):
     monkeypatch.setattr(supervisor, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(supervisor, "LONGEST_WAIT_S", 0.04)
     servers = [
-        Server(broken="its stub is gone", remark="its vectors are right"),
+        Server(broken="its stub is gone", result="its vectors are right"),
         Server(failure="port taken"),
         Server(failure="still taken"),
         Server("exit 3"),
@@ -291,7 +293,8 @@ def test_it_is_tried_for_as_long_as_it_takes(monkeypatch):
     keeper = Supervisor(lambda: next(left), say, "it embeds")
     keeper.run()
     assert next(left, None) is None
-    assert "it embeds" in said[-1]
+    assert "it embeds" in said[-2]
+    assert said[-1] == "the server was stopped"
 
 
 def test_a_first_server_that_does_not_start_is_the_error():
@@ -404,6 +407,6 @@ def test_the_end_of_one_whose_models_processes_live_on_is_seen_at_once():
     process = a_process("sleep 600 & kill -s SEGV $$")
     assert process.wait(LONG_S)
     began = time.monotonic()
-    assert "by SIGSEGV, as before 25.04" in process.why_it_ended()
+    assert "by SIGSEGV: clients that cancel" in process.why_it_ended()
     process.stop(is_broken=True)
     assert time.monotonic() - began < 4

@@ -1,19 +1,23 @@
 """The steps of a swap, and how each failure is undone: on a server that is pretended, with the committed repository."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from clip_embed.served import CHECKPOINT, MODEL
 from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, read_config
-from clip_tools.serving import manifests, told
-from clip_tools.serving import swap as swapping
-from clip_tools.serving.model_control import GrpcModelControl, reason_in
-from clip_tools.serving.proof import WrongVectors
-from clip_tools.serving.swap import SwapOptions, becomes_idle, plan_swap, same_configuration, swap
-from clip_tools.serving.told import tell
+from clip_tools.serving import manifests, provenance, swap_checks
+from clip_tools.serving import swap_steps as steps_of_a_swap
+from clip_tools.serving.model_control import GrpcModelControl, ServerFullError, reason_in
+from clip_tools.serving.provenance import set_provenance
+from clip_tools.serving.swap import swap
+from clip_tools.serving.swap_steps import SwapOptions, becomes_idle, same_configuration, swap_steps
+from clip_tools.serving.vector_check import WrongVectors
 from clip_tools.verification.sample import Sample
 
 
@@ -23,7 +27,7 @@ class FakeServer:
 
     def __init__(self, name: str = "onnx", *fails: str) -> None:
         models = deployment(MODELS, name)
-        tell(models)
+        set_provenance(models)
         self.models = {model.name: model.config for model in models}
         self.fails, self.log, self.weights = set(fails), [], {}
         self.counts: list[int] = []
@@ -147,7 +151,7 @@ def with_texts(monkeypatch):
     """A server that embeds texts too, from a repository where their tower is."""
     texts = deployment(MODELS, root="clip_text_ensemble")
     monkeypatch.setattr(
-        swapping, "text_deployment", lambda _, name: deployment(MODELS, name, root="clip_text_ensemble")
+        steps_of_a_swap, "text_deployment", lambda _, name: deployment(MODELS, name, root="clip_text_ensemble")
     )
     server = FakeServer()
     server.models |= {model.name: model.config for model in texts}
@@ -173,7 +177,11 @@ def test_the_text_tower_stays_unless_its_own_configuration_or_the_weights_change
 
 def test_towers_of_different_weights_are_refused_before_anything_changes(with_texts, monkeypatch):
     """Also where the vectors may be other ones: no text would be near any image."""
-    monkeypatch.setattr(manifests, "_made_of", lambda file: ("ViT-B-32", file.parents[1].name))
+
+    def made(file):
+        return SimpleNamespace(identity=("ViT-B-32", file.parents[1].name))
+
+    monkeypatch.setattr(manifests, "manifest_of", made)
     with pytest.raises(
         ToolError, match="clip_trt is of ViT-B-32 clip_trt and clip_text_onnx of ViT-B-32 clip_text_onnx"
     ):
@@ -191,21 +199,21 @@ def test_warm_ups_are_no_reason_to_load_a_model_again():
 @pytest.mark.parametrize(
     ("name", "wrong", "step"),
     [
-        ("trt", "engine", "3 of 7 (clip_trt held to open_clip)"),
-        ("trt", "ensemble", "6 of 7 (clip_ensemble held to open_clip)"),
-        ("fast", "ensemble", "4 of 4 (clip_ensemble held to open_clip)"),
+        ("trt", "engine", "3 of 7 (clip_trt verified against open_clip)"),
+        ("trt", "ensemble", "6 of 7 (clip_ensemble verified against open_clip)"),
+        ("fast", "ensemble", "4 of 4 (clip_ensemble verified against open_clip)"),
     ],
 )
 def test_what_does_not_give_open_clips_vectors_is_taken_back(monkeypatch, name, wrong, step):
     """The engine alone, on the very pixels; then all of it, also where only `preprocess` changed."""
 
-    def check(engine, _embed, *, on_pixels):
+    def check(engine, _embed, *, on_pixels=False):
         assert engine.config_name == name
         if wrong == ("engine" if on_pixels else "ensemble"):
             raise WrongVectors("worst cosine 0.5")
         return "right"
 
-    monkeypatch.setattr(swapping, "check_vectors", check)
+    monkeypatch.setattr(swap_checks, "check_vectors", check)
     server = FakeServer()
     before = dict(server.models)
     with pytest.raises(ToolError) as caught:
@@ -215,14 +223,20 @@ def test_what_does_not_give_open_clips_vectors_is_taken_back(monkeypatch, name, 
 
 
 @pytest.mark.parametrize("words", ["Exceeds maximum queue size", "Request timeout expired"])
-def test_a_server_without_room_is_asked_again(monkeypatch, words):
+def test_tritons_words_for_a_full_queue_are_an_error_that_is_tried_again(words):
+    control = GrpcModelControl("grpc://localhost:1")
+    with pytest.raises(ServerFullError, match=words), control._our_errors():
+        raise InferenceServerException(words, status="StatusCode.UNAVAILABLE")
+
+
+def test_a_server_without_room_is_asked_again(monkeypatch):
     """It is a busy one that is swapped."""
-    server, refused = FakeServer(), [words, words]
+    server, refused = FakeServer(), ["full", "full"]
     embed_image = server.embed_image
 
     def embed_or_refuse(image):
         if refused:
-            raise ToolError(refused.pop())
+            raise ServerFullError(refused.pop())
         return embed_image(image)
 
     monkeypatch.setattr(server, "embed_image", embed_or_refuse)
@@ -235,12 +249,12 @@ def test_the_vectors_are_asked_for_one_by_one(monkeypatch):
     random, seen = np.random.default_rng(0), []
     pixels = random.integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
     sample = Sample(("m", "p"), (b"a", b"b", b"c"), pixels, np.zeros((3, 512), np.float32))
-    monkeypatch.setattr(swapping, "check_vectors", lambda _, embed, **__: seen.append(embed(sample)) or "right")
+    monkeypatch.setattr(swap_checks, "check_vectors", lambda _, embed, **__: seen.append(embed(sample)) or "right")
     server = FakeServer()
     said = swapped(server, "trt", check_vectors=True)
     assert [found.shape for found in seen] == [(3, 512), (3, 512)]
     assert set(server.batches) == {1}
-    assert "3/7 clip_trt held to open_clip: right" in said[2]
+    assert "3/7 clip_trt verified against open_clip: right" in said[2]
 
 
 def test_what_runs_already_is_left_alone():
@@ -324,7 +338,7 @@ def test_a_model_that_another_ensemble_goes_through_stays():
 
 def test_a_model_that_still_gets_requests_stays(monkeypatch):
     server = FakeServer()
-    monkeypatch.setattr("clip_tools.serving.swap.becomes_idle", lambda *_: False)
+    monkeypatch.setattr("clip_tools.serving.swap_steps.becomes_idle", lambda *_: False)
     assert "still gets requests" in swapped(server, "trt")[-1]
     assert "clip_onnx" in server.models
 
@@ -341,7 +355,7 @@ def test_idle_is_no_answer_for_a_while_and_not_one_quiet_look():
 def test_an_unknown_name_changes_nothing():
     server = FakeServer()
     with pytest.raises(ToolError, match=r"'fp12'.*cpu-bf16"):
-        plan_swap(server, SwapOptions("fp12"))
+        swap_steps(server, SwapOptions("fp12"))
     assert server.log == []
 
 
@@ -394,7 +408,7 @@ def test_files_of_other_weights_than_those_served_are_refused_before_anything_is
     parameters = server.models["clip_ensemble"].parameters
     for name, value in ((MODEL, "ViT-B-16"), (CHECKPOINT, "random:1")):
         parameters[name].string_value = value
-    monkeypatch.setattr(told, "_weights", lambda _: {MODEL: "ViT-B-32", CHECKPOINT: "random:0"})
+    monkeypatch.setattr(provenance, "_weights", lambda _: {MODEL: "ViT-B-32", CHECKPOINT: "random:0"})
     with pytest.raises(
         ToolError, match=r"expected the weights that are served, ViT-B-16, random:1.*ViT-B-32, random:0"
     ):

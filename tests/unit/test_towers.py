@@ -30,7 +30,7 @@ def test_the_committed_configurations_are_the_defaults(config_name):
     for towers in (Towers(DEFAULT, replace(TEXT, tensors={"tokens": [77], "embedding": [512]})), Towers()):
         for root in (ENSEMBLE, TEXT_ENSEMBLE):
             for model in deployment(MODELS, config_name, root=root):
-                assert not towers.fit(model.config), model.name
+                assert not towers.apply_to(model.config), model.name
 
 
 @pytest.mark.parametrize("config_name", [None, *config_names(MODELS)])
@@ -42,7 +42,7 @@ def test_every_place_has_the_towers_dimensions(config_name):
     ):
         found = ""
         for model in deployment(MODELS, config_name, root=root):
-            assert Towers(LARGE, TEXT).fit(model.config), model.name
+            assert Towers(LARGE, TEXT).apply_to(model.config), model.name
             found += str(model.config)
         assert all(number in found for number in wanted)
         for number in was:
@@ -51,9 +51,9 @@ def test_every_place_has_the_towers_dimensions(config_name):
 
 def test_preprocess_is_told_how_to_resize_and_only_where_it_would_do_otherwise():
     config = read_config(MODELS, "preprocess")
-    Towers(LARGE).fit(config)
+    Towers(LARGE).apply_to(config)
     found = {key: value.string_value for key, value in config.parameters.items()}
     assert (found["resize_mode"], found["interpolation"]) == ("squash", "bilinear")
     assert "fill_color" not in found
-    Towers(DEFAULT).fit(config)  # back, as a swap would
+    Towers(DEFAULT).apply_to(config)  # back, as a swap would
     assert config.parameters["resize_mode"].string_value == "shortest"

@@ -78,7 +78,7 @@ def test_a_layer_is_a_product_with_weights_and_attention_is_one(model):
     assert given == [["pixels"], ["tokens"], ["stream"], ["active", "stream"], ["pooled"]]
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("bf16")
 def test_the_parts_give_what_the_whole_gives(model, expected, tmp_path):
     """In FP32; and one layer in BF16 changes it, but not by much."""
     whole = embed(Engine(model, tmp_path).open(["fp32"] * 5), expected.pixels)
@@ -89,7 +89,7 @@ def test_the_parts_give_what_the_whole_gives(model, expected, tmp_path):
     assert 0.99 < mixed.min() < 0.9999999
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("bf16")
 def test_tuning_measures_every_layer_and_finds_the_mix_at_the_gates_edge(model, expected):
     """BF16 throughout fails a gate that is set just above it, so the search has to find what passes."""
     first = verb.tune(model, expected, worst_cosine=0.5, rounds=1)
@@ -123,7 +123,7 @@ def test_the_best_is_the_fastest_inside_the_gate_and_worth_it():
     assert LayerCost("a", 2.0, 2.5, 0.0).price == float("inf")
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("bf16")
 def test_the_mix_is_written_as_a_configuration_that_the_backend_opens(path, model, expected, repository_copy):
     weights = Weights("ViT-B-32", "random:0")
     written = apply(mix_of(MIX, 0.9995, 1.4), path, weights, "mixed", "on a machine", repository_copy)
@@ -157,7 +157,7 @@ def test_a_precision_that_no_part_can_have_is_refused(parts):
         session_plan(config, "CPU", 0)
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("bf16")
 def test_parts_of_two_graphs_and_a_missing_part_are_refused(model, path, repository_copy):
     apply(mix_of(MIX, 0.9995, 1.4), path, Weights("ViT-B-32", "random:0"), "mixed", "", repository_copy)
     folder = repository_copy / "clip_onnx" / "1"
@@ -173,7 +173,7 @@ def test_parts_of_two_graphs_and_a_missing_part_are_refused(model, path, reposit
         open_session(first, plan)
 
 
-@pytest.mark.usefixtures("openvino")
+@pytest.mark.usefixtures("bf16")
 def test_the_verb_writes_the_result_and_its_curve_and_applies_nothing_untrained(
     path, expected, repository_copy, monkeypatch
 ):
@@ -191,6 +191,15 @@ def test_the_verb_writes_the_result_and_its_curve_and_applies_nothing_untrained(
     section = precision_section("tuned", result)
     assert "| 5 of 5 | 1 |" in section.text and "counts for nothing" in section.text
     assert not (repository_copy / "clip_onnx" / "configs" / "mixed.pbtxt").exists()
+
+
+def test_a_cpu_without_bf16_is_refused_before_anything_is_measured(monkeypatch, openvino):
+    monkeypatch.setattr("ort_session.computes_bf16", lambda: False)
+    done = CliRunner().invoke(app, ["tune-precision"])
+    assert isinstance(done.exception, ToolError) and done.exception.exit_code == 1
+    assert "cannot be served here: openvino_bf16 is asked for, but OpenVINO has no BF16 on this CPU" in str(
+        done.exception
+    )
 
 
 def test_what_takes_one_file_says_so_of_a_mix(path, repository_copy):

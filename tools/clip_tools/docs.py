@@ -1,4 +1,4 @@
-"""The documents that are generated: `python -m clip_tools.docs` writes them, `--check` fails when one is stale."""
+"""Generated documents: `python -m clip_tools.docs` writes them, `--check` fails if one is stale."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ SEARCH = ROOT / "docs" / "search.md"
 
 
 def cli_reference() -> str:
-    """Every verb and option of both commands, from their own declarations."""
+    """docs/cli.md: every command and option, from their declarations."""
     import typer
     from typer.cli import get_docs_for_click
 
@@ -31,7 +31,7 @@ def cli_reference() -> str:
 
 
 def generated() -> dict[Path, str]:
-    """Each generated document and what it should hold."""
+    """The content of each generated document."""
     from clip_tools import reliability
     from clip_tools.measuring.report import committed_documents, readme, search_page
 
@@ -45,7 +45,7 @@ def generated() -> dict[Path, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the documents; with --check, say which are stale and return 1."""
+    """Write the documents; with --check, report stale ones and return 1."""
     stale = [path for path, text in generated().items() if not path.is_file() or path.read_text() != text]
     for path in stale:
         if "--check" in arguments:

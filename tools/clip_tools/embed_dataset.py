@@ -1,7 +1,7 @@
-"""`clip-tools embed-dataset`: a library larger than one machine to Parquet, as a Ray Data job.
+"""`clip-tools embed-dataset`: embeds a library larger than one machine to Parquet, as a Ray Data job.
 
-One task embeds and writes one part: the images of a WebDataset shard, of a Parquet file, or some image files. Only
-their names go through Ray, so that its object store stays empty; the images are read by the actor that sends them.
+One task embeds and writes one part: the images of a WebDataset shard, of a Parquet file, or of some image files. Only
+file names go through Ray, so its object store stays empty; the actor that sends the images reads them.
 """
 
 import json
@@ -29,13 +29,13 @@ from clip_embed.wire import MAX_IMAGE_BYTES
 from clip_tools.errors import ToolError, missing_extra
 
 _CONTAINERS = frozenset((".tar", ".parquet"))
-_OBJECT_STORE_BYTES = 100 << 20  # of a Ray that is started here: names are all that it holds
+_OBJECT_STORE_BYTES = 100 << 20  # for a Ray that is started here: it holds file names only
 _UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of a file system of pyarrow. `prefix`: what its paths lack of a URI; empty on this machine's own."""
+    """A folder of a pyarrow file system. `prefix` makes a URI of its paths; empty for the local file system."""
 
     files: Any
     path: str
@@ -43,7 +43,7 @@ class Place:
 
     @classmethod
     def of(cls, uri: str) -> "Place":
-        """Raises ToolError for a URI that pyarrow does not know."""
+        """The place of a path or URI. Raises ToolError for a URI that pyarrow does not know."""
         try:
             from pyarrow import ArrowException, fs
         except ImportError as error:
@@ -63,12 +63,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Job:
-    """What every actor is told."""
+    """The parameters of every actor."""
 
     source: Place
     destination: Place
     client: Mapping[str, Any]
-    models: Path | None  # the model repository that the actors run themselves, in place of servers
+    models: Path | None  # the model repository that the actors run, instead of servers
     provenance: Provenance | None
     suffixes: frozenset[str]
     size: int  # of a vector
@@ -77,7 +77,7 @@ class Job:
 
 @dataclass
 class Done:
-    """What the finished parts hold, and of which files they are."""
+    """The counts and source files of the finished parts."""
 
     parts: int = 0
     images: int = 0
@@ -107,11 +107,10 @@ def embed_dataset(
     say: Callable[[str], object],
     advance: Callable[[int, int], object] = lambda done, total: None,
 ) -> Done:
-    """Write a part for each piece of the source that has none yet; what all parts hold then.
+    """Write the missing parts of the source; the counts of all parts.
 
-    `models` is a model repository that the actors run themselves, in place of the servers. `advance` is told how many
-    parts are done, of how many. Raises ToolError for what stops the job; the parts that are finished stay, and the
-    next run goes on from there.
+    The actors run the model repository `models`, if given, instead of calling servers. `advance` gets the number of
+    finished parts, and of all. Raises ToolError if the job stops; finished parts stay, and the next run continues.
     """
     try:
         import ray.data
@@ -141,7 +140,7 @@ def embed_dataset(
     done.not_taken.update(search.not_taken)
     done.not_taken.update({"litter": search.litter.total(), "links to folders": search.linked_folders})
     if done.parts:
-        say(f"{done.images:,} images in {done.parts:,} parts are there already")
+        say(f"{done.images:,} images in {done.parts:,} parts exist already")
     parts = _parts([file for file in found if file.path not in done.files], part_images)
     if not parts:
         return done
@@ -171,7 +170,7 @@ def _open_client(options: Mapping[str, Any], models: Path | None) -> EmbeddingCl
 
 
 def _ask(client: Mapping[str, Any], models: Path | None) -> tuple[Provenance | None, frozenset[str], int]:
-    """Whose vectors the servers give, what files they take, and how long a vector is."""
+    """The provenance of the servers' vectors, the file suffixes that they accept, and the length of a vector."""
     import numpy as np
 
     with _open_client({**client, "timeout_s": 10.0}, models) as one:
@@ -186,7 +185,7 @@ def _ask(client: Mapping[str, Any], models: Path | None) -> tuple[Provenance | N
 
 
 def _finished(job: Job) -> Iterator[dict[str, Any]]:
-    """The notes of each part that is there. Raises ToolError where one is of other weights, or no part."""
+    """The notes of each existing part. Raises ToolError for a part of other weights, or another Parquet file."""
     from pyarrow import fs
 
     for info in job.destination.files.get_file_info(fs.FileSelector(job.destination.path)):
@@ -196,7 +195,7 @@ def _finished(job: Job) -> Iterator[dict[str, Any]]:
             with job.destination.files.open_input_file(info.path) as file:
                 notes, provenance = parquet.read_notes(file)
             if notes is None:
-                raise ToolError(f"{info.path} is no part: give a folder of their own", exit_code=USAGE)
+                raise ToolError(f"{info.path} is not a part: give a folder for the parts alone", exit_code=USAGE)
             if provenance != job.provenance:
                 raise ToolError(
                     f"{info.path} has vectors of {provenance}, and the server gives those of {job.provenance}: give "
@@ -207,7 +206,7 @@ def _finished(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def _listed(source: Place, search: Search) -> Iterator[ImageFile]:
-    """The files to take, in order; on this machine as clip-embed finds them."""
+    """The files to embed, in order; on this machine those that clip-embed finds."""
     from pyarrow import fs
 
     root = source.files.get_file_info(source.path)
@@ -228,7 +227,7 @@ def _suffix(path: str) -> str:
 
 
 def _parts(files: Iterable[ImageFile], part_images: int) -> list[tuple[ImageFile, ...]]:
-    """The files of each part: a container alone, image files some together."""
+    """The files of each part: one container, or up to `part_images` image files."""
     parts, images = [], []
     for file in files:
         if _suffix(file.path) in _CONTAINERS:
@@ -239,16 +238,16 @@ def _parts(files: Iterable[ImageFile], part_images: int) -> list[tuple[ImageFile
 
 
 def _name(files: tuple[ImageFile, ...]) -> str:
-    """The same for the same files, so that a task which Ray runs twice writes the same part."""
+    """The same for the same files, so a task that Ray runs twice writes the same part."""
     return f"part-{sha256(json.dumps(files).encode()).hexdigest()[:24]}.parquet"
 
 
 def _start(ray: Any, address: str | None) -> None:
-    """Connect to the cluster, or start one here. It reports nothing to anyone. Raises ToolError where none listens."""
+    """Connect to the cluster, or start one here, without usage reports. Raises ToolError if no cluster answers."""
     import logging
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it writes to stderr what is no error
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else it writes harmless messages to stderr
     address = address or os.environ.get("RAY_ADDRESS")
     _, _, place = (address or "").rpartition("://")
     host, _, port = place.rpartition(":")
@@ -262,12 +261,12 @@ def _start(ray: Any, address: str | None) -> None:
 
 
 def _run(data: Any, job: Job, parts: list[tuple[ImageFile, ...]], actors: int) -> Iterator[dict[str, Any]]:
-    """What became of each part, as they end. An actor of a machine that is lost is started on another."""
+    """The result of each part, as they finish. Ray starts the actors of a lost machine on another one."""
     import logging
 
     context = data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1  # a large shard on a slow server takes its time
+    context.execution_no_progress_timeout_s = -1  # a large shard on a slow server takes long
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     files = [{"files": json.dumps(part)} for part in parts]
     yield from (
@@ -275,7 +274,7 @@ def _run(data: Any, job: Job, parts: list[tuple[ImageFile, ...]], actors: int) -
         .map(
             _Embedder,
             fn_constructor_args=(job,),
-            # Two: one at work, the next at hand.
+            # Two: one is embedded, the next one is waiting.
             compute=data.ActorPoolStrategy(size=min(actors, len(parts)), max_tasks_in_flight_per_actor=2),
             num_cpus=1,
         )
@@ -289,20 +288,20 @@ def _check_all_are_there(job: Job, parts: list[tuple[ImageFile, ...]]) -> None:
     there = {info.base_name for info in job.destination.files.get_file_info(fs.FileSelector(job.destination.path))}
     if missing := [name for name in map(_name, parts) if name not in there]:
         raise ToolError(
-            f"{len(missing)} of {len(parts)} parts were written and are not in {job.destination.path}: all machines "
-            "of the cluster must see the same folder; give one that they share"
+            f"{len(missing)} of {len(parts)} parts were written but are not in {job.destination.path}: all machines "
+            "of the cluster must see the same folder; give a shared one"
         )
 
 
 class _Embedder:
-    """An actor: one client."""
+    """A Ray actor with one client."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._client = _open_client(job.client, job.models)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Notes of the part that was written or was there already, or why the job is to stop."""
+        """The notes of the written or existing part, or why the job has to stop."""
         from pyarrow import ArrowException, fs
 
         job = self._job
@@ -320,7 +319,7 @@ class _Embedder:
         return {"notes": notes, "stopped": "", "code": 0}
 
     def _write(self, files: tuple[ImageFile, ...], path: str) -> None:
-        """In one piece: what is not finished has another name."""
+        """Write a part under another name, then rename it."""
         job, not_taken = self._job, Counter[str]()
         if job.source.files.get_file_info(job.source.path).type.name == "NotFound":
             raise OSError(f"{job.source.path} is not on this machine: the machines must share it")
@@ -329,7 +328,7 @@ class _Embedder:
         answers = self._client.embed_many(image for _, image in to_embed)
         for (image, _), result in zip(to_name, answers, strict=True):
             if isinstance(result, HOPELESS) or (isinstance(result, EmbeddingError) and result.retryable):
-                raise result  # it is no fault of the image
+                raise result  # not the image's fault
             images.append(image)
             results.append(_why(result) if isinstance(result, EmbeddingError) else result)
         failed = sum(isinstance(result, str) for result in results)
@@ -347,7 +346,7 @@ def _why(error: object) -> str:
 
 
 def _images(job: Job, files: Iterable[ImageFile], not_taken: Counter[str]) -> Iterator[tuple[ImageFile, Any]]:
-    """Each image of these files with its source; a container that breaks off ends with an image that is unreadable."""
+    """The images of these files, each with its source. A broken container ends with an unreadable image."""
     from pyarrow import ArrowException
 
     for file in files:
@@ -375,7 +374,7 @@ def _in_shard(job: Job, file: ImageFile, path: str, not_taken: Counter[str]) -> 
 
 
 def _in_parquet(job: Job, file: ImageFile, path: str) -> Iterator[tuple[ImageFile, Any]]:
-    """The column's values: bytes, or a struct with `bytes`, as Hugging Face's data sets have it."""
+    """The column's values: bytes, or a struct with `bytes`, as in Hugging Face data sets."""
     from pyarrow import parquet as pq
 
     with job.source.files.open_input_file(path) as opened, pq.ParquetFile(opened) as table:
@@ -394,7 +393,7 @@ def _in_parquet(job: Job, file: ImageFile, path: str) -> Iterator[tuple[ImageFil
 
 @dataclass
 class _Unreadable:
-    """An image that cannot be read, and why."""
+    """An image that cannot be read, with the reason."""
 
     reason: str
 
@@ -404,7 +403,7 @@ class _Unreadable:
 
 @dataclass
 class _File:
-    """A file that is opened when it is read, so that one which is not there is one image that failed."""
+    """A file that is opened when it is read, so a missing file is one failed image."""
 
     files: Any
     path: str
@@ -417,7 +416,7 @@ class _File:
 
 
 def summary(done: Done, destination: str) -> str:
-    """The last line, for people."""
+    """The last line of the output."""
     left_out = ", ".join(f"{count:,} {ending}" for ending, count in done.not_taken.most_common() if count)
     not_taken = f"; not taken: {left_out}" if left_out else ""
     return f"{done.images:,} images in {done.parts:,} parts of {Path(destination)}, {done.failed:,} failed{not_taken}"

@@ -1,8 +1,8 @@
-"""The one error of the tools that a user caused or can mend."""
+"""The error of the tools that a user can fix."""
 
 
 class ToolError(Exception):
-    """What was expected, what came, and what to do, in one line. The command prints it and exits 1 or `exit_code`."""
+    """What was expected, what came and what to do, in one line. The command prints it and exits with `exit_code`."""
 
     def __init__(self, message: str, *, exit_code: int = 1) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""The GPU of this machine, as its driver names it. Needs the driver alone: no CUDA toolkit, torch or TensorRT."""
+"""Finds the GPU of this machine by its driver, without CUDA toolkit, PyTorch or TensorRT."""
 
 import ctypes
 import json
@@ -11,7 +11,7 @@ _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attrib
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first visible GPU: "NVIDIA L4", its compute capability "8.9", and the newest CUDA of its driver, "13.0"."""
+    """A GPU: its name, compute capability such as "8.9", and the newest CUDA version of its driver, such as "13.0"."""
 
     name: str
     compute_capability: str
@@ -19,9 +19,9 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | None:
-    """The first GPU that CUDA_VISIBLE_DEVICES leaves; None without one, or without a working driver.
+    """The first GPU in CUDA_VISIBLE_DEVICES; None without a GPU or a working driver.
 
-    A process of its own asks: in the fork of one that has, CUDA does not work (triton-lang/triton#10443), and the
+    A child process asks the driver: after that, CUDA does not work in a fork (triton-lang/triton#10443), and the
     container builds its plan in a fork.
     """
     try:
@@ -46,7 +46,7 @@ def _ask_driver() -> Gpu | None:
         or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _COMPUTE_CAPABILITY_MINOR, device)
         or cuda.cuDriverGetVersion(ctypes.byref(version))
     )
-    if asked != 0:  # the first call that failed, CUDA_ERROR_NO_DEVICE among others
+    if asked != 0:  # the first failed call, such as CUDA_ERROR_NO_DEVICE
         return None
     return Gpu(
         name.value.decode(errors="replace"),

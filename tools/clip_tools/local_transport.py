@@ -1,4 +1,4 @@
-"""The server's steps in this process, in the place of a server: `clip-tools embed-dataset --local`."""
+"""Runs the server's steps in this process, for `clip-tools embed-dataset --local`."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,24 +12,24 @@ from clip_embed.served import Served
 from clip_embed.wire import OUTPUT, Embeddings, ImageBytes
 from clip_tools.measuring.bare import import_preprocess, open_engine
 from clip_tools.repository import check_files, deployment
-from clip_tools.serving.told import tell
+from clip_tools.serving.provenance import set_provenance
 from clip_tools.serving.towers import Towers
 
 
 class LocalTransport:
-    """Implements `clip_embed.transport.Transport`, one request after the other."""
+    """A `clip_embed.transport.Transport` that runs one request after the other."""
 
     def __init__(self, models: Path) -> None:
-        """Raises ToolError where a file of the repository is not there or cannot be run."""
+        """Raises ToolError for a missing or unusable file of the repository."""
         deployed, towers = deployment(models), Towers.of(models)
         check_files(deployed)
         for model in deployed:
-            towers.fit(model.config)
-        tell(deployed)
+            towers.apply_to(model.config)
+        set_provenance(deployed)
         self._served = Served.of(_parameters(deployed[-1].config))
         config = next(model.config for model in deployed if model.name == "preprocess")
         preprocess = import_preprocess(models)
-        preprocess.missing_opener()  # from then on Pillow opens HEIC too
+        preprocess.missing_opener()  # registers HEIC with Pillow
         self._refused: type[Any] = preprocess.RefusedImage
         self._pixels_of = preprocess.open_pixels({**_parameters(config), "side_px": str(config.output[0].dims[0])})
         self._session = open_engine(models)

@@ -60,6 +60,11 @@ class Weights:
             return None
         return sha256_of(path)
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """The architecture, and the checkpoint's sha256 or the tag: equal for the same weights."""
+        return self.model, self.checkpoint_sha256 or self.pretrained
+
 
 @dataclass(frozen=True)
 class Oracle:

@@ -27,7 +27,7 @@ from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.paths import CACHE
 
-Kind = Literal["demo", "gate", "phone", "odd"]
+Kind = Literal["demo", "gate", "phone", "duplicates", "odd"]
 
 PHOTOS = CACHE / "photos"
 STAMP = ".complete.json"
@@ -73,6 +73,7 @@ def _pick(kind: Kind, folder: str, **save_as: str) -> tuple[Pick, ...]:
 _SKIMAGE, _NONFACE = "skimage/data/", "pyvision/data/nonface/NONFACE_"
 _SKLEARN, _PIEXIF = "scikit_learn-1.9.1/sklearn/datasets/images/", "piexif-1.1.3/tests/images/"
 _CALENDAR, _EXIF = "photo_composition_designer-1.0.7/images/", "exif-1.0.3/exif/tests/"
+_DEDUP = "imagededup-0.3.1/tests/data/"
 _PILLOW = "pillow-13.0.0/Tests/images/"
 
 SOURCES = (
@@ -171,6 +172,20 @@ SOURCES = (
         ),
     ),
     PhotoSource(
+        "imagededup",
+        "0.3.1",  # the only version whose sdist has its test images
+        "imagededup-0.3.1.tar.gz",
+        "74236f7c25b35a71699760b274e1b0bf5d58bc8efd50df2a48886896f71459d8",
+        20_295_346,
+        "Apache-2.0, the package's (LICENSE); the photographs are from UKBench, whose authors state no licence",
+        "idealo (edits), H. Stewénius and D. Nistér (UKBench)",
+        (
+            Pick("duplicates", _DEDUP + "base_images/*.jpg"),
+            Pick("duplicates", _DEDUP + "mixed_images/ukbench00120_*.jpg"),
+            Pick("duplicates", _DEDUP + "ukbench00120_gray.jpg"),
+        ),
+    ),
+    PhotoSource(
         "pillow",
         "13.0.0",
         "pillow-13.0.0.tar.gz",
@@ -200,6 +215,17 @@ def gate_photos(cache_dir: Path = PHOTOS) -> list[Path]:
     Downloads 83 MB at the first call, less what the other kinds have brought.
     """
     return [*demo_photos(cache_dir), *phone_photos(cache_dir), *fetch("gate", cache_dir)]
+
+
+def duplicate_photos(cache_dir: Path = PHOTOS) -> dict[str, list[Path]]:
+    """The files of each of imagededup's ten photographs, by its name: one file each, and four edits of the first.
+
+    Downloads 20 MB at the first call.
+    """
+    files: dict[str, list[Path]] = {}
+    for path in fetch("duplicates", cache_dir):
+        files.setdefault(path.stem.partition("_")[0], []).append(path)
+    return files
 
 
 def odd_images(cache_dir: Path = PHOTOS) -> Path:

@@ -1,4 +1,4 @@
-"""The table of measured precisions in docs/precision.md, out of the committed results of `clip-tools verify`."""
+"""The table of measured precisions in docs/precision.md, from the committed results of `clip-tools verify`."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ RESULTS = ROOT / "docs" / "results" / "precision"
 
 
 def results_table(folder: Path = RESULTS) -> str:
-    """One line for each file: what ran, on which weights, and whether it passed."""
+    """One row for each result: weights, engine, gate, agreement, and whether it passed."""
     rows = []
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
@@ -19,7 +19,7 @@ def results_table(folder: Path = RESULTS) -> str:
         passed = f"[{'passed' if found['passed'] else 'failed'}](results/precision/{path.name})"
         rows.append(found | {"engine": engine, "gate": gate, "passed": passed})
     return table(
-        "weights | engine | gate | worst cosine | mean cosine | nearest neighbour the same | ties aside | ",
+        "weights | engine | gate | worst cosine | mean cosine | nearest neighbour the same | ties aside |",
         "{model} | {engine} | {gate} | {agreement[worst_cosine]:.5f} | {agreement[mean_cosine]:.5f} | "
         "{agreement[top1_agreement]:.1%} | {agreement[neighbours_kept]:.1%} | {passed}",
         rows,

@@ -1,7 +1,7 @@
-"""docs/reliability.md: what the server and the client promise, how each promise is tested, and the figures last seen.
+"""docs/reliability.md: what the server and the client promise, the test of each promise, and its last figures.
 
-The figures are those that the tests themselves recorded (`record_reliability`): `make test-long` writes them to
-results/reliability.json, of which docs/results/reliability-MACHINE.json is a copy.
+The tests record the figures themselves (`record_reliability`). `make test-long` writes them to
+results/reliability.json; docs/results/reliability-MACHINE.json is a copy of it.
 """
 
 import json
@@ -21,12 +21,12 @@ LONG_RUN = "long or promise"
 """The marker expression of `make test-long`."""
 
 Entries = dict[str, dict[str, Any]]
-"""What each test recorded, by its name."""
+"""The figures that the tests recorded, by `Promise.entry`."""
 
 
 @dataclass(frozen=True)
 class Promise:
-    """One sentence, and the name under which its test records what it saw."""
+    """One sentence, and the name under which its test records its figures."""
 
     entry: str
     sentence: str
@@ -34,73 +34,103 @@ class Promise:
 
 PROMISES: dict[str, tuple[Promise, ...]] = {
     "Bad input": (
-        Promise("fuzz_preprocess", "Any file is an image or is refused with a reason, in bounded time and memory."),
+        Promise(
+            "fuzz_preprocess",
+            "Every file is either decoded or refused with a reason, within bounded time and memory.",
+        ),
         Promise(
             "bounded_json",
-            "Behind the nginx of `deploy/`, JSON that would bring Triton down or keep it busy does not reach it.",
+            "The nginx of `deploy/` blocks JSON that would stop Triton or keep it busy.",
         ),
-        Promise("odd_files", "`clip-embed`: no file, whatever it is, ends a run or keeps it waiting."),
-        Promise("fuzz_served", "Served, it is a vector or an `INVALID_ARG`; its neighbours get what they would alone."),
+        Promise("odd_files", "No file stops a run of `clip-embed` or makes it hang."),
+        Promise(
+            "fuzz_served",
+            "The server answers every file with a vector or `INVALID_ARG`. Other images get the vector that they get "
+            "when sent alone.",
+        ),
     ),
-    "Too much": (
+    "Overload": (
         Promise(
             "overload",
-            "Of ten times the load it can bear, what is too much is refused at once and nothing hangs. "
-            "The load is sent on the server's own cores, which costs throughput; CPU time shows the rest.",
+            "At ten times the load it can serve, the server refuses the excess at once and nothing hangs. "
+            "The clients run on the server's own cores, which costs throughput; images per CPU second show the rest.",
         ),
-        Promise("faults_half_open", "Clients that are slow or hold a half-sent request keep nobody else waiting."),
-        Promise("soak", "Good and bad traffic from many clients for long: no memory, file or thread more."),
+        Promise("faults_half_open", "Clients that are slow or leave a request half sent do not delay other clients."),
+        Promise(
+            "soak",
+            "Good and bad traffic from many clients for a long time does not increase memory, open files or threads.",
+        ),
     ),
-    "What breaks": (
-        Promise("stub_killed", "A killed stub turns readiness off and is replaced."),
-        Promise("stub_wedged", "So is one that hangs."),
+    "Failures": (
+        Promise("stub_killed", "When a model's process is killed, the server reports not ready and is replaced."),
+        Promise("stub_wedged", "The same when a model's process hangs."),
         Promise(
             "storms",
-            "gRPC calls that other clients cancel, let run out of time, or leave with their connection, do not end the "
-            "embedded server, and its other clients lose nothing.",
+            "Clients that cancel gRPC calls, let them time out or drop the connection do not stop the embedded server, "
+            "and other clients lose nothing.",
         ),
         Promise(
             "storms_unprotected",
-            "Where `ignore_cancellation.c` could not be built they may end it: the next one is started at once, and "
-            "clients that wait lose nothing.",
+            "Without `ignore_cancellation.c` such calls may stop the server. The next one starts at once, and waiting "
+            "clients lose nothing.",
         ),
         Promise(
             "left_midway",
-            "Half-sent requests, and connections, streams and tasks that end before their answer, ten thousand of "
-            "each, leave no file, thread or shared memory behind.",
+            "Half-sent requests, and connections, streams and tasks that end before their answer, leave no open file, "
+            "thread or shared memory behind. The test makes ten thousand of each.",
         ),
-        Promise("faults_server_killed", "A server killed under load: its clients wait for the next one on its port."),
-        Promise("faults_replica_killed", "One of two servers killed under load: the other one answers."),
-        Promise("faults_sigterm", "A server that is told to stop finishes what it has taken."),
-        Promise("faults_upgrade", "A server replaced under a running `clip-embed`: every image is there, once."),
         Promise(
-            "faults_resume_jsonl", "`clip-embed --resume` killed at any moment goes on: each image once, in JSON lines."
+            "faults_server_killed",
+            "When the server is killed under load, its clients wait for the next one on the same port.",
         ),
-        Promise("faults_resume_parquet", "The same in Parquet."),
-        Promise("faults_storm", "Two servers killed, replaced and frozen at random: every image has its vector, once."),
+        Promise("faults_replica_killed", "When one of two servers is killed under load, the other one answers."),
+        Promise("faults_sigterm", "A server that is told to stop finishes the requests it has accepted."),
+        Promise(
+            "faults_upgrade",
+            "When the server is replaced during a run of `clip-embed`, every image is in the output once.",
+        ),
+        Promise(
+            "faults_resume_jsonl",
+            "`clip-embed --resume` continues after being killed at any moment; each image is in the JSON lines once.",
+        ),
+        Promise("faults_resume_parquet", "The same for Parquet."),
+        Promise(
+            "faults_storm",
+            "While two servers are killed, replaced and frozen at random, every image gets its vector once.",
+        ),
     ),
-    "What is missing or in the way": (
-        Promise("faults_full_disk", "A full disk: what was written stays whole, and `--resume` goes on."),
+    "Missing resources": (
         Promise(
-            "faults_small_shm", "A `/dev/shm` that is too small fails the large request with a sentence, nothing else."
+            "faults_full_disk",
+            "When the disk is full, written results stay intact and `--resume` continues from there.",
+        ),
+        Promise(
+            "faults_small_shm",
+            "When `/dev/shm` is too small, only the large request fails, and its error names the cause.",
         ),
         Promise("faults_read_only_models", "The model folder may be read-only."),
-        Promise("faults_corrupt_model", "A damaged model file is refused in one line that says how to make it again."),
-        Promise("faults_port_taken", "A port that is taken is named, with the option that chooses another."),
+        Promise(
+            "faults_corrupt_model",
+            "A damaged model file is refused in one line that says how to make it again.",
+        ),
+        Promise(
+            "faults_port_taken",
+            "When a port is in use, the error names it and the option that chooses another.",
+        ),
         Promise(
             "faults_clock_jump",
-            "What the server and the client read of the clock may jump: deadlines are kept by another.",
+            "Jumps of the system clock do not affect deadlines, on the server or the client.",
         ),
     ),
-    "Who may do what": (
+    "Access": (
         Promise(
             "closed_apis",
-            "A stranger can embed and read health, configurations and metrics, and from the same machine metadata and "
-            "statistics; every other call is refused.",
+            "Without a key a client can embed and read health, configurations and metrics, and on the same machine "
+            "metadata and statistics. Every other call is refused.",
         ),
     ),
 }
-"""By heading. A test can record nothing under another name."""
+"""The promises by heading. A test cannot record under any other name."""
 
 _MACHINE = ("cpu", "cores", "gpu")
 _HIDDEN = ("test", "date", "git_commit", *_MACHINE)
@@ -108,18 +138,18 @@ _UNITS = {"_throughput": " images/s", "_s": " s", "_ms": " ms", "_mb": " MB", "_
 
 
 def names() -> set[str]:
-    """Under what a test may record what it saw."""
+    """The names under which tests may record figures."""
     return {promise.entry for promises in PROMISES.values() for promise in promises}
 
 
 def where_and_when() -> dict[str, Any]:
-    """What each entry keeps of the machine, the commit and the day: tests are run again one by one."""
+    """Machine, commit and day of an entry. Each entry has its own, because single tests are run again."""
     here = fingerprint()
     return {key: here[key] for key in (*_MACHINE, "git_commit")} | {"date": here["date"][:10]}
 
 
 def committed(folder: Path = RESULTS) -> dict[str, Entries]:
-    """The recorded entries of each machine."""
+    """The committed entries of each machine."""
     return {
         path.stem.removeprefix("reliability-"): json.loads(path.read_text())
         for path in sorted(folder.glob("reliability-*.json"))
@@ -127,18 +157,19 @@ def committed(folder: Path = RESULTS) -> dict[str, Entries]:
 
 
 def document(machines: dict[str, Entries]) -> str:
-    """The Markdown; without any machine every promise is there, and none is measured."""
+    """The Markdown of docs/reliability.md. Without machines every promise is listed as not measured."""
     parts = [
         "<!-- Generated by `make docs` from docs/results/reliability-*.json, which `make test-long` wrote. -->\n\n"
         "# Reliability\n\n"
-        "What is promised, the test that shows it on the real server, and the figures that this test last recorded.\n"
-        "`make test` runs a short form of each; `make test-long` the whole, and writes the figures.\n"
+        "What the server and the client promise under bad input, overload and failures. Each promise has a test and\n"
+        "the figures that this test last recorded. `make test` runs a short form of the tests; `make test-long` runs\n"
+        "them whole and writes the figures.\n"
     ]
     for name, entries in machines.items() or {"": {}}.items():
         if entries:
             parts.append(f"## {name}\n\n{_machine(name, entries)}.\n")
         in_all = [{"what": what, "seen": seen} for what, seen in sums(entries).items()]
-        parts.append(table("in all | last seen", "{what} | {seen}", in_all, align="---"))
+        parts.append(table("total | last seen", "{what} | {seen}", in_all, align="---"))
         for heading, promises in PROMISES.items():
             rows = [{"sentence": one.sentence} | _seen(entries.get(one.entry)) for one in promises]
             row = "{sentence} | {figures} | {when} | {test}"
@@ -147,19 +178,19 @@ def document(machines: dict[str, Entries]) -> str:
 
 
 def _machine(name: str, entries: Entries) -> str:
-    """The one on which all were recorded. Raises ToolError for more than one."""
+    """The machine on which all entries were recorded. Raises ToolError if there are several."""
     machines = {tuple(entry[key] for key in _MACHINE) for entry in entries.values()}
     described = sorted(f"{cpu}, {cores} cores, {gpu or 'no GPU'}" for cpu, cores, gpu in machines)
     if len(described) > 1:
         raise ToolError(
-            f"reliability-{name}.json: expected the figures of one machine, came those of {'; '.join(described)}; "
+            f"reliability-{name}.json: expected the figures of one machine, found those of {'; '.join(described)}; "
             "remove results/reliability.json and run `make test-long` on one"
         )
     return described[0]
 
 
 def sums(entries: Entries) -> dict[str, str]:
-    """What all tests of a machine saw together."""
+    """Totals over all tests of a machine."""
 
     def total(key: str, prefix: str = "") -> str:
         found = [entry[key] for name, entry in entries.items() if key in entry and name.startswith(prefix)]
@@ -187,10 +218,10 @@ def sums(entries: Entries) -> dict[str, str]:
 
 
 def _seen(entry: dict[str, Any] | None) -> dict[str, str]:
-    """The columns of a promise: every figure by its own name, when it was recorded, and the test."""
+    """The columns of a promise: figures such as `lost 0; ready again after 2.1 s`, when, and the test."""
     if entry is None:
         return {"figures": NOT_MEASURED, "when": "", "test": ""}
-    figures = "; ".join(_figure(key, value) for key, value in entry.items() if key not in _HIDDEN) or "held"
+    figures = "; ".join(_figure(key, value) for key, value in entry.items() if key not in _HIDDEN) or "passed"
     path, _, name = str(entry["test"]).partition("::")
     test = f"[{name.partition('[')[0]}](../{path})"
     return {"figures": figures, "when": f"{entry['git_commit']}, {entry['date']}", "test": test}

@@ -1,4 +1,4 @@
-"""Reads the model repository: which models a deployment loads, from which configuration, and what is missing."""
+"""Reads the model repository: the models of a deployment, their configurations, and missing files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ _BUILT_BY = {"onnxruntime": "clip-tools export-onnx", "tensorrt": "clip-tools bu
 
 @dataclass(frozen=True)
 class Model:
-    """One model of a deployment: its name, its parsed `ModelConfig`, and the file it runs (None: an ensemble)."""
+    """One model of a deployment: its name, its `ModelConfig`, and the file it runs (None for an ensemble)."""
 
     name: str
     config: Any
@@ -28,12 +28,12 @@ def graph_name(precision: str) -> str:
 
 
 def config_names(models: Path) -> list[str]:
-    """The named configurations of this repository, which `--model-config-name` may choose from."""
+    """The named configurations of a repository, for `--model-config-name`."""
     return sorted({path.stem for path in models.glob("*/configs/*.pbtxt")})
 
 
 def read_config(models: Path, name: str, config_name: str | None = None) -> Any:
-    """The `ModelConfig` protobuf of model `name`: the named configuration where it has one, else its config.pbtxt."""
+    """The `ModelConfig` of model `name`, from its named configuration if it has one, else from its config.pbtxt."""
     try:
         from google.protobuf import text_format
         from tritonclient.grpc import model_config_pb2
@@ -45,15 +45,14 @@ def read_config(models: Path, name: str, config_name: str | None = None) -> Any:
         return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
     except FileNotFoundError as error:
         raise ToolError(
-            f"{path} was expected and is not there: is {models} the model repository? Run this in a checkout, or give "
-            "--models"
+            f"{path} does not exist: expected a model repository. Run this in a checkout, or give --models"
         ) from error
     except text_format.ParseError as error:
         raise ToolError(f"{path} is not a Triton model configuration: {error}") from error
 
 
 def write_config(models: Path, name: str, config: Any, config_name: str | None, *, comment: str = "") -> Path:
-    """Write a model's configuration, named or plain; its path. A comment goes first, a `#` before each line."""
+    """Write a model's configuration, named or plain, below a comment; its path."""
     from google.protobuf import text_format
 
     folder = models / name
@@ -65,10 +64,11 @@ def write_config(models: Path, name: str, config: Any, config_name: str | None, 
 
 
 def deployment(models: Path, config_name: str | None = None, *, root: str = ENSEMBLE) -> list[Model]:
-    """The models that serving `root` loads, steps first. Raises ToolError for an unknown configuration name."""
-    if config_name and config_name not in config_names(models):
+    """The models that `root` loads, its steps first. Raises ToolError for an unknown configuration name."""
+    is_repository = (models / root / "config.pbtxt").is_file()
+    if is_repository and config_name and config_name not in config_names(models):
         known = ", ".join(config_names(models)) or "none"
-        raise ToolError(f"no model in {models} has a configuration named '{config_name}'; there are: {known}")
+        raise ToolError(f"no model in {models} has a configuration named '{config_name}'; expected one of: {known}")
     config = read_config(models, root, config_name)
     steps = [
         model
@@ -84,7 +84,7 @@ def deployment(models: Path, config_name: str | None = None, *, root: str = ENSE
 
 
 def text_deployment(models: Path, config_name: str | None = None) -> list[Model]:
-    """The models that serving texts loads beside those of images; none where no text tower was exported."""
+    """The models that embed texts; none if no text tower was exported."""
     if not (models / TEXT_ENSEMBLE / "config.pbtxt").is_file():
         return []
     found = deployment(models, config_name, root=TEXT_ENSEMBLE)
@@ -93,7 +93,7 @@ def text_deployment(models: Path, config_name: str | None = None) -> list[Model]
 
 
 def build_command(model: Model) -> str | None:
-    """The command that makes the model's file; None for one that is not made."""
+    """The command that makes the model's file; None for a committed file."""
     how = _BUILT_BY.get(model.config.backend)
     if how and any(tensor.name == "tokens" for tensor in model.config.input):
         return f"{how} --text"
@@ -104,11 +104,11 @@ def build_command(model: Model) -> str | None:
 
 
 def check_files(models: list[Model]) -> None:
-    """Raises ToolError when a model's file is missing, with the command that makes it."""
+    """Raises ToolError if a model's file is missing, with the command that makes it."""
     for model in models:
         if model.file and not model.file.is_file():
             how = build_command(model)
             raise ToolError(
-                f"{model.name} needs {model.file}, which is not there"
-                + (f": make it with `{how}`" if how else ": check the repository out again")
+                f"{model.name} needs {model.file}, which does not exist: "
+                + (f"make it with `{how}`" if how else "check the repository out again")
             )

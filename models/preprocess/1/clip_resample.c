@@ -4,7 +4,7 @@
    to 22 bits; each pass sums in 32 bits and rounds to 8, so the order of the two passes is visible in the result. Within
    a pass the sums are integers, so their order is free. clip_resample.py loads this file's library and calls it.
 
-   Build with -ffp-contract=off (tools/clip_tools/kernel.py does): fused operations give other coefficients. */
+   Build with -ffp-contract=off (tools/clip_tools/c_libraries.py does): fused operations give other coefficients. */
 
 #include <math.h>
 #include <stddef.h>

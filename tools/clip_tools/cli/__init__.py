@@ -1,4 +1,4 @@
-"""The command `clip-tools`: the verb NAME is in `clip_tools.cli.NAME`, what it does in the module that it imports."""
+"""The command `clip-tools`. `clip_tools.cli.NAME` has the options of the verb NAME, and imports what it does."""
 
 import sys
 
@@ -69,12 +69,14 @@ for verb in (
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one line on stderr and an exit code."""
-    proxy.leave_this_machine_out()
+    """Run the command. A user's error is one line on stderr and an exit code."""
+    proxy.bypass_for_localhost()
     try:
         app()
     except ToolError as error:
         sys.stderr.write(f"clip-tools: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # typer's exit code for Ctrl-C
+            sys.stderr.write("clip-tools: interrupted\n")
+        raise

@@ -11,32 +11,37 @@ from clip_tools.tensorrt.library import RUNTIMES
 
 
 def build_engine(
-    runtime: Annotated[str, typer.Option(help=f"{' or '.join(RUNTIMES)}; the latter builds without a GPU.")] = (
+    runtime: Annotated[str, typer.Option(help=f"{' or '.join(RUNTIMES)}; {RUNTIMES[1]} builds without a GPU.")] = (
         "tensorrt"
     ),
-    precision: Annotated[str, typer.Option(help="What the matrices must run in; another is refused.")] = "fp16",
+    precision: Annotated[
+        str, typer.Option(help="The precision of the matrices; a graph in another one is refused.")
+    ] = "fp16",
     onnx: Annotated[
-        Path | None, typer.Option(help="The graph; by default what export-onnx --precision PRECISION wrote.")
+        Path | None, typer.Option(help="The graph; by default the one that export-onnx --precision PRECISION writes.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Where the plan goes; its manifest goes beside it.")] = PLAN_PATH,
+    output: Annotated[Path, typer.Option(help="Where to write the plan and its manifest.")] = PLAN_PATH,
     min_batch: Annotated[int, typer.Option(min=1, help="The smallest batch of the profile.")] = 1,
-    opt_batch: Annotated[int, typer.Option(min=1, help="The batch that it is tuned for.")] = 16,
+    opt_batch: Annotated[int, typer.Option(min=1, help="The batch size that the plan is tuned for.")] = 16,
     max_batch: Annotated[int, typer.Option(min=1, help="The largest batch.")] = 64,
     workspace_mib: Annotated[
-        int | None, typer.Option(min=1, help="Scratch memory that a layer may take; by default the whole GPU.")
+        int | None, typer.Option(min=1, help="Scratch memory for a layer; by default the whole GPU.")
     ] = None,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Also for later versions of the same major version.")
+        bool,
+        typer.Option(
+            "--version-compatible", help="The plan also runs on later TensorRT versions of the same major version."
+        ),
     ] = False,
     hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="tensorrt: also for other GPUs from Ampere on.")
+        bool, typer.Option("--hardware-compatible", help="tensorrt: the plan also runs on other GPUs, from Ampere on.")
     ] = False,
     target: Annotated[
         list[str] | None,
-        typer.Option(help="tensorrt-rtx: a compute capability such as 8.9; may be given again. By default all."),
+        typer.Option(help="tensorrt-rtx: a compute capability such as 8.9; repeatable. By default all."),
     ] = None,
 ) -> None:
-    """Build a TensorRT plan of the exported graph, and fail when its matrices run in another precision than asked."""
+    """Build a TensorRT plan from the exported graph. Fails if its matrices run in another precision than asked for."""
     from rich.console import Console
 
     from clip_tools.tensorrt import build_engine as verb

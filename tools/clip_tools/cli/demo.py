@@ -1,4 +1,4 @@
-"""`clip-tools demo`, its options."""
+"""The options of `clip-tools demo`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,11 +16,11 @@ def demo(
     metrics_port: Port = 8002,
     config_name: ConfigName = None,
     check_vectors: CheckVectors = True,
-    picture: Annotated[Path | None, typer.Option(help="Where the heat map goes.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="The file for the heat map.")] = None,
 ) -> None:
-    """Serve, embed the demo photographs over gRPC, show how alike they are, and stop."""
+    """Serve, embed the demo photographs over gRPC, show their similarities, and stop."""
     from clip_tools import demo as verb
-    from clip_tools.serving.serve import ServeOptions
+    from clip_tools.serving.serve_options import ServeOptions
 
     verb.demo(
         ServeOptions(

@@ -21,40 +21,40 @@ def export_onnx(
         ),
     ] = "laion2b_s34b_b79k",
     precision: PrecisionName = "fp32",
-    image: Annotated[bool, typer.Option("--image", help="The image tower alone.")] = False,
+    image: Annotated[bool, typer.Option("--image", help="Export the image tower only.")] = False,
     text: Annotated[
-        bool, typer.Option("--text", help="The text tower alone, with its tokenizer's merges; in FP32.")
+        bool, typer.Option("--text", help="Export the text tower only, in FP32, with its tokenizer's merges.")
     ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Where the model goes, its manifest beside it; by default model.onnx or model.PRECISION.onnx of "
-            "clip_onnx, model.onnx of clip_text_onnx. The image tower alone, unless --text."
+            help="Where to write the model and its manifest; by default model.onnx or model.PRECISION.onnx of "
+            "clip_onnx, and model.onnx of clip_text_onnx. Writes the image tower only, unless --text."
         ),
     ] = None,
     photographs: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of images to compare on, in place of our own photographs (fp32: 10, else 121). The first "
-            "ten are kept beside the model, in sample.npz: servers are held to open_clip's vectors of them."
+            help="A folder of images to compare on, instead of this project's photographs (10 for fp32, else 121). The "
+            "first ten go to sample.npz beside the model: servers verify their vectors on them."
         ),
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="int8 and fp8: a folder of images like those that will be embedded, 500 or more."),
+        typer.Option(help="For int8 and fp8: a folder of 500 or more images like those you will embed."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Calibrate on fewer than 100 images.")] = False,
 ) -> None:
     """Export an open_clip model's image and text tower to ONNX, compare them with PyTorch, and write their manifests.
 
-    A precision other than fp32 is for the image tower alone. stdout has each tower's manifest, the image's first.
+    Precisions other than fp32 are for the image tower only. Prints the manifests as JSON, the image tower's first.
     """
     from clip_tools import photos
     from clip_tools.export import export_onnx as verb
     from clip_tools.export.export_text import TEXT_MODEL_PATH, export_text
-    from clip_tools.export.export_variant import export_variant
     from clip_tools.oracle import Weights, load_oracle, load_tokenizer
     from clip_tools.quantization.calibration import check_count
+    from clip_tools.quantization.export_variant import export_variant
 
     weights, wanted = Weights(model, pretrained), checked_precision(precision)
     if text and (wanted != "fp32" or (image and output)):

@@ -1,4 +1,4 @@
-"""`clip-tools health`, its options."""
+"""The options of `clip-tools health`."""
 
 from typing import Annotated
 
@@ -10,10 +10,10 @@ def health(
     timeout_s: Annotated[float, typer.Option(help="How long an answer may take.")] = 10.0,
     metrics_url: Annotated[
         str | None,
-        typer.Option(help="Its metrics: one that embeds for others may be late with its answer."),
+        typer.Option(help="The server's metrics: a late server passes if it embeds for others."),
     ] = None,
 ) -> None:
-    """Exit 0 when the server embeds an image or has no room for one, 1 with the reason when it does not."""
+    """Exit 0 if the server embeds an image or is too busy for one; else 1, with the reason."""
     from clip_tools.serving.health import check_health
 
     check_health(url, timeout_s, metrics_url)

@@ -1,4 +1,4 @@
-"""Options and ways to show a result that several verbs of `clip-tools` share."""
+"""Options and output that several verbs of `clip-tools` share."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,23 +8,22 @@ from typing import Annotated, Any
 import typer
 
 from clip_tools.errors import ToolError
-from clip_tools.export.precision import Precision
 from clip_tools.measuring.results import Tell
 from clip_tools.oracle import ORIENTATIONS, Orientation
-from clip_tools.serving.proof import CHECK_VECTORS
+from clip_tools.serving.vector_check import CHECK_VECTORS_VARIABLE
 from clip_tools.tensorrt.library import RUNTIMES, Runtime
-from clip_tools.verification.gates import PRECISIONS
+from clip_tools.verification.gates import PRECISIONS, Precision
 
 Port = Annotated[int, typer.Option(min=1, max=65535)]
 Models = Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")]
 ConfigName = Annotated[
     str | None,
-    typer.Option("--model-config-name", help="A named configuration of the whole deployment, such as cpu-bf16."),
+    typer.Option("--model-config-name", help="A named configuration of the deployment, such as cpu-bf16."),
 ]
 CheckVectors = Annotated[
     bool,
     typer.Option(
-        envvar=CHECK_VECTORS, help="Hold the engine's vectors to open_clip's, on photographs kept by its export."
+        envvar=CHECK_VECTORS_VARIABLE, help="Verify the vectors against open_clip, on photographs kept by the export."
     ),
 ]
 Architecture = Annotated[str, typer.Option(help="An open_clip architecture.", envvar="CLIP_MODEL")]
@@ -32,7 +31,7 @@ PrecisionName = Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)
 
 
 def checked_precision(name: str) -> Precision:
-    """The precision of this name. Raises ToolError for another."""
+    """The precision of this name. Raises ToolError for an unknown one."""
     for precision in PRECISIONS:
         if precision == name:
             return precision
@@ -40,7 +39,7 @@ def checked_precision(name: str) -> Precision:
 
 
 def checked_orientation(name: str) -> Orientation:
-    """The orientation of this name. Raises ToolError for another."""
+    """The orientation of this name. Raises ToolError for an unknown one."""
     for orientation in ORIENTATIONS:
         if orientation == name:
             return orientation
@@ -48,7 +47,7 @@ def checked_orientation(name: str) -> Orientation:
 
 
 def checked_runtime(name: str) -> Runtime:
-    """The runtime of this name. Raises ToolError for another."""
+    """The runtime of this name. Raises ToolError for an unknown one."""
     for runtime in RUNTIMES:
         if runtime == name:
             return runtime

@@ -38,6 +38,7 @@ def tune_precision(
     from clip_tools.oracle import Weights
     from clip_tools.verification.reference import reference
 
+    mix.check_machine()
     if apply:
         mix.check_name(apply, models)
     weights, graph = Weights(model, pretrained), onnx or models / "clip_onnx" / "1" / "model.onnx"

@@ -16,38 +16,40 @@ def verify(
         str | None,
         typer.Option(help="A .onnx or .plan file, or a named configuration to serve for it ('default', 'cpu-bf16')."),
     ] = None,
-    url: Annotated[str | None, typer.Option(help="A running server in place of --engine: grpc://host:8001.")] = None,
+    url: Annotated[str | None, typer.Option(help="A running server instead of --engine: grpc://host:8001.")] = None,
     images: Annotated[
-        Path | None, typer.Option(help="A folder of 100 or more images; by default 121 photographs of ours.")
+        Path | None, typer.Option(help="A folder of 100 or more images; by default this project's 121 photographs.")
     ] = None,
-    text: Annotated[
-        bool, typer.Option("--text", help="The text tower, on 120 texts of ours, in place of images.")
-    ] = False,
-    model: Annotated[str | None, typer.Option(help="The architecture; by default the engine's manifest's.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Compare the text tower, on this project's 120 texts.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="The architecture; by default that of the engine's manifest.")
+    ] = None,
     pretrained: Annotated[
-        str | None, typer.Option(help="A tag, a checkpoint's path or random:SEED; by default the manifest's.")
+        str | None, typer.Option(help="A tag, a checkpoint's path or random:SEED; by default that of the manifest.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Whose gate it is held to; by default the engine's own precision.")
+        str | None, typer.Option(help="The precision whose gate applies; by default the engine's.")
     ] = None,
     orientation: Annotated[
         str | None,
-        typer.Option(help="ignore or exif, as the server behind --url has it; by default the configuration's."),
+        typer.Option(
+            help="ignore or exif, as the server at --url is configured; by default that of the configuration."
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Where the JSON goes, in place of stdout.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Where a histogram goes, as PNG.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write the JSON; by default to stdout.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Where to write a histogram, as PNG.")] = None,
     models: Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")] = MODELS,
 ) -> None:
-    """Hold an engine against open_clip in FP32; exit 1 when it is under the gate of its precision."""
+    """Compare an engine's embeddings with open_clip's in FP32. Exit 1 below the gate of its precision."""
     import json
 
     from rich.console import Console
 
     from clip_tools import photos
+    from clip_tools.measuring import verify as verb
     from clip_tools.measuring.fingerprint import fingerprint
     from clip_tools.oracle import Weights
-    from clip_tools.verification import verify as verb
-    from clip_tools.verification.engine import find_engine
+    from clip_tools.serving.engine import find_engine
 
     found = find_engine(engine, url, models)
     given = Weights()

@@ -1,1 +1,1 @@
-"""What the container does at its first start, before it becomes tritonserver."""
+"""The container: builds what is missing at startup, then runs tritonserver."""

@@ -1,4 +1,4 @@
-"""What the container makes at its first start and finds in its volume at the next: exported graphs and plans."""
+"""Exported graphs and TensorRT plans: built at the first start, kept in the volume for later ones."""
 
 import contextlib
 import ctypes
@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 
 
 def plan_path(settings: Settings, graph: Path, gpu: str | None, runtime_version: str) -> Path:
-    """Where the volume keeps the plan of this graph, for this GPU, runtime and these options."""
+    """The path in the volume of the plan for this graph, GPU, runtime and options."""
     parts = {
         "graph": sha256_of(graph),
         "gpu": gpu,
@@ -39,7 +39,7 @@ def plan_path(settings: Settings, graph: Path, gpu: str | None, runtime_version:
 
 
 def ensure_plan(settings: Settings, graph: Path, gpu: str | None, say: Say) -> Path:
-    """The plan of this graph out of the volume, built when it is missing or stale. Raises ToolError with the reason."""
+    """The plan of this graph from the volume, built if missing or stale. Raises ToolError with the reason."""
     from clip_tools.tensorrt.build_engine import EngineOptions, build_engine, stale_reason
 
     version = _runtime_version(settings.runtime)
@@ -49,12 +49,12 @@ def ensure_plan(settings: Settings, graph: Path, gpu: str | None, say: Say) -> P
             if plan.is_file():
                 stale = stale_reason(plan, onnx_path=graph)
                 if stale is None:
-                    say(f"TensorRT plan: taken from {plan}")
+                    say(f"TensorRT plan: using {plan}")
                     return plan
-                say(f"TensorRT plan: built anew, because {stale}")
+                say(f"TensorRT plan: building it again: {stale}")
             say(
                 f"TensorRT plan: building {settings.precision} for batches of 1 to {settings.max_batch} on "
-                f"{gpu or 'no GPU, ahead of time'} with {settings.runtime} {version}; this takes minutes, once"
+                f"{gpu or 'no GPU, ahead of time'} with {settings.runtime} {version}; once, some minutes"
             )
             plan.parent.mkdir(parents=True, exist_ok=True)
             options = EngineOptions(
@@ -64,28 +64,28 @@ def ensure_plan(settings: Settings, graph: Path, gpu: str | None, say: Say) -> P
                 opt_batch=settings.opt_batch,
                 max_batch=settings.max_batch,
             )
-            _in_a_process(lambda: build_engine(graph, plan, options))
+            _in_subprocess(lambda: build_engine(graph, plan, options))
     except ToolError:
         raise
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room in it" if is_full else f"give the volume to user {os.getuid()}"
+        advice = "make room in it" if is_full else f"make it writable for user {os.getuid()}"
         raise ToolError(f"{settings.cache_dir} cannot be written ({error}): {advice}") from error
     except Exception as error:
         raise ToolError(f"{settings.runtime} {version} failed: {type(error).__name__}: {error}") from error
     return plan
 
 
-def _in_a_process(work: Callable[[], object]) -> None:
-    """Do it in a process of its own: one that TensorRT crashes, or that is killed for its memory, is an error here.
+def _in_subprocess(work: Callable[[], object]) -> None:
+    """Run it in a child process: if TensorRT crashes or is killed for its memory, that is an error here.
 
-    Raises what was raised there, and ToolError where that was nothing.
+    Raises what was raised there, or ToolError if the process ended.
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
 
     def run() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ours would wait until TensorRT returns
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # our handler would wait until TensorRT returns
         try:
             work()
             theirs.send(None)
@@ -110,24 +110,24 @@ def _in_a_process(work: Callable[[], object]) -> None:
 
 
 def _runtime_version(runtime: str) -> str:
-    """The version of the Python package that builds. Raises ToolError when it is missing, or not the server's own."""
+    """The version of the Python package that builds. Raises ToolError if it is missing or not the server's."""
     try:
         version = importlib.metadata.version(runtime)
     except importlib.metadata.PackageNotFoundError as error:
-        raise ToolError(f"the Python package {runtime} is not in this image, and it builds the plan") from error
+        raise ToolError(f"the Python package {runtime}, which builds the plan, is not in this image") from error
     served = served_tensorrt_version() if runtime == "tensorrt" else None
     if served is not None and version.split(".")[: len(served.split("."))] != served.split("."):
         raise ToolError(
-            f"the server's TensorRT is {served} and the Python package {version}, and a plan of one does not load in "
-            f"the other: build the image with --build-arg TENSORRT_VERSION={served}"
+            f"the server has TensorRT {served}, the Python package is {version}, and a plan loads in its own version "
+            f"alone: build the image with --build-arg TENSORRT_VERSION={served}"
         )
     return version
 
 
 def served_tensorrt_version() -> str | None:
-    """The version of the libnvinfer that the server loads, as in "10.13.3.9". None: there is none on the library path.
+    """The version of the server's libnvinfer, such as "10.13.3.9". None: not on the library path.
 
-    All four numbers count: 8.6.1.6 refused a plan of 8.6.1.2 (triton-inference-server/server#5975).
+    All four numbers matter: 8.6.1.6 refused a plan of 8.6.1.2 (triton-inference-server/server#5975).
     """
     name = ctypes.util.find_library("nvinfer")
     if name is None:
@@ -141,26 +141,26 @@ def served_tensorrt_version() -> str | None:
 
 @contextlib.contextmanager
 def _lock(path: Path, say: Say) -> Iterator[None]:
-    """One container builds; another with the same volume waits and finds the plan."""
+    """One container builds; others with the same volume wait, then find the plan."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("TensorRT plan: another container is building it; waiting")
+            say("TensorRT plan: waiting for another container that builds it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def export(settings: Settings, precision: str, say: Say) -> Path:
-    """Export the weights that CLIP_MODEL and CLIP_CHECKPOINT name. Raises ToolError; the reason is in the log above."""
+    """Export the weights of CLIP_MODEL and CLIP_CHECKPOINT. Raises ToolError; the reason is in the log above."""
     output = exported_dir(settings) / graph_name(precision)
     output.parent.mkdir(parents=True, exist_ok=True)
-    say(f"ONNX: exporting {settings.model or 'the default model'} in {precision}; this takes a minute, once")
+    say(f"ONNX: exporting {settings.model or 'the default model'} in {precision}; once, about a minute")
     command = [sys.executable, "-m", "clip_tools", "export-onnx", f"--precision={precision}", f"--output={output}"]
     command += [f"--model={settings.model}"] if settings.model else []
     command += [f"--pretrained={settings.checkpoint}"] if settings.checkpoint else []
-    # A process of its own: PyTorch's memory is free again when the plan is built.
+    # A child process, so that PyTorch's memory is free when the plan is built.
     if subprocess.run(command, check=False, stdout=sys.stderr).returncode != 0:
         raise ToolError(f"exporting {output.name} failed: the reason is in the lines above")
     return output

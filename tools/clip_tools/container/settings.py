@@ -1,4 +1,4 @@
-"""What the container's environment asks for: one variable, one field, and a sentence for each that cannot be."""
+"""The container's settings, read from environment variables."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import cast, get_args
 
 from clip_tools.errors import ToolError
-from clip_tools.export.precision import Precision
 from clip_tools.serving.access import OPEN_METADATA_VARIABLE, keys_in
-from clip_tools.serving.machine import INSTANCES
-from clip_tools.serving.proof import CHECK_VECTORS
+from clip_tools.serving.machine import INSTANCES_VARIABLE
+from clip_tools.serving.vector_check import CHECK_VECTORS_VARIABLE
 from clip_tools.tensorrt.library import RUNTIMES, Runtime
+from clip_tools.verification.gates import Precision
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 USAGE = 2  # exit code
@@ -18,7 +18,7 @@ USAGE = 2  # exit code
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment asks for. docs/container.md has the variables; `keys` are `serving.access.Access`'s."""
+    """docs/container.md describes the variables. `keys` are arguments of `serving.access.Access`."""
 
     precision: Precision = "fp16"
     opt_batch: int = 16
@@ -38,7 +38,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
-        """Raises ToolError with the variable, what was expected and what came."""
+        """The settings. Raises ToolError with the variable, the expected value and the given one."""
         read = _Reader(environment)
         max_batch = read.number("TRT_MAX_BATCH", 64)
         settings = cls(
@@ -53,8 +53,8 @@ class Settings:
             checkpoint=read.text("CLIP_CHECKPOINT"),
             onnx_dir=Path(read.text("CLIP_ONNX_DIR") or "/onnx").absolute(),
             cache_dir=Path(read.text("CLIP_CACHE_DIR") or "/var/cache/clip-embed").absolute(),
-            preprocess_instances=read.number(INSTANCES) if read.text(INSTANCES) else None,
-            check_vectors=read.flag(CHECK_VECTORS, default="1"),
+            preprocess_instances=read.number(INSTANCES_VARIABLE) if read.text(INSTANCES_VARIABLE) else None,
+            check_vectors=read.flag(CHECK_VECTORS_VARIABLE, default="1"),
             open_metadata=read.flag(OPEN_METADATA_VARIABLE),
             keys=keys_in(environment),
         )
@@ -65,8 +65,8 @@ class Settings:
             )
         if settings.config_name and not settings.skip_build:
             raise ToolError(
-                f"CLIP_CONFIG_NAME={settings.config_name}: it chooses among the ONNX engines, so it needs "
-                "SKIP_TRT_BUILD=1; without that the container serves 'trt'",
+                f"CLIP_CONFIG_NAME={settings.config_name}: it chooses an ONNX engine, which requires SKIP_TRT_BUILD=1; "
+                "without that the container serves 'trt'",
                 exit_code=USAGE,
             )
         return settings
@@ -86,13 +86,13 @@ class _Reader:
         return value
 
     def precision(self) -> Precision:
-        """TRT_PRECISION's, or that of TRT_FP16, which other containers take for it."""
+        """From TRT_PRECISION, or from TRT_FP16, which other containers use for it."""
         fp16 = "fp16" if self.flag("TRT_FP16", default="1") else "fp32"
         precision = self.one_of("TRT_PRECISION", PRECISIONS, fp16)
         if self.text("TRT_FP16") and precision != fp16:
             raise ToolError(
-                f"TRT_FP16={self.text('TRT_FP16')} means TRT_PRECISION={fp16}, and TRT_PRECISION={precision} came: "
-                "leave TRT_FP16 out",
+                f"TRT_FP16={self.text('TRT_FP16')} means TRT_PRECISION={fp16}, but TRT_PRECISION={precision} is set "
+                "too: remove TRT_FP16",
                 exit_code=USAGE,
             )
         return cast(Precision, precision)
@@ -106,5 +106,5 @@ class _Reader:
     def flag(self, name: str, default: str = "0") -> bool:
         value = self.text(name) or default
         if value not in ("0", "1"):
-            raise ToolError(f"{name}={value}: expected 1 or 0; without it: {default}", exit_code=USAGE)
+            raise ToolError(f"{name}={value}: expected 1 or 0, default {default}", exit_code=USAGE)
         return value == "1"

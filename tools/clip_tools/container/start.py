@@ -1,4 +1,4 @@
-"""What a start of the container has to do, decided from the settings and from what the machine has."""
+"""Decides what a start of the container does, from the settings and from what is available."""
 
 import hashlib
 import importlib.util
@@ -16,8 +16,8 @@ _MOUNT = "mount the folder with it at CLIP_ONNX_DIR (-v $PWD/models/clip_onnx/1:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the machine has. `onnx`: the graphs that are mounted or were exported before, by file name."""
+class Available:
+    """What the container has. `onnx`: the mounted and the exported graphs, by file name."""
 
     onnx: Mapping[str, Path]
     can_export: bool
@@ -27,15 +27,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Start:
-    """What to do: export these precisions, build a plan from `graph` (None: no plan), serve under `config_name`."""
+    """What to do: export these precisions, build a plan from `graph` (None: no plan), serve `config_name`."""
 
     exports: tuple[str, ...]
     graph: str | None
     config_name: str | None
 
 
-def plan_start(settings: Settings, found: Found) -> Start:
-    """What this start has to do. Raises ToolError for what cannot be had, with what to mount or to set."""
+def decide_start(settings: Settings, found: Available) -> Start:
+    """What this start does. Raises ToolError for what is missing, with what to mount or set."""
     if settings.skip_build:
         return Start(_exports(found, found.onnx_engine_file), None, settings.config_name)
     graph = graph_name(settings.precision)
@@ -48,20 +48,20 @@ def plan_start(settings: Settings, found: Found) -> Start:
     return Start(exports, graph, "trt")
 
 
-def _exports(found: Found, graph: str) -> tuple[str, ...]:
-    """The precisions to export so that `graph` is there."""
+def _exports(found: Available, graph: str) -> tuple[str, ...]:
+    """The precisions to export to have `graph`."""
     if graph in found.onnx:
         return ()
     precision = Path(graph).stem.removeprefix("model").removeprefix(".") or "fp32"
     if not found.can_export:
         raise ToolError(
-            f"{graph} was not found: make it with `clip-tools export-onnx --precision {precision}` and {_MOUNT}; or "
-            "build the image with --build-arg WITH_EXPORT=1, which exports by itself"
+            f"{graph} is missing: make it with `clip-tools export-onnx --precision {precision}` and {_MOUNT}; or "
+            "build the image with --build-arg WITH_EXPORT=1, which exports at startup"
         )
     return (precision,)
 
 
-def look(settings: Settings, models: Path = MODELS) -> Found:
+def find_available(settings: Settings, models: Path = MODELS) -> Available:
     """What is mounted, cached and installed, and the GPU."""
     if settings.config_name and settings.config_name not in config_names(models):
         raise ToolError(
@@ -71,10 +71,8 @@ def look(settings: Settings, models: Path = MODELS) -> Found:
     onnx = {path.name: path for folder in (exported_dir(settings), settings.onnx_dir) for path in folder.glob("*.onnx")}
     engine = deployment(models, settings.config_name)[-2]
     if engine.name == "clip_trt":
-        raise ToolError(
-            f"CLIP_CONFIG_NAME={settings.config_name} needs a plan: leave SKIP_TRT_BUILD out", exit_code=USAGE
-        )
-    return Found(
+        raise ToolError(f"CLIP_CONFIG_NAME={settings.config_name} needs a plan: remove SKIP_TRT_BUILD", exit_code=USAGE)
+    return Available(
         onnx=onnx,
         can_export=_is_installed("torch") and _is_installed("open_clip"),
         gpu=gpu_name(),
@@ -90,12 +88,12 @@ def _is_installed(module: str) -> bool:
 
 
 def exported_dir(settings: Settings) -> Path:
-    """Where this container keeps its own exports: one folder for each model and checkpoint asked for."""
+    """The folder for this container's exports of the given model and checkpoint."""
     key = hashlib.sha256(f"{settings.model} {settings.checkpoint}".encode()).hexdigest()[:12]
     return settings.cache_dir / "onnx" / key
 
 
 def gpu_name() -> str | None:
-    """Name and compute capability of the first GPU, as in "NVIDIA L4, 8.9". None: no driver answers."""
+    """Name and compute capability of the first GPU, such as "NVIDIA L4, 8.9". None: no GPU or driver."""
     gpu = find_gpu()
     return f"{gpu.name}, {gpu.compute_capability}" if gpu else None

@@ -2,25 +2,29 @@
 
 import datetime
 import importlib.metadata
+import itertools
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, missing_extra
+from clip_tools.export import external_data
+from clip_tools.export.external_data import DataFile, load_nodes
 from clip_tools.export.manifest import GRAPH, Manifest, put_in_place
-from clip_tools.export.precision import Precision
 from clip_tools.export.vit_graph import OPSETS, Form, is_plain_vit, vit_graph
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import MODELS
+from clip_tools.verification.gates import Precision
 from clip_tools.verification.sample import keep_sample
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import onnx
 
 
 MODEL_PATH = MODELS / "clip_onnx" / "1" / "model.onnx"
@@ -31,11 +35,15 @@ MAX_BATCH = 64
 MIN_COSINE = 0.99999
 MAX_ABS_DIFFERENCE = 2e-4
 _BATCHES = (1, 2, 5, 16)
-_LARGEST_GRAPH_BYTES = (1 << 31) - (16 << 20)  # a protobuf message ends at 2 GiB
 
 
 def export_onnx(
-    weights: Weights, photographs: Sequence[bytes], output: Path = MODEL_PATH, *, oracle: Oracle | None = None
+    weights: Weights,
+    photographs: Sequence[bytes],
+    output: Path = MODEL_PATH,
+    *,
+    oracle: Oracle | None = None,
+    largest_bytes: int = external_data.LARGEST_BYTES,
 ) -> Manifest:
     """Export, compare with PyTorch, then put model, manifest and sample in place. Raises ToolError on any drift.
 
@@ -49,7 +57,7 @@ def export_onnx(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         draft = Path(folder) / output.name
-        write_graph(oracle, draft)
+        write_graph(oracle, draft, largest_bytes=largest_bytes)
         worst_cosine, max_abs_difference = compare(oracle, draft, photographs)
         manifest = describe(
             draft, weights, "fp32", worst_cosine, max_abs_difference, tensors=tensors_of(draft), fit=dict(oracle.fit)
@@ -92,26 +100,27 @@ def describe(
 
 def tensors_of(draft: Path) -> dict[str, list[int]]:
     """The dimensions behind the batch of what a graph takes and gives, by name."""
-    import onnx
-
-    graph = onnx.load(str(draft), load_external_data=False).graph
+    graph = load_nodes(draft).graph
     return {
         tensor.name: [dim.dim_value for dim in tensor.type.tensor_type.shape.dim][1:]
         for tensor in (*graph.input, *graph.output)
     }
 
 
-def write_graph(oracle: Oracle, path: Path, form: Form = "portable") -> None:
-    """Write the FP32 graph of the oracle's model; nothing is compared yet.
+def write_graph(
+    oracle: Oracle, path: Path, form: Form = "portable", *, largest_bytes: int = external_data.LARGEST_BYTES
+) -> None:
+    """Write the FP32 graph of the oracle's image tower, without comparing it.
 
-    A plain ViT's is written by `vit_graph` in this form, any other tower's by torch.onnx.export as it comes.
+    `vit_graph` writes a plain ViT in this form, torch.onnx.export any other tower. The weights go to a second file
+    where they have more than `largest_bytes`.
     """
-    import onnx
     import torch
 
-    check_size(oracle.model.visual.parameters())
-    if is_plain_vit(oracle.model.visual):
-        onnx.save(vit_graph(oracle.model.visual, oracle.mean, oracle.std, form), str(path))
+    visual = oracle.model.visual
+    large = external_data.is_large(visual.parameters(), largest_bytes)
+    if is_plain_vit(visual):
+        write(lambda data: vit_graph(visual, oracle.mean, oracle.std, form, data), path, large=large)
         return
 
     class PixelsToEmbedding(torch.nn.Module):  # type: ignore[misc, unused-ignore]
@@ -135,20 +144,21 @@ def write_graph(oracle: Oracle, path: Path, form: Form = "portable") -> None:
     image_size = oracle.model.visual.image_size
     height, width = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
     pixels = torch.zeros((2, height, width, 3), dtype=torch.uint8)
-    trace(PixelsToEmbedding().eval(), pixels, "pixels", path)
+    trace(PixelsToEmbedding().eval(), pixels, "pixels", path, large=large)
 
 
-def check_size(parameters: Iterable[Any]) -> None:
-    """Raises ToolError for a tower of these parameters whose FP32 graph one file cannot hold."""
-    size_bytes = 4 * sum(parameter.numel() for parameter in parameters)
-    if size_bytes > _LARGEST_GRAPH_BYTES:
-        raise ToolError(
-            f"the tower has {size_bytes / 1e9:.1f} GB of weights in FP32, and an ONNX file holds 2 GB at most: take a "
-            "smaller model"
-        )
+def write(make: "Callable[[DataFile | None], onnx.ModelProto]", path: Path, *, large: bool) -> None:
+    """Write the graph that `make` gives; a large one has its weights in the data file that `make` is given."""
+    import onnx
+
+    if not large:
+        onnx.save(make(None), str(path))
+        return
+    with DataFile(path) as data:
+        onnx.save(make(data), str(path))
 
 
-def trace(module: Any, example: Any, name: str, path: Path) -> None:
+def trace(module: Any, example: Any, name: str, path: Path, *, large: bool = False) -> None:
     """Write what torch.onnx.export makes of a module that gives `embedding`, of one tensor of this name."""
     import torch
 
@@ -176,19 +186,19 @@ def trace(module: Any, example: Any, name: str, path: Path) -> None:
     for value in [value for node in program.model.graph for value in node.outputs]:
         if value.name == "embedding" and value not in outputs:  # torch's name for a look-up, as in a text tower
             value.name = "looked_up"
-    program.save(str(path), external_data=False)
+    program.save(str(path), external_data=large)
 
 
 def compare(oracle: Oracle, model_path: Path, photographs: Sequence[bytes]) -> tuple[float, float]:
-    """(worst cosine, largest element difference) of the ONNX file to PyTorch, both FP32 on the CPU.
+    """(Worst cosine, largest element difference) of the ONNX file to PyTorch, both in FP32 on the CPU.
 
-    On the photographs and on random pixels, at batches of 1 to 16. Raises ToolError on drift.
+    It embeds the photographs and random pixels, in batches of several sizes. Raises ToolError on drift.
     """
     import numpy as np
     import torch
 
     pixels = np.stack([oracle.pixels(data) for data in photographs])
-    noise = np.random.default_rng(0).integers(0, 256, (8, *pixels.shape[1:]), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (4, *pixels.shape[1:]), dtype=np.uint8)
     pixels = np.concatenate([pixels, noise])
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     mean, std = torch.tensor(oracle.mean).view(1, 3, 1, 1), torch.tensor(oracle.std).view(1, 3, 1, 1)
@@ -208,14 +218,14 @@ def check_drift(
         raise missing_extra("cpu", error) from error
     session = onnxruntime.InferenceSession(str(model_path), providers=["CPUExecutionProvider"])
     cosines, differences = [], []
-    for batch in _BATCHES:
-        for start in range(0, len(inputs), batch):
-            rows = slice(start, start + batch)
-            (got,) = session.run(["embedding"], {name: inputs[rows]})
-            if got.shape != expected[rows].shape:
-                raise ToolError(f"the exported graph gives {got.shape} for a batch of {len(expected[rows])}")
-            cosines.append((got * expected[rows]).sum(axis=1).min())
-            differences.append(np.abs(got - expected[rows]).max())
+    batches, start = itertools.cycle(_BATCHES), 0
+    while start < len(inputs):
+        rows = slice(start, start := start + next(batches))
+        (got,) = session.run(["embedding"], {name: inputs[rows]})
+        if got.shape != expected[rows].shape:
+            raise ToolError(f"the exported graph gives {got.shape} for a batch of {len(expected[rows])}")
+        cosines.append((got * expected[rows]).sum(axis=1).min())
+        differences.append(np.abs(got - expected[rows]).max())
     # numpy's min and max keep a NaN, which Python's would drop; it compares false, so it fails here too.
     worst_cosine, max_abs_difference = float(np.min(cosines)), float(np.max(differences))
     if not (worst_cosine >= MIN_COSINE and max_abs_difference <= MAX_ABS_DIFFERENCE):

@@ -4,12 +4,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from clip_tools.export.export_onnx import check_drift, check_size, describe, tensors_of, trace
+from clip_tools.export.export_onnx import check_drift, describe, tensors_of, trace, write
+from clip_tools.export.external_data import LARGEST_BYTES, is_large
 from clip_tools.export.manifest import Manifest, put_in_place
 from clip_tools.export.text_graph import is_plain_text, text_graph, text_tower
 from clip_tools.oracle import Oracle, Weights, load_oracle, load_tokenizer
 from clip_tools.paths import MODELS
-from clip_tools.verification.sample import PHOTOGRAPHS, Sample, known_as
+from clip_tools.verification.sample import PHOTOGRAPHS, Sample
 from clip_tools.verification.texts import texts
 
 TEXT_MODEL_PATH = MODELS / "clip_text_onnx" / "1" / "model.onnx"
@@ -48,19 +49,19 @@ def export_text(weights: Weights, output: Path = TEXT_MODEL_PATH, *, oracle: Ora
         put_in_place(draft, manifest, output)
     kept = slice(None, None, max(1, len(some) // PHOTOGRAPHS))
     files = tuple(text.encode() for text in some[kept])
-    Sample(known_as(weights), files, tokens[kept], expected[kept]).write(output)
+    Sample(weights.identity, files, tokens[kept], expected[kept]).write(output)
     return manifest
 
 
-def write_text_graph(model: Any, tokens: Any, path: Path) -> None:
+def write_text_graph(model: Any, tokens: Any, path: Path, *, largest_bytes: int = LARGEST_BYTES) -> None:
     """Write the FP32 graph of the text tower: `text_graph` of a plain one, else what torch.onnx.export gives."""
-    import onnx
     import torch
 
     tower = text_tower(model)  # which may be the whole model
-    check_size(value for name, value in tower.named_parameters() if not name.startswith("visual."))
+    own = (value for name, value in tower.named_parameters() if not name.startswith("visual."))
+    large = is_large(own, largest_bytes)
     if is_plain_text(model):
-        onnx.save(text_graph(model), str(path))
+        write(lambda data: text_graph(model, data), path, large=large)
         return
 
     class TokensToEmbedding(torch.nn.Module):  # type: ignore[misc, unused-ignore]
@@ -72,7 +73,7 @@ def write_text_graph(model: Any, tokens: Any, path: Path) -> None:
             embedding: torch.Tensor = self.model.encode_text(tokens, normalize=True)
             return embedding
 
-    trace(TokensToEmbedding().eval(), torch.as_tensor(tokens), "tokens", path)
+    trace(TokensToEmbedding().eval(), torch.as_tensor(tokens), "tokens", path, large=large)
 
 
 def merges_text(tokenizer: Any) -> str:

@@ -3,14 +3,20 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from clip_tools.digest import sha256_of
-from clip_tools.export.precision import Precision
+from clip_tools.digest import files_of, sha256_of
 from clip_tools.oracle import Weights
+from clip_tools.verification.gates import Precision
 
-if TYPE_CHECKING:
-    from clip_tools.tensorrt.engine_manifest import EngineManifest
+
+class Described(Protocol):
+    """A manifest: of a graph, or of a plan."""
+
+    def to_json(self) -> str:
+        """What its file holds."""
+        ...
+
 
 # The version of the graph's form: 1 changed the pixels' layout before their type, which TensorRT cannot; 2 computed
 # every token in the last block; 3 had a convolution and 602 nodes.
@@ -54,6 +60,11 @@ class Manifest:
         except (FileNotFoundError, json.JSONDecodeError, TypeError):
             return None
 
+    @property
+    def identity(self) -> tuple[str, str]:
+        """`Weights.identity` of the weights in the file."""
+        return self.model, self.checkpoint_sha256 or self.pretrained
+
     def to_json(self) -> str:
         """The manifest as its file holds it."""
         return json.dumps(asdict(self), indent=2)
@@ -72,13 +83,12 @@ def is_exported(model_path: Path, weights: Weights) -> bool:
         manifest is not None
         and manifest.graph == GRAPH
         and model_path.is_file()
-        and (manifest.model, manifest.checkpoint_sha256) == (weights.model, weights.checkpoint_sha256)
-        and (manifest.checkpoint_sha256 is not None or manifest.pretrained == weights.pretrained)
+        and manifest.identity == weights.identity
         and sha256_of(model_path) == manifest.sha256
     )
 
 
-def put_in_place(draft: Path, manifest: "Manifest | EngineManifest", output: Path, beside: Path | None = None) -> None:
+def put_in_place(draft: Path, manifest: Described, output: Path, beside: Path | None = None) -> None:
     """Move a file that has passed to `output`, and its manifest to `beside`, by default the model's `manifest_path`.
 
     The draft's folder is on the same disk.
@@ -86,7 +96,12 @@ def put_in_place(draft: Path, manifest: "Manifest | EngineManifest", output: Pat
     # The old manifest goes first: a crash between the two leaves a model without one, never with a wrong one.
     beside = beside or manifest_path(output)
     beside.unlink(missing_ok=True)
-    draft.replace(output)
+    new, old = files_of(draft), files_of(output)
+    if len(new) > 1 or len(old) > 1:  # nor a graph with the weights of another
+        for file in old:
+            file.unlink(missing_ok=True)
+    for file in reversed(new):
+        file.replace(output.with_name(output.name + file.name.removeprefix(draft.name)))
     text = draft.with_name("manifest.json")
     text.write_text(manifest.to_json() + "\n")
     text.replace(beside)

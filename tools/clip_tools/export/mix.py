@@ -72,21 +72,39 @@ class Engine:
         """The session of these parts, each in its precision. Raises ToolError when the backend refuses them."""
         import onnx
 
-        if str(BACKENDS / "onnxruntime") not in sys.path:
-            sys.path.append(str(BACKENDS / "onnxruntime"))
-        try:
-            backend = importlib.import_module("ort_session")
-        except ImportError as error:
-            raise missing_extra("cpu", error) from error
         for number, part in enumerate(parts, 1):
             onnx.save(part, str(self._folder / f"model.tried.part{number}.onnx"))
-        accelerator = {"name": "openvino_bf16", "parameters": {"parts": " ".join(precisions)}}
-        config = {"optimization": {"execution_accelerators": {"cpu_execution_accelerator": [accelerator]}}}
+        backend = _backend()
         try:
-            plan = backend.session_plan(config, "CPU", 0)
-            return backend.open_session(self._folder / "model.tried.part1.onnx", plan)
+            return backend.open_session(self._folder / "model.tried.part1.onnx", _plan(backend, precisions))
         except backend.ConfigError as error:
             raise ToolError(f"a mix of {' '.join(precisions)} cannot be served here: {error}") from error
+
+
+def check_machine() -> None:
+    """Raises ToolError on a machine that cannot serve a mix of FP32 and BF16."""
+    backend = _backend()
+    try:
+        backend.check_plan(_plan(backend, ["fp32", "bf16"]))
+    except backend.ConfigError as error:
+        raise ToolError(f"a mix of FP32 and BF16 cannot be served here: {error}") from error
+
+
+def _backend() -> Any:
+    """`ort_session` of the backend that serves a mix."""
+    if str(BACKENDS / "onnxruntime") not in sys.path:
+        sys.path.append(str(BACKENDS / "onnxruntime"))
+    try:
+        return importlib.import_module("ort_session")
+    except ImportError as error:
+        raise missing_extra("cpu", error) from error
+
+
+def _plan(backend: Any, precisions: Sequence[PartPrecision]) -> Any:
+    """The backend's `SessionPlan` for a mix in these precisions."""
+    accelerator = {"name": "openvino_bf16", "parameters": {"parts": " ".join(precisions)}}
+    config = {"optimization": {"execution_accelerators": {"cpu_execution_accelerator": [accelerator]}}}
+    return backend.session_plan(config, "CPU", 0)
 
 
 def check_name(name: str, models: Path = MODELS) -> None:

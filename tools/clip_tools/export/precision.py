@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_tools.errors import ToolError, missing_extra
+from clip_tools.verification.gates import Precision
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import onnx
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 Half = Literal["fp16", "bf16"]
 
 _BF16_OPSET = 22
+_LARGE_BYTES = 1024  # of a constant: smaller ones may be shapes, whose values matter to other types
 MATRIX_OPS = ("MatMul", "Conv", "Attention")
 # They move numbers and compute none, so they take the type that comes; the first input is the data.
 _MOVERS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Gather", "Slice", "Split", "Pad")
@@ -87,6 +88,8 @@ def split_gemm(model: "onnx.ModelProto") -> "onnx.ModelProto":
     """
     from onnx import helper
 
+    if not any(node.op_type == "Gemm" for node in model.graph.node):
+        return model
     graph = Graph(model)
     nodes = []
     for node in graph.nodes:
@@ -374,9 +377,22 @@ def _attention_by_products(graph: Graph, node: Any, low: int) -> list[Any]:
 
 
 def _infer(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The graph with the types of its tensors and without large weights, with which a copy may pass protobuf's 2 GB."""
     import onnx
 
-    return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=False)
+    bare = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    for field in ("node", "input", "output", "value_info"):
+        getattr(bare.graph, field).extend(getattr(model.graph, field))
+    bare.graph.name = model.graph.name
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) < _LARGE_BYTES:
+            bare.graph.initializer.append(tensor)
+        else:
+            elsewhere = onnx.TensorProto.EXTERNAL
+            bare.graph.initializer.add(
+                name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, data_location=elsewhere
+            ).external_data.add(key="location", value="left out")
+    return onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=False)
 
 
 def _float_tensors(graph: Graph) -> dict[str, int]:

@@ -6,6 +6,7 @@ batch changes nothing, so the graph cuts it off. A text of four words then costs
 
 from typing import TYPE_CHECKING, Any
 
+from clip_tools.export.external_data import DataFile
 from clip_tools.export.vit_graph import Tower, array_of, has_plain_blocks
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ def text_tower(model: Any) -> Any:
     return getattr(model, "text", model)
 
 
-def text_graph(model: Any) -> "onnx.ModelProto":
+def text_graph(model: Any, data: DataFile | None = None) -> "onnx.ModelProto":
     """The FP32 graph of a plain one: `tokens` (batch, context) int64 -> `embedding` (batch, D) float32, L2 norm 1."""
-    tower, made = text_tower(model), Tower("portable")
+    tower, made = text_tower(model), Tower("portable", data)
     context, made.width = tower.positional_embedding.shape
     end = made.node("ArgMax", ["tokens"], "end", axis=1, keepdims=1)
     last = made.node("ReduceMax", [end, made.integers("first_axis", (0,))], "last_end", keepdims=0)

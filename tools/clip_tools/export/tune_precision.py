@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_tools.digest import files_of
 from clip_tools.errors import ToolError
 from clip_tools.export.manifest import is_exported
 from clip_tools.export.mix import BATCH, Engine, Mix, PartPrecision
@@ -251,6 +252,8 @@ def tune_precision(
             f"{model_path} is not this version's export of {weights.model}, {weights.pretrained}: make it with "
             f"`clip-tools export-onnx --model {weights.model} --pretrained {weights.pretrained}`"
         )
+    if len(files_of(model_path)) > 1:
+        raise ToolError(f"{model_path}: expected a graph in one file, and this one has its weights in a second")
     tuning = tune(onnx.load(str(model_path)), expected, worst_cosine=worst_cosine, rounds=rounds, advance=advance)
     trained = weights.seed is None
     result = {

@@ -1,1 +1,1 @@
-"""How fast it is, where the time goes, and which configuration is best."""
+"""How exact it is, how fast, where the time goes, and which configuration is best."""

@@ -74,11 +74,14 @@ def engine_plan(models: Path = MODELS, config_name: str | None = None) -> tuple[
 
 
 def runs_here(models: Path, config_name: str) -> bool:
-    """Whether this environment's ONNX Runtime has the providers that a configuration asks for on this machine."""
-    import onnxruntime
-
+    """Whether this machine has the providers and the precision that a configuration asks for."""
     _, plan = engine_plan(models, config_name)
-    return {name for name, _ in plan.providers} <= set(onnxruntime.get_available_providers())
+    try:
+        with _backend() as backend:
+            backend.check_plan(plan)
+    except ToolError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def headline(result: dict[str, Any]) -> str:
     where = f"{environment['cpu']}, {environment['cores']} cores, {environment['gpu'] or 'no GPU'}, "
     where += f"{environment['date'][:10]}, `{environment['command']}`"
     shown = table(head, "`{arm}` | {median:.1f} | {times}", rows)
-    return f"{shown}\n{where}; all of it: [docs/benchmarks.md](docs/benchmarks.md).\n"
+    return f"{shown}\n{where}; all figures: [docs/benchmarks.md](docs/benchmarks.md).\n"
 
 
 def _against(result: dict[str, Any], cell: Cell, baseline: str) -> Ratio | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from clip_embed import EmbeddingClient
     from clip_embed.library import Library
 
 SIZE = 512
@@ -144,6 +145,7 @@ def _measure_edits(paths: Sequence[Path], models: Path, tell: Tell) -> dict[str,
                 image.draft("RGB", (1600, 1600))
                 rgb = image.convert("RGB")
             vectors.append(client.embed([path, *(edit(rgb) for edit in made.values())]))
+        duplicates = measure_duplicates(client)
     found = np.stack(vectors)  # (photographs, 1 + edits, D)
     return {
         "model": manifest.model,
@@ -152,6 +154,26 @@ def _measure_edits(paths: Sequence[Path], models: Path, tell: Tell) -> dict[str,
         "photographs": len(paths),
         "edits": list(made),
         "thresholds": [_at(found, threshold) for threshold in THRESHOLDS],
+        "imagededup": duplicates,
+    }
+
+
+def measure_duplicates(client: "EmbeddingClient") -> dict[str, Any]:
+    """For imagededup's near-duplicates: how many pairs are found at each threshold, and how many by mistake."""
+    import numpy as np
+
+    files = photos.duplicate_photos()
+    photograph = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
+    vectors = client.embed([path for paths in files.values() for path in paths])
+    first, second = np.triu_indices(len(vectors), 1)
+    is_pair = photograph[first] == photograph[second]
+    cosines = (vectors[first] * vectors[second]).sum(axis=1)
+    return {
+        "photographs": len(files),
+        "files": len(vectors),
+        "pairs": int(is_pair.sum()),
+        "found": [int((is_pair & (cosines >= threshold)).sum()) for threshold in THRESHOLDS],
+        "false": [int((~is_pair & (cosines >= threshold)).sum()) for threshold in THRESHOLDS],
     }
 
 
@@ -227,11 +249,20 @@ def _edits_text(edited: dict[str, Any]) -> str:
         "pairs of different photographs as they are": "false_pairs_of_photographs",
     }.items():
         shares[title] = [str(one[key]) for one in levels]
+    also = ""
+    if duplicates := edited.get("imagededup"):
+        shares[f"imagededup: pairs found, of {duplicates['pairs']}"] = list(map(str, duplicates["found"]))
+        shares["imagededup: pairs of different photographs"] = list(map(str, duplicates["false"]))
+        also = (
+            f" The last two lines are imagededup's {duplicates['files']} test images, {duplicates['photographs']} "
+            "photographs and edits of one of them: mirrored, made square, turned by 30 degrees, gray. Each two "
+            "of that one are a pair."
+        )
     untrained = "" if edited["trained"] else " **Untrained weights: this counts for nothing.**"
     head = " | ".join(["edit", *(f"{one['threshold']:.2f}" for one in levels)])
     rows = [{"line": " | ".join([title, *texts])} for title, texts in shares.items()]
     return (
         f"{edited['photographs']} photographs and {len(edited['edits'])} edits of each, by {edited['model']} "
         f"({edited['weights']}): the share of edits that are a pair with their photograph at each threshold, and the "
-        f"groups that join different photographs.{untrained}\n\n{table(head, '{line}', rows)}"
+        f"groups that join different photographs.{also}{untrained}\n\n{table(head, '{line}', rows)}"
     )

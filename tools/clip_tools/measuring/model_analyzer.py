@@ -12,7 +12,7 @@ from typing import Any
 
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.serving.access import Access
-from clip_tools.serving.keyring import access_of
+from clip_tools.serving.key_files import access_of
 
 
 def give_keys(client: Any, scheme: str, headers_of: Callable[[Access], Mapping[str, str]]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_tools.errors import ToolError, missing_extra
+from clip_tools.export.external_data import load_nodes
 from clip_tools.measuring.bare import engine_plan, open_engine
 from clip_tools.measuring.noise import paired_ratio
 from clip_tools.measuring.results import Tell, begin, silent
@@ -93,8 +94,6 @@ def _compare(served: Path, other: Path, plan: Any, batches: Sequence[int]) -> di
 
     `ratio` is the median of the other's time over the served one's: above 1 the served graph is faster.
     """
-    import onnx
-
     from clip_tools.export.tune_precision import embed, times
     from clip_tools.verification.gates import cosines
     from clip_tools.verification.sample import Sample
@@ -116,7 +115,7 @@ def _compare(served: Path, other: Path, plan: Any, batches: Sequence[int]) -> di
             values = (round(one, 3) for one in (*figures, ratio.median, ratio.lowest, ratio.highest))
             rows.append({"provider": provider, "batch": batch, **dict(zip(keys, values, strict=True))})
     graphs = [
-        {"file": path.name, "nodes": len(onnx.load(str(path)).graph.node), "worst_cosine": round(cosine, 7)}
+        {"file": path.name, "nodes": len(load_nodes(path).graph.node), "worst_cosine": round(cosine, 7)}
         for path, cosine in zip((served, other), worst, strict=True)
     ]
     return {"graphs": graphs, "photographs": len(sample.inputs), "times": rows}

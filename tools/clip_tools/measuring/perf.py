@@ -21,8 +21,8 @@ from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.workload import VGA, load_images
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import ENSEMBLE, read_config
-from clip_tools.serving.hidden_arguments import popen
-from clip_tools.serving.keyring import access_of
+from clip_tools.serving.key_files import access_of
+from clip_tools.serving.secret_arguments import popen_with_secrets
 
 Mode = Literal["concurrency", "request-rate"]
 # A window in which no request ended has an error in the place of its throughput.
@@ -128,7 +128,7 @@ def run_level(options: PerfOptions, mode: Mode, level: float, input_file: Path) 
     with tempfile.TemporaryDirectory() as folder:
         csv_file = Path(folder) / "perf.csv"
         flags = arguments(options, mode, level, input_file, csv_file)
-        process = popen(
+        process = popen_with_secrets(
             [str(binary), *flags, "-v"],  # or it does not tell the windows
             headers(options),
             env={**os.environ, **environment},

@@ -19,7 +19,8 @@ from clip_tools.measuring.variants import TENSOR_MODEL, Variant, write_repositor
 from clip_tools.measuring.workload import Workload
 from clip_tools.oracle import Weights
 from clip_tools.paths import CACHE, MODELS
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 
 
 class _Service:
@@ -90,7 +91,7 @@ class PyTorchService(_Service):
 
     def _wait(self, deadline_s: float) -> None:
         from clip_embed import EmbeddingClient
-        from clip_tools.serving.serve import probe_image
+        from clip_tools.serving.probe import probe_image
 
         with EmbeddingClient(self.url, backend="pytorch", timeout_s=60, retry=None) as client:
             while not client.is_ready():

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from clip_tools.proxy import DIRECT
-from clip_tools.serving.keyring import access_of
+from clip_tools.serving.key_files import access_of
 
 _PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
 STEP_HEAD = "step | batch | queue ms | input ms | infer ms | output ms"

@@ -15,7 +15,7 @@ from clip_tools.measuring.noise import SMALLEST_CHANGE
 from clip_tools.measuring.perf import PerfOptions, run_level, write_input
 from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.services import TritonService
-from clip_tools.measuring.variants import Variant, change, committed_variant
+from clip_tools.measuring.variants import Variant, change, committed_variant, limit_batches
 from clip_tools.measuring.workload import VGA
 from clip_tools.paths import MODELS, RESULTS
 from clip_tools.repository import ENSEMBLE, read_config, write_config
@@ -193,6 +193,12 @@ def apply(result: dict[str, Any], name: str, models: Path = MODELS) -> list[Path
     for model, variant in variants.items():
         config = read_config(models, model, variant.config_name)
         if change(config, variant):
+            if (
+                variant.max_batch and "best_variant" not in result
+            ):  # Model Analyzer measures without preferred sizes and without a delay
+                config.dynamic_batching.ClearField("preferred_batch_size")
+                config.dynamic_batching.ClearField("max_queue_delay_microseconds")
+                limit_batches(config, variant.max_batch)
             comment = (
                 f"{model}, the best of `clip-tools {result['kind']}` on {machine['cpu']}, {machine['cores']} cores, "
                 f"{machine['date'][:10]}:\n{result['best']}.\nmax_batch_size is what one request may hold."

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_tools.errors import ToolError, missing_extra
+from clip_tools.export.external_data import load_graph, save_graph
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, read_config, write_config
 from clip_tools.serving.machine import Machine
@@ -64,7 +65,7 @@ def committed_variant(models: Path = MODELS, config_name: str | None = None) -> 
     """The deployment as it is served here, in every value that a variant can name."""
     steps = deployment(models, config_name)
     for step in steps:
-        Machine.here().fit(step.config)
+        Machine.here().apply_to(step.config)
     preprocess = next(one.config for one in steps if one.config.backend == "python")
     engine = next(one.config for one in steps if one.config.backend and one.config.backend != "python")
     return Variant(
@@ -85,7 +86,7 @@ def change(config: Any, variant: Variant) -> bool:
     if config.name == "preprocess" or config.backend == "python":
         served = type(config)()
         served.CopyFrom(config)
-        Machine.here().fit(served)
+        Machine.here().apply_to(served)
         if variant.preprocess_instances not in (None, served.instance_group[0].count):
             config.instance_group[0].count = variant.preprocess_instances
             config.instance_group[0].ClearField("name")  # so that it is served in as many
@@ -118,7 +119,7 @@ def write_tensor_model(models: Path) -> None:
     It is the exported graph with another beginning, so that both run the same arithmetic from the patches on.
     """
     try:
-        import onnx
+        import onnx  # noqa: F401
     except ImportError as error:
         raise missing_extra("export", error) from error
     source = models / "clip_onnx" / "1" / "model.onnx"
@@ -126,9 +127,9 @@ def write_tensor_model(models: Path) -> None:
         raise ToolError(f"{source} is not there: make it with `clip-tools export-onnx`")
     target = models / TENSOR_MODEL / "1" / "model.onnx"
     target.parent.mkdir(parents=True)
-    graph = onnx.load(str(source))
+    graph = load_graph(source)
     take_tensors(graph)
-    onnx.save(graph, str(target))
+    save_graph(graph, target)
     config = read_config(models, "clip_onnx")
     config.name = TENSOR_MODEL
     config.input[0].name = TENSOR_INPUT

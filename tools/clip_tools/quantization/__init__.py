@@ -1,1 +1,1 @@
-"""The exported graph in eight bits, INT8 or FP8: calibration, rotation, rounded weights, Q/DQ pairs."""
+"""The exported graph in a lower precision. INT8 and FP8 need calibration, a rotation and Q/DQ pairs."""

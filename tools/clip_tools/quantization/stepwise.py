@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clip_tools.verification.onnx_runner import open_session
+from clip_tools.export.onnx_runner import open_session
 
 if TYPE_CHECKING:
     import numpy as np

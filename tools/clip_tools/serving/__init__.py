@@ -1,1 +1,1 @@
-"""The embedded server: the real tritonserver, started, asked, swapped and stopped."""
+"""The embedded server: starts, probes, swaps and stops the real tritonserver."""

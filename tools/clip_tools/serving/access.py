@@ -1,11 +1,11 @@
-"""Who may ask a server what: keys that close Triton's APIs, and TLS for its gRPC.
+"""Access control: the keys that restrict Triton's APIs, and TLS for its gRPC.
 
-Without a key everybody may do what `OPEN` says and, where the server listens on this machine alone, read what
-`DESCRIPTIVE` says, as perf_analyzer does; CLIP_OPEN_METADATA settles it either way. All the rest needs the admin key,
-which every server has: the one of CLIP_ADMIN_KEY, else one made for this run. With an API key (CLIP_API_KEY) inference
-needs that one too. With an HTTP key (CLIP_HTTP_KEY) inference over HTTP, whose JSON can bring Triton down
-(server#8738), needs that one instead. A model's configuration, where clients read whose vectors these are, needs what
-inference needs.
+- `OPEN` APIs require no key. With CLIP_API_KEY, inference and model configurations require that key. Clients read a
+  model's configuration for the weights behind the vectors.
+- With CLIP_HTTP_KEY, they require that key over HTTP instead. JSON over HTTP can crash Triton (server#8738).
+- `DESCRIPTIVE` APIs require no key if the server listens on a loopback address; perf_analyzer reads them.
+  CLIP_OPEN_METADATA overrides that.
+- `CLOSED` APIs require the admin key. Every server has one: CLIP_ADMIN_KEY, or a random key for this run.
 """
 
 import secrets
@@ -21,28 +21,28 @@ ADMIN_KEY_HEADER = "clip-admin-key"
 HTTP_KEY_VARIABLE = "CLIP_HTTP_KEY"
 OPEN_METADATA_VARIABLE = "CLIP_OPEN_METADATA"
 
-# Triton's own names for the parts of both protocols, all of them.
+# All APIs of both protocols, by Triton's names.
 OPEN = ("health", "inference", "model-config")
-DESCRIPTIVE = ("metadata", "statistics")  # they tell of the models and change nothing
+DESCRIPTIVE = ("metadata", "statistics")  # read-only
 CLOSED = ("model-repository", "shared-memory", "trace", "logging")
 
-SHORTEST_KEY = 16
+MIN_KEY_LENGTH = 16
 _USAGE = 2  # exit code
 
 
 @dataclass(frozen=True)
 class Tls:
-    """The server's certificate and key, PEM; with `client_ca`, only clients with a certificate of it are let in."""
+    """The server's certificate and private key, PEM. With `client_ca`, clients need a certificate signed by it."""
 
     cert: Path
     key: Path
     client_ca: Path | None = None
 
     def flags(self) -> list[str]:
-        """tritonserver's. Raises ToolError for a file that is not there."""
+        """tritonserver's TLS flags. Raises ToolError for a missing file."""
         for path in filter(None, (self.cert, self.key, self.client_ca)):
             if not path.is_file():
-                raise ToolError(f"{path}: expected a file in PEM, found none", exit_code=_USAGE)
+                raise ToolError(f"{path}: expected a PEM file, found none", exit_code=_USAGE)
         flags = ["--grpc-use-ssl=true", f"--grpc-server-cert={self.cert}", f"--grpc-server-key={self.key}"]
         if self.client_ca:
             flags += ["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={self.client_ca}"]
@@ -51,7 +51,7 @@ class Tls:
 
 @dataclass(frozen=True)
 class Access:
-    """The keys of a server. `admin_key` is never None: a server whose key nobody knows is closed, not open."""
+    """The keys of a server. `admin_key` is never None: without a given key, nobody has admin access."""
 
     admin_key: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     api_key: str | None = field(default=None, repr=False)
@@ -60,11 +60,11 @@ class Access:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], tls: Tls | None = None) -> "Access":
-        """The keys that the environment names, and made ones. Raises ToolError as `keys_in` does."""
+        """The keys from the environment, with a random admin key by default. Raises ToolError as `keys_in` does."""
         return cls(**keys_in(environment), tls=tls)
 
     def secret_flags(self, *, open_metadata: bool) -> dict[str, str]:
-        """tritonserver's flags that hold a key; of each what may be shown, and what it is."""
+        """tritonserver's flags that contain a key: the form that may be shown, and the real one."""
         flags = {}
         closed = CLOSED if open_metadata else (*DESCRIPTIVE, *CLOSED)
         admin, api = f"{','.join(closed)}:{ADMIN_KEY_HEADER}", f"inference,model-config:{API_KEY_HEADER}"
@@ -80,11 +80,11 @@ class Access:
         return flags
 
     def flags(self) -> list[str]:
-        """tritonserver's flags that may be shown."""
+        """tritonserver's flags without secrets."""
         return self.tls.flags() if self.tls else []
 
     def grpc_headers(self) -> dict[str, str]:
-        """What a gRPC request for anything at all has to carry."""
+        """The headers that allow every gRPC request."""
         return {GRPC_PREFIX + name: key for name, key in self._headers(self.api_key).items()}
 
     def http_headers(self) -> dict[str, str]:
@@ -96,14 +96,14 @@ class Access:
 
 
 def keys_in(environment: Mapping[str, str]) -> dict[str, str]:
-    """`Access`'s keys that the environment names. Raises ToolError for one that cannot be a key or is too short."""
+    """The arguments of `Access` from the environment. Raises ToolError for a malformed or short key."""
     keys = {}
     variables = {"admin_key": ADMIN_KEY_VARIABLE, "api_key": API_KEY_VARIABLE, "http_key": HTTP_KEY_VARIABLE}
     for option, variable in variables.items():
         if value := environment.get(variable):
-            if not is_key(value) or len(value) < SHORTEST_KEY:
+            if not is_key(value) or len(value) < MIN_KEY_LENGTH:
                 raise ToolError(
-                    f"{variable}: expected {SHORTEST_KEY} or more letters, digits and . _ ~ -, came "
+                    f"{variable}: expected {MIN_KEY_LENGTH} or more letters, digits and . _ ~ -, came "
                     f"{len(value)} characters; `openssl rand -hex 32` makes one",
                     exit_code=_USAGE,
                 )
@@ -111,18 +111,18 @@ def keys_in(environment: Mapping[str, str]) -> dict[str, str]:
     return keys
 
 
-def is_this_machine_alone(host: str) -> bool:
-    """Whether a server that listens there is out of other machines' reach."""
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens there."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def exposure(host: str, access: Access) -> str | None:
-    """What to know before other machines can reach the server; None when they cannot, or need a key or certificate."""
-    if is_this_machine_alone(host) or access.api_key or (access.tls and access.tls.client_ca):
+def exposure_warning(host: str, access: Access) -> str | None:
+    """A warning if other machines can reach the server without a key or certificate; else None."""
+    if is_loopback(host) or access.api_key or (access.tls and access.tls.client_ca):
         return None
-    # Beside an encrypted gRPC, HTTP is for this machine alone.
-    crash = ", and a crafted HTTP request brings Triton down" if not (access.tls or access.http_key) else ""
+    # With TLS for gRPC, HTTP listens on the loopback alone.
+    crash = ", and a crafted HTTP request can crash Triton" if not (access.tls or access.http_key) else ""
     return (
-        f"--host {host}: whoever reaches this machine can have images embedded{crash}; "
-        f"set {API_KEY_VARIABLE}, or {HTTP_KEY_VARIABLE} for HTTP alone, or put a proxy before it (SECURITY.md)"
+        f"--host {host}: anyone who can reach this machine can embed images{crash}; "
+        f"set {API_KEY_VARIABLE}, or {HTTP_KEY_VARIABLE} for HTTP alone, or put a proxy in front (SECURITY.md)"
     )

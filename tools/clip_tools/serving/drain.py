@@ -1,7 +1,7 @@
-"""Lets a server answer what it has taken before it is told to end.
+"""Drains a server before it is stopped: requests in flight are answered.
 
-SIGTERM alone does not: Triton 24.10 stops its models together, and a request that is between two steps of the ensemble
-is then refused by the next one.
+SIGTERM alone loses some: Triton 24.10 stops all models at once, so a request between two steps of the ensemble is
+refused by the next step.
 """
 
 import json
@@ -13,17 +13,17 @@ from typing import Any
 from clip_tools.proxy import DIRECT
 from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE
 
-_ANSWER_S = 5.0  # for the server to answer about its models: one that hangs is not waited for
+_ANSWER_S = 5.0  # for one answer of the server: do not wait for one that hangs
 _POLL_S = 0.05
 
 
 def drain(http_url: str, headers: Mapping[str, str], timeout_s: float) -> None:
-    """Unload the ensembles: new requests are told so at once; return when those it has are answered, or after the time.
+    """Unload the ensembles, and return when their requests are answered or the time is over.
 
-    Raises OSError when the server does not answer, or does not let its models be changed.
+    New requests are refused at once. Raises OSError if the server does not answer, or does not allow model control.
     """
     deadline = time.monotonic() + timeout_s
-    for name in (ENSEMBLE, TEXT_ENSEMBLE):  # one that is not loaded is no error
+    for name in (ENSEMBLE, TEXT_ENSEMBLE):  # no error if it is not loaded
         _post(f"{http_url}/v2/repository/models/{name}/unload", headers)
     while time.monotonic() < deadline:
         index = json.loads(_post(f"{http_url}/v2/repository/index", headers))

@@ -1,17 +1,16 @@
-"""`clip-tools health`: whether a server embeds, for a probe that runs a command."""
+"""`clip-tools health`: checks that a server embeds, for probes that run a command."""
 
 import os
 from functools import partial
 
 from clip_tools.errors import ToolError, missing_extra
-from clip_tools.serving.serve import probe_image
-from clip_tools.serving.watchdog import ImageProbe
+from clip_tools.serving.probe import ImageProbe, probe_image
 
 
 def check_health(url: str, timeout_s: float, metrics_url: str | None = None) -> None:
-    """Return when the server embedded an image, had no room for one, or by its metrics embedded others meanwhile.
+    """Return if the server embeds an image, is too busy for one, or by its metrics embeds others meanwhile.
 
-    Raises ToolError with the reason; with exit code 2 for a URL or certificates that no client can use.
+    Raises ToolError with the reason. Exit code 2: the URL or the certificates are invalid.
     """
     try:
         from clip_embed import EmbeddingClient, EmbeddingError, ServerOverloadedError
@@ -22,7 +21,7 @@ def check_health(url: str, timeout_s: float, metrics_url: str | None = None) -> 
     try:
         ImageProbe(new_client, probe_image(), metrics_url).ask()
     except ServerOverloadedError:
-        return  # it has so much to do that it says no to more, which is well
+        return  # a full queue is healthy
     except EmbeddingError as error:
         raise ToolError(str(error)) from error
     except (ValueError, ModuleNotFoundError) as error:

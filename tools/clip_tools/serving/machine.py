@@ -1,27 +1,22 @@
-"""The model repository as this machine serves it: links to the committed one, and configurations made for its cores."""
+"""This machine's cores and GPU, and what they change in the model configurations."""
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
-from clip_tools.repository import deployment, read_config
-from clip_tools.serving.towers import Towers
+from clip_tools.repository import deployment
 
-INSTANCES = "CLIP_PREPROCESS_INSTANCES"
-# The name of an instance group whose count the start decides. A tuned configuration has a count and no such name.
+INSTANCES_VARIABLE = "CLIP_PREPROCESS_INSTANCES"
+# An instance group of this name gets its count at startup. Tuned configurations have a fixed count and another name.
 BY_CORES = "preprocess_by_cores"
 
 
 def available_cores(root: Path = Path("/")) -> int:
-    """The cores that this process may use: its affinity, or fewer where its control group (version 2) gives less time.
-
-    A part of a core counts as one.
-    """
+    """The cores that this process may use, by its affinity and the CPU limit of its cgroup (version 2), rounded up."""
     cores = float(len(os.sched_getaffinity(0)))
     groups = root / "sys/fs/cgroup"
     lines = _words(root / "proc/self/cgroup")
@@ -44,7 +39,7 @@ def _words(file: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a server finds here. `instances` is how many processes `preprocess` is to have; None: by the cores."""
+    """The hardware of a server. `instances` is the number of `preprocess` processes; None: chosen by the cores."""
 
     cores: int
     has_gpu: bool
@@ -52,31 +47,31 @@ class Machine:
 
     @classmethod
     def here(cls, instances: int | None = None) -> "Machine":
-        """This machine, and what the user asked for."""
+        """This machine, with the instances that the user asked for."""
         return cls(available_cores(), find_gpu() is not None, instances)
 
     @property
     def preprocess_instances(self) -> int:
-        """How many processes decode.
+        """The number of processes that decode.
 
-        Without a GPU one for each core: the engine goes first wherever it wants one, and with two cores two processes
-        were measured as best. Beside a GPU an eighth of the cores, at least one, is left to the server and to what
-        feeds the GPU (not measured).
+        Without a GPU one for each core: they run at a lower priority than the engine, and on two cores two processes
+        were measured as best. With a GPU an eighth of the cores, at least one, stays free for the server and for
+        feeding the GPU (not measured).
         """
         if self.instances is not None:
             return self.instances
         return max(min(2, self.cores), self.cores - max(1, self.cores // 8)) if self.has_gpu else self.cores
 
-    def fit(self, config: Any, present: Any | None = None) -> bool:
-        """Put what this machine needs into a `ModelConfig`; whether that changed it.
+    def apply_to(self, config: Any, running: Any | None = None) -> bool:
+        """Adapt a `ModelConfig` to this machine; whether that changed it.
 
-        `preprocess` gets its processes: as many as the server has now where `present` is what that runs. Beside a GPU
-        an engine of ONNX Runtime is warmed up batch by batch. It is not committed so: on two cores without a GPU that
-        took 11 s of each start, for nothing.
+        `preprocess` gets its instances; it keeps their count if `running` is its configuration on the server. On a GPU,
+        ONNX Runtime gets a warm-up for each batch size. The committed configurations have none: on two cores without a
+        GPU it made each start 11 s longer and nothing faster.
         """
         before = config.SerializeToString(deterministic=True)
         if config.backend == "python" and any(tensor.name == "image_bytes" for tensor in config.input):
-            counts = {group.name: group.count for group in present.instance_group} if present else {}
+            counts = {group.name: group.count for group in running.instance_group} if running else {}
             for group in config.instance_group:
                 if self.instances is not None or group.name == BY_CORES:
                     group.count = counts.get(group.name, self.preprocess_instances)
@@ -85,16 +80,16 @@ class Machine:
             _warm_up(config)
         return bool(config.SerializeToString(deterministic=True) != before)
 
-    def decoders(self, models: Path = MODELS, config_name: str | None = None) -> str:
-        """How many processes a deployment decodes in, in words."""
+    def describe_preprocess(self, models: Path = MODELS, config_name: str | None = None) -> str:
+        """The number of `preprocess` processes of a deployment, for the log."""
         config = next(model.config for model in deployment(models, config_name) if model.config.backend == "python")
-        self.fit(config)
+        self.apply_to(config)
         count = config.instance_group[0].count
         return f"{count} process{'es' if count > 1 else ''} for preprocess on {self.cores} cores"
 
 
 def _warm_up(config: Any) -> None:
-    """Let each batch size that a GPU runs run once before the model is READY."""
+    """Let the model run each batch size once before it is READY."""
     sizes = [2**power for power in range((config.max_batch_size - 1).bit_length())] + [config.max_batch_size]
     for size in sizes:
         warm_up = config.model_warmup.add(name=f"batch {size}", batch_size=size)
@@ -102,34 +97,3 @@ def _warm_up(config: Any) -> None:
             warm_up.inputs[tensor.name].data_type = tensor.data_type
             warm_up.inputs[tensor.name].dims.extend(tensor.dims)
             warm_up.inputs[tensor.name].zero_data = True
-
-
-def fit_all(config: Any, towers: Towers, machine: Machine, present: Any | None = None) -> bool:
-    """Put what both want into a `ModelConfig`, the dimensions first; whether that changed it."""
-    is_resized = towers.fit(config)
-    return machine.fit(config, present) or is_resized
-
-
-def write_served(models: Path, folder: Path, machine: Machine, towers: Towers | None = None) -> None:
-    """Write the repository that is served to `folder`: links to what `models` has, also to what comes there later.
-
-    Configurations that `machine` or `towers` change are files.
-    """
-    for model in (path.parent for path in models.glob("*/config.pbtxt")):
-        (folder / model.name / "configs").mkdir(parents=True)
-        for path in (*model.iterdir(), *model.glob("configs/*")):
-            if path.name != "configs":
-                (folder / path.relative_to(models)).symlink_to(path.resolve())
-    rewrite_configs(folder, lambda config: fit_all(config, towers or Towers(), machine))
-
-
-def rewrite_configs(folder: Path, change: Callable[[Any], bool]) -> None:
-    """Write those configurations of a repository anew that `change` changes."""
-    from google.protobuf import text_format
-
-    for path in sorted([*folder.glob("*/config.pbtxt"), *folder.glob("*/configs/*.pbtxt")]):
-        name = path.stem if path.parent.name == "configs" else None
-        config = read_config(folder, path.relative_to(folder).parts[0], name)
-        if change(config):
-            path.unlink()
-            path.write_text(text_format.MessageToString(config))

@@ -1,4 +1,4 @@
-"""A running server's models over gRPC: what is loaded and how configured; load, unload, and a probe of each."""
+"""Model control of a running server over gRPC: lists, loads, unloads and asks its models."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE
 from clip_tools.serving.access import ADMIN_KEY_VARIABLE
-from clip_tools.serving.keyring import access_of
+from clip_tools.serving.key_files import access_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,42 +19,46 @@ _UNREACHABLE = 3  # exit code
 _PROBE_TIMEOUT_S = 60.0
 
 
+class ServerFullError(ToolError):
+    """The server has no room in its queues: try again later."""
+
+
 class ModelControl(Protocol):
     """What `clip-tools swap` needs of a server. Each method raises ToolError with the server's reason."""
 
     def configuration(self, model: str) -> Any:
-        """The `ModelConfig` that a loaded model has now, as the server completed it."""
+        """The `ModelConfig` of a loaded model, as the server completed it."""
 
     def ready_models(self) -> list[str]:
         """The names of the models that answer requests."""
 
     def load(self, model: str, config: Any) -> None:
-        """Load the model with this `ModelConfig`, in place of the one it may have; return when it is ready."""
+        """Load the model with this `ModelConfig`, or replace the loaded one; return when it is ready."""
 
     def unload(self, model: str) -> None:
-        """Begin to unload the model; the requests that it has are answered. One that is not loaded is no error."""
+        """Start to unload the model, which answers its requests first. No error if it is not loaded."""
 
     def forget_failures(self, models: Iterable[str]) -> None:
-        """Make a server ready again that is not because some of these models did not load."""
+        """Make the server ready again if it is not because one of these models did not load."""
 
     def embed_pixels(self, model: str, pixels: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.float32]":
-        """What the model itself answers for `pixels` (N, 224, 224, 3) uint8 RGB."""
+        """The model's own answer for `pixels` (N, 224, 224, 3) uint8 RGB."""
 
     def embed_image(self, image: bytes) -> "npt.NDArray[np.float32]":
-        """What `clip_ensemble` answers for one encoded image, (1, 512)."""
+        """The answer of `clip_ensemble` for one encoded image, (1, 512)."""
 
     def embed_text(self, text: bytes) -> "npt.NDArray[np.float32]":
-        """What `clip_text_ensemble` answers for one text in UTF-8, (1, 512)."""
+        """The answer of `clip_text_ensemble` for one text in UTF-8, (1, 512)."""
 
     def answered(self, model: str) -> int:
-        """How many requests the model has answered since it was loaded, failures among them."""
+        """The requests that the model has answered since it was loaded, with failures."""
 
 
 class GrpcModelControl:
     """`ModelControl` of the server at a grpc:// or grpcs:// URL, as a context manager.
 
-    Its keys are those of a server that this user runs here, else those of the environment; for grpcs:// the environment
-    names the certificates too, as for the client.
+    It uses the key file of a server that this user runs on this machine, else the keys of the environment. For grpcs://
+    it uses the certificates of the environment, as the client does.
     """
 
     def __init__(self, url: str) -> None:
@@ -92,21 +96,25 @@ class GrpcModelControl:
     def _our_errors(self) -> Iterator[None]:
         from tritonclient.utils import InferenceServerException
 
+        from clip_embed.errors import ServerOverloadedError, error_from_grpc
+
         try:
             yield
         except InferenceServerException as error:
-            message = error.message() or str(error)
+            message, status = error.message() or str(error), str(error.status()).removeprefix("StatusCode.")
+            if isinstance(error_from_grpc(status, message, url=self.url), ServerOverloadedError):
+                raise ServerFullError(message) from error
             if "explicit model load" in message:
                 raise ToolError(
-                    f"the server at {self.url} does not let its models be changed: start it with "
+                    f"the server at {self.url} does not allow model control: start it with "
                     "--model-control-mode=explicit, as `clip-tools serve` does"
                 ) from error
-            if error.status() == "StatusCode.UNAVAILABLE" and "connect" in message:
+            if status == "UNAVAILABLE" and "connect" in message:
                 raise ToolError(f"nothing listens at {self.url}: start the server", exit_code=_UNREACHABLE) from error
             if "is restricted, expecting header" in message:
-                wrong = "does not take the key that it was asked with" if self._headers else "asks for a key"
+                wrong = "rejects this admin key" if self._headers else "requires an admin key"
                 raise ToolError(
-                    f"the server at {self.url} {wrong}: set {ADMIN_KEY_VARIABLE} to the one that it was started with"
+                    f"the server at {self.url} {wrong}: set {ADMIN_KEY_VARIABLE} to the one it was started with"
                 ) from error
             raise ToolError(reason_in(message)) from error
 
@@ -123,16 +131,18 @@ class GrpcModelControl:
         from google.protobuf import json_format
 
         with self._our_errors():
-            wanted = json_format.MessageToJson(config, preserving_proto_field_name=True)
-            self._client.load_model(model, config=wanted, headers=self._headers)
+            as_json = json_format.MessageToJson(config, preserving_proto_field_name=True)
+            self._client.load_model(model, config=as_json, headers=self._headers)
 
     def unload(self, model: str) -> None:
         with self._our_errors():
             self._client.unload_model(model, headers=self._headers)
 
     def forget_failures(self, models: Iterable[str]) -> None:
-        """Triton 24.10 counts a model that did not load as not ready until it is unloaded, and unloads only what was
-        loaded. So a copy of the ensemble is loaded under its name and unloaded; that needs no file and takes no time.
+        """Load and unload a copy of the ensemble under the name of each model that did not load.
+
+        Triton 24.10 counts such a model as not ready until it is unloaded, and unloads only loaded models. The copy
+        needs no file and loads at once.
         """
         from google.protobuf import json_format
 
@@ -144,7 +154,7 @@ class GrpcModelControl:
             config = self.configuration(ENSEMBLE)
             for config.name in set(models) - others:
                 copy = json_format.MessageToJson(config, preserving_proto_field_name=True)
-                # With a file, Triton does not look for the model's version folder, which may be what is missing.
+                # With a file, Triton does not need the model's version folder, which may be missing.
                 self._client.load_model(config.name, config=copy, files={"file:1/none": b""}, headers=self._headers)
                 self._client.unload_model(config.name, headers=self._headers)
 
@@ -179,7 +189,7 @@ class GrpcModelControl:
 
 
 def reason_in(message: str) -> str:
-    """The reason itself, in one line, out of Triton's message about a model that did not load."""
+    """The reason in Triton's message about a model that did not load, in one line."""
     first = message.split("\n\nAt:", maxsplit=1)[0].strip().rstrip(";")
     found = re.search(r"is at UNAVAILABLE state: (?:\w[\w ]*: )?(?:TritonModelException: )?(.*)", first, re.DOTALL)
     return " ".join((found[1] if found else first).split())

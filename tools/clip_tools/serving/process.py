@@ -1,4 +1,4 @@
-"""A tritonserver process: started, its log read, and ended with everything that it started."""
+"""A tritonserver process: starts it, reads its log, and ends it with all its processes."""
 
 import contextlib
 import ctypes
@@ -17,25 +17,25 @@ from pathlib import Path
 from typing import IO
 
 from clip_tools.errors import ToolError
-from clip_tools.serving.hidden_arguments import popen
+from clip_tools.serving.secret_arguments import popen_with_secrets
 
-DRAIN_S = 30  # as long as a request may wait in a queue
-EXIT_TIMEOUT_S = 30  # Triton's own default: how long it waits for requests in flight
-UNLOAD_S = 5.0  # for its models to be unloaded, with nothing in flight: 3 s on two cores
+DRAIN_S = 30  # the longest that a request may wait in a queue
+EXIT_TIMEOUT_S = 30  # how long Triton waits for requests in flight; its own default
+UNLOAD_S = 5.0  # to unload its models with nothing in flight: 3 s on two cores
 _LOG_LINES_KEPT = 2000  # tritonserver's own help, printed after a bad flag, has over 500
 _PYTHON_BACKENDS = ("python", "onnxruntime", "tensorrt")
-_DRAINED = "All models are stopped"  # of Triton's log, once it is ending and nothing is in flight any more
-_LAST_ANSWERS_S = 0.2  # from then on, until they are on the wire; not measured
+_DRAINED = "All models are stopped"  # in Triton's log: it is ending, with nothing in flight
+_LAST_ANSWERS_S = 0.2  # from then on, to send the last answers; not measured
 _BROKEN_DRAIN_S = 5.0  # not measured
-_KILLED_S = 5.0  # for the kernel to end what was killed; not measured
+_KILLED_S = 5.0  # for a killed process to end; not measured
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
-# Waits until this process has ended, however that comes, and ends a server's group and shared memory: its models'
-# processes look for their server by themselves, but not while they are stopped or hang in a driver.
+# Waits until this process has ended, even by SIGKILL, then kills the server's process group and removes its shared
+# memory. Triton's stubs end by themselves without their server, but not while they are stopped or hang in a driver.
 _GUARD = 'read -r _; kill -s KILL -- "-$1"; rm -f -- "/dev/shm/$2"*'
 
-# The lines of the log that say why it ended, the most telling first.
+# Lines of the log that say why it ended, the most specific first.
 _REASONS = tuple(
     map(
         re.compile,
@@ -51,9 +51,9 @@ _REASONS = tuple(
 
 
 class TritonProcess:
-    """One tritonserver and its children. Its log goes to `log`, None for stderr; `secrets`: see `hidden_arguments`.
+    """One tritonserver and its children. Its log goes to `log`, None for stderr; `secrets`: see `secret_arguments`.
 
-    When this process is killed they are, too.
+    If this process is killed, they are killed too.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class TritonProcess:
         log: Path | None = None,
     ) -> None:
         self._shm_prefix = f"clip_tools_{os.getpid()}_{id(self):x}_"
-        # A prefix of our own, so that shared memory left by a killed stub can be found and removed.
+        # Our prefix finds the shared memory that a killed stub leaves behind.
         prefixes = [f"--backend-config={b},shm-region-prefix-name={self._shm_prefix}" for b in _PYTHON_BACKENDS]
         self._log = log
         self._tail: deque[str] = deque(maxlen=_LOG_LINES_KEPT)
         self._drained = threading.Event()
         self.is_stopping = False
         self._start = partial(
-            popen,
+            popen_with_secrets,
             [*command, *prefixes],
             secrets or {},
             env=environment,
@@ -102,7 +102,7 @@ class TritonProcess:
         return self._process.pid
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Whether it has ended, by itself or because it was asked to, within the time."""
+        """Whether it ends within the time."""
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -110,28 +110,28 @@ class TritonProcess:
         return True
 
     def why_it_ended(self) -> str | None:
-        """The exit code and the log's reason when it ended by itself; else None."""
+        """The exit code and the log's reason if it ended by itself; else None."""
         if self._process.poll() is None or self.is_stopping:
             return None
-        _kill_group(self.pid)  # its models' processes hold its log open
+        _kill_group(self.pid)  # its stubs keep its log open
         self._reader.join(timeout=5)
         code = self._process.returncode
         if code == -signal.SIGKILL:
-            return "tritonserver was killed (SIGKILL): is there too little memory?"
+            return "tritonserver was killed (SIGKILL): too little memory?"
         if code == -signal.SIGSEGV:  # the log does not say
-            return "tritonserver ended by SIGSEGV, as before 25.04 it may when clients give up gRPC calls (SECURITY.md)"
+            return "tritonserver ended by SIGSEGV: clients that cancel gRPC calls cause it before 25.04 (SECURITY.md)"
         end = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return f"tritonserver ended {end}: {self.last_words()}"
 
     def raise_if_ended(self) -> None:
-        """Raises ToolError when it ended by itself."""
+        """Raises ToolError if it ended by itself."""
         if why := self.why_it_ended():
             raise ToolError(why)
 
     def terminate(self, drain: Callable[[], None] | None = None, *, limit_s: float = EXIT_TIMEOUT_S) -> None:
-        """Ask it to end, once `drain` has let it answer what it has taken; a second time: kill it. Does not wait.
+        """Call `drain`, then ask it to end; called again, kill it. Does not wait.
 
-        It is killed when it still has requests `limit_s` after `drain`, or does not end without any.
+        It is killed if it still has requests `limit_s` after `drain`, or does not end without any.
         """
         if self._process.poll() is not None:
             return
@@ -142,7 +142,7 @@ class TritonProcess:
             threading.Thread(target=self._end, args=(drain, limit_s), daemon=True).start()
 
     def _end(self, drain: Callable[[], None] | None, limit_s: float) -> None:
-        with contextlib.suppress(Exception):  # it is broken, or its models may not be changed: it ends as it can
+        with contextlib.suppress(Exception):  # a broken server, or one without model control, ends undrained
             if drain:
                 drain()
         self._process.terminate()
@@ -150,7 +150,7 @@ class TritonProcess:
             _kill_group(self.pid)
 
     def _is_over_within(self, limit_s: float, unload_s: float) -> bool:
-        """Whether it ends: within the limit, and once nothing is in flight within `unload_s`."""
+        """Whether it ends within the limit, and within `unload_s` once nothing is in flight."""
         deadline = time.monotonic() + limit_s
         while not self.wait(_POLL_S):
             if self._drained.is_set():
@@ -160,9 +160,9 @@ class TritonProcess:
         return True
 
     def stop(self, *, is_broken: bool = False) -> None:
-        """End it and everything it started, when the requests in flight are answered. Safe to call twice.
+        """End it and all its processes, once the requests in flight are answered. Safe to call twice.
 
-        One that is broken has little time for that, and none to unload: a model whose process is gone never does.
+        A broken server gets little time for that, and none to unload: a model without its process never unloads.
         """
         if not self.is_stopping:
             self.terminate()
@@ -174,7 +174,7 @@ class TritonProcess:
         finally:
             _kill_group(self.pid)  # a stub can outlive a server that was killed
             if not self.wait(_KILLED_S):
-                sys.stderr.write(f"clip-tools: tritonserver (process {self.pid}) was killed, and the system holds it\n")
+                sys.stderr.write(f"clip-tools: tritonserver (process {self.pid}) was killed but has not ended\n")
             self._reader.join(timeout=5)
             for region in Path("/dev/shm").glob(self._shm_prefix + "*"):  # noqa: S108
                 region.unlink(missing_ok=True)
@@ -182,7 +182,7 @@ class TritonProcess:
             self._guard.communicate()
 
     def last_words(self) -> str:
-        """The line of the log that says why, as well as it can be found, and where the whole log is."""
+        """The log's most likely reason, and where the log is."""
         return self._reason() + (f" (its log: {self._log})" if self._log else "")
 
     def _reason(self) -> str:
@@ -194,7 +194,7 @@ class TritonProcess:
         return lines[-1].strip() if lines else "nothing was logged"
 
     def _run(self, started: "Future[subprocess.Popen[str]]") -> None:
-        """Start it and read its log until it ends: to Linux the parent is this thread, which therefore has to last."""
+        """Start it and read its log until it ends. This thread must last: its end kills the child (PDEATHSIG)."""
         try:
             if self._log:
                 self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -214,19 +214,19 @@ class TritonProcess:
                 self._tail.append(line)
                 if _DRAINED in line:
                     self._drained.set()
-                with contextlib.suppress(OSError, ValueError):  # a closed terminal must not stop the reading
+                with contextlib.suppress(OSError, ValueError):  # keep reading without a terminal
                     sink.write(line)
                     sink.flush()
         self._drained.set()
 
 
 def _dying_with_parent() -> Callable[[], None]:
-    """What is to run in the child: it is killed when this thread ends, which it does when this process is killed."""
+    """A function for the child: it will be killed when this thread ends, and so when this process is killed."""
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def die_with_parent() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before that
+        if os.getppid() != parent:  # the parent has already ended
             os._exit(1)
 
     return die_with_parent

@@ -1,4 +1,4 @@
-"""Keeps a server going: one that no longer embeds is ended, and another takes its place."""
+"""Keeps a server running: one that no longer embeds is ended, and a new one is started."""
 
 import contextlib
 import signal
@@ -12,62 +12,62 @@ from clip_tools.errors import ToolError
 from clip_tools.serving.process import TritonProcess
 from clip_tools.serving.watchdog import Watchdog
 
-# How long from one server to the next: half a second after one that embedded, whose own start takes longer than that;
-# twice as long each time after one that did not come to embed. Not measured.
+# The wait before the next server: the first one after a server that was ready, then twice as long after each that was
+# not. Not measured.
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 60.0
 
 Say = Callable[[str], object]
 
 
 class Server(Protocol):
-    """A server that can be started, once."""
+    """A server that can be started once."""
 
-    embeds: bool
-    """Whether it has come to embed."""
+    is_ready: bool
+    """Whether it has embedded, and its vectors were not wrong."""
 
     @property
     def process(self) -> TritonProcess: ...
 
     def start(self) -> None:
-        """Start the process. Raises ToolError with the reason when it cannot be."""
+        """Start the process. Raises ToolError with the reason."""
 
-    def wait_until_it_embeds(self) -> str | None:
-        """What is to be said of it then. Raises ToolError with the reason when it does not."""
+    def wait_until_ready(self) -> str | None:
+        """Return when it is ready, with a line for the log. Raises ToolError with the reason."""
 
     def watchdog(self) -> Watchdog:
-        """What looks after it from then on."""
+        """Watches it from then on."""
 
     def terminate(self) -> None:
-        """Ask it to end; a second time: kill it."""
+        """Ask it to end; called again, kill it."""
 
     def stop(self, *, is_broken: bool) -> None:
-        """End it and all that it started; one that is broken gets little time."""
+        """End it and all its processes; a broken one gets little time."""
 
 
 class Supervisor:
-    """Serves until it is asked to stop.
+    """Serves until it is stopped.
 
     Args:
-        new_server: makes each server, the first one and those that take its place.
-        say: takes one line for each thing that happens.
-        ready_line: what to say of a server that embeds.
+        new_server: makes each server.
+        say: logs one line.
+        ready_line: the line for a server that is ready.
     """
 
     def __init__(self, new_server: Callable[[], Server], say: Say, ready_line: str) -> None:
         self._new_server, self._say, self._ready_line = new_server, say, ready_line
         self._server: Server | None = None
-        self._asked = threading.Event()
+        self._stop_requested = threading.Event()
         self._was_ready = False
 
     def stop(self) -> None:
-        """Ask the server to finish what is in flight and end, and start no other; a second time: kill it."""
-        self._asked.set()
+        """Ask the server to answer what is in flight and end, and start no other; called again, kill it."""
+        self._stop_requested.set()
         if self._server is not None:
             self._server.terminate()
 
     @contextlib.contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
-        """Ctrl-C, SIGTERM and SIGHUP stop it."""
+        """SIGINT (Ctrl-C), SIGTERM and SIGHUP stop it."""
 
         def stop(_signal: int, _frame: FrameType | None) -> None:
             self.stop()
@@ -80,42 +80,43 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def run(self) -> None:
-        """Serve until `stop`. Raises ToolError when the first server does not come to embed."""
+        """Serve until `stop`. Raises ToolError if the first server does not become ready."""
         try:
             self._run()
         except ToolError:
-            if not self._asked.is_set():  # it may have been while that server ended
+            if not self._stop_requested.is_set():  # the stop may have come while that server ended
                 raise
+        self._say("the server was stopped")
 
     def _run(self) -> None:
         next_wait_s = FIRST_WAIT_S
-        while not self._asked.is_set():
+        while not self._stop_requested.is_set():
             wait_s = 0.0
             server = self._server = self._new_server()
             try:
                 why = self._serve(server)
-                if not self._asked.is_set():
-                    wait_s = FIRST_WAIT_S if server.embeds else next_wait_s
+                if not self._stop_requested.is_set():
+                    wait_s = FIRST_WAIT_S if server.is_ready else next_wait_s
                     next_wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-                    self._say(f"{why}; a new server takes its place in {wait_s:g} s")
+                    self._say(f"{why}; a new server starts in {wait_s:g} s")
             finally:
-                server.stop(is_broken=not self._asked.is_set())
-            self._asked.wait(wait_s)
+                server.stop(is_broken=not self._stop_requested.is_set())
+            self._stop_requested.wait(wait_s)
 
     def _serve(self, server: Server) -> str:
-        """Serve with one server; why it ended, or why it has to. Raises ToolError when none has ever embedded."""
+        """Serve with one server; why it ended or is broken. Raises ToolError if no server has been ready yet."""
         began = time.monotonic()
         try:
             server.start()
-            if self._asked.is_set():  # while there was nothing to tell it to
+            if self._stop_requested.is_set():  # before there was a process to end
                 server.terminate()
-            remark = server.wait_until_it_embeds()
+            result = server.wait_until_ready()
         except ToolError as error:
-            if self._was_ready or self._asked.is_set():
+            if self._was_ready or self._stop_requested.is_set():
                 return str(error)
             raise
         self._was_ready = True
-        if remark:
-            self._say(remark)
+        if result:
+            self._say(result)
         self._say(f"ready after {time.monotonic() - began:.1f} s: {self._ready_line}")
         return server.watchdog().watch(server.process.wait) or server.process.why_it_ended() or "the server was ended"

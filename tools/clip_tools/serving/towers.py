@@ -1,6 +1,6 @@
-"""What the exported towers want of the configurations: the dimensions of their tensors, and how `preprocess` resizes.
+"""What the exported image and text towers change in the model configurations: tensor dimensions, and resizing.
 
-`models/` says what ViT-B-32 wants; the repository that is served says what was exported.
+The configurations in `models/` are those of ViT-B-32.
 """
 
 import re
@@ -10,29 +10,29 @@ from typing import Any
 
 from clip_tools.export.manifest import Manifest
 from clip_tools.repository import deployment, text_deployment
-from clip_tools.serving.told import manifest_of
+from clip_tools.serving.engine import manifest_of
 
-# What `preprocess` does where a configuration does not say.
-_FIT = {"resize_mode": "shortest", "interpolation": "bicubic", "fill_color": "0"}
+# The defaults of `preprocess`.
+_DEFAULT_FIT = {"resize_mode": "shortest", "interpolation": "bicubic", "fill_color": "0"}
 
 
 @dataclass(frozen=True)
 class Towers:
-    """The manifests of both; None where one is not known, and then the configurations stay as they are."""
+    """The manifests of both towers; None if unknown, which leaves the configurations unchanged."""
 
     image: Manifest | None = None
     text: Manifest | None = None
 
     @classmethod
     def of(cls, models: Path, config_name: str | None = None) -> "Towers":
-        """Those of a deployment."""
+        """The towers of a deployment."""
         engines = [
             found[-2].file for found in (deployment(models, config_name), text_deployment(models, config_name)) if found
         ]
-        return cls(*(manifest_of(file) if file else None for file in engines))
+        return cls(*map(manifest_of, engines))
 
-    def fit(self, config: Any) -> bool:
-        """Put what they want into a `ModelConfig`; whether that changed it."""
+    def apply_to(self, config: Any) -> bool:
+        """Adapt a `ModelConfig` to the towers; whether that changed it."""
         before = config.SerializeToString(deterministic=True)
         names = {tensor.name for tensor in (*config.input, *config.output)}
         made = self.text if names & {"text", "tokens"} else self.image
@@ -41,13 +41,13 @@ class Towers:
                 _resize(config, name, dims)
         if made and "image_bytes" in names and config.backend == "python":
             for key, value in made.fit.items():
-                if key in config.parameters or value != _FIT[key]:
+                if key in config.parameters or value != _DEFAULT_FIT[key]:
                     config.parameters[key].string_value = value
         return bool(config.SerializeToString(deterministic=True) != before)
 
 
 def _resize(config: Any, name: str, dims: list[int]) -> None:
-    """Give the tensor of this name these dimensions wherever the configuration has it."""
+    """Set the dimensions of a tensor everywhere in a configuration."""
     places = [tensor.dims for tensor in (*config.input, *config.output) if tensor.name == name]
     places += [warm_up.inputs[name].dims for warm_up in config.model_warmup if name in warm_up.inputs]
     for spec in config.optimization.cuda.graph_spec:

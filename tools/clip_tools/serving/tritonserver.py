@@ -1,8 +1,7 @@
-"""The real `tritonserver` of the nvidia-pytriton wheel, runnable from this environment with plain flags.
+"""Runs the real `tritonserver` of the nvidia-pytriton wheel from this environment, with plain flags.
 
-The wheel is made for its own launcher, so these are put right before the binary starts: a backend directory
-that Triton accepts, the library path, the Python whose packages the models see, and what cancels calls
-(`ignore_cancellation.c`).
+The wheel expects its own launcher. So this module sets the backend directory, the library path, the Python for the
+models, and the preloaded library that ignores cancelled calls (`ignore_cancellation.c`).
 """
 
 import hashlib
@@ -15,17 +14,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_tools import kernel
+from clip_tools import c_libraries
 from clip_tools.errors import ToolError
 from clip_tools.paths import BACKENDS
 
-# Set by this module's caller for a server whose backends come from elsewhere.
 _BACKEND_FLAG = "--backend-directory"
 
 
 @dataclass(frozen=True)
 class Installation:
-    """A runnable server: its binary, the environment it needs, and the backends it finds."""
+    """A runnable server: its binary, environment variables and backend directory."""
 
     binary: Path
     environment: dict[str, str]
@@ -33,7 +31,7 @@ class Installation:
 
 
 def find_installation() -> Installation:
-    """The server of this environment, with its backend directory assembled. Raises ToolError for what is missing."""
+    """The server of this Python environment, its backend directory assembled. Raises ToolError if a part is missing."""
     package = package_dir()
     libraries = package.parent / "nvidia_pytriton.libs"
     _check_numpy()
@@ -41,8 +39,8 @@ def find_installation() -> Installation:
     soname = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so"
     if not any(libpython.glob(soname + "*")):
         raise ToolError(
-            f"{soname} was expected in {libpython}, which the server's Python models link to: install the shared "
-            f"library of this Python (Debian: libpython{sys.version_info.major}.{sys.version_info.minor})"
+            f"{soname} was expected in {libpython}: the server's Python models need it. Install the shared library of "
+            f"this Python (Debian: libpython{sys.version_info.major}.{sys.version_info.minor})"
         )
     bin_dir = Path(sys.executable).parent
     environment = {
@@ -53,7 +51,7 @@ def find_installation() -> Installation:
             part for part in (str(libraries), str(libpython), os.environ.get("LD_LIBRARY_PATH", "")) if part
         ),
     }
-    library = kernel.library(kernel.IGNORE_CANCELLATION)
+    library = c_libraries.library(c_libraries.IGNORE_CANCELLATION)
     if library.is_file():
         environment["LD_PRELOAD"] = os.pathsep.join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
     return Installation(
@@ -64,12 +62,12 @@ def find_installation() -> Installation:
 
 
 def package_dir() -> Path:
-    """Where the wheel's package is. Raises ToolError when it is not installed."""
+    """The folder of the wheel's package. Raises ToolError if it is not installed."""
     try:
         distribution = importlib.metadata.distribution("nvidia-pytriton")
     except importlib.metadata.PackageNotFoundError as error:
         raise ToolError(
-            "no tritonserver here: nvidia-pytriton is not installed: pip install 'clip-embed[server]'", exit_code=2
+            "no tritonserver: nvidia-pytriton is not installed: pip install 'clip-embed[server]'", exit_code=2
         ) from error
     return Path(str(distribution.locate_file("pytriton")))
 
@@ -78,16 +76,16 @@ def _check_numpy() -> None:
     version = importlib.metadata.version("numpy")
     if int(version.split(".", maxsplit=1)[0]) >= 2:
         raise ToolError(
-            f"numpy {version} is installed, but the Python models of tritonserver 24.10 die under numpy 2 at their "
+            f"numpy {version} is installed, but the Python models of tritonserver 24.10 crash with numpy 2 at their "
             "first request: pip install 'numpy<2'"
         )
 
 
 def assemble_backends(server: Path, ours: Path) -> Path:
-    """A backend directory with Triton's Python backend and ours, under this environment.
+    """A backend directory with Triton's Python backend and ours, in this environment.
 
-    All are real files: Triton refuses a symlink that leaves the directory. Its name holds a digest of what is in it,
-    so a running server's files never change under it, and a second call finds it ready.
+    It has copies: Triton refuses a symlink that leaves the directory. Its name contains a digest of its files, so the
+    files of a running server never change, and a second call reuses it.
     """
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
@@ -119,7 +117,7 @@ def assemble_backends(server: Path, ours: Path) -> Path:
 
 
 def command(installation: Installation, arguments: list[str]) -> list[str]:
-    """The server's command line: plain tritonserver flags, with our backends unless others are given."""
+    """The server's command line, with our backends unless the arguments give others."""
     ours = (
         [] if any(a.split("=")[0] == _BACKEND_FLAG for a in arguments) else [f"{_BACKEND_FLAG}={installation.backends}"]
     )
@@ -127,16 +125,16 @@ def command(installation: Installation, arguments: list[str]) -> list[str]:
 
 
 def on_this_machine(arguments: list[str]) -> list[str]:
-    """The flags, and the loopback for each protocol whose address they leave open, where Triton takes every one."""
+    """The flags, with the loopback address for each protocol without one; Triton's default is all addresses."""
     given = {argument.partition("=")[0] for argument in arguments}
     addresses = [f"--{protocol}-address" for protocol in ("http", "grpc", "metrics")]
     return [*arguments, *(f"{flag}=127.0.0.1" for flag in addresses if flag not in given)]
 
 
 def main() -> None:
-    """Become tritonserver with the flags given: the `tritonserver` that Model Analyzer and people call.
+    """The command `tritonserver`, for Model Analyzer and people: exec tritonserver with these flags.
 
-    It is closed by no key, so it listens on this machine alone unless it is told otherwise.
+    It has no keys, so by default it listens on this machine alone.
     """
     try:
         installation = find_installation()

@@ -120,7 +120,7 @@ def _parse(trt: Any, builder: Any, log: Any, onnx_path: Path) -> tuple[Any, Any]
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(1 << int(flag) if flag is not None else 0)  # where it is gone, all are
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(onnx_path)):
+    if not parser.parse_from_file(str(onnx_path.resolve())):
         found = [parser.get_error(index) for index in range(parser.num_errors)]
         shown = "; ".join(_parser_error(error) for error in found[:_PARSER_ERRORS_SHOWN]) or log.reason()
         more = f" (and {len(found) - _PARSER_ERRORS_SHOWN} more)" if len(found) > _PARSER_ERRORS_SHOWN else ""

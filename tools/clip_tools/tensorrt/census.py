@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clip_tools.export.precision import Precision
+from clip_tools.verification.gates import Precision
 
 _NAMES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8", "FP4": "fp4", "INT4": "int4"}
 # How many products a layer is; an attention is an input layer, which has query and key, and an output layer.

@@ -1,1 +1,1 @@
-"""Whether an engine's embeddings equal open_clip's: the reference, the sample, the limits and the verdict."""
+"""What embeddings are compared with: open_clip's of photographs and texts, the sample of an export, the limits."""

@@ -2,22 +2,22 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from clip_tools.errors import ToolError
-from clip_tools.export.precision import Precision
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # Below it a percentile or a share of unchanged neighbours says little: one of 100 is one per cent.
 MIN_IMAGES = 100
 # Of similarities this far apart or less, which is the greater is luck: an engine at the edge of FP32's own gate is
 # 0.0045 off, over 512 numbers 0.0002 in any one direction, so the difference of two similarities, in which the errors
 # of three images meet, has a standard deviation of 0.0003 to 0.0004. This is three of them. No gate makes use of it.
 TIE = 0.001
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)

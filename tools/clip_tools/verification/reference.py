@@ -51,7 +51,7 @@ def reference(
         raise ToolError("nothing to compare on: no images were given")
     data = [path.read_bytes() for path in paths]
     images_sha256 = _digest(data)
-    parts = [weights.model, weights.checkpoint_sha256 or weights.pretrained, images_sha256]
+    parts = [*weights.identity, images_sha256]
     key = json.dumps([*parts, orientation] if orientation != "ignore" else parts)
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
     names = tuple(path.name for path in paths)

@@ -1,7 +1,6 @@
-"""The sample of an export: a few photographs or texts and what open_clip makes of them in FP32, kept beside the graph.
+"""The sample of an export: a few photographs or texts with open_clip's FP32 embeddings, kept beside the graph.
 
-By it a server is proven before it is called ready, and an engine before a server is swapped to it (serving/proof.py),
-where neither open_clip nor PyTorch is installed.
+`serving/vector_check.py` verifies a server and a new engine with it, where open_clip and PyTorch are not installed.
 """
 
 import itertools
@@ -19,8 +18,6 @@ from clip_tools.oracle import Oracle, Orientation, Weights
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    from clip_tools.export.manifest import Manifest
 
 FILE = "sample.npz"
 PHOTOGRAPHS = 10  # at most; ours are 1.3 MB
@@ -62,10 +59,6 @@ class Sample:
             return None
         return found if len(files) == len(found.inputs) == len(found.embeddings) else None
 
-    def is_of(self, manifest: "Manifest") -> bool:
-        """Whether the graph with this manifest was made of the same weights."""
-        return self.weights == (manifest.model, manifest.checkpoint_sha256 or manifest.pretrained)
-
     def embeddings_of(self, orientation: Orientation) -> "npt.NDArray[np.float32] | None":
         """(N, 512): open_clip's of the photographs that way up; None where they were not kept."""
         return self.embeddings if orientation == "ignore" else self.upright_embeddings
@@ -103,12 +96,7 @@ def keep_sample(graph: Path, weights: Weights, photographs: Iterable[bytes], ora
         some = (*some[:-1], some[-1][:2] + _ON_ITS_SIDE + some[-1][2:])
     pixels = np.stack([oracle.pixels(one) for one in some])
     upright = replace(oracle, orientation="exif").embed(some)
-    Sample(known_as(weights), some, pixels, oracle.embed(some), upright).write(graph)
-
-
-def known_as(weights: Weights) -> tuple[str, str]:
-    """How a sample names its weights."""
-    return weights.model, weights.checkpoint_sha256 or weights.pretrained
+    Sample(weights.identity, some, pixels, oracle.embed(some), upright).write(graph)
 
 
 def _is_small(photograph: bytes) -> bool:

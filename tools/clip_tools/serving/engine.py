@@ -1,4 +1,4 @@
-"""What is known of an engine without running it: its file, the graph that it was made of, its precision, its pixels."""
+"""What is known of an engine without running it: its file, its graph and manifest, its precision, its pixels."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,12 +6,14 @@ from typing import Any
 
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError
+from clip_tools.export.external_data import load_nodes
 from clip_tools.export.manifest import Manifest
-from clip_tools.export.precision import Precision, precision_of
+from clip_tools.export.precision import precision_of
 from clip_tools.oracle import Orientation
 from clip_tools.paths import MODELS
 from clip_tools.repository import config_names, deployment
 from clip_tools.tensorrt.engine_manifest import EngineManifest
+from clip_tools.verification.gates import Precision
 
 
 @dataclass(frozen=True)
@@ -97,24 +99,30 @@ def orientation_of(engine: Engine) -> Orientation:
 
 
 def graph_of(file: Path) -> tuple[Path, Manifest] | None:
-    """The exported graph that this is, or that a plan was built of, and its manifest; None when one is not known."""
-    if file.suffix == ".plan":
-        plan = EngineManifest.read(file)
-        if plan is None:
-            return None
-        file, expected = file.absolute().parent.parent.parent / "clip_onnx" / "1" / plan.onnx, plan.onnx_sha256
-        manifest = Manifest.read(file)
-    else:
-        manifest = Manifest.read(file)
-        expected = manifest.sha256 if manifest else ""
-    known = manifest is not None and file.is_file() and sha256_of(file) == expected
-    return (file, manifest) if manifest and known else None
+    """The exported graph that this file is or that this plan was built of, and its manifest; None where not known."""
+    plan = EngineManifest.read(file) if file.suffix == ".plan" else None
+    if plan:
+        file = file.absolute().parents[2] / "clip_onnx" / "1" / plan.onnx
+    manifest = Manifest.read(file) if file.suffix != ".plan" else None
+    if manifest is None or (plan and plan.onnx_sha256 != manifest.sha256):
+        return None
+    return file, manifest
+
+
+def unchanged_graph_of(file: Path) -> tuple[Path, Manifest] | None:
+    """The same; None also for a graph that is not there or not as its manifest describes it."""
+    known = graph_of(file)
+    return known if known and known[0].is_file() and sha256_of(known[0]) == known[1].sha256 else None
+
+
+def manifest_of(file: Path | None) -> Manifest | None:
+    """The manifest of `graph_of`."""
+    known = graph_of(file) if file else None
+    return known[1] if known else None
 
 
 def _load(file: Path) -> Any:
-    import onnx
-
     try:
-        return onnx.load(str(file))
+        return load_nodes(file)
     except Exception as error:  # protobuf's own
         raise ToolError(f"{file} is no ONNX file: {' '.join(str(error).split())[:200]}") from error

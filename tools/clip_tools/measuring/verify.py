@@ -1,4 +1,4 @@
-"""`clip-tools verify`: an engine's embeddings against open_clip's own in FP32, and whether they pass the gate."""
+"""`clip-tools verify`: compares an engine's embeddings with open_clip's in FP32, and judges them by the gate."""
 
 import hashlib
 import os
@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, missing_extra
-from clip_tools.export.precision import Precision
+from clip_tools.export.onnx_runner import run_onnx
 from clip_tools.oracle import Orientation, Weights, load_oracle, load_tokenizer
 from clip_tools.repository import text_deployment
+from clip_tools.serving.engine import Engine, has_exact_pixels, orientation_of, precision_of_engine, unchanged_graph_of
 from clip_tools.tensorrt.engine_manifest import EngineManifest
-from clip_tools.verification.engine import Engine, graph_of, has_exact_pixels, orientation_of, precision_of_engine
 from clip_tools.verification.gates import (
     TIE,
     Agreement,
     Gate,
+    Precision,
     agreement,
     cosines,
     counts_for_nothing,
@@ -26,7 +27,6 @@ from clip_tools.verification.gates import (
     gate_name,
     gate_of,
 )
-from clip_tools.verification.onnx_runner import run_onnx
 from clip_tools.verification.reference import Reference, reference
 from clip_tools.verification.texts import texts
 
@@ -41,11 +41,11 @@ Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 
 @dataclass(frozen=True)
 class Verdict:
-    """The agreement, what it was held to, and whether it passed.
+    """The agreement, its gate, and whether it passed.
 
-    `what` was embedded: images or texts. `exact_pixels`: they are to be open_clip's own. `orientation`: which way up
-    both sides had the images. `how` says what computed it. `counts_for_nothing` is why a passed gate proves nothing,
-    None when it counts. `cosines` are those of the images, in their order.
+    `what` was embedded: images or texts. `exact_pixels`: the pixels must equal open_clip's. `orientation` of the images
+    is the same on both sides. `how` names what computed the embeddings. `counts_for_nothing` is why a pass proves
+    nothing; None if it counts. `cosines` are in the order of the images.
     """
 
     engine: str
@@ -90,11 +90,11 @@ def verify(
     orientation: Orientation | None = None,
     advance: Advance = lambda what, done, total: None,
 ) -> Verdict:
-    """Hold the engine against open_clip in FP32 on the images. `weights` None takes them from the engine's manifest.
+    """Compare the engine with open_clip in FP32 on the images.
 
-    `precision` None takes that of the engine's manifest, or of the graph itself; for a URL it is FP32. `orientation`
-    None takes that of the configuration; for a URL images stay as they lie. Raises ToolError when the engine cannot be
-    run, or is of other weights than given.
+    What is None comes from the engine: `weights` from its manifest, `precision` from its manifest or graph (FP32 for a
+    URL), `orientation` from its configuration ("ignore" for a URL). Raises ToolError if the engine cannot run, or has
+    other weights than given.
     """
     file = engine.runs
     held_to = precision or precision_of_engine(engine)
@@ -188,11 +188,10 @@ def verify_text(
 
 def _weights(given: Weights | None, file: Path | None) -> Weights:
     """The weights to compare with: those given, else the manifest's; refused when the two are known to differ."""
-    known = graph_of(file) if file else None
+    known = unchanged_graph_of(file) if file else None
     manifest = known[1] if known else None
     if given is not None:
-        made_of = manifest and (manifest.checkpoint_sha256 or manifest.pretrained)
-        if manifest and made_of != (given.checkpoint_sha256 or given.pretrained):
+        if manifest and manifest.identity != given.identity:
             raise ToolError(
                 f"{file} was made of {manifest.model}, {manifest.pretrained}, and is to be compared with "
                 f"{given.model}, {given.pretrained}: leave --pretrained out, or give the same",
@@ -252,7 +251,8 @@ def _url(engine: Engine) -> Iterator[str]:
     import socket
     import tempfile
 
-    from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+    from clip_tools.serving.serve_options import ServeOptions
+    from clip_tools.serving.server import EmbeddedServer
 
     ports = []
     for _ in range(3):

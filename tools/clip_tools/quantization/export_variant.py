@@ -1,4 +1,4 @@
-"""`clip-tools export-onnx --precision`: the exported graph in a lower precision, held to its gate before it is kept."""
+"""`clip-tools export-onnx --precision`: the graph in a lower precision, written only if it passes its gate."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from clip_tools.errors import ToolError
 from clip_tools.export.export_onnx import compare, describe, tensors_of, write_graph
+from clip_tools.export.external_data import LARGEST_BYTES, is_large, load_graph, save_graph
 from clip_tools.export.manifest import Manifest, put_in_place
-from clip_tools.export.precision import Precision, count_matrices, count_weights, lower
+from clip_tools.export.onnx_runner import OnnxRun, run_onnx
+from clip_tools.export.precision import count_matrices, count_weights, lower
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.verification.gates import (
     GATES,
     Agreement,
+    Precision,
     agreement,
     counts_for_nothing,
     failures,
     likely_neighbours_kept,
 )
-from clip_tools.verification.onnx_runner import OnnxRun, run_onnx
 from clip_tools.verification.reference import image_pixels, reference
 from clip_tools.verification.sample import keep_sample
 
@@ -41,22 +43,31 @@ def export_variant(
     *,
     calibration: Sequence[Path] = (),
     advance: Advance = lambda what, done, total: None,
+    largest_bytes: int = LARGEST_BYTES,
 ) -> Manifest:
     """Write the graph of a lower precision to `output`, with its manifest and sample. Raises ToolError under its gate.
 
-    `photographs` are what it is held against open_clip on, at least `gates.MIN_IMAGES` for the gate to count;
-    `calibration` is for INT8 and FP8.
+    `photographs` are compared with open_clip; the gate counts from `gates.MIN_IMAGES` of them on. INT8 and FP8 need the
+    images of `calibration`.
     """
     import onnx
 
     oracle = load_oracle(weights)
+    if precision in ("int8", "fp8") and is_large(oracle.model.visual.parameters(), largest_bytes):
+        raise ToolError(
+            f"--precision {precision}: {weights.model} has over {largest_bytes / 1e9:.1f} GB of weights in FP32, too "
+            "many to calibrate: expected fp16 or bf16",
+            exit_code=2,
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         draft = Path(folder) / output.name
-        full = _fp32_graph(oracle, photographs, Path(folder))
+        full = _fp32_graph(oracle, photographs, Path(folder), largest_bytes)
         graph, calibrated = _in_precision(full, precision, oracle, calibration, advance)
-        onnx.checker.check_model(graph, full_check=True)
-        onnx.save(graph, str(draft))
+        del full
+        matrices = count_matrices(graph)
+        save_graph(graph, draft, largest_bytes)
+        onnx.checker.check_model(str(draft), full_check=True)
         expected = reference(weights, photographs, oracle=oracle)
         done = 0
 
@@ -65,7 +76,7 @@ def export_variant(
             done += images
             advance("comparing with open_clip", done, len(photographs))
 
-        run: OnnxRun = run_onnx(graph, expected.pixels, advance=tell)
+        run: OnnxRun = run_onnx(draft, expected.pixels, advance=tell)
         found = agreement(run.embeddings, expected.embeddings, expected.names)
         trained = weights.seed is None
         if under := failures(found, GATES[precision], trained=trained):
@@ -83,7 +94,7 @@ def export_variant(
             opset=graph.opset_import[0].version,
             tensors=tensors_of(draft),
             fit=dict(oracle.fit),
-            matrices=count_matrices(graph),
+            matrices=matrices,
             gate={
                 **asdict(found),
                 "how": run.how,
@@ -97,14 +108,12 @@ def export_variant(
     return manifest
 
 
-def _fp32_graph(oracle: Oracle, photographs: Sequence[Path], folder: Path) -> "onnx.ModelProto":
+def _fp32_graph(oracle: Oracle, photographs: Sequence[Path], folder: Path, largest_bytes: int) -> "onnx.ModelProto":
     """The FP32 graph in the form for GPUs, which agrees with PyTorch."""
-    import onnx
-
     path = folder / "fp32.onnx"
-    write_graph(oracle, path, "gpu")
+    write_graph(oracle, path, "gpu", largest_bytes=largest_bytes)
     compare(oracle, path, [photograph.read_bytes() for photograph in photographs[:_COMPARED_IN_FP32]])
-    return onnx.load(str(path))
+    return load_graph(path)
 
 
 def _in_precision(

@@ -14,16 +14,17 @@ from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError
 from clip_tools.export.manifest import Manifest, manifest_path
 from clip_tools.serving.model_control import GrpcModelControl
-from clip_tools.serving.serve import EmbeddedServer
-from clip_tools.serving.swap import SwapOptions, swap
+from clip_tools.serving.server import EmbeddedServer
+from clip_tools.serving.swap import swap
+from clip_tools.serving.swap_steps import SwapOptions
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 
 
 @pytest.fixture(scope="module")
-def models(repository, tmp_path_factory):
+def models(light_repository, tmp_path_factory):
     """`wrong` leads to the graph with its positions in another order, which its manifest calls right."""
-    folder = with_second_model(repository, tmp_path_factory.mktemp("proof") / "models", "wrong")
+    folder = with_second_model(light_repository, tmp_path_factory.mktemp("proof") / "models", "wrong")
     path = folder / "clip_wrong" / "1" / "model.onnx"
     manifest, graph = Manifest.read(path), onnx.load(str(path))
     tensor = next(one for one in graph.graph.initializer if one.name == "position")
@@ -43,7 +44,7 @@ def test_serve_says_how_near_its_vectors_are(repository, tmp_path):
         line = wait_for(process.stderr, "open_clip's")
         process.terminate()
         process.stderr.read()
-    assert "its vectors are open_clip's: worst cosine 0.99999" in line or "worst cosine 1.00000" in line
+    assert "the vectors match open_clip's: worst cosine 0.99999" in line or "worst cosine 1.00000" in line
     assert "on 10 photographs (fp32: at least 0.99999)" in line
 
 
@@ -53,7 +54,7 @@ def test_vectors_that_are_not_open_clips_are_not_served(models, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
-    assert "the vectors of clip_ensemble, configuration wrong are not open_clip's: worst cosine 0." in last
+    assert "the vectors of clip_ensemble, configuration wrong do not match open_clip's: worst cosine " in last
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"CLIP_CHECK_VECTORS": "0"}
     ) as process:
@@ -71,7 +72,7 @@ def test_no_server_is_swapped_to_them(models, demo_photos, tmp_path):
         before = client.embed([image])
         with GrpcModelControl(served.grpc_url) as control:
             options = SwapOptions("wrong", models=models, allow_other_weights=True, check_vectors=True)
-            with pytest.raises(ToolError, match=r"\(clip_wrong held to open_clip\): the vectors .*; everything is as"):
+            with pytest.raises(ToolError, match=r"\(clip_wrong verified .*\): the vectors .*; everything is as"):
                 swap(control, options, said.append)
             assert "clip_wrong" not in control.ready_models()
         assert np.array_equal(client.embed([image]), before)

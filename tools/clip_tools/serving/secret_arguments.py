@@ -1,9 +1,8 @@
-"""Start a program with arguments that `ps` does not show, for one that takes a secret in no other way.
+"""Starts a program with secret arguments that `ps` does not show, for programs that take secrets in no other way.
 
-Everybody on a machine may read every process's command line, but its environment only its owner and root. So the secret
-arguments go into the environment, the command line gets stand-ins, and before the program's first instruction the
-pointers to the stand-ins are turned to the real ones: while it stands still under ptrace, as after every exec of a
-traced process. Nothing secret is in the command line at any time. For 64-bit Linux.
+Every user can read a process's command line; only its owner and root can read its environment. So the command line gets
+placeholders and the environment the real arguments. A traced process stops after exec, before its first instruction.
+While it is stopped, the pointers in `argv` are moved from the placeholders to the real arguments. For 64-bit Linux.
 """
 
 import contextlib
@@ -18,11 +17,11 @@ from typing import Any
 
 _TRACE_ME, _DETACH = 0, 17  # <sys/ptrace.h>
 _VARIABLE = "CLIP_TOOLS_ARGUMENT_"
-# Fields of /proc/PID/stat, counted from 1 as in proc(5): where the stack began and where the environment lies.
+# Fields of /proc/PID/stat, counted from 1 as in proc(5).
 _START_STACK, _ENV_START, _ENV_END = 28, 50, 51
 
 
-def popen(
+def popen_with_secrets(
     arguments: Sequence[str],
     secrets: Mapping[str, str],
     *,
@@ -30,9 +29,9 @@ def popen(
     preexec_fn: Callable[[], None] | None = None,
     **options: Any,
 ) -> "subprocess.Popen[str]":
-    """`subprocess.Popen` of the arguments and, behind them, the values of `secrets`, of which `ps` shows the keys.
+    """`subprocess.Popen` of the arguments and the values of `secrets`, of which `ps` shows the keys instead.
 
-    Where tracing is forbidden the program is started all the same, and a line says that `ps` shows everything.
+    Where tracing is forbidden, the program is started anyway, and a warning says that `ps` shows the secrets.
     """
     shown, hidden = [*arguments, *secrets], list(secrets.values())
     variables = {f"{_VARIABLE}{number}": argument for number, argument in enumerate(hidden)}
@@ -48,7 +47,7 @@ def popen(
     try:
         process = subprocess.Popen(shown, env={**env, **variables}, preexec_fn=prepare, **options)  # noqa: PLW1509
         try:
-            _turn_pointers(process.pid, hidden)
+            _replace_arguments(process.pid, hidden)
         except BaseException:
             process.kill()
             process.wait()
@@ -56,13 +55,13 @@ def popen(
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise
-        sys.stderr.write(f"{Path(arguments[0]).name}: its keys can be seen with `ps` on this machine ({error})\n")
+        sys.stderr.write(f"{Path(arguments[0]).name}: `ps` shows its keys on this machine ({error})\n")
         return subprocess.Popen([*arguments, *hidden], env=env, preexec_fn=preexec_fn, **options)  # noqa: PLW1509
     return process
 
 
-def _turn_pointers(pid: int, hidden: Sequence[str]) -> None:
-    """Let the last arguments be these, which are in the environment, and the stopped process go."""
+def _replace_arguments(pid: int, hidden: Sequence[str]) -> None:
+    """Point the last arguments of a stopped process at these, which are in its environment, and let it run."""
     _, status = os.waitpid(pid, 0)
     if not os.WIFSTOPPED(status):
         raise ValueError(f"the process did not stop at its start: status {status}")
@@ -70,10 +69,10 @@ def _turn_pointers(pid: int, hidden: Sequence[str]) -> None:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         stack, begin, end = (int(fields[number - 3]) for number in (_START_STACK, _ENV_START, _ENV_END))
         with Path(f"/proc/{pid}/mem").open("r+b", buffering=0) as memory:
-            memory.seek(begin - 1)  # each variable has a zero byte before it, the first one the last argument's
+            memory.seek(begin - 1)  # from the zero byte before the first variable, which ends the last argument
             environment = memory.read(end - begin + 1)
             memory.seek(stack)
-            (count,) = struct.unpack("<Q", memory.read(8))  # more than we gave where a script's interpreter runs it
+            (count,) = struct.unpack("<Q", memory.read(8))  # a script has more: its interpreter comes first
             for number, argument in enumerate(hidden):
                 entry = f"{_VARIABLE}{number}={argument}".encode()
                 offset = environment.index(b"\0" + entry + b"\0") + len(entry) - len(argument.encode())

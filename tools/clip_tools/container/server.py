@@ -1,4 +1,4 @@
-"""The container's tritonserver: the image's own, with the command line that the start made, watched as `serve` does."""
+"""The container's server: the tritonserver of its image, with the prepared command line."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,8 @@ from clip_tools.container.settings import USAGE
 from clip_tools.errors import ToolError
 from clip_tools.serving.access import Access
 from clip_tools.serving.process import TritonProcess
-from clip_tools.serving.serve import EmbeddedServer, ServeOptions
+from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.server import EmbeddedServer
 
 _PORTS = {"http": "8000", "grpc": "8001", "metrics": "8002"}  # Triton's own
 READY_TIMEOUT_S = 3600.0  # ort-trt builds an engine for each batch while it loads; not measured
@@ -16,21 +17,21 @@ READY_TIMEOUT_S = 3600.0  # ort-trt builds an engine for each batch while it loa
 
 @dataclass
 class ContainerServer(EmbeddedServer):
-    """`options` say where `command` lets it listen, and what it serves."""
+    """Runs `command`. `options` describe what it serves, and where it listens."""
 
     command: Sequence[str] = ()
 
     def start(self) -> None:
-        """Start the process. What was prepared has been checked."""
+        """Start the process. The entry point has checked the files."""
         reap_orphans()
-        self._keep_keys()
+        self._save_keys()
         self._process = TritonProcess(self.command, os.environ, secrets=self.options.secret_flags)
 
 
 def options_in(command: Sequence[str], keys: Mapping[str, str] | None = None) -> ServeOptions:
-    """Where a tritonserver with this command line listens: what its flags say, and Triton's own defaults.
+    """The addresses and ports of a tritonserver with this command line: its flags, and Triton's defaults.
 
-    Raises ToolError for a port that is none, and for TLS: the container's own health check asks without.
+    Raises ToolError for an invalid port, and for TLS flags: the container's health check connects without TLS.
     """
     flags = flags_in(command)
     ports = {name: flags.get(f"{name}-port", default) for name, default in _PORTS.items()}
@@ -40,8 +41,8 @@ def options_in(command: Sequence[str], keys: Mapping[str, str] | None = None) ->
     for name in ("grpc-use-ssl", "grpc-use-ssl-mutual"):
         if name in flags:
             raise ToolError(
-                f"--{name}: expected no TLS of tritonserver itself in the container; put the nginx of "
-                "deploy/compose.tls.yaml before it",
+                f"--{name}: TLS of tritonserver itself is not supported in the container; put the nginx of "
+                "deploy/compose.tls.yaml in front",
                 exit_code=USAGE,
             )
     return ServeOptions(
@@ -55,7 +56,7 @@ def options_in(command: Sequence[str], keys: Mapping[str, str] | None = None) ->
 
 
 def flags_in(command: Sequence[str]) -> Mapping[str, str]:
-    """`--name=value` and `--name value` by name; the last one of a name counts, as in Triton."""
+    """The flags by name, from `--name=value` and `--name value`. The last one of a name wins, as in Triton."""
     flags = {}
     for word, following in zip(command, [*command[1:], ""], strict=False):
         if word.startswith("--"):
@@ -65,7 +66,7 @@ def flags_in(command: Sequence[str]) -> Mapping[str, str]:
 
 
 def reap_orphans() -> None:
-    """Take in the ends of an earlier server's children, which as process 1 we inherit."""
+    """Reap the ended children of an earlier server, which process 1 inherits."""
     if os.getpid() == 1:
         try:
             while os.waitpid(-1, os.WNOHANG) != (0, 0):

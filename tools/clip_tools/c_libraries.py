@@ -1,4 +1,4 @@
-"""`python -m clip_tools.kernel`: builds the two C libraries of this project, with the compiler of ziglang."""
+"""`python -m clip_tools.c_libraries`: builds the two C libraries of this project with the compiler of ziglang."""
 
 import hashlib
 import os
@@ -12,32 +12,32 @@ from pathlib import Path
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
 
-# Resamples for `preprocess`; clip_resample.py finds it by itself.
+# Resamples in `preprocess`; clip_resample.py loads it.
 SOURCE = MODELS / "preprocess" / "1" / "clip_resample.c"
 # Preloaded into the embedded tritonserver.
 IGNORE_CANCELLATION = Path(__file__).with_name("serving") / "ignore_cancellation.c"
-# What is lost without each.
+# The effect of a missing library.
 WITHOUT = {
-    SOURCE: "preprocess will resample with Pillow, which takes twice as long an image",
-    IGNORE_CANCELLATION: "gRPC calls that clients give up may end the embedded server (SECURITY.md)",
+    SOURCE: "preprocess resamples with Pillow, which takes twice as long",
+    IGNORE_CANCELLATION: "clients that cancel gRPC calls may crash the embedded server (SECURITY.md)",
 }
-# Any processor of the kind: what it has beyond that, the library finds out when it runs. glibc as in manylinux2014.
+# For every processor of the architecture; the library detects extensions at run time. glibc as in manylinux2014.
 _PROCESSORS = ("x86_64", "aarch64")
 _FLAGS = ("-O3", "-s", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
 
 
 def library(source: Path = SOURCE) -> Path:
-    """Where the library of this very source is looked for."""
+    """The path of the library built from this source."""
     return source.with_suffix(f".{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so")
 
 
 def build(source: Path = SOURCE, compiler: Sequence[str] = (sys.executable, "-m", "ziglang", "cc")) -> Path:
-    """The library of the source, built unless it is there; those of other sources go. Raises ToolError."""
+    """The library of the source, built if missing; libraries of earlier sources are removed. Raises ToolError."""
     path = library(source)
     if path.is_file():
         return path
     if platform.machine() not in _PROCESSORS:
-        raise ToolError(f"expected a processor of {', '.join(_PROCESSORS)}, came {platform.machine()}")
+        raise ToolError(f"expected one of the processors {', '.join(_PROCESSORS)}, came {platform.machine()}")
     target = ("-target", f"{platform.machine()}-linux-gnu.2.17", "-mcpu=baseline")
     built = path.with_name(f".{os.getpid()}.so")
     command = [*compiler, *target, *_FLAGS, str(source), "-o", str(built), "-lm"]
@@ -54,7 +54,7 @@ def build(source: Path = SOURCE, compiler: Sequence[str] = (sys.executable, "-m"
 
 
 def main() -> int:
-    """Build them; 1, and a line on stderr, where that fails."""
+    """Build both; a line on stderr and exit code 1 if one fails."""
     failed = 0
     for source, loss in WITHOUT.items():
         try:

@@ -1,4 +1,4 @@
-"""The model repository that one container serves: the committed configurations, with this start's files and batches."""
+"""Writes the model repository that the container serves: built files, and configurations adapted to this host."""
 
 import itertools
 import shutil
@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from clip_tools.export.export_text import MERGES
-from clip_tools.serving.machine import Machine, fit_all, rewrite_configs
+from clip_tools.serving.machine import Machine
 from clip_tools.serving.towers import Towers
+from clip_tools.serving.write_repository import adapt_config, rewrite_configs
 from clip_tools.verification.sample import FILE as SAMPLE
 
 _BUILT = ("*.onnx", "*.onnx.data", "*.plan", "manifest*.json", SAMPLE, MERGES, "__pycache__")
 
 
-def write_served_repository(
+def write_container_repository(
     models: Path,
     folder: Path,
     *,
@@ -22,10 +23,12 @@ def write_served_repository(
     machine: Machine,
     config_name: str | None = None,
 ) -> None:
-    """Copy the repository `models` to `folder`, without its built files, and fit its configurations to `machine`.
+    """Copy `models` to `folder` without built files, link `files` into it, and adapt its configurations.
 
-    `files` are linked into it: where each goes, as in "clip_trt/1/model.plan", and where it is. Every configuration
-    takes `max_batch`, see `fit_batches`; None leaves what they say. All are for the towers that `config_name` leads to.
+    Args:
+        files: by their path in the repository, such as "clip_trt/1/model.plan".
+        max_batch: see `limit_batches`; None changes nothing.
+        config_name: the configuration whose towers decide the tensor dimensions.
     """
     shutil.copytree(models, folder, ignore=shutil.ignore_patterns(*_BUILT))
     for target, source in files.items():
@@ -34,17 +37,17 @@ def write_served_repository(
     towers = Towers.of(folder, config_name)
 
     def change(config: Any) -> bool:
-        fitted = fit_all(config, towers, machine)
-        return (max_batch is not None and fit_batches(config, max_batch)) or fitted
+        is_adapted = adapt_config(config, towers, machine)
+        return (max_batch is not None and limit_batches(config, max_batch)) or is_adapted
 
     rewrite_configs(folder, change)
 
 
-def fit_batches(config: Any, max_batch: int) -> bool:
-    """Put another largest batch into a `ModelConfig`; whether that changed it.
+def limit_batches(config: Any, max_batch: int) -> bool:
+    """Set the largest batch of a `ModelConfig`; whether that changed it.
 
-    A request, and so the ensemble and every other step, is never allowed more than before; `clip_trt` alone may batch
-    several requests beyond it. Preferred batches, warm-up and CUDA graphs above `max_batch` go; it becomes the last.
+    A request is never allowed to be larger than before, so only `clip_trt` may get a larger batch, of several requests.
+    Preferred batches, warm-ups and CUDA graphs above `max_batch` are removed, and one of `max_batch` is the last.
     """
     is_plan = config.backend == "tensorrt"
     largest = max_batch if is_plan else min(max_batch, config.max_batch_size)
@@ -71,7 +74,7 @@ def fit_batches(config: Any, max_batch: int) -> bool:
 
 
 def _cut(entries: Any, largest: int) -> None:
-    """Keep the entries under `largest`, and one of it at the end, made from the last one there is."""
+    """Keep the entries below `largest`, and add one of that size, copied from the last entry."""
     last = type(entries[-1])()
     last.CopyFrom(entries[-1])
     last.batch_size = largest

@@ -1,11 +1,13 @@
 """The embeddings that an ONNX file gives on this CPU, with the rounding of its own precision."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools.errors import ToolError, missing_extra
+from clip_tools.export.external_data import LARGEST_BYTES, load_graph, load_nodes, save_graph
 from clip_tools.export.precision import is_low, twin
 
 if TYPE_CHECKING:
@@ -41,15 +43,16 @@ def run_onnx(
     """
     try:
         import numpy as np
-        import onnx
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise missing_extra("cpu", error) from error
     title = model.name if isinstance(model, Path) else "the graph"
     try:
-        graph = onnx.load(str(model)) if isinstance(model, Path) else model
-        low = is_low(graph)
-        session = open_session(twin(graph) if low else graph)
+        graph = load_nodes(model) if isinstance(model, Path) else model
+        if low := is_low(graph):
+            session = open_session(twin(load_graph(model) if isinstance(model, Path) else model))
+        else:
+            session = open_session(model)
         rows = []
         for start in range(0, len(inputs), batch_size):
             batch = inputs[start : start + batch_size]
@@ -63,12 +66,18 @@ def run_onnx(
     return OnnxRun(np.concatenate(rows), TWIN if low else NATIVE)
 
 
-def open_session(model: "onnx.ModelProto") -> Any:
+def open_session(model: "onnx.ModelProto | Path") -> Any:
     """An ONNX Runtime session on the CPU that computes the graph as it is written."""
     import onnxruntime
+
+    if not isinstance(model, Path) and model.ByteSize() > LARGEST_BYTES:
+        with tempfile.TemporaryDirectory(prefix="clip-graph-") as folder:
+            save_graph(model, path := Path(folder) / "graph.onnx")
+            return open_session(path)
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it logs it also raises
     # Q/DQ as the file has it: fused, ONNX Runtime 1.24 gives FP8 to a kernel for INT8 and refuses the model.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    source = str(model.resolve()) if isinstance(model, Path) else model.SerializeToString()
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,62 @@
+"""Who may import whom, as CONTRIBUTING.md says it."""
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from clip_tools.paths import ROOT
+
+TOOLS = ROOT / "tools" / "clip_tools"
+# From the lowest; a layer may import those before it, and itself. A name is a package or a module of clip_tools.
+LAYERS = [
+    {"c_libraries", "digest", "edits", "errors", "gpu", "oracle", "paths", "photos", "proxy"} | {"repository"},
+    {"verification"},
+    {"export"},
+    {"quantization"},
+    {"tensorrt"},
+    {"serving"},
+    {"container", "demo"},
+    {"measuring"},
+    {"embed_dataset", "local_transport", "precision_results", "reliability"},
+    {"cli"},
+    {"__main__", "audit", "docs"},
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def imports_of(file: Path) -> Iterator[str]:
+    """The modules of clip_tools that a file imports, anywhere in it: "serving.serve"."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "clip_tools":
+            for name in node.names:
+                full = f"{node.module}.{name.name}".removeprefix("clip_tools.")
+                yield full if is_module(full) else full.rpartition(".")[0]
+        elif isinstance(node, ast.Import):
+            yield from (one.name[11:] for one in node.names if one.name.startswith("clip_tools."))
+
+
+def is_module(name: str) -> bool:
+    path = TOOLS / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def graph() -> dict[str, set[str]]:
+    files = {file.relative_to(TOOLS).with_suffix(""): file for file in TOOLS.rglob("*.py")}
+    named = {".".join(path.parts).removesuffix(".__init__"): file for path, file in files.items() if path.name}
+    return {name: set(imports_of(file)) - {"", name} for name, file in named.items() if name != "__init__"}
+
+
+def test_no_module_imports_one_of_a_layer_above_it():
+    upward = [
+        f"{module} imports {imported}"
+        for module, found in graph().items()
+        for imported in found
+        if RANK[module.split(".")[0]] < RANK[imported.split(".")[0]]
+    ]
+    assert upward == []
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Also where an import is inside a function."""
+    list(graphlib.TopologicalSorter(graph()).static_order())  # raises CycleError, with the cycle
