@@ -15,7 +15,7 @@ from tests.conftest import options_for
 from clip_embed import EmbeddingClient, InvalidImageError, RequestTooLargeError, ServerOverloadedError
 from clip_embed.batches import MAX_REQUEST_BYTES
 from clip_tools.measuring.load import run_closed_loop
-from clip_tools.measuring.services import cpu_seconds, resident_mib
+from clip_tools.measuring.watch import cpu_seconds, resident_mib
 from clip_tools.serving.probe import probe_image
 from clip_tools.serving.server import EmbeddedServer
 

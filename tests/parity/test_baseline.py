@@ -52,11 +52,10 @@ def test_where_there_is_a_gpu_open_clip_runs_on_it(weights, demo_photos, tmp_pat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for module in (oracle_module, reference_module, service_module):
         monkeypatch.setattr(module, "load_oracle", load)
-    (tmp_path / "0.bin").write_bytes(demo_photos[0].read_bytes())
     for call in (
         lambda: service_module.create_app(weights),
         lambda: reference_module.reference(weights, demo_photos[:1], folder=tmp_path),
-        lambda: workload_module._write_reference(tmp_path, weights),
+        lambda: workload_module.reference([demo_photos[0].read_bytes()], weights),
     ):
         with pytest.raises(ToolError, match="no GPU here"):
             call()

@@ -110,7 +110,7 @@ def test_an_image_alone_is_the_same_on_the_host(gpu, limits, monkeypatch, demo_p
 def test_the_bench_measures_whole_batches_beside_the_other_modes(gpu, monkeypatch):
     monkeypatch.setattr("clip_gpu.CudaGpu", lambda _: gpu)
     photo = encoded(Image.linear_gradient("L").convert("RGB"))
-    times = measuring._mean_of_batches(bare.open_batches(), [photo] * 3, 0.01)
+    times = measuring.mean_of_batches(bare.open_batches(), [photo] * 3, 0.01)
     assert set(gpu.calls) == {64}
     row = {"images": "640x480", "mode": "gpu", "resized_by": "GPU", "round": 0, **times}
     cpu = {**row, "mode": "exact", "preprocess_s": 0.01, "resize_s": 0.001}

@@ -6,7 +6,7 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring import bench as bench_module
 from clip_tools.measuring import results
 from clip_tools.measuring.arms import Arm
-from clip_tools.measuring.bare import instance_kind, open_engine, throughput_bound
+from clip_tools.measuring.bare import instance_kind, open_engine
 from clip_tools.measuring.bench import (
     ARMS,
     BenchOptions,
@@ -19,11 +19,10 @@ from clip_tools.measuring.bench import (
     quick,
     target_configs,
 )
-from clip_tools.measuring.bench_section import verdicts_text
-from clip_tools.measuring.gpu_samples import GpuSamples, read_sample
 from clip_tools.measuring.load import run_closed_loop, summarise
 from clip_tools.measuring.services import RemoteTriton
-from clip_tools.measuring.targets import TARGETS, Cell, check
+from clip_tools.measuring.targets import TARGETS, Cell, check, throughput_bound, verdicts_text
+from clip_tools.measuring.watch import gpu_figures, read_gpu
 from clip_tools.paths import MODELS
 from clip_tools.repository import read_config
 
@@ -258,10 +257,10 @@ def test_memory_may_grow_by_a_twentieth():
 
 
 def test_nvidia_smis_line_is_read_and_its_absence_is_none():
-    assert read_sample("37 %, 2048 MiB\n90 %, 1 MiB") == (37.0, 2048.0)
-    assert read_sample("") is None
-    gpu = GpuSamples([(0.0, 10.0), (40.0, 50.0), (60.0, 30.0)])  # the first is from before the load
-    assert (gpu.mean(0), gpu.most(1)) == (50.0, 50.0)
+    assert read_gpu("37 %, 2048 MiB\n90 %, 1 MiB") == (37.0, 2048.0)
+    assert read_gpu("") is None
+    samples = [(0.0, 10.0), (40.0, 50.0), (60.0, 30.0)]  # the first is from before the load
+    assert gpu_figures(samples) == {"utilisation_percent": 50.0, "memory_mib": 50.0}
 
 
 def test_cells_are_found_whatever_their_order():
@@ -303,15 +302,13 @@ def test_every_server_of_the_arms_is_started_cold_once_a_round(monkeypatch):
     class Alone:
         def __init__(self, arms, *_):
             started.append(arms[0].name)
+            self.services = {arms[0].server: Started()}
 
         def __enter__(self):
             return self
 
         def __exit__(self, *_):
             pass
-
-        def service(self, _arm):
-            return Started()
 
     monkeypatch.setattr(bench_module, "Deployment", Alone)
     for arms, servers in (
@@ -320,6 +317,6 @@ def test_every_server_of_the_arms_is_started_cold_once_a_round(monkeypatch):
     ):
         started.clear()
         options = BenchOptions(arms=arms, cold_starts=2)
-        rows = list(bench_module._cold_starts(options, None, lambda *_: None, 0))
+        rows = list(bench_module._cold_starts(options, None, lambda *_: None))
         assert started == list(servers or arms) * 2
         assert {row["round"] for row in rows} == {0, 1}

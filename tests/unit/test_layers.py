@@ -10,8 +10,7 @@ from clip_tools.paths import ROOT
 TOOLS = ROOT / "tools" / "clip_tools"
 # From the lowest; a layer may import those before it, and itself. A name is a package or a module of clip_tools.
 LAYERS = [
-    {"c_libraries", "digest", "edits", "errors", "gpu", "oracle", "paths", "photos", "precision_results", "proxy"}
-    | {"repository"},
+    {"c_libraries", "digest", "edits", "errors", "gpu", "oracle", "paths", "photos", "proxy"} | {"repository"},
     {"verification"},
     {"export"},
     {"quantization"},
@@ -19,7 +18,7 @@ LAYERS = [
     {"serving"},
     {"container", "demo"},
     {"measuring"},
-    {"embed_dataset", "local_transport", "reliability"},
+    {"embed_dataset", "local_transport", "precision_results", "reliability"},
     {"cli"},
     {"__main__", "audit", "docs"},
 ]

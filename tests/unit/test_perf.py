@@ -1,6 +1,7 @@
 """perf_analyzer's input as its documentation wants it, and its CSV as it writes it."""
 
 import base64
+import csv
 import json
 import struct
 from types import SimpleNamespace
@@ -12,16 +13,14 @@ from clip_tools.measuring.bench import BenchOptions, _by_perf_analyzer
 from clip_tools.measuring.perf import (
     PerfOptions,
     arguments,
-    explain,
-    level_of,
+    figures_of,
     perf,
     perf_input,
     plain_command,
-    read_csv,
     run_level,
 )
 from clip_tools.measuring.perf_analyzer import find_perf_analyzer
-from clip_tools.measuring.sections import perf_section
+from clip_tools.measuring.report import keep
 from clip_tools.measuring.targets import Cell
 from clip_tools.paths import MODELS
 from clip_tools.serving.probe import probe_image
@@ -55,13 +54,20 @@ def test_no_images_are_refused():
         perf_input([], "clip_ensemble")
 
 
-def test_a_row_becomes_milliseconds(tmp_path):
-    (tmp_path / "perf.csv").write_text(CSV)
-    (row,) = read_csv(tmp_path / "perf.csv")
-    level = level_of(row, "concurrency", 4, 1, "")
-    assert level.throughput == 25.3399
-    assert level.latency_ms == {"p50": 110.104, "p99": 298.222, "mean": 156.031}
-    assert level.server_ms == {"queue": 0.001, "compute infer": 98.4}
+def test_a_row_becomes_milliseconds():
+    (row,) = csv.DictReader(CSV.splitlines()[:2])
+    assert figures_of(row) == {
+        "throughput": 25.3399,
+        "latency_ms": {"p50": 110.104, "p99": 298.222, "mean": 156.031},
+        "server_ms": {"queue": 0.001, "compute infer": 98.4},
+    }
+
+
+def test_a_level_that_settles_has_the_first_row_of_the_csv(perf_analyzer, tmp_path):
+    """Below an empty line perf_analyzer puts tables of its own."""
+    perf_analyzer(f'#!/bin/sh\nfor last; do :; done\nwhile [ "$1" != -f ]; do shift; done\ncat >"$2" <<END\n{CSV}END\n')
+    level = run_level(PerfOptions(), "concurrency", 4, tmp_path / "input.json")
+    assert level["settled"] and level["throughput"] == 25.3399 and level["level"] == 4
 
 
 # What 2.51.0 says with -v, some lines left out, of a throughput that rises; it then writes no CSV.
@@ -89,18 +95,16 @@ def perf_analyzer(tmp_path, monkeypatch):
     return put
 
 
-def test_a_level_that_does_not_settle_is_a_result_with_its_windows(perf_analyzer, tmp_path, capsys):
+def test_a_level_that_does_not_settle_is_a_result_with_its_windows(perf_analyzer, tmp_path):
     perf_analyzer(NOT_SETTLED)
-    result = perf(PerfOptions(concurrency=(64,)), tmp_path / "results" / "perf.json")
+    result = perf(PerfOptions(concurrency=(64,)), tmp_path / "results")
     (level,) = result["levels"]
     assert not level["settled"]
     assert level["windows"] == (548.2, 645.0, 1031.4, 1153.6)
     assert level["throughput"] == pytest.approx((645 + 1031.4 + 1153.6) / 3)
     assert level["latency_ms"] == {"mean": pytest.approx(72)}
-    explain(result)
     expected = "concurrency 64 has not settled; images/s by window: 548.2, 645.0, 1031.4, 1153.6"
-    assert expected in capsys.readouterr().err
-    words = perf_section("perf", result).text
+    words = keep(result, tmp_path / "results" / "perf.json")
     assert f"{expected}." in words and "| 943.3 | not settled |" in words
     assert (tmp_path / "results" / "perf.svg").is_file()
 
@@ -110,7 +114,7 @@ def test_a_window_in_which_no_request_ended_is_zero(perf_analyzer, tmp_path):
     empty = "  Pass [4] cb::Error: No valid requests recorded within time interval. Please use a larger time window."
     perf_analyzer(NOT_SETTLED.replace("exit 2", f"echo '{empty}'\nexit 3").replace("Failed to obtain stable", "no"))
     level = run_level(PerfOptions(), "concurrency", 1, tmp_path / "input.json")
-    assert level.windows[-2:] == (1153.6, 0) and level.throughput == pytest.approx((1031.4 + 1153.6) / 3)
+    assert level["windows"][-2:] == (1153.6, 0) and level["throughput"] == pytest.approx((1031.4 + 1153.6) / 3)
 
 
 def test_bench_goes_on_with_the_mean_of_all_windows(perf_analyzer):

@@ -18,7 +18,7 @@ from clip_tools.export.mix import Engine, Mix, apply, check_name
 from clip_tools.export.parts import cut, layers
 from clip_tools.export.tune_precision import LayerCost, Tuning, embed
 from clip_tools.measuring.onnx_profile import onnx_profile
-from clip_tools.measuring.precision_section import precision_section
+from clip_tools.measuring.sections import precision_section
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
 from clip_tools.repository import check_files, deployment, read_config

@@ -65,28 +65,16 @@ def test_the_committed_file_names_no_machine():
 
 def test_the_best_comes_first_and_says_what_it_is():
     points = profile.read_points(CSV)
-    assert [point.throughput for point in points] == [37.2, 36.0, 20.6]
-    assert points[0].setting == "preprocess 3 instances, batch limit 4; clip_onnx 2 instances, batch limit 8"
-    assert points[2].setting.startswith("as committed: preprocess 2 instances, batch limit 64; clip_onnx 1 instance,")
+    assert [point["throughput"] for point in points] == [37.2, 36.0, 20.6]
+    assert points[0]["setting"] == "preprocess 3 instances, batch limit 4; clip_onnx 2 instances, batch limit 8"
+    assert points[2]["setting"].startswith(
+        "as committed: preprocess 2 instances, batch limit 64; clip_onnx 1 instance,"
+    )
 
 
-def test_the_winner_becomes_a_configuration_of_the_models_it_changes(models, tmp_path):
-    repository = tmp_path / "repository"
-    for name, text in {
-        "clip_ensemble_config_4": "max_batch_size: 2",
-        "preprocess_config_2": "max_batch_size: 4 instance_group [{count: 3 kind: KIND_CPU}] dynamic_batching { }",
-        "clip_onnx_config_4": "max_batch_size: 8 instance_group [{count: 2 kind: KIND_CPU}] dynamic_batching { }",
-    }.items():
-        (repository / name).mkdir(parents=True)
-        (repository / name / "config.pbtxt").write_text(text)
-    best = profile.read_points(CSV)[0]
-    result = {
-        "searched_by": "Model Analyzer",
-        "environment": ENVIRONMENT,
-        "best": best.setting,
-        "best_variants": best.variants,
-    }
-    written = profile.apply(result, "tuned", repository, models)
+def test_the_winner_becomes_a_configuration_of_the_models_it_changes(models):
+    best = profile.read_points(CSV)[0]["setting"]
+    written = sweep.apply({"kind": "profile", "environment": ENVIRONMENT, "best": best}, "tuned", models)
     assert sorted(path.parent.parent.name for path in written) == ["clip_onnx", "preprocess"]
     parts = {model.name: model.config for model in deployment(models, "tuned")}
     assert (parts["preprocess"].instance_group[0].count, parts["clip_onnx"].instance_group[0].count) == (3, 2)
@@ -106,14 +94,14 @@ def test_the_winner_becomes_a_configuration_of_the_models_it_changes(models, tmp
 
 
 def test_when_the_committed_configuration_wins_nothing_is_written(models):
-    variants = ["clip_ensemble_config_default", "preprocess_config_default", "clip_onnx_config_default"]
-    assert profile.apply({"best_variants": variants, "best": ""}, "tuned", models, models) == []
+    best = profile.read_points(CSV)[2]["setting"]
+    assert sweep.apply({"kind": "profile", "environment": ENVIRONMENT, "best": best}, "tuned", models) == []
 
 
 @pytest.mark.parametrize("name", ["", "../evil", "Tuned", "a b"])
 def test_a_configurations_name_stays_a_file_name(models, name):
     with pytest.raises(ToolError, match="expected lower-case letters"):
-        profile.apply({"best_variants": [], "best": ""}, name, models, models)
+        sweep.apply({"kind": "profile", "best": ""}, name, models)
 
 
 def hill(variant: Variant) -> sweep.Point:
@@ -174,14 +162,14 @@ def test_an_interrupted_sweep_goes_on_from_what_it_measured(tmp_path):
 
 
 def test_model_analyzers_winner_can_be_measured_by_the_sweep():
-    variant = sweep.variant_of(profile.read_points(CSV)[0].setting, START)
+    variant = sweep.variant_of(profile.read_points(CSV)[0]["setting"], START)
     assert (variant.preprocess_instances, variant.engine_instances, variant.max_batch) == (3, 2, 4)
     assert sweep.variant_of("something else", START) is None
 
 
 def test_the_sweeps_winner_becomes_a_configuration_too(models):
     best = replace(START, preprocess_instances=3, queue_delay_us=500)
-    result = {"environment": ENVIRONMENT, "best": sweep.describe(best), "best_variant": asdict(best)}
+    result = {"kind": "sweep", "environment": ENVIRONMENT, "best": sweep.describe(best), "best_variant": asdict(best)}
     written = sweep.apply(result, "swept", models)
     assert [path.parent.parent.name for path in written] == ["preprocess", "clip_onnx"]
     assert read_config(models, "preprocess", "swept").instance_group[0].count == 3
@@ -192,7 +180,7 @@ def test_the_sweep_starts_from_what_is_committed(models):
     """So that "as committed" in its table is true, whatever is committed by then."""
     start = committed_variant(models)
     assert not any(change(read_config(models, name), start) for name in ("preprocess", "clip_onnx", "clip_ensemble"))
-    result = {"environment": ENVIRONMENT, "best": sweep.describe(start), "best_variant": asdict(start)}
+    result = {"kind": "sweep", "environment": ENVIRONMENT, "best": sweep.describe(start), "best_variant": asdict(start)}
     assert sweep.apply(result, "swept", models) == []
 
 

@@ -5,13 +5,13 @@ results/reliability.json; docs/results/reliability-MACHINE.json is a copy of it.
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_tools.errors import ToolError
 from clip_tools.measuring.fingerprint import fingerprint
+from clip_tools.measuring.tables import table
 from clip_tools.paths import ROOT
 
 RESULTS = ROOT / "docs" / "results"
@@ -144,7 +144,7 @@ def names() -> set[str]:
 
 def where_and_when() -> dict[str, Any]:
     """Machine, commit and day of an entry. Each entry has its own, because single tests are run again."""
-    here = asdict(fingerprint())
+    here = fingerprint()
     return {key: here[key] for key in (*_MACHINE, "git_commit")} | {"date": here["date"][:10]}
 
 
@@ -168,11 +168,12 @@ def document(machines: dict[str, Entries]) -> str:
     for name, entries in machines.items() or {"": {}}.items():
         if entries:
             parts.append(f"## {name}\n\n{_machine(name, entries)}.\n")
-        parts.append(_table(("total", "last seen"), sums(entries)))
+        in_all = [{"what": what, "seen": seen} for what, seen in sums(entries).items()]
+        parts.append(table("total | last seen", "{what} | {seen}", in_all, align="---"))
         for heading, promises in PROMISES.items():
-            found = ((one.sentence, entries.get(one.entry)) for one in promises)
-            rows = ((sentence, _seen(entry), _when(entry), _test(entry)) for sentence, entry in found)
-            parts.append(f"### {heading}\n\n" + _table(("promise", "last seen", "at commit", "test"), rows))
+            rows = [{"sentence": one.sentence} | _seen(entries.get(one.entry)) for one in promises]
+            row = "{sentence} | {figures} | {when} | {test}"
+            parts.append(f"### {heading}\n\n" + table("promise | last seen | at commit | test", row, rows, align="---"))
     return "\n".join(parts)
 
 
@@ -188,7 +189,7 @@ def _machine(name: str, entries: Entries) -> str:
     return described[0]
 
 
-def sums(entries: Entries) -> list[tuple[str, str]]:
+def sums(entries: Entries) -> dict[str, str]:
     """Totals over all tests of a machine."""
 
     def total(key: str, prefix: str = "") -> str:
@@ -200,31 +201,30 @@ def sums(entries: Entries) -> list[tuple[str, str]]:
         return NOT_MEASURED if found is None else f"{found:,} images/s"
 
     memory = [
-        f"{_mb(entry['memory_before_mb'])} → {_mb(entry['memory_after_mb'])} MB ({name.replace('_', ' ')})"
+        f"{entry['memory_before_mb']:,.0f} → {entry['memory_after_mb']:,.0f} MB ({name.replace('_', ' ')})"
         for name, entry in entries.items()
         if {"memory_before_mb", "memory_after_mb"} <= entry.keys()
     ]
-    return [
-        ("cases fuzzed", total("cases", "fuzz")),
-        ("faults injected", total("faults")),
-        ("requests sent", total("requests")),
-        ("requests lost", total("lost")),
-        ("images answered twice", total("twice")),
-        ("peak throughput", overload("peak_throughput")),
-        ("throughput under ten times the load", overload("overload_throughput")),
-        ("memory before → after", "<br>".join(memory) or NOT_MEASURED),
-    ]
+    return {
+        "cases fuzzed": total("cases", "fuzz"),
+        "faults injected": total("faults"),
+        "requests sent": total("requests"),
+        "requests lost": total("lost"),
+        "images answered twice": total("twice"),
+        "peak throughput": overload("peak_throughput"),
+        "throughput under ten times the load": overload("overload_throughput"),
+        "memory before → after": "<br>".join(memory) or NOT_MEASURED,
+    }
 
 
-def _mb(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _seen(entry: dict[str, Any] | None) -> str:
-    """Every figure with its name, such as `lost 0; ready again after 2.1 s`."""
+def _seen(entry: dict[str, Any] | None) -> dict[str, str]:
+    """The columns of a promise: figures such as `lost 0; ready again after 2.1 s`, when, and the test."""
     if entry is None:
-        return NOT_MEASURED
-    return "; ".join(_figure(key, value) for key, value in entry.items() if key not in _HIDDEN) or "passed"
+        return {"figures": NOT_MEASURED, "when": "", "test": ""}
+    figures = "; ".join(_figure(key, value) for key, value in entry.items() if key not in _HIDDEN) or "passed"
+    path, _, name = str(entry["test"]).partition("::")
+    test = f"[{name.partition('[')[0]}](../{path})"
+    return {"figures": figures, "when": f"{entry['git_commit']}, {entry['date']}", "test": test}
 
 
 def _figure(key: str, value: Any) -> str:
@@ -234,19 +234,3 @@ def _figure(key: str, value: Any) -> str:
             return f"{title.replace('_', ' ')} {value:,}{unit}"
     shown = f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else value
     return f"{key.replace('_', ' ')} {shown}"
-
-
-def _when(entry: dict[str, Any] | None) -> str:
-    return "" if entry is None else f"{entry['git_commit']}, {entry['date']}"
-
-
-def _test(entry: dict[str, Any] | None) -> str:
-    if entry is None:
-        return ""
-    path, _, name = str(entry["test"]).partition("::")
-    return f"[{name.partition('[')[0]}](../{path})"
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines) + "\n"

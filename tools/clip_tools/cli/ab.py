@@ -13,13 +13,15 @@ def ab(
     images: Images = "640x480",
     batch: Annotated[int, typer.Option(min=1, max=64, help="Images a request.")] = 1,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="Both servers in turn, so many times.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each server is measured, in turn.")] = 3,
     seconds: Annotated[float, typer.Option(help="The window of one measurement.")] = 8.0,
 ) -> None:
     """Ask two running servers for the same photographs in turns, and show their speed, times by step and vectors."""
     from clip_tools.measuring import ab as verb
 
-    options = verb.AbOptions(images, batch=batch, concurrency=concurrency, rounds=rounds, seconds=seconds)
+    urls = (url_a, url_b)
     with progress() as tell:
-        measured, agreement = verb.ab((url_a, url_b), options, tell=tell)
-    typer.echo(verb.text((url_a, url_b), measured, agreement))
+        windows, agreement = verb.ab(
+            urls, images, batch=batch, concurrency=concurrency, rounds=rounds, seconds=seconds, tell=tell
+        )
+    typer.echo(verb.text(urls, windows, agreement))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import Images, Models, numbers, progress
+from clip_tools.cli.options import Images, Models, finish, numbers, progress
 from clip_tools.paths import MODELS, RESULTS
 
 
@@ -22,9 +22,11 @@ def bench(
     image_count: Annotated[int, typer.Option(min=1, help="How many different photographs, at most.")] = 32,
     batches: Annotated[str, typer.Option(help="Images a request, one request at a time.")] = "1,4,8,16,32",
     concurrency: Annotated[str, typer.Option(help="Requests of one image at once.")] = "1,4,16",
-    rounds: Annotated[int, typer.Option(min=1, help="Every arm meets every cell once a round.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every arm is measured, in turn.")] = 5,
     seconds: Annotated[float, typer.Option(help="The window of one measurement.")] = 4.0,
-    cold_starts: Annotated[int, typer.Option(min=0, help="Process start to first embedding, so many times.")] = 3,
+    cold_starts: Annotated[
+        int, typer.Option(min=0, help="How often each server's start to its first embedding is timed.")
+    ] = 3,
     targets: Annotated[bool, typer.Option(help="Also measure what the targets need beyond the arms.")] = True,
     url: Annotated[
         str | None,
@@ -33,28 +35,30 @@ def bench(
     pytorch_url: Annotated[
         str | None, typer.Option(help="The PyTorch service, where it runs elsewhere: http://HOST:8010.")
     ] = None,
-    soak: Annotated[int, typer.Option(min=0, help="Watch the memory over so many requests; the target: 20000.")] = 0,
+    soak: Annotated[
+        int, typer.Option(min=0, help="Watch the memory over this many requests; the target needs 20000.")
+    ] = 0,
     preprocess: Annotated[
-        bool, typer.Option("--preprocess", help="Only preprocess, alone: by its library and by Pillow, in the rounds.")
+        bool, typer.Option("--preprocess", help="Measure preprocess alone, resizing by its library and by Pillow.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="The shortest run through everything; no figure counts.")] = (
         False
     ),
-    check: Annotated[
-        bool, typer.Option("--check", help="Print each target with its figure; exit 1 when one is missed.")
-    ] = False,
-    result: Annotated[Path | None, typer.Option(help="With --check: judge this result, and measure nothing.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 when a target is missed.")] = False,
+    result: Annotated[
+        Path | None, typer.Option(help="With --check: print the targets of this result, and measure nothing.")
+    ] = None,
     output: Annotated[
-        Path, typer.Option(help="Where the JSON goes; an earlier one is kept, named by its time.")
+        Path,
+        typer.Option(help="Where the JSON goes, its pictures beside it; an earlier one is kept, named by its time."),
     ] = RESULTS / "bench.json",
     models: Models = MODELS,
 ) -> None:
     """Embed the same photographs through every arm, in rounds, and compare."""
     from clip_tools.measuring import bench as verb
-    from clip_tools.measuring import bench_section, results
     from clip_tools.measuring import preprocess as alone
-    from clip_tools.measuring.targets import TARGETS
-    from clip_tools.measuring.targets import check as judge
+    from clip_tools.measuring import results
+    from clip_tools.measuring import targets as promises
     from clip_tools.measuring.workload import ensure_model
 
     if result is None and (kept := results.keep_earlier(output)):
@@ -62,12 +66,10 @@ def bench(
     if result is not None:
         measured = results.read(result)
     elif preprocess:
+        rounds, seconds = (1, 0.1) if quick else (rounds, seconds)
         with progress() as tell:
-            measured = alone.preprocess_alone(
-                rounds=1 if quick else rounds, seconds=0.1 if quick else seconds, models=models, tell=tell
-            )
-        results.write(measured, output)
-        typer.echo(alone.preprocess_section(output.stem, measured).text)
+            measured = alone.preprocess_alone(rounds=rounds, seconds=seconds, models=models, tell=tell)
+        finish(measured, output)
     else:
         options = verb.BenchOptions(
             arms=tuple(arm.strip() for arm in arms.split(",") if arm.strip()),
@@ -86,15 +88,16 @@ def bench(
         )
         if note := verb.left_out(options):
             typer.echo(note, err=True)
+        options = verb.quick(options) if quick else options
         with progress() as tell:
-            options = verb.quick(options) if quick else options
             measured = verb.bench(
                 options, ensure_model(models), tell=tell, save=lambda partial: results.write(partial, output)
             )
-        results.write(measured, output)
-        typer.echo(bench_section.bench_text(measured))
+        finish(measured, output)
     if check:
-        verdicts = judge(measured, alone.TARGETS if measured["kind"] == "preprocess" else TARGETS)
-        typer.echo(bench_section.verdicts_text(verdicts))
+        wanted = alone.TARGETS if measured["kind"] == "preprocess" else promises.TARGETS
+        verdicts = promises.check(measured, wanted)
+        if result is not None:
+            typer.echo(promises.verdicts_text(verdicts))
         if not all(verdict.is_met for verdict in verdicts):
             raise typer.Exit(1)

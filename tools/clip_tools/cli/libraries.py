@@ -1,24 +1,21 @@
 """`clip-tools libraries`, its options."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import Models, progress
+from clip_tools.cli.options import Models, Output, finish, progress
 from clip_tools.paths import MODELS, RESULTS
 
 
 def libraries(
     rows: Annotated[int, typer.Option(min=1000, help="How many synthetic vectors.")] = 100_000,
-    output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "libraries.json",
+    output: Output = RESULTS / "libraries.json",
     models: Models = MODELS,
 ) -> None:
     """How fast `clip-embed search` and `duplicates` are, and which edits are found at which threshold."""
     from clip_tools.measuring import libraries as verb
-    from clip_tools.measuring import results
 
     with progress() as tell:
         result = verb.libraries(rows=rows, models=models, tell=tell)
-    results.write(result, output)
-    typer.echo(verb.libraries_section(output.stem, result).text)
+    finish(result, output)

@@ -1,13 +1,14 @@
 """Options and output that several verbs of `clip-tools` share."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from clip_tools.errors import ToolError
+from clip_tools.measuring.results import Tell
 from clip_tools.oracle import ORIENTATIONS, Orientation
 from clip_tools.serving.vector_check import CHECK_VECTORS_VARIABLE
 from clip_tools.tensorrt.library import RUNTIMES, Runtime
@@ -56,6 +57,12 @@ def checked_runtime(name: str) -> Runtime:
 Images = Annotated[
     str, typer.Option(help="640x480 (real photographs of that size), phone (12 MP originals), or a folder of images.")
 ]
+Output = Annotated[Path, typer.Option(help="Where the JSON goes, its pictures beside it.")]
+Apply = Annotated[
+    str | None, typer.Option(help="Write the best setting as configs/NAME.pbtxt of the models that it changes.")
+]
+Window = Annotated[int, typer.Option(min=100, help="perf_analyzer's measurement window, ms.")]
+Stability = Annotated[int, typer.Option(min=1, help="By how many percent three windows may differ.")]
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -66,27 +73,34 @@ def numbers(text: str) -> tuple[int, ...]:
         raise ToolError(f"'{text}': expected whole numbers with commas, such as 1,4,16", exit_code=2) from error
 
 
-def show(table: Any) -> None:
-    """Print a table on stderr; stdout is for data."""
-    from rich.console import Console
-
-    Console(stderr=True).print(table)
-
-
 @contextlib.contextmanager
-def progress(title: str = "") -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr; yields a function of description, done and total."""
+def progress(title: str = "") -> Iterator[Tell]:
+    """A progress bar on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        task = bar.add_task(title, total=None)
+
+        def tell(what: str, done: int = 0, total: int | None = None, /) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield tell
 
 
-def tell_applied(paths: list[Path], name: str) -> None:
-    """Print on stderr which configurations were written, and how to serve them."""
+def finish(result: dict[str, Any], output: Path, *, err: bool = False) -> None:
+    """Write a measurement's result, its pictures beside it, and print it as Markdown."""
+    from clip_tools.measuring.report import keep
+
+    typer.echo(keep(result, output), err=err)
+
+
+def apply_best(result: dict[str, Any], name: str, models: Path) -> None:
+    """Write the best of a search as the configuration `name`; say on stderr what was written, and how it is served."""
+    from clip_tools.measuring.sweep import apply
+
+    paths = apply(result, name, models)
     for path in paths:
         typer.echo(f"written: {path}", err=True)
     how = f"serve it: clip-tools serve --model-config-name={name}" if paths else "the committed configuration is best"

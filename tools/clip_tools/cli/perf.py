@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import Images, Models, numbers, show
+from clip_tools.cli.options import ConfigName, Images, Models, Output, Stability, Window, finish, numbers, progress
 from clip_tools.paths import MODELS, RESULTS
 
 
@@ -18,19 +18,15 @@ def perf(
     images: Images = "640x480",
     url: Annotated[str, typer.Option(help="The running server, HOST:PORT.")] = "localhost:8001",
     serve: Annotated[bool, typer.Option("--serve", help="Start the embedded server for the run.")] = False,
-    config_name: Annotated[
-        str | None, typer.Option("--model-config-name", help="With --serve: the configuration that is served.")
-    ] = None,
+    config_name: ConfigName = None,
     protocol: Annotated[str, typer.Option(help="grpc or http.")] = "grpc",
     concurrency: Annotated[str, typer.Option(help="Requests in flight, each measured; empty for none.")] = "1,4,16",
     request_rate: Annotated[str, typer.Option(help="Requests a second, each measured; empty for none.")] = "",
     batch: Annotated[int, typer.Option(min=1, max=64, help="Images a request.")] = 1,
-    window_ms: Annotated[int, typer.Option(min=100, help="One measurement window.")] = 5000,
+    window_ms: Window = 5000,
     max_trials: Annotated[int, typer.Option(min=1, help="Windows at most; three that agree are enough.")] = 10,
-    stability_percent: Annotated[int, typer.Option(min=1, help="How far three windows may differ.")] = 10,
-    output: Annotated[Path, typer.Option(help="Where the JSON goes; the picture goes beside it.")] = (
-        RESULTS / "perf.json"
-    ),
+    stability_percent: Stability = 10,
+    output: Output = RESULTS / "perf.json",
     write_input: Annotated[
         Path | None,
         typer.Option(
@@ -40,10 +36,11 @@ def perf(
     ] = None,
     models: Models = MODELS,
 ) -> None:
-    """Run the real perf_analyzer against a running server, with many different photographs."""
-    import json
+    """Run the real perf_analyzer against a running server, with many different photographs.
 
-    from rich.console import Console
+    stdout has the levels as JSON, stderr a table of them.
+    """
+    import json
 
     from clip_tools.measuring import perf as verb
     from clip_tools.measuring.services import TritonService
@@ -67,13 +64,11 @@ def perf(
         typer.echo(f"{write_input}: {count} images for --input-data", err=True)
         return
     with contextlib.ExitStack() as stack:
-        status = stack.enter_context(Console(stderr=True).status("perf_analyzer"))
+        tell = stack.enter_context(progress("perf_analyzer"))
         if serve:
-            service = TritonService(Variant(config_name), models)
-            stack.callback(service.stop)
-            address = service.options.grpc_url if protocol == "grpc" else service.options.http_url
+            served = stack.enter_context(TritonService(Variant(config_name), models)).options
+            address = served.grpc_url if protocol == "grpc" else served.http_url
             options = replace(options, url=address.split("://")[1])
-        result = verb.perf(options, output, tell=lambda line: status.update(f"perf_analyzer: {line}"))
-    show(verb.table(result))
-    verb.explain(result)
+        result = verb.perf(options, output.parent, tell=tell)
+    finish(result, output, err=True)
     typer.echo(json.dumps(result["levels"]))

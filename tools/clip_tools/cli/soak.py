@@ -1,33 +1,27 @@
 """`clip-tools soak`, its options."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import Images, Models, progress
+from clip_tools.cli.options import ConfigName, Images, Models, Output, finish, progress
 from clip_tools.paths import MODELS, RESULTS
 
 
 def soak(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long the traffic lasts.")] = 60.0,
-    clients: Annotated[int, typer.Option(min=1, help="How many call at once, each over its own connection.")] = 8,
-    bad_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="How many of the calls are bad.")] = 0.1,
+    clients: Annotated[int, typer.Option(min=1, help="Clients at once, each over its own connection.")] = 8,
+    bad_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="The share of the calls that are bad.")] = 0.1,
     url: Annotated[
         str | None, typer.Option(help="A running server of this machine, grpc://HOST:PORT; else one is started.")
     ] = None,
-    config_name: Annotated[
-        str | None, typer.Option("--model-config-name", help="The configuration that is served.")
-    ] = None,
+    config_name: ConfigName = None,
     images: Images = "640x480",
-    seed: Annotated[int, typer.Option(help="The same seed, the same calls of each client.")] = 0,
-    output: Annotated[Path, typer.Option(help="Where the JSON goes; the picture goes beside it.")] = (
-        RESULTS / "soak.json"
-    ),
+    seed: Annotated[int, typer.Option(help="The same seed gives each client the same calls.")] = 0,
+    output: Output = RESULTS / "soak.json",
     models: Models = MODELS,
 ) -> None:
     """Send good and bad traffic for an hour and watch the server; exit 1 when something was lost or grew."""
-    from clip_tools.measuring import results, sections
     from clip_tools.measuring import soak as verb
 
     options = verb.SoakOptions(
@@ -42,10 +36,6 @@ def soak(
     )
     with progress() as tell:
         result = verb.soak(options, tell=tell)
-    results.write(result, output)
-    section = sections.soak_section(output.stem, result)
-    for name, picture in section.pictures.items():
-        (output.parent / name).write_text(picture)
-    typer.echo(section.text)
+    finish(result, output)
     if result["problems"]:
         raise typer.Exit(1)

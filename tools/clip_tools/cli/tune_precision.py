@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import Architecture, progress
+from clip_tools.cli.options import Architecture, Models, Output, finish, progress
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS, RESULTS
 
@@ -27,20 +27,14 @@ def tune_precision(
     apply: Annotated[
         str | None, typer.Option(help="Write the best mix as the named configuration NAME, and its parts.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Where the JSON goes, its curve beside it as SVG.")] = (
-        RESULTS / "tune-precision.json"
-    ),
-    models: Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")] = MODELS,
+    output: Output = RESULTS / "tune-precision.json",
+    models: Models = MODELS,
 ) -> None:
     """Find the fastest mix of FP32 and BF16 layers on this CPU whose worst cosine to open_clip stays above the gate."""
-    from dataclasses import asdict
-
     from clip_tools import photos
     from clip_tools.export import mix
     from clip_tools.export import tune_precision as verb
-    from clip_tools.measuring import plots, results
-    from clip_tools.measuring.fingerprint import fingerprint
-    from clip_tools.measuring.precision_section import precision_section
+    from clip_tools.measuring.results import begin
     from clip_tools.oracle import Weights
     from clip_tools.verification.reference import reference
 
@@ -48,16 +42,14 @@ def tune_precision(
     if apply:
         mix.check_name(apply, models)
     weights, graph = Weights(model, pretrained), onnx or models / "clip_onnx" / "1" / "model.onnx"
-    environment = asdict(fingerprint())
+    result = begin("tune-precision")
     with progress("open_clip in FP32") as advance:
         expected = reference(weights, photos.images_in(images) if images else photos.gate_photos())
         tuning, found = verb.tune_precision(
             graph, weights, expected, worst_cosine=worst_cosine, rounds=rounds, advance=advance
         )
-    result = {"kind": found.pop("kind"), "environment": environment, **found}
-    results.write(result, output)
-    output.with_suffix(".svg").write_text(plots.speed_against_fidelity(result))
-    typer.echo(precision_section(output.stem, result).text)
+    result |= found
+    finish(result, output)
     if not apply:
         return
     if result["counts_for_nothing"]:

@@ -42,7 +42,6 @@ def verify(
 ) -> None:
     """Compare an engine's embeddings with open_clip's in FP32. Exit 1 below the gate of its precision."""
     import json
-    from dataclasses import asdict
 
     from rich.console import Console
 
@@ -69,7 +68,7 @@ def verify(
             paths = photos.images_in(images) if images else photos.gate_photos()
             verdict = verb.verify(found, weights, paths, precision=held_to, orientation=turned, advance=advance)
     Console(stderr=True).print(verb.verdict_table(verdict))
-    result = json.dumps({"kind": "verify", "environment": asdict(fingerprint()), **verdict.to_dict()}, indent=2)
+    result = json.dumps({"kind": "verify", "environment": fingerprint(), **verdict.to_dict()}, indent=2)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(result + "\n")

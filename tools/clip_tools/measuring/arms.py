@@ -13,10 +13,12 @@ perf-analyzer   clip_ensemble again, loaded by perf_analyzer in place of Python
 """
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from clip_tools.errors import ToolError, missing_extra
+from clip_tools.measuring.load import Ask, Check
 from clip_tools.measuring.variants import MEAN, STD, TENSOR_INPUT, TENSOR_MODEL
 from clip_tools.measuring.workload import Workload
 from clip_tools.repository import ENSEMBLE
@@ -51,175 +53,135 @@ class Arm:
     @property
     def name(self) -> str:
         """KIND[@CONFIG][:N]."""
-        config = f"@{self.config_name}" if self.config_name else ""
-        return self.kind + config + (f":{self.preprocess_instances}" if self.preprocess_instances else "")
+        return self.kind + self._variant
 
     @property
-    def server(self) -> object:
-        """What tells its server from those of other arms."""
-        return self.name if self.kind == "pytorch" else (self.config_name, self.preprocess_instances)
+    def server(self) -> str:
+        """The name of its server: arms with the same name share one."""
+        return self.name if self.kind == "pytorch" else f"triton{self._variant}"
+
+    @property
+    def _variant(self) -> str:
+        config = f"@{self.config_name}" if self.config_name else ""
+        return config + (f":{self.preprocess_instances}" if self.preprocess_instances else "")
 
     @property
     def model(self) -> str:
         """The model that it asks, of a Triton arm."""
         if self.kind == "preprocess":
             return "preprocess"
-        return TENSOR_MODEL if self.needs_tensor_model else ENSEMBLE
-
-    @property
-    def needs_tensor_model(self) -> bool:
-        """Whether the server has to take FP32 tensors."""
-        return self.kind in ("tensor-grpc", "json-http")
+        return TENSOR_MODEL if self.kind in ("tensor-grpc", "json-http") else ENSEMBLE
 
 
-class Caller(Protocol):
+@dataclass(frozen=True)
+class Caller:
     """An open client of one arm for one workload. `ask` is thread-safe; `check` is for afterwards."""
 
-    def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]": ...
-
-    def check(self, indices: list[int], answer: "npt.NDArray[np.generic]") -> float: ...
-
-    def close(self) -> None: ...
+    ask: Ask
+    check: Check
+    close: Callable[[], None]
 
 
 def open_caller(arm: Arm, service: Any, workload: Workload) -> Caller:
     """The client of an arm. Raises ToolError for an extra that is missing."""
     try:
-        match arm.kind:
-            case "ensemble-grpc":
-                return _EmbeddingCaller(
-                    arm, workload, service.options.grpc_url, "triton", getattr(service, "client_options", None)
-                )
-            case "ensemble-http":
-                return _EmbeddingCaller(arm, workload, service.options.http_url, "triton")
-            case "pytorch":
-                return _EmbeddingCaller(arm, workload, service.url, "pytorch")
-            case "tensor-grpc":
-                return _TensorGrpcCaller(arm, workload, service.options.grpc_url)
-            case "json-http":
-                return _JsonHttpCaller(arm, workload, service.options.http_url)
-            case "preprocess":
-                return _PreprocessCaller(arm, workload, service.options.grpc_url)
+        send, close = _open(arm, service)
     except ImportError as error:
         raise missing_extra("http", error) from error
-    raise ToolError(f"{arm.name} is not asked request by request")
+    check = _check_pixels if arm.kind == "preprocess" else _check_embeddings
+    return Caller(
+        lambda indices: send([workload.images[index] for index in indices]),
+        lambda indices, answer: check(arm, workload, indices, answer),
+        close,
+    )
 
 
-class _Caller:
-    """What all have: the images, and the check of embeddings."""
+def _open(arm: Arm, service: Any) -> tuple[Callable[[list[bytes]], Any], Callable[[], None]]:
+    """What sends images and gives the rows of the answer, and what closes it."""
+    if arm.kind == "json-http":
+        return _open_json(service.options.http_url)
+    if arm.kind in ("tensor-grpc", "preprocess"):
+        return _open_grpc(arm, service.options.grpc_url)
+    from clip_embed import EmbeddingClient
 
-    def __init__(self, arm: Arm, workload: Workload) -> None:
-        self._arm, self._workload = arm, workload
-        self._min_cosine = MIN_COSINE_FP32 if arm.config_name is None else MIN_COSINE_OTHER
-
-    def _images(self, indices: list[int]) -> list[bytes]:
-        return [self._workload.images[index] for index in indices]
-
-    def check(self, indices: list[int], answer: "npt.NDArray[np.generic]") -> float:
-        """The worst cosine to open_clip's embeddings. Raises ToolError when it is too low, or a row is missing."""
-        expected = self._workload.embeddings[indices]
-        if answer.shape != expected.shape:
-            raise ToolError(f"{self._arm.name}: expected {expected.shape} embeddings, came {answer.shape}")
-        worst = float((answer.astype(expected.dtype) * expected).sum(axis=1).min())
-        if not worst >= self._min_cosine:
-            raise ToolError(
-                f"{self._arm.name}: an embedding has cosine {worst:.6f} to open_clip's own, at least "
-                f"{self._min_cosine} was expected: are the weights the same?"
-            )
-        return worst
+    options: dict[str, Any] = {"backend": "triton", **getattr(service, "client_options", {})}
+    if arm.kind == "pytorch":
+        url, options = service.url, {"backend": "pytorch"}
+    elif arm.kind == "ensemble-http":
+        url = service.options.http_url
+    else:
+        url = service.options.grpc_url
+    client = EmbeddingClient(url, batch_size=64, timeout_s=TIMEOUT_S, retry=None, **options)
+    return client.embed, client.close
 
 
-class _EmbeddingCaller(_Caller):
-    def __init__(
-        self, arm: Arm, workload: Workload, url: str, backend: Any, keys: dict[str, Any] | None = None
-    ) -> None:
-        from clip_embed import EmbeddingClient
+def _open_grpc(arm: Arm, url: str) -> tuple[Callable[[list[bytes]], Any], Callable[[], None]]:
+    import numpy as np
+    import tritonclient.grpc as triton
 
-        super().__init__(arm, workload)
-        options = {"batch_size": 64, "timeout_s": TIMEOUT_S, "retry": None, **(keys or {})}
-        self._client = EmbeddingClient(url, backend=backend, **options)
+    client = triton.InferenceServerClient(url.removeprefix("grpc://"))
 
-    def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
-        return self._client.embed(self._images(indices))
-
-    def close(self) -> None:
-        self._client.close()
-
-
-class _GrpcCaller(_Caller):
-    """Asks one model of the server itself: one tensor in, one out."""
-
-    def __init__(self, arm: Arm, workload: Workload, url: str) -> None:
-        import tritonclient.grpc as triton
-
-        super().__init__(arm, workload)
-        self._triton = triton
-        self._client = triton.InferenceServerClient(url.removeprefix("grpc://"))
-
-    def _infer(self, model: str, name: str, data: "npt.NDArray[Any]", datatype: str, output: str) -> Any:
-        tensor = self._triton.InferInput(name, list(data.shape), datatype)
+    def infer(name: str, data: Any, datatype: str, output: str) -> Any:
+        tensor = triton.InferInput(name, list(data.shape), datatype)
         tensor.set_data_from_numpy(data)
-        return self._client.infer(model, [tensor], client_timeout=TIMEOUT_S).as_numpy(output)
+        return client.infer(arm.model, [tensor], client_timeout=TIMEOUT_S).as_numpy(output)
 
-    def close(self) -> None:
-        self._client.close()
+    def send(images: list[bytes]) -> Any:
+        if arm.kind == "tensor-grpc":
+            return infer(TENSOR_INPUT, client_tensors(images), "FP32", "embedding")
+        return infer("image_bytes", np.array([[image] for image in images], dtype=object), "BYTES", "pixels")
 
-
-class _TensorGrpcCaller(_GrpcCaller):
-    def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
-        tensors = client_tensors(self._images(indices))
-        embeddings: npt.NDArray[np.generic] = self._infer(TENSOR_MODEL, TENSOR_INPUT, tensors, "FP32", "embedding")
-        return embeddings
+    return send, client.close
 
 
-class _JsonHttpCaller(_Caller):
-    def __init__(self, arm: Arm, workload: Workload, url: str) -> None:
-        import httpx
+def _open_json(url: str) -> tuple[Callable[[list[bytes]], Any], Callable[[], None]]:
+    import httpx
+    import numpy as np
 
-        super().__init__(arm, workload)
-        self._url = f"{url}/v2/models/{TENSOR_MODEL}/infer"
-        self._http = httpx.Client(timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=None))
+    client = httpx.Client(timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=None))
 
-    def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
-        import numpy as np
-
-        tensors = client_tensors(self._images(indices))
+    def send(images: list[bytes]) -> Any:
+        tensors = client_tensors(images)
         entry = {"name": TENSOR_INPUT, "datatype": "FP32", "shape": tensors.shape, "data": tensors.ravel().tolist()}
-        answer = self._http.post(self._url, json={"inputs": [entry], "outputs": [{"name": "embedding"}]})
-        answer.raise_for_status()
+        body = {"inputs": [entry], "outputs": [{"name": "embedding"}]}
+        answer = client.post(f"{url}/v2/models/{TENSOR_MODEL}/infer", json=body).raise_for_status()
         (output,) = answer.json()["outputs"]
         return np.array(output["data"], np.float32).reshape(output["shape"])
 
-    def close(self) -> None:
-        self._http.close()
+    return send, client.close
 
 
-class _PreprocessCaller(_GrpcCaller):
-    def ask(self, indices: list[int]) -> "npt.NDArray[np.generic]":
-        import numpy as np
-
-        images = np.array([[image] for image in self._images(indices)], dtype=object)
-        pixels: npt.NDArray[np.generic] = self._infer("preprocess", "image_bytes", images, "BYTES", "pixels")
-        return pixels
-
-    def check(self, indices: list[int], answer: "npt.NDArray[np.generic]") -> float:
-        """1 less the mean pixel difference in 255ths. Exact mode has to give open_clip's very pixels."""
-        import numpy as np
-
-        expected = self._workload.pixels[indices]
-        if answer.shape != expected.shape:
-            raise ToolError(f"{self._arm.name}: expected {expected.shape} pixels, came {answer.shape}")
-        difference = float(np.abs(answer.astype(np.int16) - expected).mean() / 255)
-        if difference > (0 if self._arm.config_name is None else 0.05):
-            raise ToolError(f"{self._arm.name}: pixels differ from open_clip's by {255 * difference:.2f} in the mean")
-        return 1 - difference
+def _check_embeddings(arm: Arm, workload: Workload, indices: list[int], answer: Any) -> float:
+    """The worst cosine to open_clip's embeddings. Raises ToolError when it is too low, or a row is missing."""
+    expected = _expected(arm, workload.embeddings, indices, answer)
+    worst = float((answer.astype(expected.dtype) * expected).sum(axis=1).min())
+    least = MIN_COSINE_FP32 if arm.config_name is None else MIN_COSINE_OTHER
+    if not worst >= least:
+        raise ToolError(
+            f"{arm.name}: an embedding has cosine {worst:.6f} to open_clip's own, at least {least} was expected: are "
+            "the weights the same?"
+        )
+    return worst
 
 
-def client_tensors(images: list[bytes]) -> "npt.NDArray[np.float32]":
-    """(N, 3, 224, 224) float32, normalised: what a client sends that preprocesses by itself, with Pillow and numpy.
+def _check_pixels(arm: Arm, workload: Workload, indices: list[int], answer: Any) -> float:
+    """1 less the mean pixel difference in 255ths. Exact mode has to give open_clip's very pixels."""
+    expected = _expected(arm, workload.pixels, indices, answer)
+    difference = float(abs(answer.astype("int16") - expected).mean() / 255)
+    if difference > (0 if arm.config_name is None else 0.05):
+        raise ToolError(f"{arm.name}: pixels differ from open_clip's by {255 * difference:.2f} in the mean")
+    return 1 - difference
 
-    The pixels are open_clip's.
-    """
+
+def _expected(arm: Arm, of_all: Any, indices: list[int], answer: Any) -> Any:
+    expected = of_all[indices]
+    if answer.shape != expected.shape:
+        raise ToolError(f"{arm.name}: expected an answer of shape {expected.shape}, came {answer.shape}")
+    return expected
+
+
+def client_tensors(images: Sequence[bytes]) -> "npt.NDArray[np.float32]":
+    """(N, 3, 224, 224) float32, normalised, from open_clip's pixels: what a client sends that preprocesses."""
     import numpy as np
 
     from clip_tools.measuring.bare import open_preprocess

@@ -2,7 +2,6 @@
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -13,21 +12,19 @@ from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
 from clip_tools.measuring import steps
 from clip_tools.measuring.arms import Arm
-from clip_tools.measuring.bare import BareWorker, runs_here
-from clip_tools.measuring.fingerprint import fingerprint
-from clip_tools.measuring.gpu_samples import GpuSamples
-from clip_tools.measuring.load import run_closed_loop
+from clip_tools.measuring.bare import Worker, runs_here
+from clip_tools.measuring.load import measure, rounded
 from clip_tools.measuring.perf import PerfOptions, perf_input, run_level
+from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.sections import not_settled
-from clip_tools.measuring.services import Deployment, cpu_seconds, resident_mib
+from clip_tools.measuring.services import Deployment
 from clip_tools.measuring.targets import BUSY, TARGETS, Cell
+from clip_tools.measuring.timing import OwnProcess
+from clip_tools.measuring.watch import resident_mib
 from clip_tools.measuring.workload import VGA, Workload, load_workload
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
 from clip_tools.repository import config_names
-
-Tell = Callable[[str, int, int], None]
-"""Told what goes on, how many measurements are done, and how many there are."""
 
 ARMS = ("ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch")
 FP16_ARMS = ("ensemble-grpc@ort-fp16", "pytorch@fp16")  # beside them on a GPU
@@ -67,26 +64,15 @@ class BenchOptions:
 
 def quick(options: BenchOptions) -> BenchOptions:
     """The shortest run that goes through everything once; its figures mean nothing."""
-    return replace(
-        options,
-        image_count=4,
-        batches=(1, 4),
-        concurrency=(1, 2),
-        rounds=1,
-        seconds=0.2,
-        warmup_s=0.0,
-        at_least=1,
-        cold_starts=0,
-        for_targets=False,
-    )
+    few: dict[str, Any] = {"image_count": 4, "batches": (1, 4), "concurrency": (1, 2), "rounds": 1, "cold_starts": 0}
+    return replace(options, seconds=0.2, warmup_s=0.0, at_least=1, for_targets=False, **few)
 
 
 def default_arms(models: Path, *, has_gpu: bool, is_remote: bool) -> tuple[str, ...]:
     """The arms of a run that names none: on a GPU also those in FP16, once their graph is there."""
     if is_remote:
         return ("ensemble-grpc", "pytorch")
-    here = has_gpu and (models / "clip_onnx" / "1" / "model.fp16.onnx").is_file()
-    return ARMS + FP16_ARMS if here else ARMS
+    return ARMS + FP16_ARMS if has_gpu and (models / "clip_onnx" / "1" / "model.fp16.onnx").is_file() else ARMS
 
 
 def left_out(options: BenchOptions) -> str:
@@ -101,16 +87,14 @@ def complete(options: BenchOptions) -> BenchOptions:
     """The options with their arms. Raises ToolError for what cannot be asked of servers that run elsewhere."""
     is_remote = bool(options.url or options.pytorch_url)
     arms = options.arms or default_arms(options.models, has_gpu=find_gpu() is not None, is_remote=is_remote)
+    if is_remote and options.soak_requests:
+        raise ToolError("--soak watches a server of this machine: leave out --url and --pytorch-url", exit_code=2)
+    for arm in map(Arm.parse, arms if options.url else ()):
+        variant = arm.kind != "pytorch" and (arm.config_name or arm.preprocess_instances)
+        if arm.kind not in REMOTE_KINDS or variant:
+            expected = f"with --url expected {', '.join(REMOTE_KINDS)}"
+            raise ToolError(f"{arm.name} needs a server that is started for it: {expected}", exit_code=2)
     if is_remote:
-        if options.soak_requests:
-            raise ToolError("--soak watches a server of this machine: leave out --url and --pytorch-url", exit_code=2)
-        for arm in map(Arm.parse, arms):
-            variant = arm.kind != "pytorch" and (arm.config_name or arm.preprocess_instances)
-            if options.url and (arm.kind not in REMOTE_KINDS or variant):
-                raise ToolError(
-                    f"{arm.name} needs a server that is started for it: with --url expected {', '.join(REMOTE_KINDS)}",
-                    exit_code=2,
-                )
         options = replace(options, for_targets=False, cold_starts=0)
     return replace(options, arms=arms)
 
@@ -128,19 +112,17 @@ def plan(options: BenchOptions, known_configs: list[str]) -> list[Cell]:
     """
     shapes = [(batch, 1) for batch in options.batches] + [(1, c) for c in options.concurrency if c > 1]
     cells = [Cell(Arm.parse(arm).name, options.images, *shape) for shape in shapes for arm in options.arms or ARMS]
-    if options.for_targets:
-        for target in TARGETS:
-            cells += [cell for cell in target.cells if Arm.parse(cell.arm).config_name in (None, *known_configs)]
-    unique = dict.fromkeys(cells)
-    return sorted(unique, key=lambda cell: (cell.images, cell.concurrency, cell.batch))
+    for target in TARGETS if options.for_targets else ():
+        cells += [cell for cell in target.cells if Arm.parse(cell.arm).config_name in (None, *known_configs)]
+    return sorted(dict.fromkeys(cells), key=lambda cell: (cell.images, cell.concurrency, cell.batch))
 
 
 def in_rounds(cells: list[Cell], rounds: int) -> Iterator[tuple[int, Cell]]:
     """Every cell once a round; within one shape the arms take turns at going first."""
+    shapes: dict[tuple[str, int, int], list[Cell]] = {}
+    for cell in cells:
+        shapes.setdefault((cell.images, cell.batch, cell.concurrency), []).append(cell)
     for number in range(rounds):
-        shapes: dict[tuple[str, int, int], list[Cell]] = {}
-        for cell in cells:
-            shapes.setdefault((cell.images, cell.batch, cell.concurrency), []).append(cell)
         for group in shapes.values():
             turn = number % len(group)
             for cell in group[turn:] + group[:turn]:
@@ -151,8 +133,8 @@ def bench(
     options: BenchOptions,
     weights: Weights,
     *,
-    tell: Tell = lambda *_: None,
-    save: Callable[[dict[str, Any]], None] = lambda _: None,
+    tell: Tell = silent,
+    save: Callable[[dict[str, Any]], object] = lambda _: None,
 ) -> dict[str, Any]:
     """The whole run as one JSON-able result. Raises ToolError when a request fails or an answer is wrong.
 
@@ -162,21 +144,18 @@ def bench(
     cells = plan(options, target_configs(options.models) if options.for_targets else [])
     if not cells:
         raise ToolError("nothing to measure: name an arm, a batch size or a concurrency", exit_code=2)
-    result: dict[str, Any] = {
-        "kind": "bench",
-        "environment": asdict(fingerprint()),
-        "weights": {"model": weights.model, "trained": weights.seed is None},
-        "options": {key: value for key, value in asdict(options).items() if key != "models"},
-    }
-    names = dict.fromkeys([options.images, *(cell.images for cell in cells)])
+    result = begin("bench")
+    result["weights"] = {"model": weights.model, "trained": weights.seed is None}
+    result["options"] = {key: value for key, value in asdict(options).items() if key != "models"}
     total = len(cells) * options.rounds
     tell("open_clip's own embeddings of the photographs", 0, total)
+    names = dict.fromkeys([options.images, *(cell.images for cell in cells)])
     workloads = {name: load_workload(name, weights, count=options.image_count) for name in names}
     result["images"] = {
         name: {"count": len(workload.images), "mean_size_bytes": workload.mean_size_bytes}
         for name, workload in workloads.items()
     }
-    result["cold_start"] = list(_cold_starts(options, weights, tell, total))
+    result["cold_start"] = list(_cold_starts(options, weights, tell))
     arms = tuple(dict.fromkeys(Arm.parse(cell.arm) for cell in cells))
     with ExitStack() as stack:
         tell("starting the servers", 0, total)
@@ -186,21 +165,21 @@ def bench(
         result["devices"] = deployment.devices
         bare = None
         if options.for_targets:
-            bare = BareWorker(options.models, None, workloads[options.images].images)
-            stack.callback(bare.close)
+            bare = stack.enter_context(OwnProcess(Worker, options.models, workloads[options.images].images))
         result["cells"], result["bare"] = [], []
         for done, (number, cell) in enumerate(in_rounds(cells, options.rounds)):
             if bare and (part := bare_part(cell, number, result["bare"], options)):
                 tell(f"round {number + 1}: preprocess and engine alone", done, total)
-                result["bare"][-1] |= bare.measure(part, options.seconds)
+                result["bare"][-1] |= bare.ask(part, options.seconds)
             tell(f"round {number + 1}: {cell.arm}, batch {cell.batch}, concurrency {cell.concurrency}", done, total)
             row = _measure(deployment, cell, workloads[cell.images], options)
             result["cells"].append({**asdict(cell), "round": number, **row})
             if (done + 1) % len(cells) == 0:
                 save(result)
-        result["servers"] = {name: _state(service) for name, service in deployment.services().items()}
+        started = {name: one for name, one in deployment.services.items() if hasattr(one, "pid")}
+        result["servers"] = {name: _state(service) for name, service in started.items()}
     if options.soak_requests:
-        result["soak"] = list(_soak(options, weights, workloads[options.images], tell, total))
+        result["soak"] = list(_soak(options, weights, workloads[options.images], tell))
     return result
 
 
@@ -217,34 +196,22 @@ def bare_part(cell: Cell, number: int, bare: list[dict[str, Any]], options: Benc
 
 def _measure(deployment: Deployment, cell: Cell, workload: Workload, options: BenchOptions) -> dict[str, Any]:
     arm = Arm.parse(cell.arm)
-    service = deployment.service(arm)
+    service = deployment.services[arm.server]
     if arm.kind == "perf-analyzer":
         return _by_perf_analyzer(service, cell, workload, options)
     caller = deployment.caller(arm, workload)
-    triton, pid = getattr(service, "options", None), getattr(service, "pid", None)
-    if "?" in deployment.devices[arm.name]:
-        triton = None  # its statistics need the key, too
-    before = steps.statistics(triton.grpc_url) if triton else {}
-    cpu_before, begin = cpu_seconds(pid) if pid else 0.0, time.perf_counter()
-    with GpuSamples() as gpu:
-        measured = run_closed_loop(
-            caller.ask,
-            caller.check,
-            len(workload.images),
-            batch=cell.batch,
-            concurrency=cell.concurrency,
-            seconds=options.seconds,
-            warmup_s=options.warmup_s,
-            at_least=options.at_least,
-        )
-    row: dict[str, Any] = {key: _rounded(value) for key, value in asdict(measured).items()}
-    if pid:
-        row["server_cores_busy"] = _rounded((cpu_seconds(pid) - cpu_before) / (time.perf_counter() - begin))
-    if triton:
-        row["steps"] = [asdict(step) for step in steps.between(before, steps.statistics(triton.grpc_url))]
-    if gpu.samples and pid:
-        row["gpu"] = {"utilisation_percent": gpu.mean(0), "memory_mib": gpu.most(1)}
-    return row
+    return measure(
+        caller.ask,
+        caller.check,
+        len(workload.images),
+        batch=cell.batch,
+        concurrency=cell.concurrency,
+        seconds=options.seconds,
+        warmup_s=options.warmup_s,
+        at_least=options.at_least,
+        triton_url=None if arm.kind == "pytorch" else service.options.grpc_url,
+        pid=getattr(service, "pid", None),
+    )
 
 
 def _by_perf_analyzer(service: Any, cell: Cell, workload: Workload, options: BenchOptions) -> dict[str, Any]:
@@ -261,26 +228,27 @@ def _by_perf_analyzer(service: Any, cell: Cell, workload: Workload, options: Ben
             models=options.models,
         )
         level = run_level(asked, "concurrency", cell.concurrency, input_file)
-    times = {f"{p}_ms": level.latency_ms.get(p) for p in ("p50", "p95", "p99")}
-    row: dict[str, Any] = {"throughput": level.throughput, "requests": None, **times, "agreement": None}
-    if not level.settled:  # at this tolerance: there were windows in which no request ended
-        row |= {"throughput": statistics.mean(level.windows), "not_settled": not_settled([asdict(level)])[0]}
+    times = {f"{p}_ms": level["latency_ms"].get(p) for p in ("p50", "p95", "p99")}
+    row: dict[str, Any] = {"throughput": level["throughput"], "requests": None, **times, "agreement": None}
+    if not level["settled"]:  # at this tolerance: there were windows in which no request ended
+        row |= {"throughput": statistics.mean(level["windows"]), "not_settled": not_settled(level)}
     return row
 
 
-def _cold_starts(options: BenchOptions, weights: Weights, tell: Tell, total: int) -> Iterator[dict[str, Any]]:
+def _cold_starts(options: BenchOptions, weights: Weights, tell: Tell) -> Iterator[dict[str, Any]]:
     """Process start to first embedding, s, alone on the machine; the files are in the page cache.
 
     Once for each server: arms that share one are named by the first of them.
     """
-    servers: dict[object, Arm] = {}
+    servers: dict[str, Arm] = {}
     for arm in map(Arm.parse, options.arms):
         servers.setdefault(arm.server, arm)
     for number in range(options.cold_starts):
         for arm in servers.values():
-            tell(f"cold start {number + 1} of {options.cold_starts}: {arm.name}", 0, total)
+            tell(f"cold start {number + 1} of {options.cold_starts}: {arm.name}")
             with Deployment((arm,), weights, options.models) as deployment:
-                yield {"arm": arm.name, "round": number, "start_s": _rounded(deployment.service(arm).start_s)}
+                start_s = deployment.services[arm.server].start_s
+                yield {"arm": arm.name, "round": number, "start_s": rounded(start_s)}
 
 
 def _state(service: Any) -> dict[str, Any]:
@@ -291,23 +259,17 @@ def _state(service: Any) -> dict[str, Any]:
     return state
 
 
-def _soak(
-    options: BenchOptions, weights: Weights, workload: Workload, tell: Tell, total: int
-) -> Iterator[dict[str, Any]]:
+def _soak(options: BenchOptions, weights: Weights, workload: Workload, tell: Tell) -> Iterator[dict[str, Any]]:
     """The memory of a fresh server after each thousand requests."""
     from concurrent.futures import ThreadPoolExecutor
 
-    arm = Arm("ensemble-grpc")
+    arm, total = Arm("ensemble-grpc"), options.soak_requests
     with Deployment((arm,), weights, options.models) as deployment, ThreadPoolExecutor(16) as pool:
-        caller, service = deployment.caller(arm, workload), deployment.service(arm)
-        for done in range(0, options.soak_requests, SOAK_STEP):
-            tell(f"soak: {done} of {options.soak_requests} requests", total, total)
-            turns = range(done, min(done + SOAK_STEP, options.soak_requests))
+        caller, service = deployment.caller(arm, workload), deployment.services[arm.server]
+        for done in range(0, total, SOAK_STEP):
+            tell("soak: requests", done, total)
+            turns = range(done, min(done + SOAK_STEP, total))
             indices = [[turn % len(workload.images)] for turn in turns]
             for index, answer in zip(indices, pool.map(caller.ask, indices), strict=True):
                 caller.check(index, answer)
             yield {"requests": turns.stop, "memory_mib": round(resident_mib(service.pid), 1)}
-
-
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.7g}") if isinstance(value, float) else value

@@ -5,15 +5,16 @@ from typing import Any
 
 from clip_tools.errors import ToolError
 from clip_tools.measuring.noise import Change, change
-from clip_tools.measuring.sections import markdown_table
-from clip_tools.measuring.targets import Cell, has_times, values
+from clip_tools.measuring.tables import table
+from clip_tools.measuring.targets import cells_of, has_times, values
 
 _SAME_MACHINE = ("cpu", "cores", "memory_gib", "gpu", "device")
+_MAY_DIFFER = ("date", "load_before", "packages")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The changes by quantity, and what else is unlike in the two environments."""
+    """The changes by quantity, what else is unlike in the two environments, and the cells of one result alone."""
 
     changes: dict[str, Change]
     differences: list[str]
@@ -27,57 +28,40 @@ class Comparison:
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> Comparison:
     """Two `bench` results: each cell's throughput, and p50 of single images. Raises ToolError for other kinds."""
+    cells: list[dict[Any, str]] = []
     for result in (before, after):
         if result["kind"] != "bench":
             raise ToolError(f"expected two results of clip-tools bench, came one of {result['kind']}", exit_code=2)
-    cells = [_cells(result) for result in (before, after)]
+        cells.append(
+            {one: f"{one.arm}, {one.images}, batch {one.batch}, {one.concurrency} at once" for one in cells_of(result)}
+        )
     changes = {}
-    for cell in [cell for cell in cells[0] if cell in cells[1]]:
-        changes[f"{_name(cell)}, images/s"] = change(values(before, cell), values(after, cell))
-        if (cell.batch, cell.concurrency) == (1, 1) and has_times(before, cell) and has_times(after, cell):
-            times = (values(before, cell, "p50_ms"), values(after, cell, "p50_ms"))
-            changes[f"{_name(cell)}, p50 ms"] = change(*times, more_is_better=False)
+    for cell, name in cells[0].items():
+        if cell in cells[1]:
+            changes[f"{name}, images/s"] = change(values(before, cell), values(after, cell))
+            if (cell.batch, cell.concurrency) == (1, 1) and has_times(before, cell) and has_times(after, cell):
+                times = (values(before, cell, "p50_ms"), values(after, cell, "p50_ms"))
+                changes[f"{name}, p50 ms"] = change(*times, more_is_better=False)
     if not changes:
         raise ToolError("the two results have no measurement in common")
-    only = [f"{_name(cell)} only in {'AB'[i]}" for i in (0, 1) for cell in cells[i] if cell not in cells[1 - i]]
-    devices = [result.get("devices", {}) for result in (before, after)]
-    moved = [
-        f"device of {arm}: {devices[0][arm]} -> {devices[1][arm]}"
-        for arm in devices[0]
-        if arm in devices[1] and devices[0][arm] != devices[1][arm]
-    ]
-    return Comparison(changes, _differences(before["environment"], after["environment"]) + moved, only)
+    only = [f"{name} only in {'AB'[i]}" for i in (0, 1) for cell, name in cells[i].items() if cell not in cells[1 - i]]
+    environments = [result["environment"] for result in (before, after)]
+    unlike = [line for line in _differences("", *environments) if not line.startswith(_MAY_DIFFER)]
+    packages = _differences("package ", *(one.get("packages", {}) for one in environments))
+    old, new = (result.get("devices", {}) for result in (before, after))
+    both = [{arm: found[arm] for arm in old if arm in new} for found in (old, new)]
+    return Comparison(changes, unlike + packages + _differences("device of ", *both), only)
 
 
-def _cells(result: dict[str, Any]) -> list[Cell]:
-    rows = ((row["arm"], row["images"], row["batch"], row["concurrency"]) for row in result["cells"])
-    return list(dict.fromkeys(Cell(*row) for row in rows))
-
-
-def _name(cell: Cell) -> str:
-    return f"{cell.arm}, {cell.images}, batch {cell.batch}, {cell.concurrency} at once"
-
-
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    lines = []
-    for key in dict.fromkeys([*before, *after]):
-        if key in ("date", "load_before", "packages") or before.get(key) == after.get(key):
-            continue
-        lines.append(f"{key}: {before.get(key)} -> {after.get(key)}")
-    packages = [result.get("packages", {}) for result in (before, after)]
-    for name in dict.fromkeys([*packages[0], *packages[1]]):
-        if packages[0].get(name) != packages[1].get(name):
-            lines.append(f"package {name}: {packages[0].get(name)} -> {packages[1].get(name)}")
-    return lines
+def _differences(what: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [f"{what}{key}: {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
 
 
 def text(comparison: Comparison) -> str:
     """The comparison as Markdown."""
-    rows = [
-        (name, f"{one.before:.1f}", f"{one.after:.1f}", f"{one.ratio:.3f}", f"{one.p_value:.3f}", one.verdict)
-        for name, one in comparison.changes.items()
-    ]
-    lines = [markdown_table(("", "A", "B", "B / A", "p", ""), rows)]
+    rows = [vars(one) | {"name": name} for name, one in comparison.changes.items()]
+    row = "{name} | {before:.1f} | {after:.1f} | {ratio:.3f} | {p_value:.3f} | {verdict}"
+    lines = [table(" | A | B | B / A | p | ", row, rows)]
     lines += [f"- {line}\n" for line in [*comparison.differences, *comparison.only_in_one]]
     if not comparison.same_machine:
         lines.append("\nThe machines differ: only the ratios within each result can be compared.\n")

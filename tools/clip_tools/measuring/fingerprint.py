@@ -7,67 +7,36 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clip_tools.paths import ROOT
 
 PACKAGES = (
-    "nvidia-pytriton",
-    "tritonclient",
-    "onnxruntime-openvino",
-    "onnxruntime-gpu",
-    "torch",
-    "open_clip_torch",
-    "numpy",
-    "pillow",
-    "fastapi",
-    "uvicorn",
-    "triton-model-analyzer",
+    *("nvidia-pytriton", "tritonclient", "onnxruntime-openvino", "onnxruntime-gpu", "torch", "open_clip_torch"),
+    *("numpy", "pillow", "fastapi", "uvicorn", "triton-model-analyzer"),
 )
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """Two results may be compared in absolute numbers only when the first four lines agree.
+def fingerprint() -> dict[str, Any]:
+    """This machine, now. Two results may be compared in absolute numbers only when the first four entries agree.
 
     `cores` are those that this process may use. `git_commit` ends in "+" when the tree held changes, and is None
     outside a checkout. `gpu` is None without one.
     """
-
-    cpu: str
-    cores: int
-    memory_gib: float
-    gpu: str | None
-    system: str
-    python: str
-    packages: dict[str, str]
-    git_commit: str | None
-    date: str
-    command: str
-    load_before: float
-
-
-def fingerprint() -> Fingerprint:
-    """This machine, now."""
-    return Fingerprint(
-        cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)),
-        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        gpu=gpu_name(),
-        system=f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
-        python=platform.python_version(),
-        packages=dict(filter(None, map(_version, PACKAGES))),
-        git_commit=_commit(),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=_command(sys.argv),
-        load_before=round(os.getloadavg()[0], 2),
-    )
-
-
-def gpu_name() -> str | None:
-    """The GPUs' names and memory as nvidia-smi tells them; None where there is no GPU."""
-    return ask_nvidia_smi("name,memory.total") or None
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": ask_nvidia_smi("name,memory.total") or None,
+        "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
+        "python": platform.python_version(),
+        "packages": dict(filter(None, map(_version, PACKAGES))),
+        "git_commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": _command(sys.argv),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
 
 
 def ask_nvidia_smi(query: str) -> str:
@@ -94,13 +63,12 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode:
-        return None
-    status = [*git, "status", "--porcelain", "--untracked-files=no"]
-    changed = subprocess.run(status, capture_output=True, text=True, check=False).stdout.strip()
-    return head.stdout.strip() + ("+" if changed else "")
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+        return None if done.returncode else done.stdout.strip()
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    return head and head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def _command(argv: list[str]) -> str:

@@ -1,22 +1,21 @@
-"""A closed loop of concurrent callers on one arm, and what it measured."""
+"""A closed loop of concurrent callers on one server, and what it measured."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from clip_tools.errors import ToolError
+from clip_tools.errors import ToolError, missing_extra
+from clip_tools.measuring import steps
 from clip_tools.measuring.noise import percentile
+from clip_tools.measuring.watch import cpu_seconds, gpu_figures, gpu_sampler
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-Ask = Callable[[list[int]], "npt.NDArray[np.generic]"]
+Ask = Callable[[list[int]], Any]
 """Send the images of these indices as one request, and give what came back: one row an image. Thread-safe."""
 
-Check = Callable[[list[int], "npt.NDArray[np.generic]"], float]
+Check = Callable[[list[int], Any], float]
 """How well an answer agrees with the reference (1 is best). Raises ToolError when it is wrong."""
 
 _GIVE_UP_AFTER_S = 120.0
@@ -24,7 +23,7 @@ _GIVE_UP_AFTER_S = 120.0
 
 @dataclass(frozen=True)
 class Measured:
-    """One cell in one round. `throughput` in images a second; latencies in ms of a request, at the client.
+    """One window. `throughput` in images a second; latencies in ms of a request, at the client.
 
     `agreement` is the worst answer's: the cosine to open_clip's embedding.
     """
@@ -39,10 +38,50 @@ class Measured:
 
 @dataclass
 class _Loop:
-    requests: list[tuple[float, float, list[int]]] = field(default_factory=list)  # begin, end, indices
-    answers: list[tuple[list[int], "npt.NDArray[np.generic]"]] = field(default_factory=list)
+    requests: list[tuple[float, float, int]] = field(default_factory=list)  # begin, end, images
+    answers: list[tuple[list[int], Any]] = field(default_factory=list)
     failure: BaseException | None = None
     stop: bool = False
+
+
+def measure(
+    ask: Ask, check: Check, image_count: int, *, triton_url: str | None, pid: int | None = None, **loop: Any
+) -> dict[str, Any]:
+    """A window of `run_closed_loop` as JSON-able data, with what the server and the GPU did in it.
+
+    `steps` are Triton's own times, where the server at `triton_url` lets us read them. `server_cores_busy` and `gpu`
+    need a `pid`: a server of this machine.
+    """
+    before = _counters(triton_url)
+    cpu_before_s, begin_s = cpu_seconds(pid) if pid else 0.0, time.perf_counter()
+    with gpu_sampler() as gpu:
+        measured = run_closed_loop(ask, check, image_count, **loop)
+    row: dict[str, Any] = {key: rounded(value) for key, value in asdict(measured).items()}
+    if pid:
+        row["server_cores_busy"] = rounded((cpu_seconds(pid) - cpu_before_s) / (time.perf_counter() - begin_s))
+        if gpu.samples:
+            row["gpu"] = gpu_figures(gpu.samples)
+    if before:
+        row["steps"] = steps.between(before, _counters(triton_url))
+    return row
+
+
+def _counters(triton_url: str | None) -> steps.Counters:
+    if triton_url is None:
+        return {}
+    try:
+        from tritonclient.utils import InferenceServerException
+    except ImportError as error:
+        raise missing_extra("profile", error) from error
+    try:
+        return steps.counters(triton_url)
+    except InferenceServerException:  # they require a key that is not here: SECURITY.md
+        return {}
+
+
+def rounded(value: Any) -> Any:
+    """A float to seven digits; anything else as it is."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def run_closed_loop(
@@ -63,19 +102,16 @@ def run_closed_loop(
     partly in it counts by that part. Every answer is checked, after the clock has stopped. Raises ToolError when a
     request fails or an answer is wrong.
     """
-    loop = _Loop()
-    lock = threading.Lock()
-    next_image = iter(range(10**12))
+    loop, lock, turns = _Loop(), threading.Lock(), itertools.count()
 
     def call() -> None:
         try:
             while not loop.stop:
                 with lock:
-                    indices = [next(next_image) % image_count for _ in range(batch)]
+                    indices = [next(turns) % image_count for _ in range(batch)]
                 begin = time.perf_counter()
                 answer = ask(indices)
-                end = time.perf_counter()
-                loop.requests.append((begin, end, indices))
+                loop.requests.append((begin, time.perf_counter(), batch))
                 loop.answers.append((indices, answer))
         except BaseException as error:
             loop.failure = error
@@ -103,7 +139,7 @@ def run_closed_loop(
     if loop.failure is not None:
         raise ToolError(f"a request failed: {type(loop.failure).__name__}: {loop.failure}") from loop.failure
     agreement = min(check(indices, answer) for indices, answer in loop.answers)
-    return summarise([(b, e, len(i)) for b, e, i in loop.requests], opened, closed, agreement)
+    return summarise(loop.requests, opened, closed, agreement)
 
 
 def summarise(requests: list[tuple[float, float, int]], opened: float, closed: float, agreement: float) -> Measured:
@@ -112,11 +148,5 @@ def summarise(requests: list[tuple[float, float, int]], opened: float, closed: f
         count * max(0.0, min(end, closed) - max(begin, opened)) / (end - begin) for begin, end, count in requests
     )
     latencies_ms = [1000 * (end - begin) for begin, end, _ in requests if opened <= end <= closed]
-    return Measured(
-        throughput=images / (closed - opened),
-        requests=len(latencies_ms),
-        p50_ms=percentile(latencies_ms, 50),
-        p95_ms=percentile(latencies_ms, 95),
-        p99_ms=percentile(latencies_ms, 99),
-        agreement=agreement,
-    )
+    p50, p95, p99 = (percentile(latencies_ms, percent) for percent in (50, 95, 99))
+    return Measured(images / (closed - opened), len(latencies_ms), p50, p95, p99, agreement)

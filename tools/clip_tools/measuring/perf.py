@@ -9,18 +9,15 @@ import shlex
 import statistics
 import struct
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from clip_tools.errors import ToolError
-from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.measuring.perf_analyzer import find_perf_analyzer
-from clip_tools.measuring.results import write
-from clip_tools.measuring.sections import PERF_COLUMNS, not_settled, perf_row
+from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.workload import VGA, load_images
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import ENSEMBLE, read_config
@@ -51,24 +48,26 @@ class PerfOptions:
     models: Path = MODELS
 
 
-@dataclass(frozen=True)
-class Level:
-    """What perf_analyzer said of one level. Latencies in ms at the client, steps in ms a request on the server.
+def perf(options: PerfOptions, folder: Path, *, tell: Tell = silent) -> dict[str, Any]:
+    """Every level once; perf_analyzer's input stays in the folder, so that a level can be repeated."""
+    result, input_file = begin("perf"), folder / f"perf-input-{options.model}.json"
+    count = write_input(options, input_file)
+    steps: list[tuple[Mode, float]] = [("concurrency", float(c)) for c in options.concurrency]
+    steps += [("request-rate", rate) for rate in options.request_rate]
+    levels: list[dict[str, Any]] = []
+    for mode, level in steps:
+        tell(f"perf_analyzer: {mode} {level:g}", len(levels), len(steps))
+        levels.append(run_level(options, mode, level, input_file))
+    images = {"name": options.images, "count": count}
+    return result | {"model": options.model, "images": images, "levels": levels}
 
-    `throughput` is images a second: inferences times nothing, for perf_analyzer counts a batch of n as n. `windows` are
-    those of each window in turn. No three of them agreed where it has not `settled`; it then tells no percentile, and
-    `throughput` and the mean latency are those of the last three. A window in which no request ended is 0.
-    """
 
-    mode: Mode
-    level: float
-    batch: int
-    throughput: float
-    latency_ms: dict[str, float]
-    server_ms: dict[str, float]
-    command: str
-    windows: tuple[float, ...] = ()
-    settled: bool = True
+def write_input(options: PerfOptions, path: Path) -> int:
+    """Write the input JSON; how many images are in it."""
+    images = load_images(options.images)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(perf_input(images, options.model, options.models))
+    return len(images)
 
 
 def perf_input(images: Sequence[bytes], model: str, models: Path = MODELS) -> str:
@@ -81,38 +80,25 @@ def perf_input(images: Sequence[bytes], model: str, models: Path = MODELS) -> st
         raise ToolError("perf_analyzer's input needs at least one image")
     names = [entry.name for entry in read_config(models, model).input]
     if names == ["image_bytes"]:
-        contents = [struct.pack("<I", len(image)) + image for image in images]
-        shape = [1]
+        contents, shape = [struct.pack("<I", len(image)) + image for image in images], [1]
     elif names == ["pixels"]:
-        contents, shape = [_pixels(image, models) for image in images], [224, 224, 3]
+        from clip_tools.measuring.bare import open_preprocess
+
+        preprocess = open_preprocess(models)
+        contents, shape = [preprocess(image).tobytes() for image in images], [224, 224, 3]
     else:
         raise ToolError(f"{model} takes {', '.join(names)}: expected a model that takes image_bytes or pixels")
     data = [{names[0]: {"b64": base64.b64encode(content).decode(), "shape": shape}} for content in contents]
     return json.dumps({"data": data})
 
 
-def _pixels(image: bytes, models: Path) -> bytes:
-    from clip_tools.measuring.bare import open_preprocess
-
-    pixels: bytes = open_preprocess(models)(image).tobytes()
-    return pixels
-
-
-def write_input(options: PerfOptions, path: Path) -> int:
-    """Write the input JSON; how many images are in it."""
-    images = load_images(options.images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(perf_input(images, options.model, options.models))
-    return len(images)
-
-
 def arguments(options: PerfOptions, mode: Mode, level: float, input_file: Path, csv_file: Path) -> list[str]:
     """perf_analyzer's flags for one level."""
-    load = ["--concurrency-range", f"{level:g}"] if mode == "concurrency" else ["--request-rate-range", f"{level:g}"]
-    shape = ["--shape", "image_bytes:1"] if _takes_image_bytes(options) else []
+    takes_bytes = any(entry.name == "image_bytes" for entry in read_config(options.models, options.model).input)
     return [
         *("-m", options.model, "-i", options.protocol, "-u", options.url, "-b", str(options.batch), "--async"),
-        *("--input-data", str(input_file), *shape, *load),
+        *("--input-data", str(input_file), *(("--shape", "image_bytes:1") if takes_bytes else ())),
+        *(f"--{mode}-range", f"{level:g}"),
         *("--measurement-interval", str(options.window_ms), "--max-trials", str(options.max_trials)),
         *("--stability-percentage", str(options.stability_percent), "--verbose-csv", "-f", str(csv_file)),
     ]
@@ -121,7 +107,7 @@ def arguments(options: PerfOptions, mode: Mode, level: float, input_file: Path, 
 def headers(options: PerfOptions) -> dict[str, str]:
     """perf_analyzer's flags with the server's keys, which it needs to read the model's configuration and statistics.
 
-    Of each what may be shown, and what it is. They are its HTTP headers by name, and gRPC's too.
+    What may be shown of each -> the flag. They are its HTTP headers by name, and gRPC's too.
     """
     access = access_of(options.url, os.environ)
     if access is None:
@@ -130,13 +116,12 @@ def headers(options: PerfOptions) -> dict[str, str]:
     return {f"-H{name}:***": f"-H{name}:{key}" for name, key in found.items()}
 
 
-def _takes_image_bytes(options: PerfOptions) -> bool:
-    return any(entry.name == "image_bytes" for entry in read_config(options.models, options.model).input)
+def run_level(options: PerfOptions, mode: Mode, level: float, input_file: Path) -> dict[str, Any]:
+    """What perf_analyzer says of one level: latencies in ms at the client, steps in ms a request on the server.
 
-
-def run_level(options: PerfOptions, mode: Mode, level: float, input_file: Path) -> Level:
-    """Run perf_analyzer once and read its CSV, or its windows when it did not settle.
-
+    `throughput` is images a second: inferences times nothing, for perf_analyzer counts a batch of n as n. `windows` are
+    those of each window in turn. No three of them agreed where it has not `settled`; it then tells no percentile, and
+    `throughput` and the mean latency are those of the last three. A window in which no request ended is 0.
     Raises ToolError with its last words when it fails.
     """
     binary, environment = find_perf_analyzer()
@@ -153,16 +138,30 @@ def run_level(options: PerfOptions, mode: Mode, level: float, input_file: Path) 
         )
         with process:
             said, _ = process.communicate()
-        rows = read_csv(csv_file) if csv_file.is_file() else []
+        # Below an empty line it puts tables of its own.
+        table = csv_file.read_text().split("\n\n", 1)[0] if csv_file.is_file() else ""
     windows = [(float(rate or 0), int(latency_us or 0) / 1000) for rate, latency_us, _ in _WINDOW.findall(said)]
     rates = tuple(rate for rate, _ in windows)
-    if rows and not process.returncode:
-        return replace(level_of(rows[0], mode, level, options.batch, plain_command(flags)), windows=rates)
-    if not any(rates) or not ("stable measurement" in said or "No valid requests" in said):
+    rows = list(csv.DictReader(table.strip().splitlines()))
+    settled = bool(rows) and not process.returncode
+    if settled:
+        figures = figures_of(rows[0])
+    elif any(rates) and ("stable measurement" in said or "No valid requests" in said):
+        mean_ms = [latency_ms for rate, latency_ms in windows[-3:] if rate]
+        latency = {"mean": statistics.mean(mean_ms)} if mean_ms else {}
+        figures = {"throughput": statistics.mean(rates[-3:]), "latency_ms": latency, "server_ms": {}}
+    else:
         raise ToolError(f"perf_analyzer failed ({process.returncode}): {_reason(said)}")
-    mean_ms = {"mean": statistics.mean(latency for rate, latency in windows[-3:] if rate)} if any(rates[-3:]) else {}
-    throughput = statistics.mean(rates[-3:])
-    return Level(mode, level, options.batch, throughput, mean_ms, {}, plain_command(flags), rates, settled=False)
+    figures |= {"command": plain_command(flags), "windows": rates, "settled": settled}
+    return {"mode": mode, "level": level, "batch": options.batch, **figures}
+
+
+def figures_of(row: dict[str, str]) -> dict[str, Any]:
+    """One row of perf_analyzer's CSV, its microseconds as ms."""
+    ms = {key: float(value) / 1000 for key, value in row.items() if value and ("latency" in key or "Server" in key)}
+    latency = {key.split()[0].replace("Avg", "mean"): value for key, value in ms.items() if key.endswith("latency")}
+    server = {key.removeprefix("Server ").lower(): value for key, value in ms.items() if key.startswith("Server ")}
+    return {"throughput": float(row["Inferences/Second"]), "latency_ms": latency, "server_ms": server}
 
 
 def plain_command(flags: Sequence[str]) -> str:
@@ -171,72 +170,7 @@ def plain_command(flags: Sequence[str]) -> str:
     return shlex.join([".venv/bin/perf-analyzer", *shown])
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of perf_analyzer's CSV; below an empty line it puts tables of its own, which are left out."""
-    table = path.read_text().split("\n\n", 1)[0]
-    return list(csv.DictReader(table.strip().splitlines()))
-
-
-def level_of(row: dict[str, str], mode: Mode, level: float, batch: int, command: str) -> Level:
-    """One row of perf_analyzer's CSV, its microseconds as ms."""
-    percentiles = {
-        key.split()[0]: float(value) / 1000 for key, value in row.items() if key.endswith("latency") and value
-    }
-    server = {
-        key.removeprefix("Server ").lower(): float(value) / 1000
-        for key, value in row.items()
-        if key.startswith("Server ") and value
-    }
-    if "Avg latency" in row:
-        percentiles["mean"] = percentiles.pop("Avg")
-    return Level(mode, level, batch, float(row["Inferences/Second"]), percentiles, server, command)
-
-
 def _reason(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
     return "; ".join((errors or lines)[-2:]) or "it said nothing"
-
-
-def perf(options: PerfOptions, output: Path, *, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Every level once, as the JSON that is also written to `output`, with a picture beside it."""
-    input_file = output.parent / f"perf-input-{options.model}.json"
-    count = write_input(options, input_file)
-    levels = []
-    steps: list[tuple[Mode, float]] = [("concurrency", float(c)) for c in options.concurrency]
-    steps += [("request-rate", rate) for rate in options.request_rate]
-    for mode, level in steps:
-        tell(f"{mode} {level:g}")
-        levels.append(run_level(options, mode, level, input_file))
-    result = {
-        "kind": "perf",
-        "environment": asdict(fingerprint()),
-        "model": options.model,
-        "images": {"name": options.images, "count": count},
-        "levels": [asdict(level) for level in levels],
-    }
-    write(result, output)
-    from clip_tools.measuring.plots import latency_against_throughput
-
-    output.with_suffix(".svg").write_text(latency_against_throughput(result))
-    return result
-
-
-def table(result: dict[str, Any]) -> Any:
-    """The levels as a rich table."""
-    from rich.table import Table
-
-    shown = Table(title=f"perf_analyzer: {result['model']}, {result['images']['name']}", title_justify="left")
-    for name in PERF_COLUMNS:
-        shown.add_column(name, justify="right")
-    for level in result["levels"]:
-        shown.add_row(*perf_row(level))
-    return shown
-
-
-def explain(result: dict[str, Any]) -> None:
-    """On stderr: the windows of each level that did not settle, and the plain command behind each."""
-    for line in not_settled(result["levels"]):
-        sys.stderr.write(f"  {line}\n")
-    for level in result["levels"]:
-        sys.stderr.write(f"  {level['command']}\n")

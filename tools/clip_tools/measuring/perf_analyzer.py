@@ -4,10 +4,10 @@ The wheel lacks two libraries that its binary needs. Both lie in the nvidia-pytr
 in them, so links with the plain names go into a folder on the library path.
 """
 
+import contextlib
 import hashlib
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from clip_tools.errors import ToolError
@@ -38,18 +38,10 @@ def _library_links(libraries: Path) -> Path:
         sources[name] = found[-1]
     digest = hashlib.sha256("\0".join(map(str, sources.values())).encode()).hexdigest()[:12]
     target = Path(sys.prefix) / "share" / "clip-tools" / f"perf-libraries-{digest}"
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            links = Path(folder) / "links"
-            links.mkdir()
-            for name, path in sources.items():
-                (links / name).symlink_to(path)
-            try:
-                links.rename(target)
-            except OSError:  # another process was first
-                if not target.is_dir():
-                    raise
+    target.mkdir(parents=True, exist_ok=True)
+    for name, path in sources.items():
+        with contextlib.suppress(FileExistsError):
+            (target / name).symlink_to(path)
     return target
 
 

@@ -8,14 +8,16 @@ from typing import Any
 from clip_tools.errors import missing_extra
 
 COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#7768ae", "#8d8d8d")
+Line = tuple[Sequence[float], Sequence[float]]
+"""x and y."""
 
 
-def _figure(width: float = 7.2, height: float = 3.6) -> Any:
+def _figure(height: float = 3.6) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise missing_extra("server", error) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(7.2, height), layout="constrained")
 
 
 def _svg(figure: Any) -> str:
@@ -28,69 +30,55 @@ def _svg(figure: Any) -> str:
     return re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.MULTILINE)
 
 
-def latency_against_throughput(result: dict[str, Any]) -> str:
-    """perf_analyzer's levels: throughput to the right, p50 and p99 upwards, the level at each point.
-
-    Those that have not settled have no percentile and are left out.
-    """
-    figure = _figure()
-    axes = figure.add_subplot()
-    for colour, mode in zip(COLOURS, ("concurrency", "request-rate"), strict=False):
-        levels = [level for level in result["levels"] if level["mode"] == mode and level.get("settled", True)]
-        if not levels:
-            continue
-        x = [level["throughput"] for level in levels]
-        for name, line in (("p50", "o-"), ("p99", "o:")):
-            y = [level["latency_ms"][name] for level in levels]
-            axes.plot(x, y, line, color=colour, label=f"{mode}, {name}", markersize=4)
-        for level in levels:
-            where = (level["throughput"], level["latency_ms"]["p50"])
-            axes.annotate(f"{level['level']:g}", where, xytext=(4, 4), textcoords="offset points", size=8)
-    axes.set_xlabel("images a second")
-    axes.set_ylabel("latency, ms")
+def _finished(axes: Any, title: str, x_label: str, y_label: str) -> str:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     axes.set_ylim(bottom=0)
     if axes.has_data():
         axes.legend(fontsize=8)
-    axes.set_title(f"{result['model']} by perf_analyzer, {result['images']['name']} JPEGs", loc="left", size=10)
-    return _svg(figure)
+    axes.set_title(title, loc="left", size=10)
+    return _svg(axes.figure)
+
+
+def _label(axes: Any, text: str, where: tuple[float, float]) -> None:
+    axes.annotate(text, where, xytext=(4, 4), textcoords="offset points", size=8)
+
+
+def latency_against_throughput(result: dict[str, Any]) -> str:
+    """perf_analyzer's levels: throughput to the right, p50 and p99 upwards. Levels without percentiles are left out."""
+    axes = _figure().add_subplot()
+    for colour, mode in zip(COLOURS, ("concurrency", "request-rate"), strict=False):
+        levels = [level for level in result["levels"] if level["mode"] == mode and level.get("settled", True)]
+        x = [level["throughput"] for level in levels]
+        for name, line in (("p50", "o-"), ("p99", "o:")) if levels else ():
+            y = [level["latency_ms"][name] for level in levels]
+            axes.plot(x, y, line, color=colour, label=f"{mode}, {name}", markersize=4)
+        for level in levels:
+            _label(axes, f"{level['level']:g}", (level["throughput"], level["latency_ms"]["p50"]))
+    title = f"{result['model']} by perf_analyzer, {result['images']['name']} JPEGs"
+    return _finished(axes, title, "images a second", "latency, ms")
 
 
 def lines(
-    series: dict[str, tuple[Sequence[float], Sequence[float]]],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    ranges: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
-    horizontal: tuple[str, float] | None = None,
+    series: Mapping[str, Line], *, title: str, x_label: str, y_label: str, ranges: Mapping[str, Line] | None = None
 ) -> str:
-    """One line a series: name -> (x, y); `ranges` are the lowest and highest of the rounds, drawn as bands."""
-    figure = _figure()
-    axes = figure.add_subplot()
+    """A line a name, x on a logarithmic scale. `ranges` are the lowest and highest y, drawn as bands."""
+    axes = _figure().add_subplot()
     for index, (name, (x, y)) in enumerate(series.items()):
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(x, y, "o-", color=colour, label=name, markersize=4)
-        if ranges and name in ranges:
+        if ranges:
             axes.fill_between(x, *ranges[name], color=colour, alpha=0.15, linewidth=0)
-    if horizontal:
-        axes.axhline(horizontal[1], color="black", linestyle="--", linewidth=1, label=horizontal[0])
     ticks = sorted({value for x, _ in series.values() for value in x})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
-    axes.set_title(title, loc="left", size=10)
-    return _svg(figure)
+    return _finished(axes, title, x_label, y_label)
 
 
-def over_time(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, title: str, judged_from: float
-) -> str:
-    """A panel a quantity, one below the other: its label -> (name -> (minutes, values)). Gray: what is not judged."""
-    figure = _figure(height=1.4 * len(panels) + 0.6)
+def over_time(panels: Mapping[str, Mapping[str, Line]], *, title: str, judged_from: float) -> str:
+    """A panel for each label, one below the other: name -> (minutes, values). Gray: what is not judged."""
+    figure = _figure(1.4 * len(panels) + 0.6)
     rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     for axes, (label, series) in zip(rows, panels.items(), strict=True):
         for colour, (name, (x, y)) in zip(COLOURS, series.items(), strict=False):
@@ -108,36 +96,31 @@ def over_time(
 
 def speed_against_fidelity(result: dict[str, Any]) -> str:
     """The mixes of `tune-precision`: 1 - worst cosine to the right, speed upwards, BF16 layers at each point."""
-    figure = _figure()
-    axes = figure.add_subplot()
-    allowed = 1 - result["gate"]["worst_cosine"]
-    x = [max(1 - mix["agreement"]["worst_cosine"], 1e-7) for mix in result["mixes"]]
-    y = [mix["ratio"] for mix in result["mixes"]]
-    reach = [[mix["ratio"] - mix["ratio_lowest"] for mix in result["mixes"]]]
-    reach.append([mix["ratio_highest"] - mix["ratio"] for mix in result["mixes"]])
+    axes, mixes, gate = _figure().add_subplot(), result["mixes"], result["gate"]
+    x = [max(1 - mix["agreement"]["worst_cosine"], 1e-7) for mix in mixes]
+    y = [mix["ratio"] for mix in mixes]
+    reach = [
+        [mix["ratio"] - mix["ratio_lowest"] for mix in mixes],
+        [mix["ratio_highest"] - mix["ratio"] for mix in mixes],
+    ]
     axes.errorbar(x, y, reach, fmt="o-", color=COLOURS[0], markersize=4, linewidth=1, capsize=2)
-    for mix, where in zip(result["mixes"], zip(x, y, strict=True), strict=True):
-        axes.annotate(str(mix["lowered"]), where, xytext=(4, 4), textcoords="offset points", size=8)
+    for mix, where in zip(mixes, zip(x, y, strict=True), strict=True):
+        _label(axes, str(mix["lowered"]), where)
+    allowed = 1 - gate["worst_cosine"]
     axes.axvline(allowed, color=COLOURS[1], linestyle="--", linewidth=1, label=f"gate: {1 - allowed:g}")
-    axes.axhline(result["gate"]["worth"], color="black", linestyle=":", linewidth=1, label="a quarter over FP32")
+    axes.axhline(gate["worth"], color="black", linestyle=":", linewidth=1, label="a quarter over FP32")
     axes.set_xscale("log")
-    axes.set_xlabel("1 - worst cosine to open_clip in FP32")
-    axes.set_ylabel("times FP32")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
     title = f"{result['weights']['model']}: layers in BF16, of {len(result['layers'])}"
-    axes.set_title(title, loc="left", size=10)
-    return _svg(figure)
+    return _finished(axes, title, "1 - worst cosine to open_clip in FP32", "times FP32")
 
 
 def bars(values: dict[str, float], *, title: str, label: str) -> str:
     """One horizontal bar a name, the largest on top, each with its number."""
-    figure = _figure(height=0.6 + 0.32 * len(values) + 0.6)
-    axes = figure.add_subplot()
+    axes = _figure(0.6 + 0.32 * len(values) + 0.6).add_subplot()
     names = sorted(values, key=lambda name: values[name])
     drawn = axes.barh(names, [values[name] for name in names], color=COLOURS[0])
     axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)
     axes.set_xlabel(label)
     axes.margins(x=0.12)
     axes.set_title(title, loc="left", size=10)
-    return _svg(figure)
+    return _svg(axes.figure)

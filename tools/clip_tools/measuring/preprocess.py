@@ -1,37 +1,33 @@
 """`clip-tools bench --preprocess`: `preprocess` alone on one core, resizing by its library and by Pillow in turns."""
 
+import io
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
 from clip_tools.measuring.bare import import_preprocess, open_batches, open_preprocess
-from clip_tools.measuring.bench_section import verdicts_text
-from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.measuring.noise import Ratio, paired_ratio
-from clip_tools.measuring.sections import Section, markdown_table
-from clip_tools.measuring.targets import NotMeasured, Target, check
+from clip_tools.measuring.results import Tell, begin, silent
+from clip_tools.measuring.tables import Section, table
+from clip_tools.measuring.targets import NotMeasured, Target, check, verdicts_text
+from clip_tools.measuring.timing import OwnProcess, times_of
 from clip_tools.measuring.workload import PHONE, VGA, load_images
 from clip_tools.paths import MODELS
 
 KERNEL, PILLOW, GPU = "library", "Pillow", "GPU"
-MODES = (None, "fast")  # configurations of preprocess; `gpu` besides where there is one
 _BATCH = 64  # images at once in mode gpu
 _RESIZED = 4  # photographs kept decoded, 48 MB each
 
 
 class _Worker:
-    """A process's own state: one mode, one way to resize, on one core."""
-
-    one: "_Worker"
+    """One mode and one way to resize, on one core."""
 
     def __init__(self, models: Path, config_name: str | None, resized_by: str) -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -40,144 +36,98 @@ class _Worker:
             self._module.find_kernel = lambda: None
         self._batches = open_batches(models, config_name) if resized_by == GPU else None
         self._preprocess: Any = None if self._batches else open_preprocess(models, config_name)
-        self._images: dict[str, tuple[bytes, ...]] = {}
-        self._decoded: dict[str, list[Any]] = {}
 
     def measure(self, name: str, seconds: float) -> dict[str, float]:
         """Seconds of CPU for an image: `preprocess_s` from its bytes on, `resize_s` from the decoded one on."""
-        if name not in self._images:
-            self._images[name] = load_images(name)
+        images = load_images(name)
         if self._batches:
-            return _mean_of_batches(self._batches, self._images[name], seconds)
-        if name not in self._decoded:
-            self._decoded = {name: [self._load(image) for image in self._images[name][:_RESIZED]]}
-        images, decoded = self._images[name], self._decoded[name]
-        return {
-            "preprocess_s": _mean_cpu_s(self._preprocess, images, seconds),
-            "resize_s": _mean_cpu_s(self._module.centre_of, decoded, seconds / 2),
-        }
+            return mean_of_batches(self._batches, images, seconds)
+        decoded = [self._load(image) for image in images[:_RESIZED]]
+        whole = times_of(self._preprocess, images, seconds, time.process_time)
+        resize = times_of(self._module.centre_of, decoded, seconds / 2, time.process_time)
+        return {"preprocess_s": statistics.mean(whole), "resize_s": statistics.mean(resize)}
 
     def _load(self, image_bytes: bytes) -> Any:
-        from io import BytesIO
-
         from PIL import Image
 
         with self._module.lent_memory():
-            image = Image.open(BytesIO(image_bytes))
+            image = Image.open(io.BytesIO(image_bytes))
             image.load()
         return image
 
 
-def _mean_cpu_s(call: Callable[[Any], Any], inputs: Sequence[Any], seconds: float) -> float:
-    """Of one call, over whole passes through the inputs. Others may use the core: their time does not count."""
-    call(inputs[0])
-    calls, begin = 0, time.process_time()
-    while time.process_time() - begin < seconds or calls % len(inputs):
-        call(inputs[calls % len(inputs)])
-        calls += 1
-    return (time.process_time() - begin) / calls
-
-
-def _mean_of_batches(call: Callable[[Any], Any], images: Sequence[bytes], seconds: float) -> dict[str, float]:
+def mean_of_batches(call: Callable[[Any], Any], images: Sequence[bytes], seconds: float) -> dict[str, float]:
     """For an image: seconds of CPU, and seconds that pass, both in whole batches."""
     batch = [images[index % len(images)] for index in range(_BATCH)]
     call(batch)
-    count, cpu_s, begin = 0, time.process_time(), time.perf_counter()
-    while time.perf_counter() - begin < seconds:
+    count, cpu_s, begin_s = 0, time.process_time(), time.perf_counter()
+    while time.perf_counter() - begin_s < seconds:
         call(batch)
         count += _BATCH
-    return {
-        "preprocess_s": (time.process_time() - cpu_s) / count,
-        "passed_s": (time.perf_counter() - begin) / count,
-    }
-
-
-def _open(models: Path, config_name: str | None, resized_by: str) -> None:
-    _Worker.one = _Worker(models, config_name, resized_by)
-
-
-def _measure(name: str, seconds: float) -> dict[str, float]:
-    return _Worker.one.measure(name, seconds)
+    cpu_s, passed_s = time.process_time() - cpu_s, time.perf_counter() - begin_s
+    return {"preprocess_s": cpu_s / count, "passed_s": passed_s / count}
 
 
 def preprocess_alone(
-    *,
-    images: Sequence[str] = (VGA, PHONE),
-    rounds: int = 5,
-    seconds: float = 4.0,
-    models: Path = MODELS,
-    tell: Callable[[str, int, int], None] = lambda *_: None,
+    *, rounds: int = 5, seconds: float = 4.0, models: Path = MODELS, tell: Tell = silent
 ) -> dict[str, Any]:
     """The result as JSON-able data. Raises ToolError where there is no library to compare with Pillow."""
-    module = import_preprocess(models)
-    if module.find_kernel() is None:
+    result, kernel = begin("preprocess"), import_preprocess(models).find_kernel()
+    if kernel is None:
         raise ToolError("preprocess has no library of its own here, so there is nothing to compare: run `make setup`")
+    ways: list[tuple[str | None, str]] = [(mode, way) for mode in (None, "fast") for way in (KERNEL, PILLOW)]
+    if find_gpu() and find_spec("nvidia") and find_spec("nvidia.nvimgcodec"):
+        ways.append(("gpu", GPU))
     rows = []
     with ExitStack() as stack:
-        workers = {
-            (mode, way): stack.enter_context(
-                ProcessPoolExecutor(1, get_context("spawn"), initializer=_open, initargs=(models, mode, way))
-            )
-            for mode, way in [
-                *((mode, way) for mode in MODES for way in (KERNEL, PILLOW)),
-                *([("gpu", GPU)] if find_gpu() and find_spec("nvidia") and find_spec("nvidia.nvimgcodec") else []),
-            ]
-        }
-        for name in images:
+        workers = [stack.enter_context(OwnProcess(_Worker, models, *way)) for way in ways]
+        for name in (VGA, PHONE):
             for number in range(rounds):
-                for done, ((mode, way), worker) in enumerate(workers.items()):
-                    tell(f"{name}, {mode or 'exact'}, {way}", number * len(workers) + done, rounds * len(workers))
-                    times = worker.submit(_measure, name, seconds).result()
+                for done, ((mode, way), worker) in enumerate(zip(ways, workers, strict=True)):
+                    tell(f"{name}, {mode or 'exact'}, {way}", number * len(ways) + done, rounds * len(ways))
+                    times = worker.ask("measure", name, seconds)
                     key = {"images": name, "mode": mode or "exact", "resized_by": way, "round": number}
                     rows.append(key | {what: float(f"{time_s:.6g}") for what, time_s in times.items()})
-    return {
-        "kind": "preprocess",
-        "environment": asdict(fingerprint()),
-        "rounds": rounds,
-        "seconds": seconds,
-        "avx2": module.find_kernel().form == 1,
-        "rows": rows,
-    }
+    return result | {"rounds": rounds, "seconds": seconds, "avx2": kernel.form == 1, "rows": rows}
 
 
-def _times(result: dict[str, Any], images: str, mode: str, way: str, what: str) -> list[float]:
-    found = [
-        row[what] for row in result["rows"] if (row["images"], row["mode"], row["resized_by"]) == (images, mode, way)
-    ]
+def _times(result: dict[str, Any], what: str, *of: str) -> list[float]:
+    """A figure in each round, of these images, mode and way to resize."""
+    found = [row[what] for row in result["rows"] if (row["images"], row["mode"], row["resized_by"]) == of]
     if not found:
-        raise NotMeasured(f"{mode} with {images}")
+        raise NotMeasured(f"{of[1]} with {of[0]}")
     return found
 
 
-def _gain(images: str, mode: str, what: str) -> Callable[[dict[str, Any]], Ratio]:
-    """How many times as fast as with Pillow."""
-    return lambda result: paired_ratio(*(_times(result, images, mode, way, what) for way in (PILLOW, KERNEL)))
+def _target(key: str, title: str, wanted: float, images: str, what: str) -> Target:
+    def gain(result: dict[str, Any]) -> Ratio:
+        return paired_ratio(*(_times(result, what, images, "exact", way) for way in (PILLOW, KERNEL)))
+
+    return Target(key, title, wanted, (), gain)
 
 
 TARGETS = (
-    Target("exact", "exact, 640x480, against Pillow", 2.0, (), _gain(VGA, "exact", "preprocess_s")),
-    Target("exact-phone", "exact, 12 MP, against Pillow", 1.5, (), _gain(PHONE, "exact", "preprocess_s")),
-    Target("resize", "resize and crop alone, 640x480, against Pillow", 4.0, (), _gain(VGA, "exact", "resize_s")),
-    Target("resize-phone", "the same, 12 MP", 4.0, (), _gain(PHONE, "exact", "resize_s")),
+    _target("exact", "exact, 640x480, against Pillow", 2.0, VGA, "preprocess_s"),
+    _target("exact-phone", "exact, 12 MP, against Pillow", 1.5, PHONE, "preprocess_s"),
+    _target("resize", "resize and crop alone, 640x480, against Pillow", 4.0, VGA, "resize_s"),
+    _target("resize-phone", "the same, 12 MP", 4.0, PHONE, "resize_s"),
 )
 
 
-def preprocess_section(name: str, result: dict[str, Any]) -> Section:
+def preprocess_section(_: str, result: dict[str, Any]) -> Section:
     """Targets, and each mode by the size of the images."""
-    import statistics
 
-    def median(images: str, mode: str, way: str, what: str) -> float:
-        return statistics.median(_times(result, images, mode, way, what))
+    def median_ms(what: str, *of: str) -> float:
+        return 1000 * statistics.median(_times(result, what, *of))
 
     rows, on_gpu = [], []
     for images, mode in dict.fromkeys((row["images"], row["mode"]) for row in result["rows"]):
         for way in (GPU,) if mode == "gpu" else (PILLOW, KERNEL):
-            whole = median(images, mode, way, "preprocess_s")
-            resize_ms = f"{1000 * median(images, mode, way, 'resize_s'):.2f}" if mode == "exact" else ""
-            rows.append((images, mode, way, f"{1 / whole:.1f}", f"{1000 * whole:.2f}", resize_ms))
+            ms = median_ms("preprocess_s", images, mode, way)
+            resize = f"{median_ms('resize_s', images, mode, way):.2f}" if mode == "exact" else ""
+            rows.append({"of": f"{images} | {mode} | {way}", "rate": 1000 / ms, "ms": ms, "resize": resize})
         if mode == "gpu":
-            on_gpu.append(f"{1 / median(images, mode, GPU, 'passed_s'):.0f} of {images}")
-    head = ("images", "mode", "resized by", "images/s a core", "ms an image", "of it resize and crop")
+            on_gpu.append(f"{1000 / median_ms('passed_s', images, mode, GPU):.0f} of {images}")
     text = (
         f"`preprocess` alone, bytes to pixels, one process on one core; the library "
         f"{'with AVX2' if result['avx2'] else 'in its portable form'}. CPU time of {result['rounds']} rounds of "
@@ -186,4 +136,6 @@ def preprocess_section(name: str, result: dict[str, Any]) -> Section:
     )
     if on_gpu:
         text += f"In mode `gpu`, in batches of {_BATCH}, one process made {', '.join(on_gpu)} a second.\n\n"
-    return Section(text + verdicts_text(check(result, TARGETS)) + "\n" + markdown_table(head, rows))
+    head = "images | mode | resized by | images/s a core | ms an image | of it resize and crop"
+    measured = table(head, "{of} | {rate:.1f} | {ms:.2f} | {resize}", rows)
+    return Section(f"{text}{verdicts_text(check(result, TARGETS))}\n{measured}")

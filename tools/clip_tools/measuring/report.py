@@ -1,7 +1,6 @@
 """`clip-tools report`: results as Markdown tables and SVG pictures, and docs/benchmarks.md out of the committed ones.
 
-One function for each kind of result turns its JSON into a section. The same JSON gives the same text, so `make lint`
-can tell whether the documents are those of the results.
+The same JSON gives the same text, so `make lint` can tell whether the documents are those of the results.
 """
 
 from collections.abc import Callable
@@ -11,35 +10,21 @@ from typing import Any
 from clip_tools.errors import ToolError
 from clip_tools.measuring.bench_section import bench_section, headline
 from clip_tools.measuring.libraries import libraries_section, measured_text
-from clip_tools.measuring.precision_section import precision_section
 from clip_tools.measuring.preprocess import preprocess_section
-from clip_tools.measuring.results import read
+from clip_tools.measuring.results import read, write
 from clip_tools.measuring.sections import (
-    Section,
     onnx_section,
     perf_section,
+    precision_section,
     serialisation_section,
     soak_section,
     tuning_section,
 )
+from clip_tools.measuring.tables import Section
 from clip_tools.paths import ROOT
 
 COMMITTED = ROOT / "docs" / "results"
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
-
-
-def environment_text(environment: dict[str, Any]) -> str:
-    """Where and how a result was measured, in two lines."""
-    gpu = f", {environment['gpu']}" if environment.get("gpu") else ", no GPU"
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    return (
-        f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_gib']:g} GiB{gpu}; "
-        f"{environment['date'][:10]}, commit {environment['git_commit']}, Python {environment['python']}, "
-        f"{packages}.\n\n"
-        f"    {environment['command']}\n"
-    )
-
-
 SECTIONS: dict[str, tuple[str, Callable[[str, dict[str, Any]], Section]]] = {
     "bench": ("Side by side", bench_section),
     "preprocess": ("Preprocessing alone", preprocess_section),
@@ -55,35 +40,53 @@ SECTIONS: dict[str, tuple[str, Callable[[str, dict[str, Any]], Section]]] = {
 """Kind of a result -> its heading and what turns it into a section. A new verb adds its own here."""
 
 
+def keep(result: dict[str, Any], output: Path) -> str:
+    """Write a result as JSON, with its pictures beside it; its text."""
+    write(result, output)
+    section = SECTIONS[result["kind"]][1](output.stem, result)
+    for name, picture in section.pictures.items():
+        (output.parent / name).write_text(picture)
+    return section.text
+
+
+def _environment_text(environment: dict[str, Any]) -> str:
+    """Where and how a result was measured, in two lines."""
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    return (
+        f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_gib']:g} GiB, "
+        f"{environment['gpu'] or 'no GPU'}; {environment['date'][:10]}, commit {environment['git_commit']}, "
+        f"Python {environment['python']}, {packages}.\n\n    {environment['command']}\n"
+    )
+
+
 def document(results: dict[str, dict[str, Any]], *, pictures_at: str) -> tuple[str, dict[str, str]]:
     """(the Markdown of these results by name, their pictures by file name); `pictures_at` is the links' folder."""
     order = list(SECTIONS)
     for name, result in results.items():
         if result["kind"] not in SECTIONS:
             raise ToolError(f"{name}: expected a result of kind {', '.join(order)}, came {result['kind']}")
-    parts = ["<!-- Generated from docs/results/*.json by `make docs`. -->\n\n# Benchmarks\n"]
-    parts.append(
-        "Each section is one result, a JSON file in [results/](results); CONTRIBUTING says how to add yours.\n"
-    )
+    parts = [
+        "<!-- Generated from docs/results/*.json by `make docs`. -->\n\n# Benchmarks\n",
+        "Each section is one result, a JSON file in [results/](results); CONTRIBUTING says how to add yours.\n",
+    ]
     pictures: dict[str, str] = {}
     for name, result in sorted(results.items(), key=lambda item: (order.index(item[1]["kind"]), item[0])):
         title, render = SECTIONS[result["kind"]]
         section = render(name, result)
-        parts.append(f"## {title}: {name}\n\n{environment_text(result['environment'])}\n{section.text.strip()}\n")
+        parts.append(f"## {title}: {name}\n\n{_environment_text(result['environment'])}\n{section.text.strip()}\n")
         parts += [f"![{Path(picture).stem}]({pictures_at}/{picture})\n" for picture in section.pictures]
         pictures |= section.pictures
     return "\n".join(parts), pictures
 
 
-def committed_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results of a folder by name; those of the tests, reliability-*.json, have a document of their own."""
-    paths = (path for path in sorted(folder.glob("*.json")) if not path.name.startswith("reliability-"))
-    return {path.stem: read(path) for path in paths}
+def _results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of a folder by name; those of the tests, reliability*.json, have a document of their own."""
+    return {path.stem: read(path) for path in sorted(folder.glob("*.json")) if not path.stem.startswith("reliability")}
 
 
 def committed_documents(folder: Path = COMMITTED, target: Path = DOCUMENT) -> dict[Path, str]:
     """docs/benchmarks.md and its pictures, as they have to be for the committed results; nothing without any."""
-    results = committed_results(folder)
+    results = _results(folder)
     if not results:
         return {}
     text, pictures = document(results, pictures_at=target.stem)
@@ -105,7 +108,7 @@ def search_page(text: str, folder: Path = COMMITTED) -> str:
 
 def _with_figure(text: str, folder: Path, kind: str, render: Callable[[dict[str, Any]], str]) -> str:
     begin, end = "<!-- figure -->\n", "<!-- /figure -->"
-    result = next((one for one in committed_results(folder).values() if one["kind"] == kind), None)
+    result = next((one for one in _results(folder).values() if one["kind"] == kind), None)
     if result is None or begin not in text or end not in text:
         return text
     head, rest = text.split(begin, 1)

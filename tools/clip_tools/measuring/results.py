@@ -1,10 +1,27 @@
 """Result files: what every measuring verb writes and `report` and `compare` read."""
 
+import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from clip_tools.errors import ToolError
+from clip_tools.measuring.fingerprint import fingerprint
+
+
+class Tell(Protocol):
+    """Told what goes on, how many measurements are done, and how many there are (None: not known)."""
+
+    def __call__(self, what: str, done: int = 0, total: int | None = None, /) -> None: ...
+
+
+def silent(what: str, done: int = 0, total: int | None = None, /) -> None:
+    """Shows nothing."""
+
+
+def begin(kind: str) -> dict[str, Any]:
+    """A result as every verb begins it, before it measures: its kind, and where it runs."""
+    return {"kind": kind, "environment": fingerprint()}
 
 
 def write(result: dict[str, Any], output: Path) -> None:
@@ -12,11 +29,10 @@ def write(result: dict[str, Any], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     parts = []
     for key, value in result.items():
-        if isinstance(value, list):
-            rows = ",\n  ".join(json.dumps(row) for row in value)
-            parts.append(f" {json.dumps(key)}: [\n  {rows}\n ]" if value else f" {json.dumps(key)}: []")
-        else:
-            parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
+        text = json.dumps(value)
+        if value and isinstance(value, list | tuple):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
     output.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
@@ -28,9 +44,9 @@ def keep_earlier(output: Path) -> Path | None:
     if not output.exists():
         return None
     time = read(output)["environment"]["date"][:19].replace("-", "").replace(":", "")
-    names = (f"{output.stem}-{time}{tail}{output.suffix}" for tail in ("", *(f"-{n}" for n in range(2, 1000))))
-    kept = next(path for path in map(output.with_name, names) if not path.exists())
-    return output.rename(kept)
+    tails = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (output.with_name(f"{output.stem}-{time}{tail}{output.suffix}") for tail in tails)
+    return output.rename(next(path for path in paths if not path.exists()))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,187 +1,141 @@
-"""Results as Markdown and pictures: one function for each kind but `bench`, which is in `bench_section`."""
+"""Results as Markdown and pictures: a function for each kind. `bench`, `preprocess` and `libraries` have theirs."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from clip_tools.measuring import plots
+from clip_tools.measuring.tables import Section, table
+
+_SHOWN_LAYERS = 12  # in the table; all are in the JSON
 
 
-@dataclass
-class Section:
-    """A result's part of the document: its Markdown, and its pictures by file name."""
-
-    text: str
-    pictures: dict[str, str] = field(default_factory=dict)
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; numbers stand at the right from the second column on."""
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-
-
-PERF_COLUMNS = ("mode", "level", "batch", "images/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms")
-
-
-def perf_row(level: dict[str, Any]) -> tuple[str, ...]:
-    """One level as texts, without percentiles where it has not settled."""
-    times = ["not settled", "", "", ""]
+def not_settled(level: dict[str, Any]) -> str:
+    """The windows of a level of which no three agreed; "" for a level that settled."""
     if level.get("settled", True):
-        times = [f"{level['latency_ms'][p]:.1f}" for p in ("p50", "p90", "p95", "p99")]
-    return (level["mode"], f"{level['level']:g}", str(level["batch"]), f"{level['throughput']:.1f}", *times)
-
-
-def not_settled(levels: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each level at which no three windows of perf_analyzer agreed, with all of them."""
-    return [
-        f"{level['mode']} {level['level']:g} has not settled; images/s by window: "
-        + ", ".join(f"{rate:.1f}" for rate in level["windows"])
-        for level in levels
-        if not level.get("settled", True)
-    ]
+        return ""
+    windows = ", ".join(f"{rate:.1f}" for rate in level["windows"])
+    return f"{level['mode']} {level['level']:g} has not settled; images/s by window: {windows}"
 
 
 def perf_section(name: str, result: dict[str, Any]) -> Section:
     """What perf_analyzer said."""
-    rows = [perf_row(level) for level in result["levels"]]
-    head = ("perf_analyzer", *PERF_COLUMNS[1:])
-    text = f"`{result['model']}`, {result['images']['count']} photographs ({result['images']['name']}).\n\n"
-    text += "".join(f"{line}.\n\n" for line in not_settled(result["levels"]))
-    commands = "".join(f"    {level['command']}\n" for level in result["levels"])
-    picture = plots.latency_against_throughput(result)
-    return Section(text + markdown_table(head, rows) + "\n" + commands, {f"{name}.svg": picture})
+    rows, notes = [], []
+    for level in result["levels"]:
+        if note := not_settled(level):
+            notes.append(f"{note}.\n\n")
+            times = "not settled |  |  | "
+        else:
+            times = " | ".join(f"{level['latency_ms'][p]:.1f}" for p in ("p50", "p90", "p95", "p99"))
+        rows.append(level | {"times": times})
+    text = (
+        f"`{result['model']}`, {result['images']['count']} photographs ({result['images']['name']}).\n\n"
+        + "".join(notes)
+        + table(
+            "perf_analyzer | level | batch | images/s | p50 ms | p90 ms | p95 ms | p99 ms",
+            "{mode} | {level:g} | {batch} | {throughput:.1f} | {times}",
+            rows,
+        )
+        + "\n"
+        + "".join(f"    {level['command']}\n" for level in rows)
+    )
+    return Section(text, {f"{name}.svg": plots.latency_against_throughput(result)})
 
 
 def serialisation_section(name: str, result: dict[str, Any]) -> Section:
     """Bytes and time of the four ways to send the same images."""
-    rows = []
-    for cost in result["costs"]:
-        times = (cost["encode_ms"], cost["decode_ms"], cost["preprocess_ms"])
-        size = f"{cost['sent_bytes'] / 1000:,.0f}"
-        rows.append((cost["format"], str(cost["batch"]), size, *(f"{time:.2f}" for time in times)))
     text = (
         f"{result['images']['count']} photographs ({result['images']['name']}), in one process without a server; "
         f"the median of {result['runs']} runs. Preprocessing is paid once whatever the format: by the client with the "
         "first three, by the server with JPEG.\n\n"
+    ) + table(
+        "format | batch | KB sent | encode ms | decode ms | preprocess ms",
+        "{format} | {batch} | {kb:,.0f} | {encode_ms:.2f} | {decode_ms:.2f} | {preprocess_ms:.2f}",
+        [cost | {"kb": cost["sent_bytes"] / 1000} for cost in result["costs"]],
     )
-    head = ("format", "batch", "KB sent", "encode ms", "decode ms", "preprocess ms")
-    series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
-    for form in dict.fromkeys(cost["format"] for cost in result["costs"]):
-        mine = [cost for cost in result["costs"] if cost["format"] == form]
-        series[form] = ([cost["batch"] for cost in mine], [cost["sent_bytes"] / cost["batch"] / 1000 for cost in mine])
-    picture = plots.bars(
-        {form: sizes[-1] for form, (_, sizes) in series.items()}, title="Sent for one image", label="KB"
-    )
-    return Section(text + markdown_table(head, rows), {f"{name}.svg": picture})
+    sizes = {cost["format"]: cost["sent_bytes"] / cost["batch"] / 1000 for cost in result["costs"]}  # the last batch's
+    return Section(text, {f"{name}.svg": plots.bars(sizes, title="Sent for one image", label="KB")})
 
 
 def onnx_section(name: str, result: dict[str, Any]) -> Section:
     """The engine's session, operators and scaling."""
-    session = result["session"]
+    session, scaling = result["session"], result["scaling"]
     parts = [
         f"Configuration: {result['config_name'] or 'the default'}. Session created in {session['created_s']:.1f} s "
-        f"with {', then '.join(session['providers'])}.\n"
+        f"with {', then '.join(session['providers'])}.\n",
+        table("batch | ms a run | images/s", "{batch} | {median_ms:.1f} | {throughput:.1f}", scaling),
     ]
-    rows = [(str(row["batch"]), f"{row['median_ms']:.1f}", f"{row['throughput']:.1f}") for row in result["scaling"]]
-    parts.append(markdown_table(("batch", "ms a run", "images/s"), rows))
-    x = [row["batch"] for row in result["scaling"]]
-    scaling = {"served session": (x, [row["throughput"] for row in result["scaling"]])}
-    pictures = {
-        f"{name}-batches.svg": plots.lines(
-            dict(scaling), title="The engine alone", x_label="batch", y_label="images a second"
-        )
-    }
+    served = [row["batch"] for row in scaling], [row["throughput"] for row in scaling]
+    picture = plots.lines(
+        {"served session": served}, title="The engine alone", x_label="batch", y_label="images a second"
+    )
+    pictures = {f"{name}-batches.svg": picture}
     for profile in result["operators"]:
-        nodes = ", ".join(f"{count} by {provider}" for provider, count in profile["nodes_by_provider"].items())
-        for provider, operators in profile.get("operators_by_provider", {}).items():
-            if provider != profile["provider"]:
-                nodes += f"; {provider}'s are " + ", ".join(f"{count} {name}" for name, count in operators.items())
-        total = sum(profile["by_operator_ms"].values()) or 1.0
+        provider, times = profile["provider"], profile["by_operator_ms"]
+        nodes = ", ".join(f"{count} by {other}" for other, count in profile["nodes_by_provider"].items())
+        for other, operators in profile.get("operators_by_provider", {}).items():
+            if other != provider:
+                nodes += f"; {other}'s are " + ", ".join(f"{count} {kind}" for kind, count in operators.items())
+        fused = " It runs the graph as one node, so the operators inside cannot be seen." if profile["fused"] else ""
         parts.append(
-            f"{profile['provider']} at batch {profile['batch']}: {profile['run_ms']:.1f} ms a run, session created in "
-            f"{profile['created_s']:.1f} s, nodes: {nodes}."
-            + (
-                " It runs the graph as one node, so the operators inside cannot be seen.\n"
-                if profile["fused"]
-                else "\n"
-            )
+            f"{provider} at batch {profile['batch']}: {profile['run_ms']:.1f} ms a run, session created in "
+            f"{profile['created_s']:.1f} s, nodes: {nodes}.{fused}\n"
         )
-        if not profile["fused"]:
-            top = list(profile["by_operator_ms"].items())[:10]
-            share = [(operator, f"{time:.2f}", f"{100 * time / total:.0f} %") for operator, time in top]
-            parts.append(markdown_table(("operator", "ms a run", "share"), share))
-            title = f"Time by operator, {profile['provider']}, batch {profile['batch']}"
-            pictures[f"{name}-operators.svg"] = plots.bars(dict(top), title=title, label="ms a run")
+        if not fused:
+            top, total = dict(list(times.items())[:10]), sum(times.values()) or 1.0
+            rows = [{"name": kind, "ms": ms, "share": 100 * ms / total} for kind, ms in top.items()]
+            parts.append(table("operator | ms a run | share", "{name} | {ms:.2f} | {share:.0f} %", rows))
+            title = f"Time by operator, {provider}, batch {profile['batch']}"
+            pictures[f"{name}-operators.svg"] = plots.bars(top, title=title, label="ms a run")
     if paired := result.get("beside"):
-        served, other = (
-            f"`{graph['file']}` ({graph['nodes']} nodes, worst cosine {graph['worst_cosine']:.7f})"
-            for graph in paired["graphs"]
+        one, other = (
+            "`{file}` ({nodes} nodes, worst cosine {worst_cosine:.7f})".format(**graph) for graph in paired["graphs"]
         )
         parts.append(
-            f"In turn: {served} and {other}; cosines to open_clip over {paired['photographs']} photographs. "
+            f"In turn: {one} and {other}; cosines to open_clip over {paired['photographs']} photographs. "
             "Above 1 the first is faster.\n"
         )
-        columns = ("provider", "batch", "first, ms", "second, ms", "ratio", "lowest", "highest")
-        parts.append(
-            markdown_table(
-                columns,
-                [
-                    (
-                        row["provider"],
-                        str(row["batch"]),
-                        *(f"{row[key]:.1f}" for key in ("served_ms", "other_ms")),
-                        *(f"{row[key]:.2f}" for key in ("ratio", "ratio_lowest", "ratio_highest")),
-                    )
-                    for row in paired["times"]
-                ],
-            )
-        )
+        head = "provider | batch | first, ms | second, ms | ratio | lowest | highest"
+        row = "{provider} | {batch} | {served_ms:.1f} | {other_ms:.1f} | {ratio:.2f} | {ratio_lowest:.2f} | "
+        parts.append(table(head, row + "{ratio_highest:.2f}", paired["times"]))
     return Section("\n".join(parts), pictures)
 
 
-def tuning_section(name: str, result: dict[str, Any]) -> Section:
+def tuning_section(_: str, result: dict[str, Any]) -> Section:
     """Model Analyzer's search, or the sweep's."""
     rows = [
-        (
-            row["setting"],
-            f"{row['throughput']:.1f}",
-            "not settled" if row["p99_ms"] is None else f"{row['p99_ms']:.0f}",
-            str(row["concurrency"]),
-        )
-        for row in result["points"]
+        row | {"p99": "not settled" if row["p99_ms"] is None else f"{row['p99_ms']:.0f}"} for row in result["points"]
     ]
-    found = (
-        f"{result['searched_by']} measured {len(result['points'])} settings of `{result['model']}`; the best: "
-        f"{result['best']}.\n\n"
+    return Section(
+        f"{result['searched_by']} measured {len(rows)} settings of `{result['model']}`; the best: {result['best']}.\n\n"
+        + table(
+            "setting | images/s | p99 ms | concurrency", "{setting} | {throughput:.1f} | {p99} | {concurrency}", rows
+        )
     )
-    return Section(found + markdown_table(("setting", "images/s", "p99 ms", "concurrency"), rows), {})
 
 
 def soak_section(name: str, result: dict[str, Any]) -> Section:
     """Mixed traffic over time: what was sent, what came of it, and what grew."""
-    options = result["options"]
+    options, points = result["options"], result["points"]
     verdict = "Nothing was lost and nothing grew." if not result["problems"] else "Failed:"
     problems = "".join(f"- {problem}\n" for problem in result["problems"])
-    text = (
-        f"{options['minutes']:g} minutes, {options['clients']} clients, {options['bad_share']:.0%} of the calls bad. "
-        f"{verdict}\n{problems}\n"
+    text = "\n".join(
+        (
+            f"{options['minutes']:g} minutes, {options['clients']} clients, {options['bad_share']:.0%} of the calls "
+            f"bad. {verdict}\n{problems}",
+            table(
+                "call | calls | images | lost | p50 ms | p99 ms",
+                "{kind} | {calls:,.0f} | {images:,.0f} | {lost:,.0f} | {p50_ms:,.0f} | {p99_ms:,.0f}",
+                result["calls"],
+            ),
+            table(
+                "server and stubs | at half time | at the end | rise | bound",
+                "{title} | {at_half:,} | {at_end:,} | {rise:+.2f} | {bound:.2f}",
+                [row for row in result["rises"] if row["rise"] is not None],
+            ),
+            "The rise is Theil and Sen's slope over the second half, times its length.\n",
+        )
     )
-    calls = [
-        (row["kind"], *(f"{row[key]:,.0f}" for key in ("calls", "images", "lost", "p50_ms", "p99_ms")))
-        for row in result["calls"]
-    ]
-    text += markdown_table(("call", "calls", "images", "lost", "p50 ms", "p99 ms"), calls) + "\n"
-    rises = [
-        (row["title"], f"{row['at_half']:,}", f"{row['at_end']:,}", f"{row['rise']:+.2f}", f"{row['bound']:.2f}")
-        for row in result["rises"]
-        if row["rise"] is not None
-    ]
-    text += markdown_table(("server and stubs", "at half time", "at the end", "rise", "bound"), rises)
-    text += "\nThe rise is Theil and Sen's slope over the second half, times its length.\n"
-    points = result["points"]
 
-    def series(key: str) -> tuple[list[float], list[float]]:
+    def series(key: str) -> plots.Line:
         mine = [point for point in points if key in point]
         return [point["at_s"] / 60 for point in mine], [point[key] for point in mine]
 
@@ -194,3 +148,35 @@ def soak_section(name: str, result: dict[str, Any]) -> Section:
     title = f"{options['clients']} clients, {options['bad_share']:.0%} bad calls; judged from half time on"
     picture = plots.over_time(panels, title=title, judged_from=points[len(points) // 2]["at_s"] / 60)
     return Section(text, {f"{name}.svg": picture})
+
+
+def precision_section(name: str, result: dict[str, Any]) -> Section:
+    """Each mix of `tune-precision`, the layers that BF16 hurts most, and what came of it."""
+    count, gate, mixes = len(result["layers"]), result["gate"], result["mixes"]
+    inside = [mix for mix in mixes if mix["agreement"]["worst_cosine"] >= gate["worst_cosine"]]
+    if best := next((mix for mix in inside if mix["best"]), None):
+        verdict = f"The best has {best['lowered']} of {count} layers in BF16 and is {best['ratio']:.2f} times FP32."
+    else:
+        fastest = max(mix["ratio"] for mix in inside)
+        verdict = f"No mix inside the gate is {gate['worth']:g} times FP32; the fastest is {fastest:.2f} times."
+    costly = sorted(result["layers"], key=lambda layer: -layer["cost"])[:_SHOWN_LAYERS]
+    text = (
+        f"{result['weights']['model']}, {result['photographs']['count']} photographs, batch {result['batch']}; the "
+        f"gate: worst cosine >= {gate['worst_cosine']:g} to open_clip in FP32. {verdict}\n\n"
+        + (f"This counts for nothing: {result['counts_for_nothing']}.\n\n" if result["counts_for_nothing"] else "")
+        + table(
+            "layers in BF16 | parts | worst cosine | mean | nearest unchanged | times FP32 | images/s | gate",
+            f"{{lowered}} of {count} | {{parts}} | {{agreement[worst_cosine]:.5f}} | {{agreement[mean_cosine]:.5f}} | "
+            "{agreement[top1_agreement]:.1%} | {ratio:.2f} ({ratio_lowest:.2f} to {ratio_highest:.2f}) | "
+            "{images_per_s:.1f} | {gate}",
+            [mix | {"gate": "best" if mix["best"] else "passed" if mix in inside else "under"} for mix in mixes],
+        )
+        + f"\nThe {len(costly)} layers that BF16 hurts most, each alone in BF16 on the photographs that BF16 "
+        "throughout hurts most; the times are of the layer alone:\n\n"
+        + table(
+            "layer | 1 - worst cosine | FP32 ms | BF16 ms",
+            "{name} | {cost:.1e} | {fp32_ms:.1f} | {bf16_ms:.1f}",
+            costly,
+        )
+    )
+    return Section(text, {f"{name}.svg": plots.speed_against_fidelity(result)})

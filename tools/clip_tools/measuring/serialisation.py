@@ -7,58 +7,37 @@ jpeg          the encoded file, as this project sends it
 """
 
 import json
+import statistics
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from clip_tools.measuring.arms import client_tensors
 from clip_tools.measuring.bare import open_preprocess
-from clip_tools.measuring.fingerprint import fingerprint
+from clip_tools.measuring.results import begin
 from clip_tools.measuring.workload import VGA, load_images
 
-FORMATS = ("json", "binary-fp32", "binary-uint8", "jpeg")
+
+def serialisation(images: str = VGA, *, batches: Sequence[int] = (1, 2, 4, 8, 16, 32), runs: int = 7) -> dict[str, Any]:
+    """Every format at every batch."""
+    result, contents = begin("serialisation"), load_images(images)
+    costs = []
+    for batch in batches:
+        costs += _costs([contents[index % len(contents)] for index in range(batch)], runs)
+    return result | {"images": {"name": images, "count": len(contents)}, "runs": runs, "costs": costs}
 
 
-@dataclass(frozen=True)
-class Cost:
-    """One format at one batch. Times in ms a batch, the median of the runs.
+def _costs(images: list[bytes], runs: int) -> list[dict[str, Any]]:
+    """The four formats of one batch, in turn; ms a batch, the median of the runs.
 
     `encode_ms` is from the tensor (JPEG: from the file's bytes) to what is sent, `decode_ms` from there to an array in
     the receiver's memory: for JPEG the bytes alone, since decoding the picture is `preprocess_ms`, which is shown for
     every format: with the first three the client pays it, with JPEG the server.
     """
-
-    format: str
-    batch: int
-    sent_bytes: int
-    encode_ms: float
-    decode_ms: float
-    preprocess_ms: float
-
-
-def serialisation(images: str = VGA, *, batches: Sequence[int] = (1, 2, 4, 8, 16, 32), runs: int = 7) -> dict[str, Any]:
-    """Every format at every batch, as JSON-able data."""
-    contents = load_images(images, count=32)
-    costs = [
-        cost for batch in batches for cost in measure([contents[i % len(contents)] for i in range(batch)], runs=runs)
-    ]
-    return {
-        "kind": "serialisation",
-        "environment": asdict(fingerprint()),
-        "images": {"name": images, "count": len(contents)},
-        "runs": runs,
-        "costs": [asdict(cost) for cost in costs],
-    }
-
-
-def measure(images: Sequence[bytes], *, runs: int) -> list[Cost]:
-    """The four formats of one batch, interleaved. What comes out is compared with what went in."""
     import numpy as np
 
-    preprocess = open_preprocess()
-    tensors = client_tensors(list(images))
+    preprocess, tensors = open_preprocess(), client_tensors(images)
     pixels = np.stack([preprocess(image) for image in images])
 
     def elements() -> bytes:
@@ -80,40 +59,34 @@ def measure(images: Sequence[bytes], *, runs: int) -> list[Cost]:
         ),
         "binary-fp32": (tensors.tobytes, lambda body: np.frombuffer(body, np.float32).reshape(tensors.shape), tensors),
         "binary-uint8": (pixels.tobytes, lambda body: np.frombuffer(body, np.uint8).reshape(pixels.shape), pixels),
-        "jpeg": (elements, split, list(images)),
+        "jpeg": (elements, split, images),
     }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    times_s: dict[str, list[float]] = {}
     sizes: dict[str, int] = {}
-    preprocess_times = []
+
+    def timed(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        begin_s = time.perf_counter()
+        made = call(*arguments)
+        times_s.setdefault(what, []).append(time.perf_counter() - begin_s)
+        return made
+
     for _ in range(runs):
-        begin = time.perf_counter()
-        for image in images:
-            preprocess(image)
-        preprocess_times.append(time.perf_counter() - begin)
+        timed("preprocess", lambda: [preprocess(image) for image in images])
         for name, (encode, decode, wanted) in ways.items():
-            begin = time.perf_counter()
-            body = encode()
-            between = time.perf_counter()
-            got = decode(body)
-            times[name].append((between - begin, time.perf_counter() - between))
+            body = timed(f"encode {name}", encode)
+            got = timed(f"decode {name}", decode, body)
             sizes[name] = len(body)
-            if not (got == wanted if isinstance(wanted, list) else np.array_equal(got, wanted)):
+            if not np.array_equal(got, wanted):
                 raise AssertionError(f"{name} does not give back what went in")
-    preprocess_ms = _median_ms(preprocess_times)
+    ms = {what: round(1000 * statistics.median(found), 4) for what, found in times_s.items()}
     return [
-        Cost(
-            name,
-            len(images),
-            sizes[name],
-            _median_ms([encode for encode, _ in times[name]]),
-            _median_ms([decode for _, decode in times[name]]),
-            preprocess_ms,
-        )
-        for name in ways
+        {
+            "format": name,
+            "batch": len(images),
+            "sent_bytes": size,
+            "encode_ms": ms[f"encode {name}"],
+            "decode_ms": ms[f"decode {name}"],
+            "preprocess_ms": ms["preprocess"],
+        }
+        for name, size in sizes.items()
     ]
-
-
-def _median_ms(seconds: Sequence[float]) -> float:
-    import statistics
-
-    return round(1000 * statistics.median(seconds), 4)

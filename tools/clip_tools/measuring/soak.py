@@ -4,15 +4,15 @@ import contextlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_tools.errors import ToolError
 from clip_tools.measuring import watch
-from clip_tools.measuring.fingerprint import fingerprint
 from clip_tools.measuring.noise import percentile
+from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.soak_traffic import BAD_REQUESTS, Ended, Photographs, Traffic
 from clip_tools.paths import MODELS
 
@@ -69,7 +69,7 @@ BOUNDS = {
 """What may not grow: columns of a sample, and why the bound is where it is."""
 
 
-def soak(options: SoakOptions, *, tell: Callable[[str, int, int], None] = lambda *_: None) -> dict[str, Any]:
+def soak(options: SoakOptions, *, tell: Tell = silent) -> dict[str, Any]:
     """The result, in which `problems` is empty when all went well."""
     import numpy as np
 
@@ -77,8 +77,7 @@ def soak(options: SoakOptions, *, tell: Callable[[str, int, int], None] = lambda
     from clip_embed.errors import EmbeddingError
     from clip_tools.measuring.workload import load_images
 
-    environment = asdict(fingerprint())
-    seconds = int(60 * options.minutes)
+    result, seconds = begin("soak"), int(60 * options.minutes)
     with _server(options) as (url, pid), EmbeddingClient(url, timeout_s=120, batch_size=64) as client:
         images = load_images(options.images)
         photographs = Photographs(images, np.concatenate([client.embed([image]) for image in images]))
@@ -87,10 +86,16 @@ def soak(options: SoakOptions, *, tell: Callable[[str, int, int], None] = lambda
         began_with = {process.pid for process in watch.family(pid)}
         traffic = Traffic(url, photographs, clients=options.clients, bad_share=options.bad_share, seed=options.seed)
         every_s = max(1.0, seconds / SAMPLES)
-        title = f"soak: {url}"
-        with watch.Watch(pid, every_s=every_s, tell=lambda one: tell(title, int(one.at_s), seconds)) as watched:
+
+        def take(at_s: float) -> watch.Sample:
+            tell(f"soak: {url}", int(at_s), seconds)
+            return watch.sample(pid, at_s)
+
+        with watch.Sampler(take, every_s=every_s) as watched:
             traffic.start()
-            _wait(seconds, watched)
+            ends_s = time.monotonic() + seconds
+            while time.monotonic() < ends_s and watched.failure is None:
+                time.sleep(0.1)
             hanging = traffic.stop()
         problems = [f"{hanging} of {options.clients} clients hang"] if hanging else []
         problems += [str(watched.failure)] if watched.failure else []
@@ -106,52 +111,34 @@ def soak(options: SoakOptions, *, tell: Callable[[str, int, int], None] = lambda
     if watched.failure and len(points) < _FEWEST:
         raise watched.failure  # too early for a result
     rises = judge(points)
-    return {
-        "kind": "soak",
-        "environment": environment,
-        "options": {**asdict(options), "models": None, "url": "given" if options.url else None},
-        "problems": problems + [rise["problem"] for rise in rises if rise["problem"]] + _lost(traffic.ended),
-        "calls": [_summary(kind, traffic.ended) for kind in sorted({one.kind for one in traffic.ended})],
-        "rises": rises,
-        "points": points,
-    }
-
-
-def _wait(seconds: float, watched: watch.Watch) -> None:
-    ends_s = time.monotonic() + seconds
-    while time.monotonic() < ends_s and watched.failure is None:
-        time.sleep(min(0.5, max(0.0, ends_s - time.monotonic())))
+    result["options"] = {**asdict(options), "models": None, "url": "given" if options.url else None}
+    result["problems"] = problems + [rise["problem"] for rise in rises if rise["problem"]] + _lost(traffic.ended)
+    result["calls"] = [_summary(kind, traffic.ended) for kind in sorted({one.kind for one in traffic.ended})]
+    return result | {"rises": rises, "points": points}
 
 
 @contextlib.contextmanager
 def _server(options: SoakOptions) -> Iterator[tuple[str, int]]:
     """(the URL, the process) of the server that is soaked."""
-    from clip_embed.target import parse_urls
-    from clip_tools.measuring.services import TritonService
+    from clip_tools.measuring.services import RemoteTriton, TritonService
     from clip_tools.measuring.variants import Variant
 
     if options.url:
-        target = parse_urls(options.url, backend="triton")[0]
-        if not target.url.startswith("grpc://"):
-            raise ToolError(f"--url {options.url}: expected grpc://HOST:PORT", exit_code=2)
-        yield target.url, watch.listener(int(target.address.rsplit(":", 1)[1]))
+        given = RemoteTriton(options.url).options
+        yield given.grpc_url, watch.listener(given.grpc_port)
         return
-    service = TritonService(Variant(options.config_name), options.models)
-    try:
+    with TritonService(Variant(options.config_name), options.models) as service:
         yield service.options.grpc_url, service.pid
-    finally:
-        service.stop()
 
 
 def _points(samples: Sequence[watch.Sample], ended: Sequence[Ended], every_s: float) -> list[dict[str, float]]:
     """Each sample with the latencies of the photographs, one to four a request, that ended since the last one."""
     points = []
+    few = [one for one in ended if one.kind == "few"]
     for sample in samples:
-        since = [
-            one.latency_ms for one in ended if one.kind == "few" and sample.at_s - every_s < one.at_s <= sample.at_s
-        ]
-        latency = {"p50_ms": percentile(since, 50), "p99_ms": percentile(since, 99)} if since else {}
-        points.append({**asdict(sample), **{name: round(value, 1) for name, value in latency.items()}})
+        since = [one.latency_ms for one in few if sample.at_s - every_s < one.at_s <= sample.at_s]
+        latency = {f"p{percent}_ms": round(percentile(since, percent), 1) for percent in (50, 99) if since}
+        points.append(asdict(sample) | latency)
     return points
 
 
@@ -173,17 +160,8 @@ def judge(points: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
         rise = watch.theil_sen(x, y) * (x[-1] - x[0])
         most = max(bound.of_level * statistics.median(y[: len(y) // 3]), bound.absolute)
         problem = f"{bound.title}: {rise:+.1f} in the second half, over {most:.1f} ({bound.reason})"
-        rises.append(
-            {
-                "name": name,
-                "title": bound.title,
-                "at_half": y[0],
-                "at_end": y[-1],
-                "rise": round(rise, 2),
-                "bound": round(most, 2),
-                "problem": problem if rise > most else "",
-            }
-        )
+        found = {"name": name, "title": bound.title, "at_half": y[0], "at_end": y[-1], "rise": round(rise, 2)}
+        rises.append(found | {"bound": round(most, 2), "problem": problem if rise > most else ""})
     return rises
 
 

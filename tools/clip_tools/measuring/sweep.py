@@ -1,21 +1,24 @@
 """`clip-tools sweep`: our own search over the ensemble's settings, as a cross-check of Model Analyzer's."""
 
+import functools
+import itertools
 import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clip_tools.measuring.fingerprint import fingerprint
+from clip_tools.errors import ToolError
 from clip_tools.measuring.noise import SMALLEST_CHANGE
 from clip_tools.measuring.perf import PerfOptions, run_level, write_input
+from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.services import TritonService
-from clip_tools.measuring.variants import Variant, change, committed_variant
+from clip_tools.measuring.variants import Variant, change, committed_variant, limit_batches
 from clip_tools.measuring.workload import VGA
 from clip_tools.paths import MODELS, RESULTS
-from clip_tools.repository import ENSEMBLE, write_config
+from clip_tools.repository import ENSEMBLE, read_config, write_config
 
 Axis = tuple[dict[str, int], ...]  # the values of an axis, each as the fields of a Variant that it sets
 
@@ -42,17 +45,18 @@ AXES: dict[str, Axis] = {
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What to search, and how each point is measured: by perf_analyzer, on a server of its own."""
+    """What to search, and how each point is measured: by perf_analyzer, on a server of its own.
 
-    axes: dict[str, Axis] = field(default_factory=lambda: AXES)
-    start: Variant | None = None  # None: the deployment as it is committed
+    `also` is a setting in Model Analyzer's words that is measured too.
+    """
+
+    axes: Sequence[str] = tuple(AXES)
     images: str = VGA
     concurrency: int = 16
     window_ms: int = 5000
     stability_percent: int = 10
-    passes: int = 2
     config_name: str | None = None
-    also: tuple[Variant, ...] = ()
+    also: str = ""
     models: Path = MODELS
     log: Path = RESULTS / "sweep.jsonl"
 
@@ -66,53 +70,41 @@ class Point:
     p99_ms: float | None
 
 
-Measure = Callable[[Variant], Point]
-
-
-def search(start: Variant, axes: dict[str, Axis], measure: Measure, *, passes: int = 2) -> tuple[Variant, list[Point]]:
+def search(start: Variant, axes: dict[str, Axis], measure: Callable[[Variant], Point]) -> tuple[Variant, list[Point]]:
     """(the best variant, every point measured): axis by axis, the others held at the best so far.
 
     A value has to be better by more than noise to replace the one before, so of equals the first stands. It ends after
-    a pass that changed nothing. It can miss what only two changes together give.
+    a second pass, or one that changed nothing. It can miss what only two changes together give.
     """
-    points: dict[Variant, Point] = {}
-
-    def look(variant: Variant) -> Point:
-        if variant not in points:
-            points[variant] = measure(variant)
-        return points[variant]
-
-    best = look(start)
-    for _ in range(passes):
+    measure = functools.cache(measure)
+    points = [best := measure(start)]
+    for _ in range(2):
         before = best
-        for values in axes.values():
-            for value in values:
-                changed: dict[str, Any] = dict(value)
-                point = look(replace(best.variant, **changed))
-                if point.throughput > best.throughput * (1 + SMALLEST_CHANGE):
-                    best = point
+        for value in itertools.chain(*axes.values()):
+            changed: dict[str, Any] = dict(value)
+            points.append(measure(replace(best.variant, **changed)))
+            if points[-1].throughput > best.throughput * (1 + SMALLEST_CHANGE):
+                best = points[-1]
         if best == before:
             break
-    return best.variant, list(points.values())
+    return best.variant, list(dict.fromkeys(points))
 
 
-def sweep(options: SweepOptions, *, tell: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def sweep(options: SweepOptions, *, tell: Tell = silent) -> dict[str, Any]:
     """Run the search, or go on with an interrupted one: each point is kept in `log`, a line of JSON each."""
-    environment = asdict(fingerprint())
-    same = {key: environment[key] for key in ("cpu", "cores", "git_commit")}
+    result = begin("sweep")
+    same = {key: result["environment"][key] for key in ("cpu", "cores", "git_commit")}
     same |= {"images": options.images, "concurrency": options.concurrency, "window_ms": options.window_ms}
     same["config_name"] = options.config_name
     known = read_log(options.log, same)
-    options.log.parent.mkdir(parents=True, exist_ok=True)
     input_file = options.log.with_name("sweep-input.json")
     write_input(PerfOptions(images=options.images, models=options.models), input_file)
 
     def measure(variant: Variant) -> Point:
-        tell(describe(variant))
+        tell(f"sweep: {describe(variant)}")
         if variant in known:
             return known[variant]
-        service = TritonService(variant, options.models)
-        try:
+        with TritonService(variant, options.models) as service:
             asked = PerfOptions(
                 url=service.options.grpc_url.removeprefix("grpc://"),
                 window_ms=options.window_ms,
@@ -120,17 +112,15 @@ def sweep(options: SweepOptions, *, tell: Callable[[str], None] = lambda line: N
                 models=options.models,
             )
             level = run_level(asked, "concurrency", options.concurrency, input_file)
-        finally:
-            service.stop()
-        point = Point(variant, level.throughput, level.latency_ms.get("p99"))
+        point = Point(variant, level["throughput"], level["latency_ms"].get("p99"))
         with options.log.open("a") as log:
             log.write(json.dumps({**same, **asdict(point)}) + "\n")
         return point
 
-    start = options.start or committed_variant(options.models, options.config_name)
-    best, points = search(start, options.axes, measure, passes=options.passes)
-    points += [measure(variant) for variant in options.also if variant not in {point.variant for point in points}]
-    ordered = sorted(points, key=lambda point: -point.throughput)
+    start = committed_variant(options.models, options.config_name)
+    best, points = search(start, axes_of(options.axes), measure)
+    if (rival := variant_of(options.also, start)) and rival not in {point.variant for point in points}:
+        points.append(measure(rival))
     rows = [
         {
             "setting": describe(point.variant) + (" (as committed)" if point.variant == start else ""),
@@ -138,18 +128,10 @@ def sweep(options: SweepOptions, *, tell: Callable[[str], None] = lambda line: N
             "p99_ms": point.p99_ms,
             "concurrency": options.concurrency,
         }
-        for point in ordered
+        for point in sorted(points, key=lambda point: -point.throughput)
     ]
-    return {
-        "kind": "sweep",
-        "environment": environment,
-        "searched_by": "Our sweep",
-        "model": ENSEMBLE,
-        "images": options.images,
-        "points": rows,
-        "best": describe(best),
-        "best_variant": asdict(best),
-    }
+    what = {"searched_by": "Our sweep", "model": ENSEMBLE, "images": options.images}
+    return {**result, **what, "points": rows, "best": describe(best), "best_variant": asdict(best)}
 
 
 def read_log(path: Path, same: dict[str, Any]) -> dict[Variant, Point]:
@@ -168,43 +150,66 @@ def read_log(path: Path, same: dict[str, Any]) -> dict[Variant, Point]:
 
 def describe(variant: Variant) -> str:
     """A variant in words."""
-    threads = "default" if variant.engine_threads == 0 else variant.engine_threads
     return (
-        f"preprocess x{variant.preprocess_instances}, engine x{variant.engine_instances}, threads {threads}, "
-        f"batch limit {variant.max_batch}, queue delay {variant.queue_delay_us} us"
+        f"preprocess x{variant.preprocess_instances}, engine x{variant.engine_instances}, "
+        f"threads {variant.engine_threads or 'default'}, batch limit {variant.max_batch}, "
+        f"queue delay {variant.queue_delay_us} us"
     )
+
+
+def _settings(text: str) -> dict[str, tuple[int, int]]:
+    """The instances and the batch limit of each model in Model Analyzer's words for a setting."""
+    found = re.findall(r"(\w+) (\d+) instances?, batch limit (\d+)", text)
+    return {model: (int(count), int(limit)) for model, count, limit in found}
 
 
 def variant_of(setting: str, start: Variant) -> Variant | None:
     """Model Analyzer's setting as a variant of ours, so that the sweep can measure it too; None when it is none."""
-    found = dict(re.findall(r"(preprocess|clip_onnx) (\d+) instance", setting))
-    limits = [int(limit) for limit in re.findall(r"batch limit (\d+)", setting)]
-    if len(found) != 2 or not limits:
+    found = _settings(setting)
+    if not {"preprocess", "clip_onnx"} <= found.keys():
         return None
-    return replace(
-        start,
-        preprocess_instances=int(found["preprocess"]),
-        engine_instances=int(found["clip_onnx"]),
-        max_batch=min(limits),
-    )
+    (preprocess, one), (engine, other) = found["preprocess"], found["clip_onnx"]
+    return replace(start, preprocess_instances=preprocess, engine_instances=engine, max_batch=min(one, other))
 
 
 def apply(result: dict[str, Any], name: str, models: Path = MODELS) -> list[Path]:
-    """Write the best variant as configs/NAME.pbtxt of each model that it changes; what was written."""
-    from clip_tools.repository import read_config
+    """Write the best of `sweep` or `profile` as configs/NAME.pbtxt of each model that it changes; what was written.
 
-    variant = Variant(**result["best_variant"])
-    where = f"{result['environment']['cpu']}, {result['environment']['cores']} cores"
-    written = []
-    for model in ("preprocess", "clip_onnx", ENSEMBLE):
+    Its instances, batching and batch sizes go into the committed configuration; the rest of it stays, and with it how
+    many images a request may hold. Nothing is written when the committed configuration is best. Raises ToolError for a
+    name that cannot be one.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise ToolError(f"--apply {name}: expected lower-case letters, digits and hyphens", exit_code=2)
+    if "best_variant" in result:
+        variants = dict.fromkeys(("preprocess", "clip_onnx"), Variant(**result["best_variant"]))
+    else:
+        variants = {
+            model: Variant(preprocess_instances=count, engine_instances=count, max_batch=limit)
+            for model, (count, limit) in _settings(result["best"]).items()
+            if not result["best"].startswith("as committed")
+        }
+    machine, written = result["environment"], []
+    for model, variant in variants.items():
         config = read_config(models, model, variant.config_name)
         if change(config, variant):
-            comment = f"{model} as the sweep found it best on {where}, {result['environment']['date'][:10]}:\n"
-            comment += f"{result['best']}.\nmax_batch_size is what one request may hold."
+            if (
+                variant.max_batch and "best_variant" not in result
+            ):  # Model Analyzer measures without preferred sizes and without a delay
+                config.dynamic_batching.ClearField("preferred_batch_size")
+                config.dynamic_batching.ClearField("max_queue_delay_microseconds")
+                limit_batches(config, variant.max_batch)
+            comment = (
+                f"{model}, the best of `clip-tools {result['kind']}` on {machine['cpu']}, {machine['cores']} cores, "
+                f"{machine['date'][:10]}:\n{result['best']}.\nmax_batch_size is what one request may hold."
+            )
             written.append(write_config(models, model, config, name, comment=comment))
     return written
 
 
 def axes_of(names: Sequence[str]) -> dict[str, Axis]:
-    """The axes of these names, in their order. Raises KeyError for one that is none."""
-    return {name: AXES[name] for name in names}
+    """The axes of these names, in their order. Raises ToolError for one that is none."""
+    try:
+        return {name: AXES[name] for name in names}
+    except KeyError as error:
+        raise ToolError(f"--axes {error}: expected some of {', '.join(AXES)}", exit_code=2) from error

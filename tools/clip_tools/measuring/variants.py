@@ -141,43 +141,29 @@ def write_tensor_model(models: Path) -> None:
 def take_tensors(model: Any) -> None:
     """Give an exported graph an input of normalised tensors, in place of its pixels.
 
-    It begins at the first convolution. Without one, the normalisation is in the weights: the tensors are made pixels
-    again, three cheap nodes. Raises ToolError for a graph that begins in another way.
+    The tensors are made pixels again, in three cheap nodes where the pixels were cast to floats: the graph may hold the
+    normalisation in its weights. Raises ToolError for a graph that does not begin with a Cast of its pixels.
     """
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
-    convolution = next((node for node in graph.node if node.op_type == "Conv"), None)
-    old_input = graph.input[0].name
-    if convolution is None:
-        cast = next((node for node in graph.node if node.op_type == "Cast" and list(node.input) == [old_input]), None)
-        if cast is None:
-            raise ToolError("the exported graph has no convolution, nor a Cast of its pixels: is it an image tower?")
-        for name, values in (("tensors_std", STD), ("tensors_mean", MEAN)):
-            constant = 255 * np.array(values, np.float32).reshape(3, 1, 1)
-            graph.initializer.append(numpy_helper.from_array(constant, name))
-        scaled = helper.make_node("Mul", [TENSOR_INPUT, "tensors_std"], ["tensors_scaled"])
-        moved = helper.make_node("Add", ["tensors_scaled", "tensors_mean"], ["tensors_as_pixels"])
-        turned = helper.make_node("Transpose", ["tensors_as_pixels"], list(cast.output), perm=[0, 2, 3, 1])
-        for node in (turned, moved, scaled):
-            graph.node.insert(0, node)
-        graph.node.remove(cast)
-    normalised = convolution.input[0] if convolution else TENSOR_INPUT
-    for node in graph.node:
-        for index, name in enumerate(node.input):
-            # The batch size is read off the input's shape, whose first number stays the same.
-            if name == normalised or (name == old_input and node.op_type == "Shape"):
-                node.input[index] = TENSOR_INPUT
-    needed, kept = {graph.output[0].name}, []
-    for node in reversed(graph.node):
-        if needed & set(node.output):
-            needed |= set(node.input)
-            kept.append(node)
-    if old_input in needed:
-        raise ToolError(f"the exported graph uses {old_input} beyond its normalisation: it cannot take tensors")
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
-    batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param or "batch"
-    del graph.input[:]
+    pixels = graph.input[0]
+    cast = next((node for node in graph.node if node.op_type == "Cast" and list(node.input) == [pixels.name]), None)
+    if cast is None:
+        raise ToolError("the exported graph has no Cast of its pixels: is it an image tower?")
+    for name, values in (("tensors_std", STD), ("tensors_mean", MEAN)):
+        constant = 255 * np.array(values, np.float32).reshape(3, 1, 1)
+        graph.initializer.append(numpy_helper.from_array(constant, name))
+    nodes = [
+        helper.make_node("Mul", [TENSOR_INPUT, "tensors_std"], ["tensors_scaled"]),
+        helper.make_node("Add", ["tensors_scaled", "tensors_mean"], ["tensors_as_pixels"]),
+        helper.make_node("Transpose", ["tensors_as_pixels"], list(cast.output), perm=[0, 2, 3, 1]),
+        *(node for node in graph.node if node is not cast),
+    ]
+    for node in nodes:  # the batch size is read off the input's shape, whose first number stays the same
+        node.input[:] = [TENSOR_INPUT if name == pixels.name else name for name in node.input]
+    batch = pixels.type.tensor_type.shape.dim[0].dim_param or "batch"
+    del graph.node[:], graph.input[:]
+    graph.node.extend(nodes)
     graph.input.append(helper.make_tensor_value_info(TENSOR_INPUT, TensorProto.FLOAT, [batch, 3, 224, 224]))

@@ -1,17 +1,21 @@
-"""What a server and its stubs hold, sampled while they work: memory, file descriptors, threads, shared memory."""
+"""What a server and its stubs hold and use: memory, CPU, file descriptors, threads, shared memory, and the GPU."""
 
 import contextlib
 import re
+import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 from clip_tools.errors import ToolError
+from clip_tools.measuring.fingerprint import ask_nvidia_smi
 
 _SHARED_REGION = re.compile(r"^(\w+)-(\w+) .* (/dev/shm/\S+)", re.MULTILINE)
+_MIB = 2**20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,29 +37,27 @@ class Sample:
 
 def sample(pid: int, at_s: float) -> Sample:
     """The process and its children now. Raises ToolError when it is gone."""
-    import psutil
-
-    private = resident = open_files = threads = 0
     regions: dict[str, int] = {}
-    for process in family(pid):
-        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-            memory = process.memory_full_info()
-            private += memory.uss
-            resident += memory.rss
-            open_files += process.num_fds()
-            threads += process.num_threads()
-            for begin, end, name in _SHARED_REGION.findall(Path(f"/proc/{process.pid}/maps").read_text()):
-                regions[name] = max(regions.get(name, 0), int(end, 16) - int(begin, 16))
-    mib = 2**20
-    return Sample(
-        round(at_s, 3),
-        round(private / mib, 1),
-        round(resident / mib, 1),
-        open_files,
-        threads,
-        len(regions),
-        round(sum(regions.values()) / mib, 1),
-    )
+
+    def read(process: Any) -> tuple[int, ...]:
+        memory = process.memory_full_info()
+        for begin, end, name in _SHARED_REGION.findall(Path(f"/proc/{process.pid}/maps").read_text()):
+            regions[name] = max(regions.get(name, 0), int(end, 16) - int(begin, 16))
+        return memory.uss, memory.rss, process.num_fds(), process.num_threads()
+
+    private, resident, open_files, threads = map(sum, zip(*_of_each(pid, read), strict=True))
+    mib = [round(size / _MIB, 1) for size in (private, resident, sum(regions.values()))]
+    return Sample(round(at_s, 3), mib[0], mib[1], open_files, threads, len(regions), mib[2])
+
+
+def resident_mib(pid: int) -> float:
+    """The memory that a process and its children hold, MiB; pages that several share are counted once."""
+    return float(sum(_of_each(pid, lambda process: process.memory_full_info().pss)) / _MIB)
+
+
+def cpu_seconds(pid: int) -> float:
+    """The CPU time that a process and its children have used so far, s."""
+    return float(sum(sum(_of_each(pid, lambda process: process.cpu_times()[:2]), ())))
 
 
 def family(pid: int) -> list[Any]:
@@ -67,6 +69,19 @@ def family(pid: int) -> list[Any]:
         return [parent, *parent.children(recursive=True)]
     except psutil.NoSuchProcess as error:
         raise ToolError(f"the server, process {pid}, is gone: its log says why") from error
+
+
+def _of_each(pid: int, read: Callable[[Any], T]) -> list[T]:
+    """What `read` gives for the process and those of its children that are still there."""
+    import psutil
+
+    found = []
+    for process in family(pid):
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            found.append(read(process))
+    if not found:
+        raise ToolError(f"the server, process {pid}, is gone: its log says why")
+    return found
 
 
 def listener(port: int) -> int:
@@ -82,17 +97,17 @@ def listener(port: int) -> int:
     )
 
 
-class Watch:
-    """Samples in a thread of its own, as a context manager. `samples` grows; `failure` says why it ended early."""
+class Sampler(Generic[T]):
+    """Calls `take`, with the seconds since it began, every `every_s` in a thread, as a context manager.
 
-    def __init__(self, pid: int, *, every_s: float, tell: Callable[[Sample], None] = lambda _: None) -> None:
-        self.samples: list[Sample] = []
+    It ends before that when `take` gives None or raises ToolError, which is then in `failure`.
+    """
+
+    def __init__(self, take: Callable[[float], T | None], *, every_s: float) -> None:
+        self.samples: list[T] = []
         self.failure: ToolError | None = None
-        self._pid = pid
-        self._every_s = every_s
-        self._tell = tell
+        self._take, self._every_s = take, every_s
         self._stop = threading.Event()
-        self._began_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Self:
@@ -104,12 +119,31 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
+        began_s = time.monotonic()
         try:
-            while not self._stop.wait(self._every_s):
-                self.samples.append(sample(self._pid, time.monotonic() - self._began_s))
-                self._tell(self.samples[-1])
+            while (one := self._take(time.monotonic() - began_s)) is not None:
+                self.samples.append(one)
+                if self._stop.wait(self._every_s):
+                    return
         except ToolError as error:
             self.failure = error
+
+
+def gpu_sampler() -> Sampler[tuple[float, float]]:
+    """Samples the first GPU every half second: `read_gpu`; none where there is no GPU."""
+    return Sampler(lambda _: read_gpu(ask_nvidia_smi("utilization.gpu,memory.used")), every_s=0.5)
+
+
+def read_gpu(text: str) -> tuple[float, float] | None:
+    """(percent in use, MiB in use) of nvidia-smi's first line, such as `37 %, 2048 MiB`; None for anything else."""
+    found = re.match(r"(\d+) %, (\d+) MiB", text)
+    return (float(found[1]), float(found[2])) if found else None
+
+
+def gpu_figures(samples: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """The mean utilisation, less the first sample, which is from before the load, and the most memory."""
+    utilisation = statistics.mean(percent for percent, _ in samples[1:] or samples)
+    return {"utilisation_percent": round(utilisation, 1), "memory_mib": max(mib for _, mib in samples)}
 
 
 def theil_sen(x: Sequence[float], y: Sequence[float]) -> float:

@@ -1,20 +1,19 @@
 """The photographs that measurements embed, and what open_clip itself says of them."""
 
+import contextlib
 import hashlib
-import io
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clip_tools import photos
 from clip_tools.demo import weights_from_environment
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.export.manifest import Manifest
+from clip_tools.measuring.timing import alone
 from clip_tools.oracle import Weights
 from clip_tools.paths import CACHE
 
@@ -80,11 +79,8 @@ def _resized(paths: Sequence[Path], count: int) -> tuple[bytes, ...]:
                 fitted.save(fresh / f"{path.stem}.jpg", "JPEG", quality=VGA_JPEG_QUALITY)
                 if len(list(fresh.iterdir())) == count:
                     break
-            try:
+            with contextlib.suppress(OSError):  # another process was first
                 fresh.rename(folder)
-            except OSError:  # another process was first
-                if not folder.is_dir():
-                    raise
     return tuple(path.read_bytes() for path in sorted(folder.iterdir()))
 
 
@@ -134,29 +130,20 @@ def load_workload(name: str, weights: Weights, *, count: int = 32) -> Workload:
         digest.update(hashlib.sha256(image).digest())
     path = CACHE / "bench" / f"reference-{digest.hexdigest()[:16]}.npz"
     if not path.is_file():
+        embeddings, pixels = alone(reference, images, weights)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            for index, image in enumerate(images):
-                (Path(folder) / f"{index:05}.bin").write_bytes(image)
-            command = [sys.executable, "-m", "clip_tools.measuring.workload", folder, weights.model, weights.pretrained]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise ToolError(f"open_clip's own embeddings failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+            np.savez(Path(folder) / "reference.npz", embeddings=embeddings, pixels=pixels)
             (Path(folder) / "reference.npz").replace(path)
-    with np.load(io.BytesIO(path.read_bytes())) as reference:
-        return Workload(name, images, reference["embeddings"], reference["pixels"])
+    with np.load(path) as kept:
+        return Workload(name, images, kept["embeddings"], kept["pixels"])
 
 
-def _write_reference(folder: Path, weights: Weights) -> None:
+def reference(images: Sequence[bytes], weights: Weights) -> tuple[Any, Any]:
+    """open_clip's own embeddings and pixels of the images."""
     import numpy as np
 
     from clip_tools.oracle import best_device, load_oracle
 
-    images = [path.read_bytes() for path in sorted(folder.glob("*.bin"))]
     oracle = load_oracle(weights, device=best_device())
-    pixels = np.stack([oracle.pixels(image) for image in images])
-    np.savez(folder / "reference.npz", embeddings=oracle.embed(images), pixels=pixels)
-
-
-if __name__ == "__main__":
-    _write_reference(Path(sys.argv[1]), Weights(sys.argv[2], sys.argv[3]))
+    return oracle.embed(images), np.stack([oracle.pixels(image) for image in images])
