@@ -193,7 +193,7 @@ def test_the_wrapper_takes_plain_tritonserver_flags(light_repository, demo_photo
     options = options_for(light_repository, tmp_path / "log")
     command = [
         str(TRITONSERVER),
-        f"--model-light_repository={light_repository}",
+        f"--model-repository={light_repository}",
         "--model-control-mode=explicit",
         "--load-model=clip_ensemble",
         f"--http-port={options.http_port}",

@@ -219,7 +219,7 @@ def test_a_build_that_fails_leaves_nothing_and_says_why_in_a_line(tmp_path, monk
     monkeypatch.setattr(built, "WITHOUT", {source: built.WITHOUT[built.SOURCE]})
     monkeypatch.setattr(built, "build", partial(built.build, compiler=compiler))
     assert built.main() == 1
-    assert re.fullmatch(r"preprocess will resample with Pillow.*error: unknown type\n", capsys.readouterr().err)
+    assert re.fullmatch(r"preprocess resamples with Pillow.*error: unknown type\n", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == [source]
 
 

@@ -367,7 +367,7 @@ def test_the_command_goes_on_after_a_signal(start, run, brain, out, table, photo
     assert not out.exists()
     if number == signal.SIGINT:
         assert said == (
-            f"clip-embed: interrupted after 7 embeddings; what was finished is kept in {out.resolve()}.parts: "
+            f"clip-embed: interrupted after 7 embeddings; what was finished is kept in {out.name}.parts: "
             "run it again with --resume\n"
         )
     brain.gate.set()
