@@ -193,9 +193,8 @@ def apply(result: dict[str, Any], name: str, models: Path = MODELS) -> list[Path
     for model, variant in variants.items():
         config = read_config(models, model, variant.config_name)
         if change(config, variant):
-            if (
-                variant.max_batch and "best_variant" not in result
-            ):  # Model Analyzer measures without preferred sizes and without a delay
+            # Model Analyzer's configurations have `dynamic_batching { }`: no preferred sizes, no delay.
+            if variant.max_batch and "best_variant" not in result:
                 config.dynamic_batching.ClearField("preferred_batch_size")
                 config.dynamic_batching.ClearField("max_queue_delay_microseconds")
                 limit_batches(config, variant.max_batch)
