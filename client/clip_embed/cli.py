@@ -119,8 +119,8 @@ def embed(
         list[str],
         typer.Option(
             metavar="GLOB",
-            help="Take of the folders what is left out otherwise: by --exclude, as litter (thumbnails, trash, ._ "
-            "files) or by its ending; may be repeated.",
+            help="Also take files in folders that would be skipped: by --exclude, as litter (thumbnails, trash, ._ "
+            "files) or by their ending; may be repeated.",
         ),
     ] = [],  # noqa: B006
     every_file: Annotated[

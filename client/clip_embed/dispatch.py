@@ -107,7 +107,7 @@ class Dispatch(Generic[TransportT]):
 
     @property
     def has_room(self) -> bool:
-        """Whether `read` has something to do: no request could go at once, and fewer than max_in_flight are there."""
+        """Whether to read more images: no waiting request is due, and fewer than max_in_flight are open."""
         now_s = self._now_s()
         return len(self._waiting) + self._in_flight < self._limits.max_in_flight and not any(
             pending.due_s <= now_s for pending in self._waiting

@@ -98,7 +98,7 @@ class _All:
 def open_output(path: Path | None, file_format: Format, provenance: Provenance | None = None) -> Iterator[Output]:
     """An output to a file, or to stdout when the path is None. After an exception nothing of a file is left.
 
-    Beside `NAME.npy` its images' paths are in `NAME.npy.paths`, and the provenance of what is no Parquet is beside it.
+    `NAME.npy` gets its images' paths in `NAME.npy.paths`. Formats other than Parquet get a provenance file beside them.
 
     Raises:
         OSError: It cannot be written.

@@ -74,7 +74,7 @@ class Table(Protocol):
         provenance: Provenance | None = None,
         /,
     ) -> None:
-        """Writes the rows of several files as one table, in order: those that `wants`, called once for each, is for."""
+        """Write the rows of several files as one table, in order. `wants`, called once a row, says which to keep."""
 
 
 def look_at(path: str) -> ImageFile:

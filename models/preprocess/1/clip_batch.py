@@ -215,9 +215,10 @@ def _resample(pictures: Sequence[tuple[Picture, Turn | None]], targets: Sequence
 
 
 def _fill(passes: np.ndarray, axes: _Axes, picture: Picture, turn: Turn | None, fit: Fit) -> int:
-    """Both passes of a picture, whose `between` and target begin at 0; how many bytes `between` has.
+    """Write the two passes of a picture into `passes`; returns the bytes of the intermediate image, `between`.
 
-    The image stays as it lies, its windows are mirrored and the turn is in the strides of the target.
+    Offsets of `between` and the target count from 0. For a rotation the image is not moved: the windows are mirrored,
+    and the target's strides do the rest.
     """
     side_px, sizes = fit.side_px, fit.resized(picture.width, picture.height)
     mirrors, is_sideways = (turn.mirrors, turn.is_sideways) if turn else ((False, False), False)

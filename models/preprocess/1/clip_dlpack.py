@@ -39,7 +39,7 @@ def _delete(managed: int) -> None:
 
 @ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
 def _destroy(capsule: int) -> None:
-    """A capsule goes that nobody has taken: whoever takes one renames it."""
+    """Free a capsule that no consumer took. A consumer renames the capsule that it takes."""
     if _is_valid(capsule, _NAME):
         _delete(_pointer_of(capsule, _NAME))
 

@@ -78,7 +78,7 @@ class PixelBudget:
     taken: int = 0
 
     def take(self, image: Image.Image, fit: Fit = DEFAULT) -> None:
-        """For this image; RefusedImage, and none, where too few are left."""
+        """Charge this image's pixels to the request. Raises RefusedImage, and charges nothing, if too few are left."""
         pixels = max(width * height for width, height in _sizes(image, fit).values())
         if self.taken + pixels > self.max_request_pixels:
             raise RefusedImage(

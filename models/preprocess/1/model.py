@@ -139,7 +139,7 @@ def _watch():
 
 
 def _images_of(request):
-    """The encoded images; None for a batch of 0 and of 2**32, which Triton takes for one without a batch dimension."""
+    """The encoded images. None for batches of 0 and of 2**32, from which Triton drops the batch dimension."""
     images = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy()
     return images.reshape(-1) if images.ndim == 2 else None
 

@@ -83,7 +83,7 @@ def precision_of_engine(engine: Engine, graph: Manifest | None = None) -> Precis
 
 
 def has_exact_pixels(engine: Engine) -> bool:
-    """Whether its preprocess is to give open_clip's own; a running server, which does not say, is held to it."""
+    """Whether its `preprocess` should give open_clip's exact pixels. True for a running server, which does not say."""
     if engine.file or engine.url:
         return True
     parameters = [model.config.parameters for model in deployment(engine.models, engine.config_name)]

@@ -15,7 +15,7 @@ class ServeOptions:
         arguments: further flags for tritonserver.
         log: the file for tritonserver's log; None: stderr.
         rebuild_stale: build a TensorRT plan again that does not fit this machine. Without it such a plan is refused.
-        check_vectors: verify the vectors against open_clip, on the export's sample, before the server is ready.
+        check_vectors: verify the vectors against open_clip, on the export's sample, as soon as the server embeds.
         preprocess_instances: how many processes decode; None: by the machine's cores.
         open_metadata: metadata and statistics require no key; None: if the server listens on this machine alone.
     """

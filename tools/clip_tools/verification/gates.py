@@ -14,9 +14,9 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # Below it a percentile or a share of unchanged neighbours says little: one of 100 is one per cent.
 MIN_IMAGES = 100
-# Of similarities this far apart or less, which is the greater is luck: an engine at the edge of FP32's own gate is
-# 0.0045 off, over 512 numbers 0.0002 in any one direction, so the difference of two similarities, in which the errors
-# of three images meet, has a standard deviation of 0.0003 to 0.0004. This is three of them. No gate makes use of it.
+# Two similarities that differ by less are a tie. An engine at the edge of FP32's gate is 0.0045 off; over 512 numbers
+# that is 0.0002 in any one direction. The difference of two similarities combines the errors of three images, so its
+# standard deviation is 0.0003 to 0.0004. TIE is three times that. No gate uses it.
 TIE = 0.001
 
 
