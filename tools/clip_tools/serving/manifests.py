@@ -3,10 +3,9 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
 
-from clip_tools.digest import files_of, sha256_of
+from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError
 from clip_tools.export.manifest import GRAPH, Manifest, manifest_path
 from clip_tools.repository import Model, build_command
@@ -23,17 +22,9 @@ def wrong_file(file: Path) -> str | None:
         return None
     except (ValueError, KeyError, TypeError):
         return f"{path}: expected the sha256 of {file}, found none"
-    status = [part.stat() for part in files_of(file)]
-    seen = (number for one in status for number in (one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns))
-    if (got := _sum_of(file, *seen)) == expected:
+    if (got := sha256_of(file)) == expected:
         return None
     return f"{file} is not the file that {path.name} describes: expected sha256 {expected}, came {got}"
-
-
-@lru_cache(maxsize=16)
-def _sum_of(file: Path, *_status: int) -> str:
-    """The sha256 of a file, cached while the file is unchanged: it takes a second, which a restart would wait for."""
-    return sha256_of(file)
 
 
 def check_manifests(
