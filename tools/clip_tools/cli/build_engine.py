@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import checked_precision, checked_runtime
+from clip_tools.cli.options import one_of
 from clip_tools.tensorrt.build_engine import PLAN_PATH, default_onnx
 from clip_tools.tensorrt.library import RUNTIMES
+from clip_tools.verification.gates import PRECISIONS
 
 
 def build_engine(
@@ -46,9 +47,9 @@ def build_engine(
 
     from clip_tools.tensorrt import build_engine as verb
 
-    wanted = checked_precision(precision)
+    wanted = one_of("--precision", precision, PRECISIONS)
     options = verb.EngineOptions(
-        runtime=checked_runtime(runtime),
+        runtime=one_of("--runtime", runtime, RUNTIMES),
         precision=wanted,
         min_batch=min_batch,
         opt_batch=opt_batch,

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import Architecture, PrecisionName, checked_precision, progress
+from clip_tools.cli.options import Architecture, PrecisionName, one_of, progress
 from clip_tools.errors import ToolError
 from clip_tools.tensorrt.build_engine import default_onnx
+from clip_tools.verification.gates import PRECISIONS
 
 
 def export_onnx(
@@ -56,7 +57,7 @@ def export_onnx(
     from clip_tools.quantization.calibration import check_count
     from clip_tools.quantization.export_variant import export_variant
 
-    weights, wanted = Weights(model, pretrained), checked_precision(precision)
+    weights, wanted = Weights(model, pretrained), one_of("--precision", precision, PRECISIONS)
     if text and (wanted != "fp32" or (image and output)):
         raise ToolError("--text: expected without --precision, and with --output without --image", exit_code=2)
     exports_text = text or (wanted == "fp32" and not image and output is None)

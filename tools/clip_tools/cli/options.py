@@ -3,16 +3,16 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from clip_tools.errors import ToolError
 from clip_tools.measuring.results import Tell
-from clip_tools.oracle import ORIENTATIONS, Orientation
 from clip_tools.serving.vector_check import CHECK_VECTORS_VARIABLE
-from clip_tools.tensorrt.library import RUNTIMES, Runtime
-from clip_tools.verification.gates import PRECISIONS, Precision
+from clip_tools.verification.gates import PRECISIONS
+
+ChoiceT = TypeVar("ChoiceT", bound=str)
 
 Port = Annotated[int, typer.Option(min=1, max=65535)]
 Models = Annotated[Path, typer.Option(help="The model repository.", envvar="CLIP_MODELS")]
@@ -30,28 +30,12 @@ Architecture = Annotated[str, typer.Option(help="An open_clip architecture.", en
 PrecisionName = Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")]
 
 
-def checked_precision(name: str) -> Precision:
-    """The precision of this name. Raises ToolError for an unknown one."""
-    for precision in PRECISIONS:
-        if precision == name:
-            return precision
-    raise ToolError(f"--precision {name}: expected one of {', '.join(PRECISIONS)}", exit_code=2)
-
-
-def checked_orientation(name: str) -> Orientation:
-    """The orientation of this name. Raises ToolError for an unknown one."""
-    for orientation in ORIENTATIONS:
-        if orientation == name:
-            return orientation
-    raise ToolError(f"--orientation {name}: expected one of {', '.join(ORIENTATIONS)}", exit_code=2)
-
-
-def checked_runtime(name: str) -> Runtime:
-    """The runtime of this name. Raises ToolError for an unknown one."""
-    for runtime in RUNTIMES:
-        if runtime == name:
-            return runtime
-    raise ToolError(f"--runtime {name}: expected one of {', '.join(RUNTIMES)}", exit_code=2)
+def one_of(option: str, name: str, choices: tuple[ChoiceT, ...]) -> ChoiceT:
+    """The choice of this name. Raises ToolError for an unknown one."""
+    for choice in choices:
+        if choice == name:
+            return choice
+    raise ToolError(f"{option} {name}: expected one of {', '.join(choices)}", exit_code=2)
 
 
 Images = Annotated[

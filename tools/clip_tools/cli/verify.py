@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import checked_orientation, checked_precision, progress
+from clip_tools.cli.options import one_of, progress
 from clip_tools.errors import ToolError
+from clip_tools.oracle import ORIENTATIONS
 from clip_tools.paths import MODELS
+from clip_tools.verification.gates import PRECISIONS
 
 
 def verify(
@@ -54,8 +56,8 @@ def verify(
     found = find_engine(engine, url, models)
     given = Weights()
     weights = Weights(model or given.model, pretrained or given.pretrained) if model or pretrained else None
-    held_to = checked_precision(precision) if precision else None
-    turned = checked_orientation(orientation) if orientation else None
+    held_to = one_of("--precision", precision, PRECISIONS) if precision else None
+    turned = one_of("--orientation", orientation, ORIENTATIONS) if orientation else None
     if text and (images or held_to or turned):
         raise ToolError(
             "--text takes neither --images, --precision nor --orientation: its texts are ours, its tower is FP32",

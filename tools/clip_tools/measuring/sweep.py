@@ -15,7 +15,7 @@ from clip_tools.measuring.noise import SMALLEST_CHANGE
 from clip_tools.measuring.perf import PerfOptions, run_level, write_input
 from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.services import TritonService
-from clip_tools.measuring.variants import Variant, change, committed_variant, limit_batches
+from clip_tools.measuring.variants import Variant, change, committed_variant
 from clip_tools.measuring.workload import VGA
 from clip_tools.paths import MODELS, RESULTS
 from clip_tools.repository import ENSEMBLE, read_config, write_config
@@ -181,7 +181,8 @@ def apply(result: dict[str, Any], name: str, models: Path = MODELS) -> list[Path
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise ToolError(f"--apply {name}: expected lower-case letters, digits and hyphens", exit_code=2)
-    if "best_variant" in result:
+    by_analyzer = "best_variant" not in result
+    if not by_analyzer:
         variants = dict.fromkeys(("preprocess", "clip_onnx"), Variant(**result["best_variant"]))
     else:
         variants = {
@@ -192,12 +193,10 @@ def apply(result: dict[str, Any], name: str, models: Path = MODELS) -> list[Path
     machine, written = result["environment"], []
     for model, variant in variants.items():
         config = read_config(models, model, variant.config_name)
+        if by_analyzer:  # its configurations have `dynamic_batching { }`: no preferred sizes, no delay
+            config.dynamic_batching.ClearField("preferred_batch_size")
+            config.dynamic_batching.ClearField("max_queue_delay_microseconds")
         if change(config, variant):
-            # Model Analyzer's configurations have `dynamic_batching { }`: no preferred sizes, no delay.
-            if variant.max_batch and "best_variant" not in result:
-                config.dynamic_batching.ClearField("preferred_batch_size")
-                config.dynamic_batching.ClearField("max_queue_delay_microseconds")
-                limit_batches(config, variant.max_batch)
             comment = (
                 f"{model}, the best of `clip-tools {result['kind']}` on {machine['cpu']}, {machine['cores']} cores, "
                 f"{machine['date'][:10]}:\n{result['best']}.\nmax_batch_size is what one request may hold."
