@@ -1,12 +1,13 @@
 """ONNX Runtime as a Python-based Triton backend, for a server that has no native one.
 
-It reads the same `config.pbtxt` as Triton's own `onnxruntime` backend and gives its keys the same meaning:
-`instance_group` kind, `optimization.execution_accelerators`, `optimization.graph.level`, and the parameters
-`intra_op_thread_count`, `inter_op_thread_count` and `cudnn_conv_algo_search`. A batch that Triton formed is one session
-run. On a CPU without an accelerator it takes OpenVINO where that is installed. More than Triton's own it has:
-`openvino_bf16`, OpenVINO computing in BF16, where plain `openvino` is FP32 whatever the CPU would prefer; with its
-parameter `parts` the graph is several files, one after the other, each in the precision that is said for it; and
-`optimization.cuda.graphs`, which runs every batch on a GPU as a CUDA graph.
+It reads the same `config.pbtxt` keys as Triton's own `onnxruntime` backend: `instance_group` kind,
+`optimization.execution_accelerators`, `optimization.graph.level`, and the parameters `intra_op_thread_count`,
+`inter_op_thread_count` and `cudnn_conv_algo_search`. One session run computes a whole batch. On a CPU without an
+accelerator it uses OpenVINO if that is installed. Triton's own backend lacks two of its settings:
+
+- `openvino_bf16`: OpenVINO in BF16; plain `openvino` is always FP32. With the parameter `parts`, the graph is several
+  files that run one after the other, each in the precision given for it.
+- `optimization.cuda.graphs`: runs every batch on a GPU as a CUDA graph.
 """
 
 import json
@@ -24,7 +25,7 @@ class TritonPythonModel:
 
     def initialize(self, args):
         config = json.loads(args["model_config"])
-        # The folder itself, which what is said names, where the repository that is served has a link to it.
+        # The served repository links to this folder; messages should name the folder itself.
         folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
         model_path = folder / (config.get("default_model_filename") or "model.onnx")
         try:
@@ -41,14 +42,14 @@ class TritonPythonModel:
         )
 
     def execute(self, requests):
-        """One session run for all requests; each gets its own rows, in order."""
+        """Run the session once for all requests and give each its own rows, in order."""
         try:
             columns = {
                 name: [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
                 for name in self._inputs
             }
             feeds = columns
-            if not isinstance(self._session, BoundSession):  # which puts them together where the GPU reads them
+            if not isinstance(self._session, BoundSession):  # which joins them in memory that the GPU reads
                 feeds = {
                     name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in columns.items()
                 }

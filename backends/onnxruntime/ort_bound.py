@@ -1,6 +1,6 @@
-"""A session whose tensors stay on its device: a batch is padded to one of a few sizes, each made ready beforehand.
+"""A session with preallocated tensors on its device. Each batch is padded to one of a few sizes.
 
-On a GPU that is what a CUDA graph needs: the same shapes at the same addresses at every run.
+A CUDA graph needs this: every run has the same shapes at the same addresses.
 """
 
 import ctypes
@@ -21,17 +21,17 @@ _NUMPY_TYPES = {
 
 
 class ConfigError(ValueError):
-    """The configuration asks for what this backend or this machine does not have."""
+    """The configuration asks for something that this backend or this machine does not have."""
 
 
 def bucket_sizes(max_batch: int) -> list[int]:
-    """The batches that are run: 1, 2, 4 and so on up to `max_batch`, which is one whatever it is."""
+    """The batch sizes that are run: the powers of two below `max_batch`, and `max_batch` itself."""
     return [2**power for power in range((max_batch - 1).bit_length())] + [max_batch]
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """The tensors of one batch size, by name, and how they are run."""
+    """The tensors of one batch size by name, with their binding and run options."""
 
     inputs: dict[str, onnxruntime.OrtValue]
     outputs: dict[str, onnxruntime.OrtValue]
@@ -40,10 +40,10 @@ class _Bucket:
 
 
 class BoundSession:
-    """Runs batches of 1 to `max_batch`, one at a time, in the thread that made it: ONNX Runtime keeps the graphs there.
+    """Runs batches of 1 to `max_batch`, one at a time, in the thread that created it.
 
-    All sizes have run when it is made. Rows that fill a batch up hold what an earlier one left there, and are never
-    given back: every row is computed from itself alone.
+    ONNX Runtime keeps CUDA graphs per thread. The constructor runs every size. Padding rows hold data of an earlier
+    batch; they do not affect the other rows and are never returned.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class BoundSession:
         device_id: int = 0,
         graphs: bool = False,
     ) -> None:
-        """`graphs`: each size is captured as a CUDA graph. Raises ConfigError when a size cannot be made ready."""
+        """`graphs` captures each size as a CUDA graph. Raises ConfigError if a size cannot run."""
         if max_batch < 1:
             raise ConfigError(
-                f"max_batch_size: {max_batch}: expected 1 or more on a GPU, whose tensors are made for it"
+                f"max_batch_size: expected 1 or more on a GPU, because tensors are allocated for it; got {max_batch}"
             )
         self._session, self._max_batch, self._graphs = session, max_batch, graphs
         self._device, self._device_id = device, device_id
@@ -76,11 +76,11 @@ class BoundSession:
                 f"{self._where} has no room for the tensors of batches of 1 to {max_batch}: {_line(error)}: free its "
                 "memory, or lower max_batch_size"
             ) from error
-        for size in reversed(sizes):  # the smaller ones find the memory of the largest
+        for size in reversed(sizes):  # the largest first, so that the others reuse its memory
             self._warm_up(size)
 
     def _host_memory(self, name: str) -> np.ndarray:
-        """Where the largest batch of an input is put together: page-locked for a GPU, which copies from it directly."""
+        """The array in which an input's batch is assembled; page-locked on a GPU, which copies from it directly."""
         dims, dtype = self._rows[name]
         shape = (self._max_batch, *dims)
         if self._device == "cuda":
@@ -99,7 +99,7 @@ class BoundSession:
             else:
                 binding.bind_ortvalue_output(name, value)
         if self._graphs:
-            options.add_run_config_entry("gpu_graph_id", str(size))  # 0 is ONNX Runtime's own
+            options.add_run_config_entry("gpu_graph_id", str(size))  # ONNX Runtime uses 0 itself
         return _Bucket(
             {name: values[name] for name in self._hosts},
             {name: values[name] for name in self._outputs},
@@ -109,11 +109,11 @@ class BoundSession:
 
     def _warm_up(self, size: int) -> None:
         try:
-            for _ in range(2):  # the first one captures, the second is as every later one
+            for _ in range(2):  # the first run captures the graph, the second replays it
                 self._run(size)
         except Exception as error:
             why = (
-                ", or cannot be captured as a CUDA graph, which `optimization { cuda { graphs: false } }` does without"
+                ", or cannot be captured as a CUDA graph; `optimization { cuda { graphs: false } }` turns graphs off"
                 if self._graphs
                 else ""
             )
@@ -128,9 +128,9 @@ class BoundSession:
         return bucket
 
     def run(self, names: Sequence[str], feeds: dict[str, np.ndarray | list[np.ndarray]]) -> list[np.ndarray]:
-        """The outputs of these names, as `InferenceSession.run` gives them; an input may be a list of arrays to join.
+        """The outputs of these names, as from `InferenceSession.run`. An input may be a list of arrays to join.
 
-        Raises ValueError for arrays that do not fit.
+        Raises ValueError for arrays of a wrong shape, type or number.
         """
         columns = {name: [given] if isinstance(given, np.ndarray) else given for name, given in feeds.items()}
         counts = {name: sum(len(array) for array in arrays) for name, arrays in columns.items()}
@@ -142,15 +142,15 @@ class BoundSession:
         for name, arrays in columns.items():
             _gather(name, arrays, self._hosts[name])
         bucket = self._run(next(size for size in self._buckets if rows <= size))
-        # A copy: on a CPU `numpy()` is the tensor itself, which the next run writes over.
+        # Copy: on a CPU `numpy()` is a view, and the next run overwrites it.
         return [bucket.outputs[name].numpy()[:rows].copy() for name in names]
 
     def get_inputs(self) -> list:
-        """What the graph takes."""
+        """The graph's inputs."""
         return self._session.get_inputs()
 
     def get_outputs(self) -> list:
-        """What the graph gives."""
+        """The graph's outputs."""
         return self._session.get_outputs()
 
     def get_providers(self) -> list[str]:
@@ -158,23 +158,23 @@ class BoundSession:
         return self._session.get_providers()
 
     def get_provider_options(self) -> dict[str, dict[str, str]]:
-        """Their options."""
+        """The providers' options."""
         return self._session.get_provider_options()
 
 
 def _row(tensor: onnxruntime.NodeArg) -> tuple[list[int], np.dtype]:
-    """(dims without the batch, type) of a graph's tensor."""
+    """(dims without the batch, dtype) of a graph's tensor."""
     dims = list(tensor.shape[1:])
     if tensor.type not in _NUMPY_TYPES or not tensor.shape or not all(isinstance(size, int) for size in dims):
         raise ConfigError(
-            f"'{tensor.name}' is {tensor.type} {tensor.shape}: on a GPU only the batch may be open, and the type is to "
-            f"be one of {', '.join(_NUMPY_TYPES)}"
+            f"'{tensor.name}' is {tensor.type} {tensor.shape}: on a GPU only the batch may be dynamic, and the "
+            f"type must be one of {', '.join(_NUMPY_TYPES)}"
         )
     return dims, np.dtype(_NUMPY_TYPES[tensor.type])
 
 
 def _page_locked(shape: Sequence[int], dtype: np.dtype, device_id: int) -> np.ndarray:
-    """An array in page-locked memory, which stays for as long as the process does."""
+    """An array in page-locked memory that is never freed."""
     try:
         from cuda.bindings import runtime
     except ImportError:
@@ -189,7 +189,7 @@ def _page_locked(shape: Sequence[int], dtype: np.dtype, device_id: int) -> np.nd
 
 
 def _gather(name: str, arrays: list[np.ndarray], host: np.ndarray) -> None:
-    """The arrays' rows, one after another, from the first row on."""
+    """Copy the rows of all arrays, one after another, to the start of `host`."""
     start = 0
     for array in arrays:
         if array.shape[1:] != host.shape[1:] or array.dtype != host.dtype:

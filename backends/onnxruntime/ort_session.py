@@ -1,4 +1,4 @@
-"""What a `config.pbtxt` asks of ONNX Runtime, and the session that does it or says why it cannot."""
+"""Opens the ONNX Runtime session that a `config.pbtxt` describes, or raises an error that says why it cannot."""
 
 import base64
 import contextlib
@@ -46,10 +46,10 @@ _CONVOLUTION_SEARCHES = {"0": "EXHAUSTIVE", "1": "HEURISTIC", "2": "DEFAULT"}
 
 @dataclass(frozen=True)
 class SessionPlan:
-    """What the configuration asks of ONNX Runtime: providers in order of preference, and threads (0: its default).
+    """The session that a configuration describes: providers in order of preference, and threads (0: the default).
 
-    `parts` has the providers of each part of a graph that was cut into files, in their order; empty: it is one file.
-    `gpu` is the device that the session's tensors stay on, None: the CPU; `graphs` captures each batch size there.
+    `parts` holds the providers of each part of a graph that was cut into files, in order; empty for a single file.
+    `gpu` is the device number, None for the CPU. `graphs` captures each batch size as a CUDA graph.
     """
 
     providers: list[tuple[str, dict[str, str]]]
@@ -71,8 +71,8 @@ class SessionPlan:
 def session_plan(config: dict, kind: str, device_id: int, *, available: Collection[str] | None = None) -> SessionPlan:
     """The plan for one instance of `kind` ("CPU" or "GPU") on `device_id`. Raises ConfigError.
 
-    `available` are the providers there are; None: those of this onnxruntime. Without OpenVINO its FP32 is ONNX
-    Runtime's own: the vectors are the same. BF16 has no such stand-in.
+    `available` lists the installed providers; None: those of this onnxruntime. Without OpenVINO, FP32 falls back to
+    ONNX Runtime's own CPU provider, which gives the same vectors; BF16 has no fallback.
     """
     if available is None:
         available = onnxruntime.get_available_providers()
@@ -99,7 +99,7 @@ def session_plan(config: dict, kind: str, device_id: int, *, available: Collecti
             raise ConfigError("optimization.cuda.graphs: expected without the accelerator tensorrt")
         names.append(f"CUDA on GPU {device_id}{' as CUDA graphs' if graphs else ''}")
     else:
-        # A configuration that a GPU may run names none of the CPU's: Triton's native backend would add it there too.
+        # Default to OpenVINO: Triton's native backend would add a configured CPU accelerator on a GPU too.
         for accelerator in accelerators.get("cpu_execution_accelerator") or [{"name": "openvino"}]:
             precision = {"openvino": "f32", "openvino_bf16": "bf16"}.get(accelerator["name"])
             if precision is None:
@@ -129,7 +129,7 @@ def session_plan(config: dict, kind: str, device_id: int, *, available: Collecti
 
 
 def _cuda_options(parameters: dict[str, str], graphs: bool) -> dict[str, str]:
-    """What the CUDA provider is told before its accelerator's own parameters."""
+    """The CUDA provider's options, without those of the accelerator `cuda`."""
     options = {"enable_cuda_graph": "1"} if graphs else {}
     if search := parameters.get("cudnn_conv_algo_search"):
         if search not in _CONVOLUTION_SEARCHES:
@@ -139,17 +139,17 @@ def _cuda_options(parameters: dict[str, str], graphs: bool) -> dict[str, str]:
 
 
 def _openvino(precision: str, threads: int) -> tuple[str, dict[str, str]]:
-    """OpenVINO on the CPU in this precision, with its options; 0 threads are its own choice."""
-    # The hint is always given: on CPUs with BF16 arithmetic OpenVINO's own default may be BF16.
+    """The OpenVINO provider in this precision on the CPU, with its options; 0 threads: OpenVINO chooses."""
+    # Always set the hint: on CPUs with BF16 arithmetic OpenVINO may default to BF16.
     device = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         device["INFERENCE_NUM_THREADS"] = str(threads)
-        device["ENABLE_CPU_PINNING"] = "NO"  # else each instance's threads sit on the same first cores
+        device["ENABLE_CPU_PINNING"] = "NO"  # otherwise the threads of all instances share the first cores
     return "OpenVINOExecutionProvider", {"device_type": "CPU", "load_config": json.dumps({"CPU": device})}
 
 
 def _part_precisions(accelerator: str, parameters: dict[str, str]) -> list[str]:
-    """OpenVINO's names for the precisions of `parts`, "fp32 bf16 fp32": what each file of a cut graph runs in."""
+    """OpenVINO's names for the precisions in `parts`, such as "fp32 bf16 fp32": one for each file of a cut graph."""
     known = {"fp32": "f32", "bf16": "bf16"}
     words = parameters.get("parts", "").split()
     if accelerator != "openvino_bf16" or set(parameters) != {"parts"} or not words or not set(words) <= set(known):
@@ -161,7 +161,7 @@ def _part_precisions(accelerator: str, parameters: dict[str, str]) -> list[str]:
 
 
 def _tensorrt_options(parameters: dict[str, str], device_id: int) -> dict[str, str]:
-    """Triton's names for the TensorRT accelerator's parameters -> ONNX Runtime's."""
+    """ONNX Runtime's options for the parameters of Triton's TensorRT accelerator."""
     options = {"device_id": str(device_id)}
     for key, value in parameters.items():
         if key == "precision_mode":
@@ -179,9 +179,9 @@ def _tensorrt_options(parameters: dict[str, str], device_id: int) -> dict[str, s
 
 
 class SessionChain:
-    """Sessions that run as one, each on what was given and what those before it made; tensors meet by name.
+    """Sessions that run one after the other; each may read the inputs and all earlier outputs, by name.
 
-    Raises ConfigError when a part needs what none before it makes.
+    Raises ConfigError if a part needs a tensor that no earlier part produces.
     """
 
     def __init__(self, sessions: list[onnxruntime.InferenceSession]) -> None:
@@ -195,19 +195,19 @@ class SessionChain:
             there.update(outputs)
 
     def get_inputs(self) -> list:
-        """What the first part takes."""
+        """The first part's inputs."""
         return self._sessions[0].get_inputs()
 
     def get_outputs(self) -> list:
-        """What the last part gives."""
+        """The last part's outputs."""
         return self._sessions[-1].get_outputs()
 
     def get_providers(self) -> list[str]:
-        """The providers of every part; they are the same."""
+        """The providers, which are the same for every part."""
         return self._sessions[0].get_providers()
 
     def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """The outputs of these names, as `InferenceSession.run` gives them."""
+        """The outputs of these names, as from `InferenceSession.run`."""
         tensors = dict(feeds)
         for session, inputs, outputs in zip(self._sessions, self._inputs, self._outputs, strict=True):
             tensors.update(zip(outputs, session.run(outputs, {name: tensors[name] for name in inputs}), strict=True))
@@ -215,14 +215,14 @@ class SessionChain:
 
 
 def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSession | SessionChain | BoundSession:
-    """A session on the first provider of the plan. Raises ConfigError where ONNX Runtime would quietly use another.
+    """A session on the plan's first provider. Raises ConfigError if ONNX Runtime would silently use another.
 
-    On a GPU every batch size has run when it is returned.
-    A plan of several parts opens `model.NAME.part1.onnx` and the files after it.
+    On a GPU, every batch size has run before this returns. A plan with parts opens `model.NAME.part1.onnx` and the
+    files after it.
     """
     if plan.parts:
         if not model_path.name.endswith(".part1.onnx"):
-            raise ConfigError(f"{model_path.name}: expected the first of the parts, a name that ends in .part1.onnx")
+            raise ConfigError(f"{model_path.name}: expected the first part, whose name ends in .part1.onnx")
         stem = model_path.name.removesuffix("1.onnx")
         return SessionChain(
             [
@@ -246,7 +246,7 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     wanted = plan.providers[0][0]
     _load_libraries(wanted)
-    try:  # with the fallback, a session that fails at a request would go on with the next provider
+    try:  # no fallback: a session that fails during a request would silently switch to the next provider
         session = onnxruntime.InferenceSession(
             # ONNX Runtime 1.24.1 refuses weights in a second file behind a link: microsoft/onnxruntime#27374.
             str(model_path.resolve()),
@@ -256,7 +256,7 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
         )
     except Exception as error:
         needs = f"; {wanted} needs {_INSTALL[wanted]}" if wanted == "TensorrtExecutionProvider" else ""
-        without = "; optimization.cuda.graphs: false does without CUDA graphs" if plan.graphs else ""
+        without = "; optimization.cuda.graphs: false turns CUDA graphs off" if plan.graphs else ""
         raise ConfigError(
             f"ONNX Runtime cannot load {model_path}: {' '.join(str(error).split())}{needs}; if the file is damaged, "
             f"make it again with `{_maker(model_path)}`{without}"
@@ -264,8 +264,8 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
     got = session.get_providers()[0]
     if got != wanted:
         raise ConfigError(
-            f"{wanted} is asked for, but ONNX Runtime fell back to {got}: is its driver or library there? ONNX "
-            "Runtime's own lines above name what it did not find"
+            f"{wanted} is asked for, but ONNX Runtime fell back to {got}: are its driver and libraries installed? "
+            "ONNX Runtime's own log lines above name what is missing"
         )
     if plan.gpu is None:
         return session
@@ -273,7 +273,7 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
 
 
 def check_plan(plan: SessionPlan) -> None:
-    """Raises ConfigError for a provider or a precision that this machine does not have."""
+    """Raises ConfigError for a provider or precision that this machine lacks."""
     available = onnxruntime.get_available_providers()
     for name, _ in plan.providers:
         if name not in available:
@@ -284,14 +284,14 @@ def check_plan(plan: SessionPlan) -> None:
     asked = (options.get("load_config", "") for providers in plan.parts or [plan.providers] for _, options in providers)
     if any('"bf16"' in config for config in asked) and not computes_bf16():
         raise ConfigError(
-            "openvino_bf16 is asked for, but OpenVINO has no BF16 on this CPU, which needs AVX-512 or AVX2-VNNI-2, and "
-            "would quietly compute in FP32: serve the default configuration, which is FP32"
+            "openvino_bf16 is asked for, but OpenVINO has no BF16 on this CPU: it needs AVX-512 or AVX2-VNNI-2, and "
+            "would silently compute in FP32. Serve the default configuration, which is FP32"
         )
 
 
 @functools.cache
 def computes_bf16() -> bool:
-    """Whether OpenVINO computes in BF16 on this CPU when asked to; where it cannot, it computes in FP32 without a word.
+    """Whether OpenVINO computes in BF16 on this CPU when asked to. If it cannot, it silently computes in FP32.
 
     It needs AVX-512 (F, BW, DQ and VL) or AVX2-VNNI-2. Linux does not list the latter in /proc/cpuinfo, so this
     multiplies two matrices and looks at the rounding.
@@ -306,11 +306,11 @@ def computes_bf16() -> bool:
 
 
 def _load_libraries(provider: str) -> None:
-    """Load what the provider links to out of this environment's wheels, where the system's loader does not look."""
+    """Load the provider's libraries from this environment's wheels, where the system's loader does not look."""
     if provider in _GPU_PROVIDERS:
         onnxruntime.preload_dlls()
     if provider == "TensorrtExecutionProvider":
-        with contextlib.suppress(ImportError):  # a TensorRT of the system is found without its package
+        with contextlib.suppress(ImportError):  # the loader finds a system-wide TensorRT by itself
             importlib.import_module("tensorrt")
 
 
@@ -323,7 +323,7 @@ def _maker(model_path: Path) -> str:
 
 
 def check_contract(config: dict, session: onnxruntime.InferenceSession | SessionChain | BoundSession) -> None:
-    """Raises ConfigError unless the graph has the configuration's tensors: names, types and dims."""
+    """Raises ConfigError unless the graph's tensors match the configuration's names, types and dims."""
     batched = config.get("max_batch_size", 0) > 0
     for title, declared, found in (
         ("input", config["input"], session.get_inputs()),

@@ -1,7 +1,7 @@
 """TensorRT as a Python-based Triton backend, for a server with a GPU that has no native one.
 
-It reads the same `config.pbtxt` as Triton's own `tensorrt` backend. A batch that Triton formed is one execution of the
-plan, by `tensorrt` or `tensorrt_rtx`; with `optimization.cuda.graphs` as a CUDA graph of the next `graph_spec`.
+It reads the same `config.pbtxt` as Triton's own `tensorrt` backend. Each batch is one execution of the plan, by
+`tensorrt` or `tensorrt_rtx`. With `optimization.cuda.graphs` it runs as the CUDA graph of the next larger `graph_spec`.
 """
 
 import json
@@ -19,7 +19,7 @@ class TritonPythonModel:
 
     def initialize(self, args):
         config = json.loads(args["model_config"])
-        # The folder itself, which what is said names, where the repository that is served has a link to it.
+        # The served repository links to this folder; messages should name the folder itself.
         folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
         plan = folder / (config.get("default_model_filename") or "model.plan")
         try:
@@ -37,7 +37,7 @@ class TritonPythonModel:
         )
 
     def execute(self, requests):
-        """One execution for all requests; each gets its own rows, in order."""
+        """Run the plan once for all requests and give each its own rows, in order."""
         try:
             columns = {
                 name: [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in requests]
@@ -49,7 +49,7 @@ class TritonPythonModel:
             return [pb_utils.InferenceResponse(error=failure) for _ in requests]
         ends = np.cumsum([len(array) for array in columns[self._inputs[0]]])
         rows = [np.split(results[name], ends[:-1]) for name in self._outputs]
-        # The rows lie in the runner's pinned buffer; Triton copies them before it calls execute again.
+        # The rows are views of the runner's pinned buffer; Triton copies them before it calls execute again.
         return [
             pb_utils.InferenceResponse(
                 [pb_utils.Tensor(name, parts[i]) for name, parts in zip(self._outputs, rows, strict=True)]
@@ -58,5 +58,5 @@ class TritonPythonModel:
         ]
 
     def finalize(self):
-        """Give the GPU's memory back."""
+        """Free the GPU's memory."""
         self._runner.close()

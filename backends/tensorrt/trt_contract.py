@@ -1,4 +1,4 @@
-"""What a plan must be to serve its `config.pbtxt`, and which TensorRT reads it. Needs neither a GPU nor TensorRT."""
+"""Checks a plan against its `config.pbtxt` and finds the TensorRT that built it. Needs neither a GPU nor TensorRT."""
 
 import importlib
 import json
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-# TensorRT's name for a type -> Triton's. BF16 and FP8 have no numpy type, so no tensor of ours may be one.
+# TensorRT's name for a type -> Triton's. BF16 and FP8 are missing because numpy does not have them.
 TRITON_TYPES = {
     "BOOL": "TYPE_BOOL",
     "UINT8": "TYPE_UINT8",
@@ -18,22 +18,22 @@ TRITON_TYPES = {
     "FLOAT": "TYPE_FP32",
 }
 
-# The manifest's name of a runtime -> the module that is it.
+# The runtime's name in the manifest -> its module.
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 _OTHERWISE = "or serve through clip_onnx, without --model-config-name=trt"
 
 
 class PlanError(ValueError):
-    """The plan, the library or the machine is not what the configuration needs."""
+    """The plan, the library or the machine does not match the configuration."""
 
 
 @dataclass(frozen=True)
 class PlanTensor:
     """One tensor of an engine.
 
-    `type` is Triton's name of it; `dims` has the batch first (-1: dynamic); `batches` is what the optimisation profile
-    allows of an input, smallest and largest (None: an output).
+    `type` is Triton's name. `dims` begins with the batch (-1: dynamic). `batches` is the smallest and largest batch
+    that the optimisation profile allows for an input (None: an output).
     """
 
     name: str
@@ -46,12 +46,12 @@ def check_machine(kind: str) -> None:
     """Raises PlanError unless Triton gave this instance a GPU."""
     if kind != "GPU":
         raise PlanError(
-            f"a plan needs an NVIDIA GPU, and this server sees none: start it where there is one, {_OTHERWISE}"
+            f"a plan needs an NVIDIA GPU, and this server sees none: start it on a machine with one, {_OTHERWISE}"
         )
 
 
 def find_tensorrt(plan: Path, importer: Callable[[str], ModuleType] = importlib.import_module) -> ModuleType:
-    """The library that built the plan, as its manifest says; without a manifest, the first that is installed."""
+    """The library that built the plan, according to its manifest; without a manifest, the first installed one."""
     runtime = _runtime_of(plan)
     if runtime is not None and runtime not in _MODULES:
         raise PlanError(f"{plan.name} was built by '{runtime}': expected one of {', '.join(_MODULES)}")
@@ -67,7 +67,7 @@ def find_tensorrt(plan: Path, importer: Callable[[str], ModuleType] = importlib.
 
 
 def _runtime_of(plan: Path) -> str | None:
-    """What the manifest beside a plan says of its runtime. None: there is no readable manifest."""
+    """The runtime in the manifest beside a plan; None if there is no readable manifest."""
     try:
         return str(json.loads(plan.with_name("manifest.json").read_text())["runtime"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -95,7 +95,7 @@ def plan_tensors(engine, trt: ModuleType) -> list[PlanTensor]:
 
 
 def check_contract(config: dict, tensors: list[PlanTensor]) -> None:
-    """Raises PlanError unless the plan has the configuration's tensors (names, types, dims) and takes its batches."""
+    """Raises PlanError unless the plan matches the configuration's tensors (names, types, dims) and batch sizes."""
     for title, declared, is_input in (("input", config["input"], True), ("output", config["output"], False)):
         found = {tensor.name: tensor for tensor in tensors if (tensor.batches is not None) == is_input}
         names = {entry["name"] for entry in declared}
@@ -119,7 +119,7 @@ def _check_batches(max_batch: int, tensor: PlanTensor) -> None:
     low, high = tensor.batches
     if low > 1 or high < max_batch:
         raise PlanError(
-            f"config.pbtxt asks for batches of 1 to {max_batch}, and the plan takes {low} to {high}: build it again "
+            f"config.pbtxt allows batches of 1 to {max_batch}, but the plan accepts {low} to {high}: rebuild the plan "
             f"with `clip-tools build-engine --max-batch {max_batch}`"
         )
 

@@ -1,7 +1,7 @@
-"""A plan on a GPU: one engine, execution context, stream, and pinned and device buffers for the largest batch.
+"""Runs a plan on a GPU: one engine, execution context and stream, and buffers for the largest batch.
 
-Where the configuration asks for CUDA graphs (`optimization.cuda`), each batch size of its `graph_spec` is captured when
-the plan is loaded, and a batch is padded to the next of them.
+If the configuration enables CUDA graphs (`optimization.cuda`), each batch size in `graph_spec` is captured when the
+plan is loaded. A batch is then padded to the next larger captured size.
 """
 
 import ctypes
@@ -25,11 +25,11 @@ _NUMPY_TYPES = {
 
 
 class CudaError(RuntimeError):
-    """A CUDA call failed. The buffers' content is lost; a driver that is gone fails the next call too."""
+    """A CUDA call failed, so the buffers' contents are undefined. If the driver was lost, the next call fails too."""
 
 
 class Cuda:
-    """The few calls of the CUDA runtime that a plan needs, on one device, with errors raised."""
+    """The CUDA runtime calls that a plan needs, on one device. Each raises CudaError on failure."""
 
     def __init__(self, device_id: int) -> None:
         try:
@@ -51,7 +51,7 @@ class Cuda:
         return values[0] if values else None
 
     def use_device(self) -> None:
-        """Make the device current for this thread, which each thread has to do."""
+        """Make the device current for the calling thread."""
         self._call("cudaSetDevice", self._device_id)
 
     def new_stream(self) -> int:
@@ -59,29 +59,29 @@ class Cuda:
         return int(self._call("cudaStreamCreateWithFlags", self._runtime.cudaStreamNonBlocking))
 
     def allocate(self, size_bytes: int) -> int:
-        """The address of memory on the device."""
+        """Allocate memory on the device and return its address."""
         return int(self._call("cudaMalloc", size_bytes))
 
     def allocate_pinned(self, size_bytes: int) -> int:
-        """The address of page-locked memory of the host: the only kind that is copied without waiting."""
+        """Allocate page-locked host memory, the only kind that copies asynchronously, and return its address."""
         return int(self._call("cudaMallocHost", size_bytes))
 
     def copy_in(self, device: int, host: int, size_bytes: int, stream: int) -> None:
-        """Host to device, in the stream's order."""
+        """Copy from host to device, in stream order."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", device, host, size_bytes, kind, stream)
 
     def copy_out(self, host: int, device: int, size_bytes: int, stream: int) -> None:
-        """Device to host, in the stream's order."""
+        """Copy from device to host, in stream order."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", host, device, size_bytes, kind, stream)
 
     def wait_for(self, stream: int) -> None:
-        """Return when everything in the stream is done."""
+        """Wait until all work in the stream is done."""
         self._call("cudaStreamSynchronize", stream)
 
     def capture(self, stream: int, enqueue: Callable[[], None]) -> object:
-        """What `enqueue` puts into the stream, as a graph to launch; it does not run now."""
+        """Capture the work that `enqueue` submits as a graph, without running it."""
         modes = self._runtime.cudaStreamCaptureMode
         self._call("cudaStreamBeginCapture", stream, modes.cudaStreamCaptureModeThreadLocal)
         try:
@@ -93,11 +93,11 @@ class Cuda:
         return executable
 
     def launch(self, graph: object, stream: int) -> None:
-        """Run a captured graph, in the stream's order."""
+        """Run a captured graph, in stream order."""
         self._call("cudaGraphLaunch", graph, stream)
 
     def free(self, stream: int, device: list[int], pinned: list[int]) -> None:
-        """Give everything back."""
+        """Destroy the stream and free the memory."""
         self._call("cudaStreamDestroy", stream)
         for address in device:
             self._call("cudaFree", address)
@@ -106,7 +106,7 @@ class Cuda:
 
 
 class Buffer:
-    """A tensor's memory for the largest batch: pinned on the host, where `array` is it, and on the device."""
+    """A tensor's memory for the largest batch: on the device, and pinned on the host, where `array` is a view of it."""
 
     def __init__(self, cuda: Cuda, entry: dict, max_batch: int) -> None:
         shape = (max_batch, *(int(size) for size in entry["dims"]))
@@ -120,10 +120,10 @@ class Buffer:
 
 
 class PlanRunner:
-    """Runs batches of at most `max_batch_size`. One at a time: each instance has its own."""
+    """Runs batches of at most `max_batch_size`, one at a time: each model instance has its own runner."""
 
     def __init__(self, plan: Path, config: dict, *, trt: ModuleType, cuda: Cuda) -> None:
-        """Raises PlanError when the plan is missing, not for this TensorRT and GPU, or not what the config asks for."""
+        """Raises PlanError if the plan is missing, does not fit this TensorRT or GPU, or does not match the config."""
         if not plan.is_file():
             raise PlanError(f"{plan} is missing: make it with `clip-tools build-engine`")
         self._cuda, self._max_batch = cuda, config["max_batch_size"]
@@ -131,14 +131,14 @@ class PlanRunner:
         engine = runtime.deserialize_cuda_engine(plan.read_bytes())
         if engine is None:
             raise PlanError(
-                f"{plan.name} does not load in {trt.__name__} {trt.__version__} on this GPU, and a plan loads only in "
-                "the version and on the GPU that it was built for: build it again with `clip-tools build-engine`"
+                f"{plan.name} does not load in {trt.__name__} {trt.__version__} on this GPU. A plan loads only in "
+                "the version and on the GPU that it was built for: rebuild it with `clip-tools build-engine`"
             )
         check_contract(config, plan_tensors(engine, trt))
         self._runtime, self._engine = runtime, engine  # they must outlive the context
         graphs = (config.get("optimization") or {}).get("cuda") or {}
         sizes = [int(spec["batch_size"]) for spec in graphs.get("graph_spec") or []] if graphs.get("graphs") else []
-        # TensorRT for RTX captures by itself: it compiles for a shape when that comes, which our capture would meet.
+        # TensorRT for RTX captures graphs itself. It compiles a shape at first use, which would break our capture.
         captures_itself = bool(sizes) and hasattr(trt, "CudaGraphStrategy")
         self._context = engine.create_execution_context(*([_rtx_graphs(engine, trt)] if captures_itself else []))
         if self._context is None:
@@ -151,24 +151,24 @@ class PlanRunner:
         self._graphs = {size: self._ready(size, captures_itself) for size in sorted(sizes)}
 
     def _ready(self, size: int, captures_itself: bool) -> object | None:
-        """A batch size's CUDA graph, which has run; None where TensorRT keeps it. Raises PlanError when it fails."""
+        """The CUDA graph of a batch size, after one run; None if TensorRT keeps the graph. Raises PlanError."""
         try:
-            self._enqueue(size)  # TensorRT sets itself up for a shape in its first run, which cannot be captured
+            self._enqueue(size)  # a shape's first run sets TensorRT up and cannot be captured
             graph = None if captures_itself else self._cuda.capture(self._stream, lambda: self._enqueue(size))
             self._run(size, graph)
             self._cuda.wait_for(self._stream)
         except CudaError as error:
             raise PlanError(
                 f"a batch of {size} cannot be captured as a CUDA graph: {error}; "
-                "`optimization { cuda { graphs: false } }` serves without"
+                "`optimization { cuda { graphs: false } }` turns graphs off"
             ) from error
         return graph
 
     def run(self, columns: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
-        """Each output for the requests' arrays of each input, joined: (sum of their rows, *dims).
+        """The outputs by name, (sum of the rows, *dims), for a list of arrays for each input.
 
-        The arrays returned lie in pinned memory, and the next call writes over them. Raises ValueError for arrays that
-        do not fit, CudaError when the device fails.
+        The returned arrays are views of pinned memory, and the next call overwrites them. Raises ValueError for arrays
+        of a wrong shape, type or number, CudaError if the device fails.
         """
         counts = {name: sum(len(array) for array in arrays) for name, arrays in columns.items()}
         rows = counts[self._inputs[0].name]
@@ -178,7 +178,7 @@ class PlanRunner:
         for buffer in self._inputs:
             _gather(columns[buffer.name], buffer)
             self._cuda.copy_in(buffer.device, buffer.host, rows * buffer.row_bytes, self._stream)
-        # In the rows up to the graph's is what an earlier batch left: each is computed from itself alone.
+        # Padding rows hold data of an earlier batch; they do not affect the other rows.
         size = next((size for size in self._graphs if rows <= size), rows)
         self._run(size, self._graphs.get(size))
         for buffer in self._outputs:
@@ -200,14 +200,14 @@ class PlanRunner:
             raise CudaError("the plan's execution could not be started; the server's log has TensorRT's reason")
 
     def close(self) -> None:
-        """Give the device's memory back."""
+        """Free the device's and the pinned memory."""
         buffers = (*self._inputs, *self._outputs)
         self._context = None
         self._cuda.free(self._stream, [buffer.device for buffer in buffers], [buffer.host for buffer in buffers])
 
 
 def _rtx_graphs(engine, trt: ModuleType):
-    """TensorRT for RTX's own CUDA graphs, with each shape's kernels compiled in its first run."""
+    """A runtime config with TensorRT for RTX's own CUDA graphs; each shape's kernels compile in its first run."""
     config = engine.create_runtime_config()
     config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
     strategies = trt.DynamicShapesKernelSpecializationStrategy
@@ -216,7 +216,7 @@ def _rtx_graphs(engine, trt: ModuleType):
 
 
 def _gather(arrays: list[np.ndarray], buffer: Buffer) -> None:
-    """The arrays' rows, one after another, into the pinned buffer."""
+    """Copy the rows of all arrays, one after another, into the pinned buffer."""
     start = 0
     for array in arrays:
         if array.shape[1:] != buffer.array.shape[1:] or array.dtype != buffer.array.dtype:

@@ -186,7 +186,7 @@ def test_a_damaged_model_file_is_named_with_what_to_do(tmp_path, onnx_model):
         open_session(damaged, session_plan({}, "CPU", 0))
     assert "\n" not in str(error.value)
     assert "graphs" not in str(error.value)
-    with pytest.raises(ConfigError, match=r"; optimization.cuda.graphs: false does without CUDA graphs"):
+    with pytest.raises(ConfigError, match=r"; optimization.cuda.graphs: false turns CUDA graphs off"):
         open_session(damaged, replace(session_plan({}, "CPU", 0), graphs=True))
 
 

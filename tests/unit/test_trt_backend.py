@@ -175,8 +175,8 @@ def test_the_committed_configuration_accepts_the_plan_it_was_written_for():
         ([PlanTensor("pixels", "TYPE_UINT8", (-1, 3, 224, 224), (1, 64)), EMBEDDING], r"\[3, 224, 224\]"),
         ([PIXELS, PlanTensor("embedding", "BF16", (-1, 512), None)], "TYPE_FP32, the plan BF16"),
         ([PIXELS, PlanTensor("embedding", "TYPE_FP32", (-1, 768), None)], r"\[512\], the plan \[768\]"),
-        ([PlanTensor("pixels", "TYPE_UINT8", PIXELS.dims, (1, 32)), EMBEDDING], "takes 1 to 32.*--max-batch 64"),
-        ([PlanTensor("pixels", "TYPE_UINT8", PIXELS.dims, (8, 64)), EMBEDDING], "takes 8 to 64"),
+        ([PlanTensor("pixels", "TYPE_UINT8", PIXELS.dims, (1, 32)), EMBEDDING], "accepts 1 to 32.*--max-batch 64"),
+        ([PlanTensor("pixels", "TYPE_UINT8", PIXELS.dims, (8, 64)), EMBEDDING], "accepts 8 to 64"),
     ],
 )
 def test_a_plan_with_other_tensors_or_batches_is_refused(tensors, message):
