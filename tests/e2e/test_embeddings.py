@@ -125,8 +125,8 @@ def test_a_preprocess_without_its_library_and_heif_says_so_and_gives_the_same_pi
     before, after = server.options.log.read_text().split(f"loading: {name}", 1)
     assert "resamples with Pillow" not in before
     assert re.search(r"resamples with Pillow.*`make setup` builds it", after)
-    assert "accepts no HEIC and HEIF" not in before
-    assert "accepts no HEIC and HEIF: No module named 'not_installed'; install pillow-heif" in after
+    assert "does not accept HEIC and HEIF" not in before
+    assert "does not accept HEIC and HEIF: No module named 'not_installed'; install pillow-heif" in after
 
 
 def test_64_bad_images_are_all_named_in_one_message(server):

@@ -58,5 +58,5 @@ def test_photographs_in_batches_get_their_own_vectors_and_a_bad_one_a_refusal(se
 @pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
 def test_without_a_gpu_the_load_says_what_to_do(repository, tmp_path):
     options = options_for(repository, tmp_path / "log", config_name="gpu")
-    with pytest.raises(Exception, match=r"mode gpu needs .*take mode exact or fast"), EmbeddedServer(options):
+    with pytest.raises(Exception, match=r"mode gpu needs .*use mode exact or fast"), EmbeddedServer(options):
         pass

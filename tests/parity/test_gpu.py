@@ -223,7 +223,7 @@ def test_one_bad_image_fails_its_request_and_no_other(model, gpu, limits):
     requests = [[good], [other, good[:500], b""], [encoded(Image.new("RGB", (4000, 3000)))], [other, good]]
     tensors = [np.array(images, dtype=object).reshape(-1, 1) for images in requests]
     first, second, third, fourth, none = model.execute([*tensors, np.array([good], dtype=object)])
-    assert "came a batch size of 0" in none.error.message
+    assert "got a batch size of 0" in none.error.message
     for response, images in ((first, requests[0]), (fourth, requests[3])):
         assert response.error is None, response.error.message
         ((name, pixels),) = response.tensors
@@ -253,9 +253,9 @@ def test_what_is_the_servers_trouble_fails_the_request_that_met_it_alone(model, 
 
 def test_without_its_packages_or_a_gpu_the_mode_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
-    with pytest.raises(ValueError, match=r"needs the packages .*nvidia-nvimgcodec-cu13.*take mode exact or fast"):
+    with pytest.raises(ValueError, match=r"needs the packages .*nvidia-nvimgcodec-cu13.*use mode exact or fast"):
         clip_gpu.open_batches(parameters())
-    with pytest.raises(ValueError, match="not bicubic, longest: take exact"):
+    with pytest.raises(ValueError, match="not bicubic, longest: use mode exact"):
         clip_gpu.open_batches(parameters(resize_mode="longest"))
     monkeypatch.setattr("clip_gpu.find_kernel", lambda: None)
     with pytest.raises(ValueError, match=r"needs the library of clip_resample\.c"):

@@ -1,6 +1,6 @@
-"""Whole batches for `mode: "gpu"`: which images the GPU decodes, what goes to the CPU, and the tables of its kernel.
+"""Preprocesses whole batches for `mode: "gpu"`: divides the images between GPU and CPU and fills the kernel's tables.
 
-All of it runs without a GPU too: what does the work is handed in (`Gpu`; clip_gpu.py has the real one).
+It needs no GPU itself: it calls a `Gpu`, which clip_gpu.py implements.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,13 +15,13 @@ from clip_fit import Fit
 from clip_orientation import Turn, turn_of
 from clip_preprocess import Limits, PixelBudget, opened
 
-# Decoded at once: 2.4 GB. 64 photographs of 12 megapixels.
+# Decoded at once: 64 photographs of 12 megapixels, 2.4 GB.
 _MAX_PIXELS_AT_ONCE = 800_000_000
 _BANDS = 3
 
 
 class Picture(NamedTuple):
-    """A decoded image on the GPU, RGB of 8 bits side by side; `owner` keeps its memory."""
+    """A decoded image on the GPU, interleaved 8-bit RGB; `owner` keeps its memory alive."""
 
     pointer: int
     row_bytes: int
@@ -31,33 +31,33 @@ class Picture(NamedTuple):
 
 
 class Memory(Protocol):
-    """A block of the GPU's memory, kept while it is referred to."""
+    """A block of GPU memory, freed with its last reference."""
 
     pointer: int
 
 
 class Gpu(Protocol):
-    """What this module asks of a GPU. All is done in the order of the calls."""
+    """The GPU operations that this module needs. They run in the order of the calls."""
 
     def decode(self, jpegs: Sequence[bytes]) -> Sequence[Picture | None]:
-        """In one call, as they lie in the file; None for each that it cannot decode."""
+        """Decode all in one call, ignoring EXIF; None for each that cannot be decoded."""
 
     def allocate(self, size_bytes: int) -> Memory:
-        """So many bytes, of any contents."""
+        """Allocate uninitialised memory."""
 
     def write(self, pointer: int, values: np.ndarray) -> None:
         """Copy from the host. The array may change once this returns."""
 
     def resample(self, grid: tuple[int, int], *tables: int) -> None:
-        """Run clip_gpu.cu over the tables at these pointers: `grid` is pixels, images."""
+        """Run clip_gpu.cu on the tables at these pointers; `grid` is (pixels, images)."""
 
     def finish(self) -> None:
-        """Return when all of it is done."""
+        """Wait until all work is done."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A JPEG for the GPU: `slot` is its place in the batch."""
+    """A JPEG to decode on the GPU; `slot` is its index in the batch."""
 
     slot: int
     image_bytes: bytes
@@ -68,23 +68,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Batch:
-    """The pixels of all images, (N, side, side, 3) uint8 RGB in `memory`, and why some have none, by slot."""
+    """The pixels of all images, (N, side, side, 3) uint8 RGB in `memory`, and the errors of failed ones by slot."""
 
     memory: Memory
     failed: dict[int, Exception]
 
 
-# Takes the image and what its request has left; None where that was taken already.
+# (image_bytes, budget) -> pixels. The budget is None if the image was charged already.
 OnCpu = Callable[[bytes, PixelBudget | None], np.ndarray]
 
 
 def pixels_of_batch(
     images: Iterable[tuple[bytes, PixelBudget]], limits: Limits, gpu: Gpu, on_cpu: OnCpu, *, upright: bool
 ) -> Batch:
-    """The pixels of encoded images, each with its request's budget.
+    """The pixels of encoded images, each given with its request's budget.
 
-    RGB JPEGs are decoded on the GPU: their pixels are near libjpeg's, and resized by Pillow's arithmetic from there.
-    All else, and what the GPU cannot decode, `on_cpu` does. Whatever is raised for an image fails that one alone.
+    RGB JPEGs are decoded on the GPU, to pixels close to libjpeg's, and resized with Pillow's arithmetic. `on_cpu` takes
+    all other images and those that the GPU cannot decode. An exception for one image fails only that image.
     """
     images, failed = list(images), {}
     size_bytes = limits.fit.side_px**2 * _BANDS
@@ -119,15 +119,15 @@ def pixels_of_batch(
             if job.slot not in slots:
                 by_cpu(job.slot, None)
         gpu.finish()
-        del decoded, good, kept  # not before
+        del decoded, good, kept  # the GPU was still using them
     gpu.finish()
     return Batch(memory, failed)
 
 
 def _job_of(slot: int, image_bytes: bytes, budget: PixelBudget, limits: Limits, upright: bool) -> Job | None:
-    """None for what Pillow decodes. Raises RefusedImage."""
+    """The job for an image; None if Pillow should decode it. Raises RefusedImage."""
     if not image_bytes.startswith(b"\xff\xd8") or not image_bytes.endswith(b"\xff\xd9"):
-        return None  # cut off, or with something behind it: Pillow knows which
+        return None  # truncated, or with trailing data: Pillow tells which
     image = opened(image_bytes, limits)
     if (image.format, image.mode) != ("JPEG", "RGB"):
         return None
@@ -162,7 +162,7 @@ _PASS = np.dtype(  # struct pass of clip_gpu.cu
 
 
 class _Axes:
-    """The windows of all axes of a batch, each kind once."""
+    """The resampling windows of all axes of a batch, without duplicates."""
 
     def __init__(self) -> None:
         self._places: dict[tuple[int, ...], tuple[int, int]] = {}
@@ -170,7 +170,7 @@ class _Axes:
         self._windows = self._coefficients = 0
 
     def place(self, *which: int) -> tuple[clip_resample.Axis, dict[str, int]]:
-        """The axis, and where it stands in the tables."""
+        """The axis and its position in the tables."""
         axis = _axis(*which)
         if which not in self._places:
             self._places[which] = self._windows, self._coefficients
@@ -182,7 +182,7 @@ class _Axes:
         return axis, fields
 
     def tables(self) -> list[np.ndarray]:
-        """`first`, `taps` and `whole`."""
+        """The tables `first`, `taps` and `whole`."""
         return [np.concatenate([table.reshape(-1) for table in tables]) for tables in zip(*self._axes, strict=True)]
 
 
@@ -192,7 +192,7 @@ def _axis(length: int, resized: int, kept: int, count: int, is_mirrored: int) ->
 
 
 def _resample(pictures: Sequence[tuple[Picture, Turn | None]], targets: Sequence[int], gpu: Gpu, fit: Fit) -> list:
-    """Start both passes over all pictures; what is given back must be kept until they are done."""
+    """Start both passes over all pictures. The caller must keep the returned memory until they are done."""
     if not pictures:
         return []
     axes = _Axes()
@@ -232,7 +232,7 @@ def _fill(passes: np.ndarray, axes: _Axes, picture: Picture, turn: Turn | None, 
     target = sum((side_px - 1) * step for step, is_mirrored in zip(target_step, mirrors, strict=True) if is_mirrored)
     target_step = [-step if is_mirrored else step for step, is_mirrored in zip(target_step, mirrors, strict=True)]
     less = [length - size for length, size in zip(lengths, sizes, strict=True)]
-    # Pillow's rule, of the image as it is turned; see clip_resample.c.
+    # Pillow's order of the passes, for the rotated image; see clip_resample.c.
     across, down = less[::-1] if is_sideways else less
     first = int((down > 0 and down > 2 * across) != is_sideways)  # 0: across
     then = 1 - first

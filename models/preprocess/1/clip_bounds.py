@@ -1,8 +1,8 @@
-"""What a file may cost: bounds on its structure, checked before Pillow decodes it.
+"""Checks a file's structure against bounds before Pillow decodes it.
 
-Pixels and bytes alone bound neither time nor memory: every scan of a progressive JPEG passes over the whole image, so
-a file of 0.1 MB can decode for minutes. Each bound here stands between what real files need and what was seen to hurt,
-on one core at 2 GHz, of 121 photographs and of files that were made to hurt (tests/fuzz_files.py).
+Limits on pixels and bytes alone bound neither time nor memory: every scan of a progressive JPEG passes over the whole
+image, so a file of 0.1 MB can take minutes. Each bound lies between what 121 real photographs need and what hurt on one
+core at 2 GHz, measured with files that were made to hurt (tests/fuzz_files.py).
 """
 
 import io
@@ -13,32 +13,32 @@ from collections.abc import Iterator
 
 # Pillow reads headers, PNG chunks, GIF blocks, RLE bitmaps and odd PPM files piece by piece in Python: 1 to 2 us each.
 _MAX_READS = 2_000_000
-# A photograph has under 60, one with much metadata was seen with 1,100; 10,000 took Pillow 0.5 s at most. It copies all
-# EXIF so far at each piece.
+# A photograph has under 60 segments; one with much metadata had 1,100. 10,000 took Pillow 0.5 s at most. At each EXIF
+# segment it copies all EXIF so far.
 _MAX_JPEG_SEGMENTS, _MAX_EXIF_SEGMENTS = 10_000, 64
-# So many scans of an image of max_image_pixels are passed over in 2 s; a progressive photograph has 10.
+# This many scans of an image of max_image_pixels take 2 s; a progressive photograph has 10.
 _MAX_SCANS_OF_THE_LARGEST = 20
-# Each may inflate to 1 MiB, in 4 ms. Pillow bounds the sum of their sizes only where they inflate without an error.
+# Each may inflate to 1 MiB, in 4 ms. Pillow bounds the sum of their sizes only if they inflate without an error.
 _MAX_COMPRESSED_TEXTS = 64
-_MAX_PNG_CHUNKS = 100_000  # of 8 KiB, as libpng writes them, 32 MiB have 4096
-# One row each, or 256 x 256 tiles with room to spare.
+_MAX_PNG_CHUNKS = 100_000  # 32 MiB in libpng's 8 KiB chunks are 4096
+# Enough for strips of one row, and for 256 x 256 tiles with room to spare.
 _MAX_TIFF_SEGMENTS = 100_000
-# libavif looks for each item from the first one on: 100,000 items in 1.8 MB took 22 s. 64 KiB hold about 3,000.
+# libavif searches its items linearly: 100,000 items in 1.8 MB took 22 s. 64 KiB hold about 3,000.
 _MAX_AVIF_TABLE_BYTES, _MAX_AVIF_MOVIE_BYTES, _MAX_AVIF_PROPERTIES = 64 << 10, 256 << 10, 4096
-# OpenJPEG allocates every tile, precinct and code-block before the first is decoded. 100 megapixels of the usual
-# 64 x 64 code-blocks are 100,000 in three colours; 2,000,000 took 750 MB. It needs 18 bytes a pixel, others up to 10,
-# so an image may have half the pixels.
+# OpenJPEG allocates every tile, precinct and code-block before it decodes. An RGB image of 100 megapixels has 100,000
+# code-blocks of the usual 64 x 64; 2,000,000 took 750 MB. OpenJPEG needs 18 bytes a pixel, other decoders up to 10, so
+# the limit on pixels is halved.
 _MAX_J2K_TILES, _MAX_J2K_PARTS, _J2K_PIXEL_COST = 16_384, 1_000_000, 2
-# These are decoded in Python, pixel by pixel.
+# Pillow decodes these in Python, pixel by pixel.
 MAX_ICON_PIXELS, MAX_RLE_BITMAP_PIXELS = 4_000_000, 16_000_000
 _MAX_PLAIN_PPM_BYTES, _MAX_PLAIN_PPM_COMMENTS = 8 << 20, 1000
 
 
 class RefusedImage(ValueError):
-    """This image has no pixels: fix or drop it, trying again does not help.
+    """The image cannot be accepted: fix or drop it. Retrying does not help.
 
-    `code` is one word for programs: empty, too_large, too_many_pixels, too_complex, too_deep, unsupported_format,
-    not_an_image, truncated or corrupt. `reason` is a sentence for people, in one line.
+    `code` is for programs: empty, too_large, too_many_pixels, too_complex, too_deep, unsupported_format, not_an_image,
+    truncated or corrupt. `reason` is one line for people.
     """
 
     def __init__(self, code: str, reason: str) -> None:
@@ -47,7 +47,7 @@ class RefusedImage(ValueError):
         self.reason = " ".join(reason.split())
 
 
-# What the first bytes of encodings that people do send look like: (offset, bytes) -> name.
+# Signatures of formats that people send: (offset, bytes) -> name.
 _SIGNATURES = {
     (0, b"\xff\xd8\xff"): "JPEG",
     (0, b"\x89PNG\r\n\x1a\n"): "PNG",
@@ -71,7 +71,7 @@ _SIGNATURES = {
     (0, b"qoif"): "QOI",
     (0, b"BPG\xfb"): "BPG",
 }
-# The brands of an ISO media file, of which it names several.
+# Brands of ISO media files. A file lists several.
 _BRANDS = {
     "AVIF": {b"avif", b"avis"},
     "HEIC": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"},
@@ -81,9 +81,9 @@ _BRANDS = {
 
 
 def format_of(image_bytes: bytes) -> str | None:
-    """What an encoding's first bytes say that it is; None: nothing that is known here."""
+    """The name of the format that the first bytes identify; None if unknown."""
     if image_bytes[4:8] == b"ftyp":
-        # The minor version, at 12, is no brand.
+        # Skip the minor version at 12.
         ends = [8, *range(16, min(int.from_bytes(image_bytes[:4], "big"), 256), 4)]
         brands = {image_bytes[at : at + 4] for at in ends}
         return next((name for name, known in _BRANDS.items() if known & brands), None)
@@ -91,25 +91,25 @@ def format_of(image_bytes: bytes) -> str | None:
 
 
 def check_depth(mode: str, deep_gray: str) -> None:
-    """Raises RefusedImage for gray of over 8 bits, unless it is to be clipped."""
+    """Raises RefusedImage for gray with over 8 bits, unless `deep_gray` is clip."""
     if mode.startswith(("I", "F")) and deep_gray != "clip":
         raise RefusedImage(
             "too_deep",
-            "gray of over 8 bits, of which open_clip makes white wherever it is over 255; scale it to 8 bits, or set "
-            "the parameter deep_gray of preprocess to clip",
+            "gray with over 8 bits, which open_clip clips to white above 255; scale it to 8 bits, or set the parameter "
+            "deep_gray of preprocess to clip",
         )
 
 
 def code_of(error: Exception) -> str:
-    """The code for what a decoder says."""
+    """The refusal code for a decoder's error."""
     message = str(error)
-    if "MAX_TEXT" in message:  # Pillow's bounds on PNG's texts, which open_clip has too
+    if "MAX_TEXT" in message:  # Pillow's limits on PNG texts, which apply in open_clip too
         return "too_complex"
     return "truncated" if "truncated" in message.lower() else "corrupt"
 
 
 class CountedReads(io.BytesIO):
-    """A file in memory that ends with RefusedImage for whoever reads it in too many pieces."""
+    """An in-memory file that raises RefusedImage after too many reads."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(content)
@@ -118,12 +118,12 @@ class CountedReads(io.BytesIO):
     def read(self, size: int | None = -1, /) -> bytes:
         self._left -= 1
         if self._left < 0:
-            raise RefusedImage("too_complex", f"over {_MAX_READS} pieces; save it anew, as JPEG")
+            raise RefusedImage("too_complex", f"over {_MAX_READS} reads to decode it; save it again as JPEG")
         return super().read(size)
 
 
 def check_structure(image_bytes: bytes, *, max_jpeg_scans: int, max_image_pixels: int) -> None:
-    """Raises RefusedImage for a file whose structure alone makes it dear. One that is merely broken passes."""
+    """Raises RefusedImage for a file whose structure makes decoding expensive. A file that is merely broken passes."""
     if image_bytes.startswith(b"\xff\xd8\xff"):
         _check_jpeg(image_bytes, max_jpeg_scans, max_image_pixels)
     elif image_bytes.startswith(b"\x89PNG"):
@@ -143,7 +143,7 @@ def check_structure(image_bytes: bytes, *, max_jpeg_scans: int, max_image_pixels
 
 def refuse_over(count: int, limit: int, what: str) -> None:
     if count > limit:
-        raise RefusedImage("too_complex", f"over {limit} {what}; save it anew, as JPEG")
+        raise RefusedImage("too_complex", f"over {limit} {what}; save it again as JPEG")
 
 
 # A marker, for libjpeg and Pillow alike: not a stuffed zero, a restart or a fill byte.
@@ -154,7 +154,7 @@ _EOI, _SOS, _APP1 = 0xD9, 0xDA, 0xE1
 
 
 def _check_jpeg(data: bytes, max_scans: int, max_pixels: int) -> None:
-    """Bounds the header's segments and the scans. A file whose first scan is its only one is not searched further."""
+    """Bounds the header's segments and the scans. Stops at the first scan if there can be no other."""
     position, segments, exifs, scans = 2, 0, 0, 0
     components, is_progressive = 0, False
     while found := _JPEG_MARKER.search(data, position):
@@ -169,7 +169,7 @@ def _check_jpeg(data: bytes, max_scans: int, max_pixels: int) -> None:
             scans += 1
             refuse_over(scans, max_scans, "JPEG scans, each of which passes over the whole image")
             if not is_progressive and body[:1] >= bytes((components,)):
-                return  # libjpeg takes no second scan then
+                return  # libjpeg reads no second scan of such a file
         else:
             segments += 1
             exifs += marker == _APP1 and body == b"Exif\0\0"
@@ -205,8 +205,8 @@ _TIFF_TAGS = {_WIDTH, _HEIGHT, _SAMPLES, _PLANAR, _STRIP_OFFSETS, _STRIP_ROWS, _
 
 
 def _check_tiff(data: bytes, max_pixels: int) -> None:
-    """Bounds how many strips or tiles the first picture has, what they would unpack to, and what they read."""
-    if data.startswith(b"MM\0+"):  # Pillow takes it for a classic TIFF, libtiff for what it is
+    """Bounds the first image's strips or tiles: their number, their unpacked size and the bytes that they read."""
+    if data.startswith(b"MM\0+"):  # Pillow reads it as classic TIFF, libtiff as BigTIFF
         raise RefusedImage("unsupported_format", "big-endian BigTIFF is not accepted; send JPEG")
     tags = _tiff_tags(data)
 
@@ -232,7 +232,7 @@ def _check_tiff(data: bytes, max_pixels: int) -> None:
 
 
 def _tiff_tags(data: bytes) -> dict[int, tuple[int, tuple[int, ...]]]:
-    """Of the first directory, the tags that lay out pixels: how many values each has, and at most the first 100,001."""
+    """The first directory's tags of the pixel layout: the number of values, and at most the first 100,001 of them."""
     order, is_big = "<" if data[:2] == b"II" else ">", data[2:3] == b"+"
     start, number, entry = ("Q", "Q", "HHQ8s") if is_big else ("I", "H", "HHI4s")
     tags: dict[int, tuple[int, tuple[int, ...]]] = {}
@@ -246,18 +246,18 @@ def _tiff_tags(data: bytes) -> dict[int, tuple[int, tuple[int, ...]]]:
             if tag not in _TIFF_TAGS or kind not in _TIFF_TYPES:
                 continue
             if tag in tags:
-                raise RefusedImage("corrupt", f"TIFF tag {tag} stands in the directory twice")
+                raise RefusedImage("corrupt", f"TIFF tag {tag} occurs twice in its directory")
             values = f"{order}{min(count, _MAX_TIFF_SEGMENTS + 1)}{_TIFF_TYPES[kind]}"
             inside = struct.calcsize(values) <= len(inline)
             (place,) = struct.unpack(order + start, inline)
             tags[tag] = count, struct.unpack_from(values, inline if inside else data, 0 if inside else place)
     except (struct.error, OverflowError):
-        pass  # the decoders stumble too, each in its way
+        pass  # the decoder reports it
     return tags
 
 
 def boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """The (kind, start, end) of the contents of each box of an ISO media file."""
+    """The (kind, start, end) of each box's contents in an ISO media file."""
     while end - start >= 8:
         size, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
         header = 8
@@ -290,7 +290,7 @@ _COD, _COC, _SOT, _SOD = 0x52, 0x53, 0x90, 0x93
 
 
 def _check_jpeg2000(data: bytes, max_pixels: int) -> None:
-    """Bounds tiles, precincts, code-blocks and packets, in the main header and in those of the tile-parts."""
+    """Bounds tiles, precincts, code-blocks and packets, in the main header and the tile-part headers."""
     stream = (
         0 if data[:1] == b"\xff" else next((at for kind, at, _ in boxes(data, 0, len(data)) if kind == b"jp2c"), -1)
     )
@@ -301,7 +301,7 @@ def _check_jpeg2000(data: bytes, max_pixels: int) -> None:
     width, height = x1 - x0, y1 - y0
     if min(width, height, tile_w, tile_h) <= 0 or min(x1 - tile_x, y1 - tile_y) <= 0:
         return
-    if width * height > max_pixels:  # the box around the codestream may say less
+    if width * height > max_pixels:  # the enclosing box may claim fewer
         raise RefusedImage("too_many_pixels", f"{width} x {height} px; at most {max_pixels} pixels are accepted")
     tiles = -(-(x1 - tile_x) // tile_w) * -(-(y1 - tile_y) // tile_h)
     refuse_over(tiles, _MAX_J2K_TILES, "JPEG 2000 tiles")
@@ -312,9 +312,9 @@ def _check_jpeg2000(data: bytes, max_pixels: int) -> None:
         if marker == _SOT and len(body) >= 8:
             part_start, part_bytes = position, int.from_bytes(body[2:6], "big")
         if marker == _SOD:
-            if part_bytes < 14:  # the last one, up to the end
+            if part_bytes < 14:  # the last one extends to the end
                 return
-            if part_start + part_bytes <= position:  # what was passed over would be passed over again
+            if part_start + part_bytes <= position:  # the loop would not advance
                 raise RefusedImage("corrupt", "a JPEG 2000 tile-part ends within its own header")
             position, part_bytes = part_start + part_bytes, 0
             continue
@@ -332,12 +332,12 @@ def _check_jpeg2000(data: bytes, max_pixels: int) -> None:
 
 
 def _parts_of_a_tile(size: tuple[int, int], coding: bytes, *, has_precincts: bool) -> tuple[int, int]:
-    """How many code-blocks and precincts one component of one tile has at most."""
+    """The most code-blocks and precincts that one component of one tile can have."""
     levels, block_width, block_height = coding[0], coding[1] + 2, coding[2] + 2
     blocks = precincts = 0
     for level in range(min(levels, 32) + 1):
         precinct = coding[5 + level] if has_precincts and len(coding) > 5 + level else 0xFF
-        # Of each resolution but the lowest, three bands of half its size.
+        # Each resolution but the lowest has three bands of half its size.
         width, height = (max(1, side >> (levels - level)) for side in size)
         precinct_width, precinct_height = precinct & 15, precinct >> 4
         half = 1 if level else 0

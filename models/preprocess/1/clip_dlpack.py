@@ -1,4 +1,4 @@
-"""Memory that this program holds, lent to other libraries by DLPack without a copy: https://dmlc.github.io/dlpack."""
+"""Shares memory with other libraries through DLPack, without a copy: https://dmlc.github.io/dlpack."""
 
 import ctypes
 import math
@@ -29,7 +29,7 @@ class _ManagedTensor(ctypes.Structure):
     _fields_ = (("tensor", _Tensor), ("manager", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
 
 
-_lent: dict[int, tuple[Any, ...]] = {}  # by address: what must live until its deleter is called
+_lent: dict[int, tuple[Any, ...]] = {}  # by address: kept alive until the deleter is called
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -51,20 +51,20 @@ _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_
 
 
 class Lent:
-    """uint8 of this shape, C order, at `pointer` on a device; `owner` lives as long as whoever takes it.
+    """A uint8 array in C order at `pointer` on a device. Its consumers keep `owner` alive.
 
-    What was written there must be done before it is lent: it waits for no stream.
+    All writes to it must be done before: no stream is synchronised.
     """
 
     def __init__(self, pointer: int, shape: Sequence[int], device: tuple[int, int], owner: Any) -> None:
         self._pointer, self._shape, self._device, self._owner = pointer, tuple(shape), device, owner
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        """(DLDeviceType, its number)."""
+        """(DLDeviceType, device number)."""
         return self._device
 
     def __dlpack__(self, stream: int | None = None) -> Any:
-        """The capsule."""
+        """The DLPack capsule."""
         numbers = ctypes.c_int64 * len(self._shape)
         shape = numbers(*self._shape)
         strides = numbers(*(math.prod(self._shape[axis + 1 :]) for axis in range(len(self._shape))))

@@ -1,4 +1,4 @@
-"""How a model wants its images fitted into its square: the sizes and places of open_clip's inference transforms."""
+"""How an image is resized and cropped to the model's square, as in open_clip's inference transforms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ _MODES = ("shortest", "squash", "longest")
 
 @dataclass(frozen=True)
 class Fit:
-    """`shortest` side to side_px and the centre of the rest, all of it `squash`ed, or `longest` side and a border.
+    """The model's square and the way to it.
 
-    Raises ValueError for a mode or an interpolation that is none of open_clip's.
+    `shortest` resizes the shortest side to side_px and crops the centre, `squash` resizes both sides, `longest` resizes
+    the longest side and adds a border. Raises ValueError for a mode or an interpolation that open_clip does not have.
     """
 
     side_px: int = 224
@@ -31,7 +32,7 @@ class Fit:
 
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> "Fit":
-        """As the parameters of `config.pbtxt` say; 224 px, shortest and bicubic where they say nothing."""
+        """The fit that the parameters of `config.pbtxt` describe; by default 224 px, shortest and bicubic."""
         return cls(
             int(parameters.get("side_px", 224)),
             parameters.get("resize_mode", "shortest"),
@@ -46,13 +47,13 @@ class Fit:
 
     @property
     def fits_kernel(self) -> bool:
-        """Whether it is a crop of what `clip_resample` resizes."""
+        """Whether `clip_resample` can do it: bicubic, and a crop."""
         return self.interpolation == "bicubic" and self.resize_mode != "longest"
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """(Width, height) that an image of this size is resized to, before it is cropped or padded.
+        """The (width, height) that an image of this size is resized to, before the crop or the border.
 
-        The other side is rounded down with `shortest`, as torchvision's Resize does, and rounded with `longest`.
+        The other side is rounded down with `shortest`, as in torchvision's Resize, and to nearest with `longest`.
         """
         side = self.side_px
         if self.resize_mode == "squash":
@@ -63,11 +64,11 @@ class Fit:
         return (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
 
     def offset(self, length: int) -> int:
-        """Where the centre crop begins: torchvision's CenterCrop rounds half to even; flooring is off by one pixel."""
+        """Where the centre crop begins. torchvision's CenterCrop rounds half to even; flooring is off by one pixel."""
         return round((length - self.side_px) / 2)
 
     def padded(self, image: Image.Image) -> Image.Image:
-        """The image with a border up to the square, the odd pixel right and below, as open_clip's CenterCropOrPad."""
+        """The image padded to the square, an odd pixel right and below, as by open_clip's CenterCropOrPad."""
         missing = [self.side_px - length for length in image.size]
         border = (missing[0] // 2, missing[1] // 2, (missing[0] + 1) // 2, (missing[1] + 1) // 2)
         bands = len(image.getbands())

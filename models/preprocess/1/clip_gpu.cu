@@ -1,19 +1,19 @@
-/* One pass of Pillow's bicubic resize over many images of 3 bytes a pixel, with the coefficients of clip_resample.c and its
-   arithmetic: sums of 32 bits, rounded to 8. clip_batch.py fills the tables, clip_gpu.py compiles this by NVRTC and runs it;
-   tests compile it for the CPU. It needs no header. */
+/* One pass of Pillow's bicubic resize over many RGB images, with the coefficients and the arithmetic of clip_resample.c:
+   32-bit sums, rounded to 8 bits. clip_batch.py fills the tables, clip_gpu.py compiles this with NVRTC and runs it; tests
+   compile it for the CPU. It needs no header. */
 
 struct pass {
     const unsigned char *source;
     unsigned char *target;
-    /* In bytes: from pixel to pixel along the axis that is resized, and beside it. */
+    /* Strides in bytes, along the resized axis and beside it. */
     long long source_along, source_beside, target_along, target_beside;
-    /* Window i reads taps[axis + i] pixels from first[axis + i] on, by the coefficients from whole + i * stride on. */
+    /* Window i reads taps[axis + i] pixels from first[axis + i] on, with the coefficients from whole + i * stride on. */
     int axis, whole, stride, count, beside, is_along_fastest;
 };
 
 #define BITS 22
 
-/* A thread makes a pixel, blockIdx.y is the image. */
+/* One thread computes one pixel; blockIdx.y is the image. */
 #ifdef __cplusplus
 extern "C"
 #endif

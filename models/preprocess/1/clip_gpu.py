@@ -1,4 +1,4 @@
-"""The GPU of `mode: "gpu"`: JPEGs decoded by NVIDIA's nvImageCodec, and the kernel of clip_gpu.cu, by cuda.core."""
+"""Implements `mode: "gpu"`: nvImageCodec decodes JPEGs, and cuda.core runs the kernel of clip_gpu.cu."""
 
 import math
 import sys
@@ -14,18 +14,18 @@ from clip_fit import Fit
 from clip_preprocess import Limits, PixelBudget, find_kernel, open_pixels
 
 SOURCE = Path(__file__).resolve().with_name("clip_gpu.cu")
-_THREADS = 128  # a block; not measured
+_THREADS = 128  # in a block; not measured
 
 
 def compiled(architecture: str) -> Any:
-    """The kernel for a GPU such as `sm_90`, by NVRTC, which needs no GPU. Raises RuntimeError."""
+    """The kernel, compiled by NVRTC for an architecture such as `sm_90`; needs no GPU. Raises RuntimeError."""
     from cuda.core import Program, ProgramOptions
 
     return Program(SOURCE.read_text(), "c++", ProgramOptions(arch=architecture)).compile("cubin")
 
 
 class Block:
-    """Memory on the GPU, given back when nothing refers to it."""
+    """GPU memory, freed with its last reference."""
 
     def __init__(self, buffer: Any) -> None:
         self._buffer = buffer
@@ -33,7 +33,7 @@ class Block:
 
 
 class CudaGpu:
-    """`clip_batch.Gpu` by CUDA; all in one stream. Raises ValueError where a package or the GPU is missing."""
+    """`clip_batch.Gpu` on one CUDA stream. Raises ValueError if a package or the GPU is missing."""
 
     def __init__(self, device_id: int) -> None:
         try:
@@ -43,7 +43,7 @@ class CudaGpu:
         except ImportError as error:
             raise ValueError(
                 f"mode gpu needs the packages cuda-core, nvidia-nvimgcodec-cu13 and nvidia-nvjpeg ({error}); install "
-                "them (`make setup-gpu`), or take mode exact or fast"
+                "them (`make setup-gpu`), or use mode exact or fast"
             ) from error
         self._driver, self._launch, self._config = driver, launch, LaunchConfig
         try:
@@ -51,18 +51,18 @@ class CudaGpu:
             self._device.set_current()
             self._stream = self._device.create_stream()
             self._kernel = compiled(f"sm_{self._device.arch}").get_kernel("resample")
-            # One thread of the CPU; the chroma upsampled smoothly, as libjpeg does it by default.
+            # One CPU thread; smooth chroma upsampling, as libjpeg's default.
             options = {"max_num_cpu_threads": 1, "options": ":fancy_upsampling=1"}
             self._decoder = nvimgcodec.Decoder(device_id=device_id, **options)
-        except Exception as error:  # CUDA's own: no driver, no such device; each package has its class
+        except Exception as error:  # no driver or no such device; each package has its own exception
             reason = " ".join(str(error).split())
-            raise ValueError(f"mode gpu needs an NVIDIA GPU: {reason}; take mode exact or fast") from error
+            raise ValueError(f"mode gpu needs an NVIDIA GPU: {reason}; use mode exact or fast") from error
         self._stream_of = nvimgcodec.CodeStream
         self._params = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
         self.device = clip_dlpack.CUDA, device_id
 
     def decode(self, jpegs: Sequence[bytes]) -> list[Picture | None]:
-        """In one call. A GPU that fails gives None for all, and a line on stderr: that is not the images' fault."""
+        """Decode all in one call. If the GPU fails, returns None for all, for the CPU to decode, and logs to stderr."""
         try:
             streams = [self._stream_of(one) for one in jpegs]
             images = self._decoder.decode(streams, params=self._params, cuda_stream=int(self._stream.handle))
@@ -72,11 +72,11 @@ class CudaGpu:
         return [None if image is None else _picture(image) for image in images]
 
     def allocate(self, size_bytes: int) -> Block:
-        """In the order of the stream."""
+        """Allocate in stream order."""
         return Block(self._device.allocate(size_bytes, stream=self._stream))
 
     def write(self, pointer: int, values: np.ndarray) -> None:
-        """Ordinary memory is staged before this returns."""
+        """Copy from the host. CUDA stages pageable memory before this returns."""
         values = np.ascontiguousarray(values)
         handle = int(self._stream.handle)
         (error,) = self._driver.cuMemcpyHtoDAsync(pointer, values.ctypes.data, values.nbytes, handle)
@@ -84,7 +84,7 @@ class CudaGpu:
             raise RuntimeError(f"copying {values.nbytes} bytes to the GPU: {error}")
 
     def read(self, pointer: int, values: np.ndarray) -> None:
-        """Copy to the host, when all before is done."""
+        """Copy to the host after all earlier work, and wait for it."""
         handle = int(self._stream.handle)
         (error,) = self._driver.cuMemcpyDtoHAsync(values.ctypes.data, pointer, values.nbytes, handle)
         if int(error):
@@ -92,7 +92,7 @@ class CudaGpu:
         self._stream.sync()
 
     def resample(self, grid: tuple[int, int], *tables: int) -> None:
-        """A launch."""
+        """Launch the kernel."""
         pixels, images = grid
         config = self._config(grid=(-(-pixels // _THREADS), images), block=_THREADS)
         self._launch(self._stream, config, self._kernel, *tables)
@@ -103,7 +103,7 @@ class CudaGpu:
 
 
 def _picture(image: Any) -> Picture | None:
-    """Where nvImageCodec has the pixels; None unless it has them as RGB of 8 bits."""
+    """nvImageCodec's image as a `Picture`; None unless it is 8-bit RGB."""
     array = image.__cuda_array_interface__
     height, width, *bands = array["shape"]
     if bands != [3] or array["typestr"] != "|u1":
@@ -113,7 +113,7 @@ def _picture(image: Any) -> Picture | None:
 
 
 class Batches:
-    """`clip_batch.pixels_of_batch` as the parameters of `config.pbtxt` say, on this GPU."""
+    """`clip_batch.pixels_of_batch` on this GPU, with the parameters of `config.pbtxt`."""
 
     def __init__(self, parameters: Mapping[str, str], gpu: Any) -> None:
         self._gpu, self._limits = gpu, Limits.of(parameters)
@@ -135,21 +135,21 @@ class Batches:
         return pixels
 
     def on_cpu(self, image_bytes: bytes, budget: PixelBudget | None) -> np.ndarray:
-        """What takes what the GPU does not."""
+        """Preprocess an image that the GPU does not decode."""
         return self._on_cpu(image_bytes, budget=budget)
 
     def lent(self, batch: Batch, start: int, count: int) -> clip_dlpack.Lent:
-        """The pixels of some slots, (count, side, side, 3), where they are."""
+        """The pixels of `count` slots from `start` on, (count, side, side, 3), without a copy."""
         pointer = batch.memory.pointer + start * math.prod(self._shape)
         return clip_dlpack.Lent(pointer, (count, *self._shape), self._gpu.device, batch.memory)
 
 
 def open_batches(parameters: Mapping[str, str], device_id: int = 0) -> Batches:
-    """Raises ValueError for a mode that cannot be had."""
+    """The batches of `mode: "gpu"` on this device. Raises ValueError if that mode cannot run."""
     if find_kernel() is None:
         raise ValueError("mode gpu needs the library of clip_resample.c; `make setup` builds it")
     if not (fit := Fit.of(parameters)).fits_kernel:
         raise ValueError(
-            f"mode gpu resizes bicubically and crops, not {fit.interpolation}, {fit.resize_mode}: take exact"
+            f"mode gpu can only resize bicubically and crop, not {fit.interpolation}, {fit.resize_mode}: use mode exact"
         )
     return Batches(parameters, CudaGpu(device_id))

@@ -1,8 +1,8 @@
-"""HEIC and HEIF by the package `pillow-heif`: its opener, and what a file may ask of its decoder.
+"""Opens HEIC and HEIF with the package `pillow-heif`, and bounds what decoding them costs.
 
-libheif bounds the items of a file (1000), its memory, and the size of each coded image by the one that its header says.
-It does not bound how often it decodes the same: a grid may name one item a thousand times, items may share their bytes,
-and each slice of an item may pass over all of it. In photographs a grid names each tile once, and a tile is one slice.
+libheif limits a file's items (1000), its memory, and each coded image to the size in its header. It does not limit
+repeated decoding: a grid may name one item a thousand times, items may share bytes, and each slice of an item may pass
+over the whole item. In photographs a grid names each tile once, and a tile is one slice.
 """
 
 import struct
@@ -11,34 +11,34 @@ from functools import cache
 
 from clip_bounds import RefusedImage, boxes, refuse_over
 
-NAME = "HEIF"  # as Pillow calls both
-# 10-bit planes, their 8-bit form and Pillow's: up to 18 bytes a pixel, where others need up to 10. So half the pixels.
+NAME = "HEIF"  # Pillow's name for both
+# 10-bit planes, their 8-bit copy and Pillow's: up to 18 bytes a pixel, other formats up to 10. So half the pixels.
 _PIXEL_COST = 2
-# Over an image of the largest size, for each of its slices: 0.4 s each in one colour, and 1.2 s for 32 MiB of noise.
+# Passes over an image of the largest size, one for each slice: 0.4 s each for one colour, 1.2 s for 32 MiB of noise.
 _MAX_PASSES = 8
-# What one image may read, of the file's bytes.
+# How many times the file's size one image may read.
 _MAX_READ = 2
 _MAX_UNITS, _MAX_DEPTH = 10_000, 8
-# The decoder's set-up, of 0.1 KB in photographs: slices may hide there too.
+# The decoder's configuration, 0.1 KB in photographs. It can contain slices too.
 _MAX_SETUP_BYTES = 4096
 _CODED = {b"hvc1", b"hev1"}
-_NOT_MEASURED = {b"unci", b"mski", b"tili"}  # which libheif decodes by itself
+_NOT_MEASURED = {b"unci", b"mski", b"tili"}  # decoded by libheif itself
 
 
 @cache
 def missing_opener() -> str | None:
-    """None once Pillow opens HEIF, which it does from the first call on; else why it cannot, in one line."""
+    """Make Pillow open HEIF. Returns None, or one line that says why it cannot."""
     try:
         import pillow_heif
     except ImportError as error:
         return f"{error}; install pillow-heif"
-    # One thread an image, and no thumbnail in its place.
+    # One thread an image; never a thumbnail in its place.
     pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
     return None
 
 
 def check_heif(data: bytes, max_image_pixels: int) -> None:
-    """Raises RefusedImage for a file that would keep its decoder busy for long. One that is merely broken passes."""
+    """Raises RefusedImage for a file that would take long to decode. A file that is merely broken passes."""
     items = _Items(data)
     try:
         for kind, start, end in boxes(data, 0, len(data)):
@@ -47,9 +47,9 @@ def check_heif(data: bytes, max_image_pixels: int) -> None:
             if kind == b"meta":
                 items.read(start + 4, end)
     except (struct.error, IndexError):
-        return  # libheif stumbles too
+        return  # libheif reports it
     if not _CODED & set(items.types.values()):
-        return  # AVIF, which has another decoder, or nothing that this one reads
+        return  # AVIF, which has another decoder, or no image that libheif decodes
     max_pixels = max_image_pixels // _PIXEL_COST
     for item in items.types:
         if (pixels := items.pixels(item)) > max_pixels:
@@ -60,19 +60,19 @@ def check_heif(data: bytes, max_image_pixels: int) -> None:
 
 
 class _Items:
-    """The images of a file, as its tables say (ISO/IEC 14496-12 and 23008-12): what each is made of."""
+    """The items (images) of a file and their parts, from its tables (ISO/IEC 14496-12 and 23008-12)."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self.types: dict[int, bytes] = {}
         self._places: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # (offset, bytes)
-        self._is_elsewhere: set[int] = set()  # whose offsets are not the file's
+        self._is_elsewhere: set[int] = set()  # items whose offsets are not from the file's start
         self._parts: defaultdict[int, list[int]] = defaultdict(list)
         self._sizes: defaultdict[int, list[int]] = defaultdict(list)
         self._costs: dict[int, tuple[int, int]] = {}
 
     def read(self, start: int, end: int) -> None:
-        """One `meta` box. Raises struct.error or IndexError where it is cut off."""
+        """Read one `meta` box. Raises struct.error or IndexError if it is truncated."""
         for kind, first, last in boxes(self._data, start, end):
             if kind == b"iinf":
                 self._read_types(first, last)
@@ -84,14 +84,14 @@ class _Items:
                 self._read_sizes(first, last)
 
     def pixels(self, item: int) -> int:
-        """As the header says."""
+        """The item's number of pixels, from its header."""
         return max(self._sizes[item], default=0)
 
     def cost(self, item: int, depth: int = 0) -> tuple[int, int]:
-        """(Pixels that are passed over, bytes that are read) to decode it and all that it is made of."""
-        refuse_over(depth, _MAX_DEPTH, "images of HEIF within each other")
+        """The (pixels passed over, bytes read) to decode an item and all its parts."""
+        refuse_over(depth, _MAX_DEPTH, "nested HEIF images")
         if item not in self._costs:
-            self._costs[item] = (0, 0)  # for one that is made of itself, which libheif refuses
+            self._costs[item] = (0, 0)  # stops the recursion for an item that contains itself, which libheif refuses
             places = self._places[item] if self.types.get(item) in _CODED else []
             if places and item in self._is_elsewhere:
                 raise RefusedImage(
@@ -114,7 +114,7 @@ class _Items:
             width = 2 if self._data[start] < 3 else 4
             item, kind = self._number(start + 4, width), self._data[start + 6 + width : start + 10 + width]
             if item in self.types:
-                raise RefusedImage("corrupt", f"item {item} of HEIF stands in its table twice")
+                raise RefusedImage("corrupt", f"HEIF item {item} occurs twice in its table")
             self.types[item] = kind
             if kind in _NOT_MEASURED:
                 raise RefusedImage("unsupported_format", f"HEIF of {kind.decode()} is not accepted; send JPEG")
@@ -174,7 +174,7 @@ class _Items:
 
 
 def _slices(content: bytes) -> int:
-    """How many slices a coded image has, each of which may pass over all of it."""
+    """The number of slices in a coded image. Each may pass over the whole image."""
     slices = units = at = 0
     while at + 4 < len(content):
         slices += (content[at + 4] >> 1 & 63) < 32

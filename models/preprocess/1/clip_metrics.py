@@ -1,9 +1,9 @@
-"""What `preprocess` counts for Triton's /metrics, beside what Triton counts of every model."""
+"""The counters that `preprocess` adds to Triton's own in /metrics."""
 
 import time
 
-# Each increment is a message to the server: 0.05 ms on two busy cores, where a photograph of 640x480 takes 2 ms. So
-# what was counted is sent once in so long, refusals at once.
+# Each increment is a message to the server, which takes 0.05 ms on two busy cores; a photograph of 640x480 takes 2 ms.
+# So counts are sent at this interval, and refusals at once.
 _SEND_EVERY_S = 1.0
 
 CODES = (
@@ -17,11 +17,11 @@ CODES = (
     "truncated",
     "corrupt",
 )
-"""`RefusedImage`'s. Each is counted from the start, so that the first refusal is an increase that Prometheus sees."""
+"""The codes of `RefusedImage`. Each has a counter from the start, so that Prometheus sees its first refusal."""
 
 
 class Counters:
-    """The counters of all `preprocess` processes together: Triton adds up what has the same name and labels.
+    """The counters of this process. Triton adds up those of all `preprocess` processes by name and labels.
 
     The images and CPU time of a process's last second are sent with its next request.
     """
@@ -30,10 +30,10 @@ class Counters:
         def family(name, description):
             return pb_utils.MetricFamily(name=name, description=description, kind=pb_utils.MetricFamily.COUNTER)
 
-        # A family goes with the last reference to it, so all are kept.
+        # Keep the references: a family ends with its last one.
         self._families = (
-            family("clip_images", "Images that came, refused ones among them"),
-            family("clip_decode_cpu_seconds", "CPU time of decoding and resizing, refused images among them"),
+            family("clip_images", "Received images, including refused ones"),
+            family("clip_decode_cpu_seconds", "CPU time of decoding and resizing, including refused images"),
             family("clip_refused_images", "Refused images, by the code in their error"),
         )
         self._counters = [counter.Metric(labels={}) for counter in self._families[:2]]
@@ -44,7 +44,7 @@ class Counters:
         return self._families[2].Metric(labels={"code": code})
 
     def add(self, images, refused_codes, cpu_s):
-        """Count one request: its images, refused ones among them, the codes of these, and its CPU time."""
+        """Count one request: all its images, the codes of the refused ones, and its CPU time."""
         self._images, self._cpu_s, now_s = self._images + images, self._cpu_s + cpu_s, time.monotonic()
         for code in refused_codes:
             if code not in self._refused:

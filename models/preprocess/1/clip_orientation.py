@@ -1,4 +1,4 @@
-"""How a photograph is to be turned, as its EXIF says: what `PIL.ImageOps.exif_transpose` does, by its number."""
+"""The rotation or mirroring for each EXIF orientation, as in `PIL.ImageOps.exif_transpose`."""
 
 import warnings
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from PIL import ExifTags, Image
 
 @dataclass(frozen=True)
 class Turn:
-    """One of the seven ways: Pillow's name for it, whether columns and rows are mirrored, and whether sides change."""
+    """One of the seven orientations: Pillow's name, whether columns and rows are mirrored, and whether sides swap."""
 
     method: Image.Transpose
     mirrors: tuple[bool, bool]
@@ -27,9 +27,9 @@ TURNS = {
 
 
 def turn_of(image: Image.Image) -> Turn | None:
-    """What the EXIF (or XMP) of this image asks for; None: nothing, or nothing that can be read.
+    """The turn that the image's EXIF (or XMP) asks for; None if it asks for none or cannot be read.
 
-    Some formats tell only once the image is loaded.
+    Some formats tell only after the image is loaded.
     """
     try:
         with warnings.catch_warnings():
@@ -37,5 +37,5 @@ def turn_of(image: Image.Image) -> Turn | None:
             return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except MemoryError:
         raise
-    except Exception:  # whatever is wrong with the EXIF, the pixels are there
+    except Exception:  # broken EXIF is no reason to refuse the image
         return None

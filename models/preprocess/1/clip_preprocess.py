@@ -1,4 +1,4 @@
-"""One encoded image -> the very pixels that open_clip's inference transform feeds to its model."""
+"""Turns one encoded image into exactly the pixels that open_clip's inference transform feeds to its model."""
 
 import re
 import warnings
@@ -26,12 +26,12 @@ from clip_heif import NAME as HEIF
 from clip_heif import check_heif, missing_opener
 from clip_orientation import Turn, turn_of
 
-# What people send in place of an image, by its first bytes after white space, and what to do instead.
+# What people send by mistake: a pattern of the first bytes after white space -> what it is and what to do.
 _MISTAKES = {
     rb"data:": "a data URL; decode its base64 and send the bytes themselves",
     rb"/9j/|iVBORw0KGgo|R0lGOD|UklGR|AAAA[A-Za-z0-9+/]{2}Z0eX": "base64 text; decode it and send the bytes themselves",
     rb"version https://git-lfs": "a Git LFS pointer; fetch the file that it stands for with `git lfs pull`",
-    rb"(?i:<!doctype html|<html|<.*?<html)": "an HTML page, perhaps an error's; look at what was downloaded",
+    rb"(?i:<!doctype html|<html|<.*?<html)": "an HTML page, perhaps an error page; check what was downloaded",
     rb"(?i:<svg|<.*?<svg)": "an SVG drawing; render it and send PNG",
     rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI |\0\0\x01[\xb3\xba]|FLV\x01": "a video; send one of its frames as JPEG",
     rb"[{\[]": "JSON text; send the bytes of the image themselves",
@@ -40,7 +40,7 @@ _MISTAKES = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What one image may be: over it, the image is refused before its pixels are decoded. `fit` is what it becomes."""
+    """The limits on one image, checked before its pixels are decoded; `fit` says how it is resized."""
 
     max_image_bytes: int
     max_image_pixels: int
@@ -51,9 +51,9 @@ class Limits:
 
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> "Limits":
-        """As the parameters of `config.pbtxt` say, without HEIF where its opener is missing.
+        """The limits in the parameters of `config.pbtxt`, without HEIF if its opener is missing.
 
-        Raises ValueError for one that says nothing.
+        Raises ValueError for an invalid parameter.
         """
         if parameters["deep_gray"] not in ("refuse", "clip"):
             raise ValueError(f"parameter deep_gray is {parameters['deep_gray']}, not refuse or clip")
@@ -72,7 +72,7 @@ class Limits:
 
 @dataclass
 class PixelBudget:
-    """How many pixels the images of one request may have together, whatever each may have alone."""
+    """The limit on the pixels of all images of one request together."""
 
     max_request_pixels: int
     taken: int = 0
@@ -84,14 +84,14 @@ class PixelBudget:
             raise RefusedImage(
                 "too_many_pixels",
                 f"{image.width} x {image.height} px, after {self.taken} pixels of the same request; "
-                f"at most {self.max_request_pixels} are accepted in one: send fewer images at a time",
+                f"at most {self.max_request_pixels} are accepted in one request: send fewer images at a time",
             )
         self.taken += pixels
 
 
 @cache
 def find_kernel() -> clip_resample.Kernel | None:
-    """What resamples instead of Pillow, to the same bytes; None where it was not built."""
+    """The kernel that resamples in place of Pillow, to the same bytes; None if it was not built."""
     try:
         return clip_resample.kernel()
     except clip_resample.NoKernel:
@@ -99,13 +99,13 @@ def find_kernel() -> clip_resample.Kernel | None:
 
 
 def lent_memory() -> AbstractContextManager[None]:
-    """In which images are decoded, so that the kernel can read them where they are."""
+    """The context in which to decode images, so that the kernel can read them without a copy."""
     kernel = find_kernel()
     return kernel.lends_images() if kernel else nullcontext()
 
 
 def open_pixels(parameters: Mapping[str, str]) -> Callable[..., np.ndarray]:
-    """`pixels_of` as the parameters of `config.pbtxt` say. Raises ValueError for a mode that cannot be had."""
+    """`pixels_of` with the parameters of `config.pbtxt`. Raises ValueError for a mode that is unknown or cannot run."""
     limits = Limits.of(parameters)
     orientation = parameters.get("orientation", "ignore")
     if orientation not in ("ignore", "exif"):
@@ -119,7 +119,7 @@ def open_pixels(parameters: Mapping[str, str]) -> Callable[..., np.ndarray]:
         case "gpu":
             from clip_gpu import open_batches
 
-            return open_batches(parameters).pixels_of  # an image at a time: model.py gives it whole batches
+            return open_batches(parameters).pixels_of  # one image at a time; model.py uses whole batches
     raise ValueError(f"parameter mode is {parameters['mode']}, not exact, fast or gpu")
 
 
@@ -133,37 +133,37 @@ def pixels_of(
 ) -> np.ndarray:
     """The image as (side, side, 3) uint8, RGB, height x width x channel, 0..255; by default 224 px.
 
-    The order is open_clip's (`open_clip/transform.py`): resize and crop as `limits.fit` says, by default the shortest
-    side to 224 bicubic and the centre of it, convert to RGB, in the file's own colour mode until then. The first frame
-    of an animation. Raises RefusedImage.
+    The steps and their order are open_clip's (`open_clip/transform.py`): resize and crop as `limits.fit` says (by
+    default the shortest side to 224, bicubic, then the centre), both in the file's colour mode, then convert to RGB.
+    Of an animation, the first frame is used. Raises RefusedImage.
 
-    `upright` turns the image first as its EXIF says: open_clip's pixels of `PIL.ImageOps.exif_transpose(image)`. Else
-    it stays as it lies in the file, as open_clip has it.
+    `upright` first applies the EXIF orientation: open_clip's pixels of `PIL.ImageOps.exif_transpose(image)`. Otherwise
+    it is ignored, as open_clip does.
 
     `fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its size inside the DCT, but never below twice the target, and resizes
-    from there: other bytes, of 121 photographs at most 12 of 255 away. What that costs, `clip-tools verify --engine
-    fast` says of your own weights.
+    from there. The pixels of 121 photographs differed by at most 12 of 255. `clip-tools verify --engine fast` measures
+    the effect on your own weights.
 
-    `budget` is what the image's request has left.
+    `budget` is the pixel budget of the image's request.
     """
     image = opened(image_bytes, limits)
     if budget:
         budget.take(image, limits.fit)
     try:
         with warnings.catch_warnings(), lent_memory():
-            warnings.simplefilter("ignore")  # what Pillow has to say about odd palettes and metadata
+            warnings.simplefilter("ignore")  # Pillow's warnings about odd palettes and metadata
             full_size = image.size
-            # The box is the whole image in the scaled one's coordinates, where its last pixel may be a part.
+            # The box is the whole image in coordinates of the scaled one, whose last pixel may be partial.
             _, box = (fast and image.draft(None, (2 * limits.fit.side_px, 2 * limits.fit.side_px))) or (None, None)
             image.load()
             check_depth(image.mode, limits.deep_gray)
-            _check_pixels(image, limits)  # loading an icon may show another size
+            _check_pixels(image, limits)  # loading an icon may change its size
             turn = turn_of(image) if upright else None
             return centre_of(image, limits.fit.resized(*full_size) if box else None, box, turn, limits.fit)
     except RefusedImage:
         raise
     except (MemoryError, clip_resample.KernelError):
-        raise  # the server's trouble, not the image's
+        raise  # the server's fault, not the image's
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise RefusedImage(
             code_of(error), f"{image.format} data cannot be decoded: {error or type(error).__name__}"
@@ -177,15 +177,15 @@ def centre_of(
     turn: Turn | None = None,
     fit: Fit = DEFAULT,
 ) -> np.ndarray:
-    """The decoded image turned, resized and cropped, as `pixels_of` has it.
+    """The pixels of a decoded image, turned, resized and cropped as in `pixels_of`.
 
-    `size` and `box`, of one decoded at a fraction, are those before the turn.
+    `size` and `box` are for an image decoded at a fraction of its size, and apply before the turn.
     """
     size = size or fit.resized(*image.size)
     offset = fit.offset(size[0]), fit.offset(size[1])
     if turn is None:
         return _cropped(image, size, offset, box, fit)
-    if box:  # near in any case, so it is turned when it is small
+    if box:  # not exact anyway, so turn the small result
         ends = tuple(length - fit.side_px - start for length, start in zip(size, offset, strict=True))
         left, top = (b if is_mirrored else a for a, b, is_mirrored in zip(offset, ends, turn.mirrors, strict=True))
         return np.asarray(Image.fromarray(_cropped(image, size, (left, top), box, fit)).transpose(turn.method))
@@ -207,15 +207,15 @@ def _cropped(
 
 
 def opened(image_bytes: bytes, limits: Limits) -> Image.Image:
-    """The image with its header read, within the limits, and no pixel decoded yet."""
+    """The image with only its header read. Raises RefusedImage over a limit."""
     size_bytes = len(image_bytes)
     if size_bytes == 0:
-        raise RefusedImage("empty", "0 bytes came")
+        raise RefusedImage("empty", "0 bytes")
     if size_bytes > limits.max_image_bytes:
         raise RefusedImage("too_large", f"{size_bytes} bytes; at most {limits.max_image_bytes} are accepted")
     is_icon = image_bytes.startswith(b"\0\0\1\0")
     max_pixels = min(limits.max_image_pixels, MAX_ICON_PIXELS) if is_icon else limits.max_image_pixels
-    # Pillow raises above twice this figure, also for an image inside an image (ICO holds PNGs).
+    # Pillow raises above twice this figure, also for an image inside an image (ICO contains PNGs).
     Image.MAX_IMAGE_PIXELS = max(1, max_pixels // 2)
     check_structure(image_bytes, max_jpeg_scans=limits.max_jpeg_scans, max_image_pixels=limits.max_image_pixels)
     if HEIF in limits.formats and image_bytes[4:8] == b"ftyp":
@@ -227,7 +227,7 @@ def opened(image_bytes: bytes, limits: Limits) -> Image.Image:
     except RefusedImage:
         raise
     except Image.DecompressionBombError as error:
-        raise RefusedImage("too_many_pixels", f"over {max_pixels} pixels by its header") from error
+        raise RefusedImage("too_many_pixels", f"over {max_pixels} pixels, according to its header") from error
     except UnidentifiedImageError as error:
         raise _unidentified(image_bytes, limits) from error
     except MemoryError:
@@ -237,15 +237,15 @@ def opened(image_bytes: bytes, limits: Limits) -> Image.Image:
         raise RefusedImage(code_of(error), reason) from error
     _check_pixels(image, limits)
     if image.tile and image.tile[0][0] == "jpeg":
-        # All at once: where its data end within a row of blocks, libjpeg decodes that row again once it has more.
+        # Pass all data at once: if a part ends inside a row of blocks, libjpeg decodes that row again.
         image.decodermaxblock = size_bytes
     if image.width * image.height > MAX_RLE_BITMAP_PIXELS and any(tile[0] == "bmp_rle" for tile in image.tile):
-        raise RefusedImage("too_complex", f"over {MAX_RLE_BITMAP_PIXELS} pixels of RLE bitmap; save it anew, as JPEG")
+        raise RefusedImage("too_complex", f"over {MAX_RLE_BITMAP_PIXELS} pixels of RLE bitmap; save it again as JPEG")
     return image
 
 
 def _check_pixels(image: Image.Image, limits: Limits) -> None:
-    """Raises RefusedImage for more pixels in memory than the limit."""
+    """Raises RefusedImage if the image needs more pixels in memory than the limit."""
     for what, (width, height) in _sizes(image, limits.fit).items():
         if width * height > limits.max_image_pixels:
             raise RefusedImage(
@@ -255,9 +255,9 @@ def _check_pixels(image: Image.Image, limits: Limits) -> None:
 
 
 def _sizes(image: Image.Image, fit: Fit) -> dict[str, tuple[int, int]]:
-    """What is in memory as a whole: the decoded image and, where Pillow resizes it, the resized one.
+    """The sizes of the images in memory: the decoded one and, if Pillow resizes it, the resized one.
 
-    A strip of 40000 x 1 would become 8960000 x 224. The kernel makes only the part that the crop keeps.
+    Pillow resizes a strip of 40000 x 1 to 8960000 x 224. The kernel computes only the part that the crop keeps.
     """
     resized = fit.resized(*image.size)
     if fit.fits_kernel and (kernel := find_kernel()) and kernel.takes(image, resized):
@@ -266,7 +266,7 @@ def _sizes(image: Image.Image, fit: Fit) -> dict[str, tuple[int, int]]:
 
 
 def _unidentified(image_bytes: bytes, limits: Limits) -> RefusedImage:
-    """Why no decoder took these bytes, as well as their first few tell."""
+    """The refusal for bytes that no decoder accepts; a guess from their beginning."""
     if name := format_of(image_bytes):
         if name in limits.formats or (name == "HEIC" and HEIF in limits.formats):
             return RefusedImage("corrupt", f"it begins as {name}, but its header cannot be read")

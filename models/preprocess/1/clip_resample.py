@@ -1,4 +1,4 @@
-"""Pillow's bicubic resize and the crop after it in one step: the same bytes, by the library of clip_resample.c."""
+"""Pillow's bicubic resize and a crop in one step, to the same bytes, by the library of clip_resample.c."""
 
 import ctypes
 import hashlib
@@ -15,10 +15,10 @@ from PIL import Image, __version__
 from clip_orientation import Turn
 
 SOURCE = Path(__file__).resolve().with_name("clip_resample.c")
-# What clip_resample.c calls PORTABLE and AVX2.
+# PORTABLE and AVX2 of clip_resample.c.
 FORMS = (0, 1)
 
-# By the mode of the image: bytes a pixel in Pillow's memory, and how many of them a kept pixel has.
+# By image mode: bytes a pixel in Pillow's memory, and how many of them are kept.
 _BYTES = {
     "L": (1, 1),
     "RGB": (4, 3),
@@ -28,12 +28,11 @@ _BYTES = {
     "RGBA": (4, 4),
     "LA": (4, 4),
 }
-# Pillow resizes these with their colours multiplied by alpha.
+# Pillow multiplies the colours of these by alpha before it resizes them.
 _PREMULTIPLIED = {"RGBA": "RGBa", "LA": "La"}
-# Pillow lends only an image that lies in one block of memory, and puts at most so much into one.
+# Pillow exports only an image in a single block of memory, which has at most this size.
 _LARGEST_BLOCK_BYTES = (1 << 31) - 4096
-# A freed block up to this size is kept for the next image: a fresh one of 12 megapixels costs 20 ms of page faults,
-# of 80 in all.
+# Freed blocks up to this size are reused. A fresh one for 12 megapixels costs 20 ms of page faults, of 80 ms in all.
 _KEPT_BLOCK_BYTES = 64 << 20
 # Sides of resized images are 32-bit numbers, here and in Pillow.
 _MAX_RESIZED_SIDE_PX = (1 << 31) - 1
@@ -47,7 +46,7 @@ Box = tuple[float, float, float, float]
 
 
 class Axis(NamedTuple):
-    """Window i of an axis is `taps[i]` pixels from `first[i]` on, by the coefficients `whole[i]` in 22 bits."""
+    """The windows of an axis: window i is `taps[i]` pixels from `first[i]` on, with 22-bit coefficients `whole[i]`."""
 
     first: np.ndarray
     taps: np.ndarray
@@ -55,21 +54,21 @@ class Axis(NamedTuple):
 
 
 class NoKernel(RuntimeError):
-    """There is no library to use; the message says why, in one line."""
+    """The library cannot be used; the message says why, in one line."""
 
 
 class KernelError(RuntimeError):
-    """The library refused what it was given: a mistake in this program, not in the image."""
+    """The library rejected its arguments: a mistake in this program, not in the image."""
 
 
 def library() -> Path:
-    """Where the library built from this very source belongs: its name has the source's digest."""
+    """The path of the library built from this source; its name contains the source's digest."""
     return SOURCE.with_name(f"clip_resample.{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so")
 
 
 @cache
 def kernel() -> "Kernel":
-    """The library built from this very source. Raises NoKernel."""
+    """The kernel built from this source. Raises NoKernel."""
     path = library()
     if not path.is_file():
         raise NoKernel(f"{path.name} was not built; `make setup` builds it")
@@ -96,7 +95,7 @@ class Kernel:
         self._compare_with_pillow()
 
     def _compare_with_pillow(self) -> None:
-        """Raises NoKernel where this Pillow resizes in another way. Either pass is first, to smaller and to larger."""
+        """Raises NoKernel if this Pillow resizes differently. Tries both orders of the passes, smaller and larger."""
         noise = np.random.default_rng(0)
         for width, height, resized in ((90, 40, (36, 16)), (40, 300, (16, 120)), (9, 6, (24, 16)), (3, 20, (16, 106))):
             pixels = noise.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -104,22 +103,22 @@ class Kernel:
             left, top = (resized[0] - 16) // 2, (resized[1] - 16) // 2
             expected = image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + 16, top + 16))
             if not np.array_equal(self.crop(image, resized, (left, top), 16), np.asarray(expected)):
-                raise NoKernel(f"it resizes as Pillow 13.0 does, and this Pillow {__version__} in another way")
+                raise NoKernel(f"it resizes as Pillow 13.0 does, but this Pillow {__version__} resizes differently")
 
     @staticmethod
     @contextmanager
     def lends_images() -> Iterator[None]:
-        """What Pillow decodes meanwhile, in the whole process, lies in one block of memory, which `crop` needs."""
+        """A context in which Pillow (process-wide) decodes each image into one block of memory, as `crop` needs."""
         Image.core.set_blocks_max(1)
         Image.core.set_block_size(_LARGEST_BLOCK_BYTES)
         try:
             yield
         finally:
-            Image.core.set_block_size(_KEPT_BLOCK_BYTES)  # a larger block is cut down to it when it is freed
+            Image.core.set_block_size(_KEPT_BLOCK_BYTES)  # a larger block shrinks to this when it is freed
 
     @staticmethod
     def takes(image: Image.Image, size: tuple[int, int], box: Box | None = None) -> bool:
-        """Whether it can resize this image, decoded or not: by its mode, by its size, and where there is need to."""
+        """Whether it can resize this image, decoded or not: its mode, its size, and that it must be resized at all."""
         width, height = image.size
         pixel_bytes, _ = _BYTES.get(image.mode, (0, 0))
         is_lent = 0 < width * height * pixel_bytes <= _LARGEST_BLOCK_BYTES
@@ -127,9 +126,9 @@ class Kernel:
         return is_lent and is_resized and max(size) <= _MAX_RESIZED_SIDE_PX
 
     def axis(self, length: int, resized: int, kept: int, count: int, is_mirrored: bool) -> Axis:
-        """What pixels kept..kept + count of an axis are made of that is resized from `length` to `resized`.
+        """The windows of the pixels kept..kept + count of an axis that is resized from `length` to `resized`.
 
-        Of a mirrored one they are counted from its far end, and the windows come in the order of its memory.
+        For a mirrored axis the pixels count from its far end, and the windows are in memory order.
         """
         stride = -(-(math.ceil(2 * max(1, length / resized)) * 2 + 1) // 16) * 16
         axis = Axis(np.empty(count, np.int32), np.empty(count, np.int32), np.empty((count, stride), np.int32))
@@ -151,20 +150,20 @@ class Kernel:
     ) -> np.ndarray:
         """`image.resize(size, BICUBIC, box)`, cropped to side_px from `offset` on: (side_px, side_px, 3) uint8 RGB.
 
-        With a `turn`, that of the turned image, without turning it: `size` is the image's as it lies, and `offset` is
-        along the same axes, but from the corner of the turned image.
+        With a `turn`, the result is that of the turned image, but no pixel is moved: `size` and `offset` are along the
+        axes of the image before the turn, and `offset` counts from the corner of the turned image.
 
-        For images that it `takes` and that were decoded while it `lends_images`; else, and for a crop that lies
-        outside or a box that does not begin at (0, 0), KernelError.
+        Raises KernelError for an image that it does not take (`takes`) or that was decoded outside `lends_images`, for
+        a crop outside the image, and for a box that does not begin at (0, 0).
         """
         box = box or (0, 0, *image.size)
         if not self.takes(image, size, box) or box[:2] != (0, 0):
-            raise KernelError(f"{image.mode} {image.size}, box {box}, to {size}: Pillow has to do that")
+            raise KernelError(f"{image.mode} {image.size}, box {box}, to {size}: only Pillow can do that")
         mode, (pixel_bytes, kept_bytes) = image.mode, _BYTES[image.mode]
         if mode in _PREMULTIPLIED:
             with self.lends_images():
                 image = image.convert(_PREMULTIPLIED[mode])
-            mode = "RGBa"  # La in memory: its one colour three times, and alpha
+            mode = "RGBa"  # Pillow stores La as its one colour three times, and alpha
         try:
             _, lent = image.__arrow_c_array__()
         except ValueError as error:

@@ -17,18 +17,18 @@ from clip_preprocess import PixelBudget, RefusedImage, open_pixels
 # A gRPC status travels in HTTP/2 trailers, which clients cut off at 8 KiB by default.
 _MAX_MESSAGE_CHARS = 4000
 
-# A decoder that hangs ends its process after so long, with its stack in the log, and whoever watches over the server
-# starts it anew. The slowest file within the limits takes some seconds.
+# If a decoder hangs for this long, its process logs its stack and exits, and the supervisor restarts the server. The
+# slowest file within the limits takes some seconds.
 _LONGEST_DECODE_S = 60
 
-# The engine goes first where both want the same cores: what is decoded for requests that then find its queue full is
-# lost. At ten times the load of two cores: 14.6 and 15.6 images a second of CPU without this, 15.2 and 18.6 with it;
-# 20.5 at a load that they bear.
+# Decoding runs at a lower priority than inference: work decoded for a request that is then rejected is wasted. Images
+# per CPU second at ten times the load of two cores: 14.6 and 15.6 without this, 15.2 and 18.6 with it; 20.5 at a load
+# that they can serve.
 _NICENESS = 10
 
 
 class TritonPythonModel:
-    """Decodes each request by itself: a bad image fails its own request and no other."""
+    """Decodes each request separately: a bad image fails only its own request."""
 
     def initialize(self, args):
         config = json.loads(args["model_config"])
@@ -50,7 +50,7 @@ class TritonPythonModel:
         Image.init()
         formats = set(value["formats"].split())
         if clip_heif.NAME in formats and (why := clip_heif.missing_opener()):
-            pb_utils.Logger.log_warn(f"preprocess accepts no HEIC and HEIF: {why}")
+            pb_utils.Logger.log_warn(f"preprocess does not accept HEIC and HEIF: {why}")
             formats.remove(clip_heif.NAME)
         if unknown := formats - set(Image.OPEN):
             raise pb_utils.TritonModelException(
@@ -60,7 +60,7 @@ class TritonPythonModel:
         try:
             clip_resample.kernel()
         except clip_resample.NoKernel as error:
-            pb_utils.Logger.log_warn(f"preprocess resamples with Pillow, which takes twice as long an image: {error}")
+            pb_utils.Logger.log_warn(f"preprocess resamples with Pillow, which takes twice as long: {error}")
 
     def execute(self, requests):
         if self._batches:
@@ -92,12 +92,12 @@ class TritonPythonModel:
             return self._pixels_of(image_bytes, budget=budget)
         finally:
             if self._batches:
-                _watch()  # the GPU goes on with the others
+                _watch()  # restart the timer, as the GPU goes on with the others
             else:
                 faulthandler.cancel_dump_traceback_later()
 
     def _responses_by_gpu(self, requests):
-        """As `_response`, for all images of all requests together; the pixels stay on the GPU."""
+        """Like `_response`, but for all requests at once; the pixels stay on the GPU."""
         began_s = time.process_time()
         _watch()
         try:
@@ -139,13 +139,13 @@ def _watch():
 
 
 def _images_of(request):
-    """The encoded images. None for batches of 0 and of 2**32, from which Triton drops the batch dimension."""
+    """The encoded images; None for a batch of 0 or 2**32, whose batch dimension Triton drops."""
     images = pb_utils.get_input_tensor_by_name(request, "image_bytes").as_numpy()
     return images.reshape(-1) if images.ndim == 2 else None
 
 
 def _no_batch():
-    message = "image_bytes: expected the shape [N, 1] with N of 1 or more, came a batch size of 0"
+    message = "image_bytes: expected the shape [N, 1] with N of 1 or more, got a batch size of 0"
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
 
 
@@ -162,7 +162,7 @@ def _failed(error):
 def _refusal(refused, total):
     """One line that names every bad index: `[1] truncated: why; [3] empty: why`. Clients parse it.
 
-    Where there are so many that the line would not fit, the later ones keep their index and code alone.
+    If the line would get too long, later items have only their index and code.
     """
     message = f"image_bytes: {len(refused)} of {total} images refused. "
     room = _MAX_MESSAGE_CHARS - len(message) - sum(len(f"[{i}] {error.code}; ") for i, error in refused)

@@ -1,4 +1,4 @@
-"""One text -> the very tokens that open_clip's byte-pair tokenizer gives, without PyTorch."""
+"""Turns one text into exactly the tokens of open_clip's byte-pair tokenizer, without PyTorch."""
 
 import heapq
 import html
@@ -14,9 +14,9 @@ _WORDS = regex.compile(
     "|".join((*_SPECIAL, r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")), regex.IGNORECASE
 )
 _WORD_END = "</w>"
-# As many as open_clip takes of OpenAI's list. The vocabulary is 256 bytes, again with a word's end, these and _SPECIAL.
+# The part of OpenAI's list that open_clip uses. The vocabulary: 256 bytes, the same at a word's end, these, _SPECIAL.
 MERGES = 48894
-# A word of a photo library's captions is nearly always among these (not measured); a long one is not kept.
+# This cache should hold nearly all words of a photo library's captions (not measured). Long words are not cached.
 _KEPT_WORDS, _LONGEST_KEPT = 1 << 16, 64
 
 
@@ -29,17 +29,17 @@ class RefusedText(Exception):
 
 
 class Tokenizer:
-    """`merges` are lines `first second`, the first to be done first. Raises ValueError for another number of them."""
+    """`merges` are lines `first second`, by priority. Raises ValueError unless there are MERGES of them."""
 
     def __init__(self, merges: Iterable[str], context_length: int, *, max_text_bytes: int) -> None:
         pairs = [tuple(line.split()) for line in merges]
         if len(pairs) != MERGES or any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"expected {MERGES} merges of two parts each, came {len(pairs)}")
+            raise ValueError(f"expected {MERGES} merges of two parts each, got {len(pairs)}")
         self._context_length, self._max_text_bytes = context_length, max_text_bytes
         self._letter = _letters()
         alphabet = list(self._letter.values())
         names = [*alphabet, *(letter + _WORD_END for letter in alphabet), *map("".join, pairs), *_SPECIAL]
-        self._id = {name: number for number, name in enumerate(names)}  # of a name that is there twice, the later
+        self._id = {name: number for number, name in enumerate(names)}  # the later of two equal names wins
         self._rank = {pair: rank for rank, pair in enumerate(pairs)}
         self._start, self._end = (self._id[name] for name in _SPECIAL)
         self._known_word = lru_cache(_KEPT_WORDS)(self._word)
@@ -51,7 +51,7 @@ class Tokenizer:
         try:
             text = text_bytes.decode()
         except UnicodeDecodeError as error:
-            raise RefusedText("not_text", f"no UTF-8: {error.reason} at byte {error.start}") from error
+            raise RefusedText("not_text", f"not UTF-8: {error.reason} at byte {error.start}") from error
         room = self._context_length - 2
         found: list[int] = []
         for word in _WORDS.finditer(_cleaned(text)):
@@ -65,7 +65,7 @@ class Tokenizer:
         return row
 
     def _word(self, word: str) -> tuple[int, ...]:
-        """The tokens of one word: the pair of the lowest rank is merged wherever it is, from the left, and so on."""
+        """The tokens of one word: merges the pair of the lowest rank everywhere, from the left, until none is left."""
         if word in _SPECIAL:
             return (self._id[word],)
         parts: list[str | None] = [self._letter[byte] for byte in word.encode()]
@@ -78,7 +78,7 @@ class Tokenizer:
         heapq.heapify(waiting)
         while waiting:
             rank = waiting[0][0]
-            made = []  # where, in one pass; pairs that come of it wait for the next, as their rank may be lower
+            made = []  # positions merged in this pass; new pairs wait for the next, as their rank may be lower
             while waiting and waiting[0][0] == rank:
                 _, at = heapq.heappop(waiting)
                 if parts[at] is None or after[at] >= count:
@@ -104,13 +104,13 @@ class Tokenizer:
 
 
 def _letters() -> dict[int, str]:
-    """A printable letter for each byte, in the vocabulary's order: itself where it is one, else from U+0100 on."""
+    """A printable letter for each byte, in the vocabulary's order: the byte's own if printable, else from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + at) for at, byte in enumerate(others)}
 
 
 def _cleaned(text: str) -> str:
-    """As open_clip cleans it: mojibake mended, HTML entities resolved twice, white space single, lower case."""
+    """The text as open_clip cleans it: mojibake fixed, HTML entities resolved twice, single spaces, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()

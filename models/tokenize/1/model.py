@@ -8,12 +8,12 @@ import triton_python_backend_utils as pb_utils
 
 from clip_tokens import RefusedText, Tokenizer
 
-# A gRPC status travels in HTTP/2 trailers, which clients cut off at 8 KiB by default: 64 reasons of up to 100 fit.
+# A gRPC status travels in HTTP/2 trailers, which clients cut off at 8 KiB by default. 64 reasons fit.
 _MAX_REASON_CHARS = 80
 
 
 class TritonPythonModel:
-    """Each request by itself: a bad text fails its own request and no other."""
+    """Tokenizes each request separately: a bad text fails only its own request."""
 
     def initialize(self, args):
         config = json.loads(args["model_config"])
@@ -35,8 +35,8 @@ class TritonPythonModel:
     def _response(self, request):
         try:
             texts = pb_utils.get_input_tensor_by_name(request, "text").as_numpy()
-            if texts.ndim != 2:  # Triton takes a batch of 0, and of 2**32, for a request without a batch dimension
-                return _invalid("text: expected the shape [N, 1] with N of 1 or more, came a batch size of 0")
+            if texts.ndim != 2:  # Triton drops the batch dimension of a batch of 0 or 2**32
+                return _invalid("text: expected the shape [N, 1] with N of 1 or more, got a batch size of 0")
             rows, refused = [], []
             for index, text_bytes in enumerate(texts.reshape(-1)):
                 try:
