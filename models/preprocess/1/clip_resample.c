@@ -1,8 +1,8 @@
-/* The centre crop of an image that Pillow would resize bicubically: the same bytes, and no pixel outside the crop.
+/* Pillow's bicubic resize and a centre crop: the same bytes, but only the pixels of the crop are computed.
 
-   Pillow's arithmetic (src/libImaging/Resample.c): each axis has its own coefficients, computed in doubles and rounded
-   to 22 bits; each pass sums in 32 bits and rounds to 8, so the order of the two passes is visible in the result. Within
-   a pass the sums are integers, so their order is free. clip_resample.py loads this file's library and calls it.
+   The arithmetic is Pillow's (src/libImaging/Resample.c). Each axis has its own coefficients, computed in doubles and
+   rounded to 22 bits. Each pass sums in 32 bits and rounds to 8, so the order of the two passes affects the result. Within
+   a pass the sums are integers, so their order does not matter. clip_resample.py loads the library and calls it.
 
    Build with -ffp-contract=off (tools/clip_tools/c_libraries.py does): fused operations give other coefficients. */
 
@@ -20,18 +20,18 @@
 
 enum { DONE = 0, BAD_ARGUMENTS = 1, NO_MEMORY = 2 };
 enum { PORTABLE = 0, AVX2 = 1 };
-/* How the image is turned before it is resized: its columns or rows from the far end on, its sides exchanged. No pixel is
-   moved for that: the windows lie mirrored, and the passes come in the order of the turned image. */
+/* How the image is turned before the resize: columns or rows mirrored, sides swapped. No pixels are moved: the windows are
+   mirrored instead, and the passes run in the order of the turned image. */
 enum { MIRRORED_COLUMNS = 1, MIRRORED_ROWS = 2, SIDEWAYS = 4, TURNS = 8 };
 
 #define BITS 22
 #define HALF (1 << (BITS - 1))
-/* A coefficient is HIGH * 2^15 + LOW, for AVX2 multiplies and adds pairs of 16 bits: LOW in 0..32767, HIGH signed. */
+/* A coefficient is HIGH * 2^15 + LOW, because AVX2 multiplies and adds pairs of 16 bits: LOW in 0..32767, HIGH signed. */
 #define LOW_BITS 15
 #define MAX_SIDE 4096
-#define MAX_LENGTH ((1 << 29) - 2) /* of an axis: Pillow's own bound */
+#define MAX_LENGTH ((1 << 29) - 2) /* of an axis: Pillow's limit */
 
-/* https://arrow.apache.org/docs/format/CDataInterface.html: how Pillow lends the pixels that it holds. */
+/* https://arrow.apache.org/docs/format/CDataInterface.html: how Pillow exports its pixels. */
 struct ArrowArray {
     int64_t length, null_count, offset, n_buffers, n_children;
     const void **buffers;
@@ -41,10 +41,10 @@ struct ArrowArray {
     void *private_data;
 };
 
-/* Which source pixels each kept pixel of an axis is made of: `count` windows of `taps[i]` pixels from `first[i]` on. The
-   coefficients of window i begin at i * stride, in `whole`, and split in `low` and `high`. */
+/* The source pixels for each kept pixel of an axis: `count` windows of `taps[i]` pixels from `first[i]` on. The coefficients
+   of window i begin at i * stride: complete in `whole`, split in `low` and `high`. */
 struct axis {
-    int32_t count, stride, begin, end; /* begin..end: all windows together */
+    int32_t count, stride, begin, end; /* begin..end spans all windows */
     int32_t *first, *taps, *whole;
     int16_t *low, *high;
     double *weights;
@@ -75,8 +75,8 @@ static void free_axis(struct axis *axis) {
     free(axis->weights);
 }
 
-/* The windows of pixels kept..kept + count of an axis that is resized from the first `box` of its `length` pixels to
-   `resized`. Of a mirrored one both are counted from its far end, and the windows come in the order of its memory. */
+/* Fills `axis` with the windows of pixels kept..kept + count, when the first `box` of its `length` pixels are resized to
+   `resized`. For a mirrored axis both count from its far end, and the windows are in memory order. */
 static int make_axis(struct axis *axis, int32_t length, float box, int32_t resized, int32_t kept, int32_t count,
                      int is_mirrored) {
     const double scale = (double)box / resized;
@@ -126,9 +126,9 @@ static inline uint8_t rounded(int32_t sum) {
     return (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
 }
 
-/* ---- Portable: loops that a compiler turns into whatever the processor has. ---- */
+/* ---- Portable: loops that the compiler vectorises for the processor. ---- */
 
-/* `rows` rows of pixels of 4 bytes, or of 1, each to `axis->count` pixels. */
+/* Resizes `rows` rows to `axis->count` pixels each. A pixel has 4 bytes or 1. */
 static void across_portable(const struct axis *axis, struct plane in, int32_t rows, int32_t bands, uint8_t *out) {
     for (int32_t y = 0; y < rows; y++, in.pixels += in.stride) {
         for (int32_t i = 0; i < axis->count; i++, out += bands) {
@@ -155,7 +155,7 @@ static void across_portable(const struct axis *axis, struct plane in, int32_t ro
     }
 }
 
-/* `axis->count` rows of `row_bytes` bytes, of the rows from `in` on, whose first is row `origin` of the axis. */
+/* Resizes down to `axis->count` rows of `row_bytes` bytes. The first row of `in` is row `origin` of the axis. */
 static void down_portable(const struct axis *axis, struct plane in, int32_t origin, size_t row_bytes, uint8_t *out) {
     enum { CHUNK = 128 };
     for (int32_t i = 0; i < axis->count; i++, out += row_bytes) {
@@ -180,14 +180,14 @@ static void down_portable(const struct axis *axis, struct plane in, int32_t orig
     }
 }
 
-/* ---- AVX2: two taps in one multiply-and-add, once for the low and once for the high part of the coefficients. The
-   sums wrap around at 32 bits on the way and are right at the end, which fits. ---- */
+/* ---- AVX2: two taps in one multiply-and-add, once for the low and once for the high part of the coefficients. Sums may
+   wrap around at 32 bits, but the final sum fits and is right. ---- */
 
 #if HAS_AVX2_FORM
 #define WITH_AVX2 __attribute__((target("avx2")))
 
-/* Widens every window to a multiple of `group` taps by coefficients of zero, moved to the left where it would pass the
-   end of the axis, and splits the coefficients. The axis must be as long as the widest window. */
+/* Pads every window with zero coefficients to a multiple of `group` taps, moves it left if it would pass the end of the
+   axis, and splits the coefficients. The axis must be at least as long as the widest window. */
 static int split_axis(struct axis *axis, int32_t length, int32_t group) {
     const size_t stride = axis->stride, size = axis->count * stride;
     axis->low = calloc(size, sizeof *axis->low);
@@ -203,7 +203,7 @@ static int split_axis(struct axis *axis, int32_t length, int32_t group) {
             axis->low[i * stride + moved + t] = (int16_t)(whole[t] & ((1 << LOW_BITS) - 1));
             axis->high[i * stride + moved + t] = (int16_t)(whole[t] >> LOW_BITS);
         }
-        if (group > 2) { /* a row has its pixels side by side; of a column the last tap may stand alone */
+        if (group > 2) { /* rows only: down_avx2 handles an odd last tap */
             axis->first[i] -= moved;
             axis->taps[i] = taps;
         }
@@ -220,7 +220,7 @@ static int fits_avx2(const struct axis *axis, int32_t length, int32_t group) {
     return 1;
 }
 
-/* Coefficients 2t and 2t + 1, in every pair of 16-bit lanes. */
+/* Two consecutive coefficients in every pair of 16-bit lanes. */
 WITH_AVX2 static inline __m256i pair_of(const int16_t *coefficients) {
     int32_t both;
     memcpy(&both, coefficients, sizeof both);
@@ -241,16 +241,16 @@ WITH_AVX2 static inline void store_pixel(uint8_t *out, __m128i bytes) {
     memcpy(out, &pixel, sizeof pixel);
 }
 
-/* As across_portable, for pixels of 4 bytes: four rows at once, four taps at a time. */
+/* Like across_portable, for pixels of 4 bytes: four rows and four taps at a time. */
 WITH_AVX2 static void across4_avx2(const struct axis *axis, struct plane in, int32_t rows, uint8_t *out) {
     const size_t out_stride = 4 * (size_t)axis->count;
-    /* Of four pixels: the bands of the first two side by side, widened to 16 bits; and of the other two. */
+    /* Interleave the bands of two pixels and widen them to 16 bits: the first two of four pixels, and the last two. */
     const __m256i front = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1));
     const __m256i back = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1));
     for (int32_t y = 0; y < rows; y += 4) {
-        size_t row[4]; /* the last row again where fewer than four are left */
+        size_t row[4]; /* repeats the last row if fewer than four are left */
         for (int32_t r = 0; r < 4; r++) {
             row[r] = y + r < rows ? y + r : rows - 1;
         }
@@ -274,7 +274,7 @@ WITH_AVX2 static void across4_avx2(const struct axis *axis, struct plane in, int
             }
             const __m256i ab_sum = _mm256_srai_epi32(total(low_ab, high_ab), BITS);
             const __m256i cd_sum = _mm256_srai_epi32(total(low_cd, high_cd), BITS);
-            /* In each half: a pixel of a and one of c; of b and of d. */
+            /* Low half: a pixel of a and one of c. High half: of b and d. */
             const __m256i words = _mm256_packs_epi32(ab_sum, cd_sum), bytes = _mm256_packus_epi16(words, words);
             const __m128i ac = _mm256_castsi256_si128(bytes), bd = _mm256_extracti128_si256(bytes, 1);
             uint8_t *to = out + 4 * (size_t)i;
@@ -286,7 +286,7 @@ WITH_AVX2 static void across4_avx2(const struct axis *axis, struct plane in, int
     }
 }
 
-/* As across_portable, for pixels of 1 byte: four rows at once, sixteen taps at a time. */
+/* Like across_portable, for pixels of 1 byte: four rows and sixteen taps at a time. */
 WITH_AVX2 static void across1_avx2(const struct axis *axis, struct plane in, int32_t rows, uint8_t *out) {
     for (int32_t y = 0; y < rows; y += 4) {
         size_t row[4];
@@ -321,7 +321,7 @@ WITH_AVX2 static void across1_avx2(const struct axis *axis, struct plane in, int
     }
 }
 
-/* As down_portable: sixteen bytes of two rows at a time. */
+/* Like down_portable: sixteen bytes of two rows at a time. */
 WITH_AVX2 static void down_avx2(const struct axis *axis, struct plane in, int32_t origin, size_t row_bytes, uint8_t *out) {
     for (int32_t i = 0; i < axis->count; i++, out += row_bytes) {
         const uint8_t *rows = in.pixels + (size_t)(axis->first[i] - origin) * in.stride;
@@ -358,14 +358,14 @@ WITH_AVX2 static void down_avx2(const struct axis *axis, struct plane in, int32_
     }
 }
 
-/* Zig's runtime answers __builtin_cpu_supports with no. */
+/* With Zig's runtime __builtin_cpu_supports always says no. */
 static int has_avx2(void) {
     const uint32_t osxsave_and_avx = 3u << 27, avx2 = 1u << 5, xmm_and_ymm = 6;
     uint32_t a, b, c, d, states;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & osxsave_and_avx) != osxsave_and_avx) {
         return 0;
     }
-    __asm__("xgetbv" : "=a"(states), "=d"(d) : "c"(0)); /* which registers the system keeps */
+    __asm__("xgetbv" : "=a"(states), "=d"(d) : "c"(0)); /* the registers that the operating system saves */
     return (states & xmm_and_ymm) == xmm_and_ymm && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & avx2);
 }
 #else
@@ -409,8 +409,8 @@ static int down(struct axis *axis, struct plane in, int32_t origin, size_t row_b
 
 enum { BETWEEN, KEPT, SCRATCHES };
 
-/* Memory that this thread keeps until the process ends, 10 MB at most for images of 100 megapixels. Where malloc gives
-   it back to the system each time, the page faults cost as much as resizing a photograph of 640 x 480. */
+/* This thread's scratch memory, kept until the process ends: 10 MB at most for images of 100 megapixels. If malloc returned
+   it to the system each time, the page faults would cost as much as resizing a photograph of 640 x 480. */
 static uint8_t *scratch(int which, size_t bytes) {
     static _Thread_local struct { uint8_t *memory; size_t bytes; } mine[SCRATCHES];
     if (bytes > mine[which].bytes) {
@@ -431,7 +431,7 @@ static int resample(const struct job *job, const uint8_t *pixels, uint8_t *out) 
     const size_t stride = (size_t)job->width * bands, kept_bytes = (size_t)side * bands;
     const int is_across = job->resized_width != job->width || job->box_width != (float)job->resized_width;
     const int is_down = job->resized_height != job->height || job->box_height != (float)job->resized_height;
-    /* Pillow's rule since 13: where the height shrinks by more than twice what the width does, down comes first. */
+    /* Pillow's rule since 13: the vertical pass is first if the height shrinks by more than twice as much as the width. */
     const int64_t less_height = (int64_t)job->height - job->resized_height;
     const int64_t less_width = (int64_t)job->width - job->resized_width;
     const int is_sideways = (job->turn & SIDEWAYS) != 0;
@@ -439,10 +439,10 @@ static int resample(const struct job *job, const uint8_t *pixels, uint8_t *out) 
                                        : less_height > 0 && less_height > 2 * less_width;
 
     if (!is_across && !is_down) {
-        return BAD_ARGUMENTS; /* there is nothing to resize */
+        return BAD_ARGUMENTS; /* nothing to resize */
     }
 
-    /* Where an axis is not resized, the kept pixels are all there is to see. */
+    /* An axis that is not resized needs only the kept pixels. */
     const int is_mirrored_across = job->turn & MIRRORED_COLUMNS, is_mirrored_down = job->turn & MIRRORED_ROWS;
     const int32_t left = is_mirrored_across ? job->width - side - job->left : job->left;
     const int32_t top = is_mirrored_down ? job->height - side - job->top : job->top;
@@ -491,7 +491,7 @@ static int resample(const struct job *job, const uint8_t *pixels, uint8_t *out) 
 }
 
 /* The windows that clip_resample uses along an axis, for clip_gpu.cu: `first` and `taps` have `count` numbers, `whole` has
-   `stride` for each. Returns as clip_resample does; 1 also for another stride than round_up(ceil(support) * 2 + 1, 16). */
+   `stride` for each. Returns what clip_resample returns; 1 also if `stride` is not round_up(ceil(support) * 2 + 1, 16). */
 int clip_resample_axis(int32_t length, int32_t resized, int32_t kept, int32_t count, int32_t is_mirrored, int32_t stride,
                        int32_t *first, int32_t *taps, int32_t *whole) {
     if (length < 1 || length > MAX_LENGTH || count < 1 || count > MAX_SIDE || kept < 0 || kept > resized - count || !first ||
@@ -512,21 +512,21 @@ int clip_resample_axis(int32_t length, int32_t resized, int32_t kept, int32_t co
     return state;
 }
 
-/* The best form that this processor has. */
+/* The best form for this processor. */
 int clip_resample_best_form(void) {
-    static int best = -1; /* to ask is slow in a virtual machine */
+    static int best = -1; /* cpuid is slow in a virtual machine */
     if (best < 0) {
         best = has_avx2() ? AVX2 : PORTABLE;
     }
     return best;
 }
 
-/* The `side` x `side` pixels at (left, top) of `image` as Pillow's resize(size, BICUBIC, (0, 0, *box)) gives them.
+/* Writes the `side` x `side` pixels at (left, top) of Pillow's resize(size, BICUBIC, (0, 0, *box)) to `out`.
 
-   `image` is what Pillow lends of an image of 1 byte a pixel, or of 4 of which `bands_out` (3 or 4) are wanted. `out`
-   has side * side * bands_out bytes. Where `turn` is not 0, the image is resized as if it had been turned before, and
-   (left, top) and the box are counted from the turned image's corner; but sides, and `out`, stay in the order of the
-   image as it lies. Returns 0; 1 for arguments that do not fit each other; 2 for want of memory. */
+   `image` is exported by Pillow, with 1 byte a pixel, or with 4 of which `bands_out` (3 or 4) are kept. `out` has side *
+   side * bands_out bytes. If `turn` is not 0, the image is resized as if it had been turned before. (left, top) and the
+   box then count from the turned image's corner, but sides and `out` keep the order of the image before the turn.
+   Returns 0; 1 for inconsistent arguments; 2 if memory runs out. */
 int clip_resample(const struct ArrowArray *image, int32_t width, int32_t height, int32_t bands, float box_width,
                   float box_height, int32_t resized_width, int32_t resized_height, int32_t left, int32_t top,
                   int32_t side, int32_t turn, int32_t bands_out, uint8_t *out, int64_t out_bytes, int32_t form) {

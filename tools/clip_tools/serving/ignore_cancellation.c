@@ -1,14 +1,15 @@
-/* Preloaded into the embedded tritonserver: a gRPC call that its client gives up is not cancelled there, but answered.
+/* Preloaded into the embedded tritonserver to ignore cancellation: Triton answers a gRPC call that its client cancelled.
 
-   Before 25.04 Triton may end by SIGSEGV when a cancellation meets an answer (triton-inference-server/server#8034). Three
-   things cancel a call in gRPC's server. All arrive as bytes of HTTP/2 (RFC 9113), which this file changes as they are read:
+   Before 25.04, Triton may crash with SIGSEGV if a call is cancelled while it is answered
+   (triton-inference-server/server#8034). Three things cancel a call in gRPC's server. All arrive as HTTP/2 bytes
+   (RFC 9113), which this library changes as they are read:
 
-     RST_STREAM                 the client cancels: the frame gets the number of a stream that does not exist
-     the header grpc-timeout    gRPC's server ends the call when that time is over: the header becomes grpc-timeous
-     the end of the connection  the client is gone: gRPC reads it once the calls that came whole are answered
+     RST_STREAM             the client cancels: the frame gets the number of a stream that does not exist
+     header grpc-timeout    gRPC's server cancels the call after that time: the header is renamed to grpc-timeous
+     connection closed      gRPC sees it only after all complete requests are answered
 
-   A call is still cancelled while its request has not come whole, for Triton does not know of it yet; so are all calls
-   over TLS, whose bytes cannot be read here. */
+   A call is still cancelled while its request is incomplete, because Triton does not know of it yet. Calls over TLS are
+   still cancelled too, because their bytes are encrypted here. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -24,43 +25,44 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-enum { DATA = 0, HEADERS = 1, RST_STREAM = 3, CONTINUATION = 9 }; /* types of frames */
+enum { DATA = 0, HEADERS = 1, RST_STREAM = 3, CONTINUATION = 9 }; /* frame types */
 enum { END_STREAM = 1 };                                           /* a flag of DATA and HEADERS */
 enum { HEAD = 9, PREFACE = 24 };
 
 static const char preface[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/* The header's name as HPACK writes it, and Huffman-coded (RFC 7541, appendix B). The last byte is what is changed:
-   s has as many bits as t. */
+/* The header's name in HPACK, plain and Huffman-coded (RFC 7541, appendix B). Only the last byte changes: in the Huffman
+   code, s has as many bits as t. */
 static const uint8_t plain[] = "grpc-timeout", coded[] = {0x9a, 0xca, 0xc8, 0xb2, 0x4d, 0x49, 0x4f, 0x6a, 0x7f};
 enum { PLAIN = sizeof plain - 1, CODED = sizeof coded, PLAIN_S = 's', CODED_S = 0x3f };
 
-/* Where one direction of a connection is within its frames. */
+/* The position within the frames of one direction of a connection. */
 struct frames {
     uint8_t head[HEAD];
-    uint32_t head_bytes, left; /* of the head so far; of the payload to come */
+    uint32_t head_bytes, left; /* head bytes read so far; payload bytes to come */
 };
 
 struct call {
     uint32_t stream;
-    bool is_whole; /* the request is */
+    bool is_whole; /* the whole request has been read */
 };
 
 struct connection {
     pthread_mutex_t lock;
-    _Atomic enum { OTHER, NEW, HTTP2, GONE } state; /* GONE: the client is, and gRPC does not know */
+    _Atomic enum { OTHER, NEW, HTTP2, GONE } state; /* GONE: the client has closed, and gRPC does not know yet */
     struct frames in, out;
     uint32_t preface_bytes, plain_bytes, coded_bytes; /* matched so far */
-    uint32_t told;                                    /* of last_words, which gRPC reads in place of the end */
-    struct call *calls;                               /* without their answer */
+    uint32_t told;                                    /* bytes of last_words that gRPC has read */
+    struct call *calls;                               /* not answered yet */
     size_t count, room;
 };
 
-/* Room for the answers that nobody will read: 256 MiB for the connection and for each of its calls. */
+/* Frames that gRPC reads after the client has closed. They open the flow-control windows to 256 MiB for the connection and
+   each call, so that answers that nobody reads are not blocked. */
 static const uint8_t last_words[] = {0, 0, 4, 8, 0, 0, 0, 0, 0, 0x10, 0, 0, 0,          /* WINDOW_UPDATE */
                                      0, 0, 6, 4, 0, 0, 0, 0, 0, 0,    4, 0x10, 0, 0, 0}; /* SETTINGS */
 
-enum { MOST = 1 << 16, MOST_CALLS = 1 << 12 }; /* each frame looks through a connection's calls */
-static _Atomic(struct connection *) connections[MOST]; /* by file descriptor; made once, used again */
+enum { MOST = 1 << 16, MOST_CALLS = 1 << 12 }; /* a linear search for each frame */
+static _Atomic(struct connection *) connections[MOST]; /* by file descriptor; never freed, reused */
 
 static ssize_t (*real_recvmsg)(int, struct msghdr *, int);
 static ssize_t (*real_sendmsg)(int, const struct msghdr *, int);
@@ -100,20 +102,20 @@ static bool has_whole(const struct connection *c) {
     return false;
 }
 
-/* Takes note of a frame from the client, and changes one that cancels. */
+/* Records a frame from the client. Changes its stream number if it cancels a call. */
 static void take_in(struct connection *c) {
     uint8_t *head = c->in.head;
     uint32_t stream = stream_of(head);
     struct call *call = find(c, stream);
     if (head[3] == HEADERS && call == NULL) {
         if (c->count == MOST_CALLS) {
-            return; /* then that call is cancelled as ever */
+            return; /* this call can be cancelled */
         }
         if (c->count == c->room) {
             size_t room = c->room ? 2 * c->room : 16;
             struct call *calls = realloc(c->calls, room * sizeof *calls);
             if (calls == NULL) {
-                return; /* so is that one */
+                return; /* likewise */
             }
             c->calls = calls;
             c->room = room;
@@ -133,7 +135,7 @@ static void take_in(struct connection *c) {
     }
 }
 
-/* Takes note of a frame to the client. */
+/* Records a frame to the client. */
 static void take_out(struct connection *c) {
     const uint8_t *head = c->out.head;
     uint32_t stream = stream_of(head);
@@ -163,7 +165,7 @@ static void rename_timeout(struct connection *c, uint8_t *bytes, size_t count) {
     }
 }
 
-/* Follows the frames of one direction through so many bytes. */
+/* Tracks the frames of one direction through `count` bytes. */
 static void follow(struct connection *c, struct frames *frames, uint8_t *bytes, size_t count) {
     bool is_in = frames == &c->in;
     while (count > 0) {
@@ -201,7 +203,7 @@ static void follow(struct connection *c, struct frames *frames, uint8_t *bytes, 
     }
 }
 
-/* Follows the first `count` bytes of the buffers. */
+/* Tracks the first `count` bytes of the buffers. */
 static void follow_all(struct connection *c, struct frames *frames, const struct msghdr *message, size_t count) {
     for (size_t i = 0; count > 0; i++) {
         size_t part = count < message->msg_iov[i].iov_len ? count : message->msg_iov[i].iov_len;
@@ -210,8 +212,8 @@ static void follow_all(struct connection *c, struct frames *frames, const struct
     }
 }
 
-/* What gRPC reads of a client that is gone: the rest of a frame of DATA as zeros, then the last words, then nothing for as
-   long as answers are awaited, and then the end. */
+/* What gRPC reads after the client has closed: the rest of a DATA frame as zeros, then last_words, then nothing until all
+   complete requests are answered, then the end. */
 static ssize_t read_of_gone(struct connection *c, struct msghdr *message) {
     ssize_t count = 0;
     for (size_t i = 0; i < (size_t)message->msg_iovlen; i++) {
@@ -275,7 +277,7 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
     int error = errno;
     pthread_mutex_lock(&c->lock);
     if ((c->state == HTTP2 || c->state == GONE) && (result >= 0 || is_lost(result))) {
-        if (result < 0) { /* nobody reads it: as if it had gone out */
+        if (result < 0) { /* pretend that it was sent */
             result = 0;
             for (size_t i = 0; i < (size_t)message->msg_iovlen; i++) {
                 result += (ssize_t)message->msg_iov[i].iov_len;
@@ -283,7 +285,7 @@ ssize_t sendmsg(int fd, const struct msghdr *message, int flags) {
         }
         follow_all(c, &c->out, message, (size_t)result);
         if (c->state == GONE && !has_whole(c)) {
-            shutdown(fd, SHUT_RDWR); /* which wakes gRPC, to read the end */
+            shutdown(fd, SHUT_RDWR); /* wakes gRPC, which then reads the end */
         }
     }
     pthread_mutex_unlock(&c->lock);
@@ -317,7 +319,7 @@ int accept4(int listener, struct sockaddr *address, socklen_t *length, int flags
 int close(int fd) {
     struct connection *c = of(fd);
     if (c != NULL) {
-        c->state = OTHER; /* without the lock: this also runs in a fork */
+        c->state = OTHER; /* no lock: this also runs in a forked child */
     }
     return real_close(fd);
 }
