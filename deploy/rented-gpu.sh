@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a bare Ubuntu with an NVIDIA driver to a server that embeds, with a key and TLS: docs/rented-gpu.md.
+# Starts a server with an API key and TLS on a bare Ubuntu with an NVIDIA driver: docs/rented-gpu.md.
 #   deploy/rented-gpu.sh [docker | environment]
-# Without an argument: docker where it works, else the environment, for boxes that are containers themselves.
+# Default: docker if it works, otherwise environment, for boxes that are containers themselves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,10 +9,10 @@ die() { echo "rented-gpu: $*" >&2; exit 1; }
 say() { echo "rented-gpu: $*" >&2; }
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >&2 ||
-  die "expected an NVIDIA driver, and nvidia-smi does not answer: rent a box with one, or start the container with --gpus all"
+  die "expected an NVIDIA driver, but nvidia-smi fails: rent a box with one, or start the container with --gpus all"
 way=${1:-$(docker info >/dev/null 2>&1 && echo docker || echo environment)}
 
-# What clients need: the key, and the certificate that they trust. Made once.
+# The API key, and the certificate that clients trust. Created once.
 keys=${CLIP_KEYS:-$PWD/.cache/keys}
 mkdir -p "$keys"
 if [ ! -s "$keys/cert.pem" ]; then
@@ -35,10 +35,10 @@ docker)
     --publish 127.0.0.1:8000:8000 --publish 127.0.0.1:8001:8001 --publish 127.0.0.1:8002:8002 \
     --volume clip-cache:/var/cache/clip-embed --env CLIP_API_KEY clip-embed:local
   until [ "$(docker inspect --format '{{.State.Health.Status}}' clip)" = healthy ]; do
-    [ "$(docker inspect --format '{{.State.Running}}' clip)" = true ] || { docker logs --tail 5 clip >&2; die "it ended"; }
+    [ "$(docker inspect --format '{{.State.Running}}' clip)" = true ] || { docker logs --tail 5 clip >&2; die "the container exited"; }
     sleep 10
   done
-  say "ready on this machine's 8001; for others put the nginx of deploy/compose.tls.yaml before it"
+  say "ready on this machine's port 8001; for other machines put the nginx of deploy/compose.tls.yaml in front of it"
   ;;
 environment)
   if ! command -v "${PYTHON:=python3.11}" >/dev/null || ! command -v make >/dev/null; then
@@ -48,8 +48,8 @@ environment)
     apt-get install -qy python3.11 python3.11-venv python3.11-dev libpython3.11
   fi
   make "${SETUP:-setup-gpu}" PYTHON="$PYTHON"
-  # gRPC with TLS on every address; HTTP and its JSON stay on this machine (SECURITY.md).
+  # gRPC with TLS listens on every address, HTTP and its JSON only on this machine (SECURITY.md).
   exec make serve ARGS="--host 0.0.0.0 --tls-cert $keys/cert.pem --tls-key $keys/key.pem ${ARGS:-}"
   ;;
-*) die "expected docker or environment, came $way" ;;
+*) die "expected docker or environment, got $way" ;;
 esac
