@@ -27,7 +27,7 @@ class EmbeddingClient(client.EmbeddingClient):
             TypeError: One text in place of a sequence.
         """
         if isinstance(images, str):
-            raise TypeError("images: expected a sequence of texts in base64, came one text")
+            raise TypeError("images: expected a sequence of texts in base64, got one text")
         contents, failures = [], []
         for index, image in enumerate(images):
             text = image.partition(",")[2] if image.startswith("data:") else image

@@ -200,7 +200,7 @@ def read_image(image: ImageSource, index: int, *, max_file_bytes: int = MAX_IMAG
         case _:
             raise TypeError(
                 f"images[{index}]: expected the bytes of an encoded image file, a path, a file open for reading, an "
-                f"image of Pillow or a (H, W, 3) uint8 array, came {type(image).__name__}"
+                f"image of Pillow or a (H, W, 3) uint8 array, got {type(image).__name__}"
             )
     if len(content) > max_file_bytes and not isinstance(image, bytes | bytearray | memoryview):
         reason = f"over {max_file_bytes} bytes; for a server that takes more, raise max_batch_bytes"
@@ -250,14 +250,14 @@ def _require_file(status: os.stat_result) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "expected a file, came a device, a FIFO or a socket")
+        raise OSError(errno.EINVAL, "expected a file, got a device, a FIFO or a socket")
 
 
 def require_many(images: Iterable[ImageSource]) -> None:
     """Raises TypeError for a single image: its letters or bytes would be taken for images."""
     is_image = isinstance(images, np.ndarray) and images.ndim < 4  # of more, each (H, W, 3) is an image
     if is_image or hasattr(images, "read") or isinstance(images, str | bytes | bytearray | memoryview | os.PathLike):
-        raise TypeError(f"expected a sequence of images, came one {type(images).__name__}; give [image]")
+        raise TypeError(f"expected a sequence of images, got one {type(images).__name__}; give [image]")
 
 
 def text_bytes(texts: Iterable[str]) -> Iterator[bytes]:
@@ -268,14 +268,14 @@ def text_bytes(texts: Iterable[str]) -> Iterator[bytes]:
         TypeError: One text in place of a sequence, or something that is no text.
     """
     if isinstance(texts, str | bytes):
-        raise TypeError(f"expected a sequence of texts, came one {type(texts).__name__}; give [text]")
+        raise TypeError(f"expected a sequence of texts, got one {type(texts).__name__}; give [text]")
     return map(_utf8, enumerate(texts))
 
 
 def _utf8(numbered: tuple[int, str]) -> bytes:
     index, text = numbered
     if not isinstance(text, str):
-        raise TypeError(f"texts[{index}]: expected a str, came {type(text).__name__}")
+        raise TypeError(f"texts[{index}]: expected a str, got {type(text).__name__}")
     try:
         return text.encode()
     except UnicodeEncodeError as error:

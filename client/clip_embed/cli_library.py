@@ -116,7 +116,7 @@ def search(
         if vector.shape[0] != library.embeddings.shape[1]:
             exit_with(
                 USAGE,
-                f"{library_file}: expected vectors of {vector.shape[0]} numbers, as the server's, came "
+                f"{library_file}: expected vectors of {vector.shape[0]} numbers, as the server's, got "
                 f"{library.embeddings.shape[1]}",
             )
         if by_index:

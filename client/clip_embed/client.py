@@ -97,7 +97,7 @@ class EmbeddingClient(ClientOptions[Transport]):
             raise unanswered
         if len({one.provenance for one in said.values()}) > 1:
             each = "; ".join(f"{url}: {one.provenance or 'it does not say'}" for url, one in said.items())
-            raise ContractError(f"expected servers of the same weights, came {each}")
+            raise ContractError(f"expected servers of the same weights, got {each}")
         return next(iter(said.values()))
 
     def close(self) -> None:

@@ -40,9 +40,9 @@ class Credentials:
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not is_key(self.api_key):
-            raise ValueError("api_key: expected letters, digits and . _ ~ -, came something else")
+            raise ValueError("api_key: expected letters, digits and . _ ~ -, got something else")
         if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError("expected cert_file and key_file together, came one of them")
+            raise ValueError("expected cert_file and key_file together, got one of them")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
@@ -75,7 +75,7 @@ class Credentials:
         try:
             context = ssl.create_default_context(cafile=self.ca_file)
         except (OSError, ssl.SSLError) as error:
-            raise ValueError(f"ca_file {self.ca_file}: expected certificates in PEM, came {_why(error)}") from error
+            raise ValueError(f"ca_file {self.ca_file}: expected certificates in PEM, got {_why(error)}") from error
         if self.cert_file is not None:
             try:
                 # A password would be asked for on the terminal.
@@ -83,7 +83,7 @@ class Credentials:
             except (OSError, ssl.SSLError) as error:
                 raise ValueError(
                     f"cert_file {self.cert_file}, key_file {self.key_file}: expected a certificate and its own key, "
-                    f"PEM and not encrypted, came {_why(error)}"
+                    f"PEM and not encrypted, got {_why(error)}"
                 ) from error
         return context
 

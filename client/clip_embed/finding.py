@@ -98,10 +98,10 @@ class Search:
         rest, is_begin = b"", True
         while chunk := stdin.read1(1 << 16):
             if is_begin and _IMAGE.match(chunk):
-                raise UnusableList("stdin: expected a list of paths, came an image: give its path in place of -")
+                raise UnusableList("stdin: expected a list of paths, got an image: give its path in place of -")
             is_begin = False
             if self.separator == b"\n" and b"\0" in chunk:
-                raise UnusableList("stdin: expected a path in each line, came a NUL; -0 is for lists of `find -print0`")
+                raise UnusableList("stdin: expected a path in each line, got a NUL; -0 is for lists of `find -print0`")
             *whole, rest = (rest + chunk).split(self.separator)
             yield from filter(None, map(self._path, whole))
         if path := self._path(rest):
@@ -109,7 +109,7 @@ class Search:
 
     def _path(self, item: bytes) -> bytes:
         if len(item) > _LONGEST_PATH:
-            raise UnusableList(f"stdin: expected a list of paths, came {len(item):,} bytes without an end of a path")
+            raise UnusableList(f"stdin: expected a list of paths, got {len(item):,} bytes without an end of a path")
         return item if self.separator == b"\0" else item.removesuffix(b"\r")
 
     def _walk(self, given: str) -> Iterator[str]:

@@ -50,7 +50,7 @@ def _proxy_of(target: Target) -> httpx.Proxy | None:
             import_module("socksio")  # which httpx needs for it
     except (ValueError, ImportError, httpx.InvalidURL) as error:
         raise ValueError(
-            f"{parts.scheme}_proxy or all_proxy of the environment: expected http://HOST:PORT, came {url}: {error}"
+            f"{parts.scheme}_proxy or all_proxy of the environment: expected http://HOST:PORT, got {url}: {error}"
         ) from error
     return proxy
 
@@ -91,7 +91,7 @@ class AsyncHttpTransport:
             parameters = answer.json().get("parameters", {})
             return Served.of({name: parameter["string_value"] for name, parameter in parameters.items()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ContractError(f"expected a model's configuration, came {answer.content[:200]!r}") from error
+            raise ContractError(f"expected a model's configuration, got {answer.content[:200]!r}") from error
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -60,7 +60,7 @@ def _read_npy(path: Path) -> Library:
     except ValueError as error:
         raise UnusableOutput(f"{path} is not a .npy file: {error}") from error
     if embeddings.ndim != 2 or embeddings.dtype != np.float32:
-        raise UnusableOutput(f"{path}: expected (N, D) float32, came {embeddings.shape} {embeddings.dtype}")
+        raise UnusableOutput(f"{path}: expected (N, D) float32, got {embeddings.shape} {embeddings.dtype}")
     try:
         paths = names.read_bytes().decode().split("\n")[:-1]
     except FileNotFoundError as error:
@@ -76,7 +76,7 @@ def _read_npy(path: Path) -> Library:
 def _read_parquet(path: Path) -> Library:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if len(kinds := {parquet.read_provenance(file) for file in files}) > 1:
-        raise UnusableOutput(f"{path}: expected parts of the same weights, came {'; '.join(map(str, kinds))}")
+        raise UnusableOutput(f"{path}: expected parts of the same weights, got {'; '.join(map(str, kinds))}")
     counts, sizes, batches = zip(*map(parquet.open_vectors, files), strict=True)
     count, size = sum(counts), max(sizes)
     if count * size * 4 <= _IN_MEMORY_BYTES:

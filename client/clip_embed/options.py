@@ -83,15 +83,15 @@ class ClientOptions(Generic[TransportT]):
         """
         for name, value in (("timeout_s", timeout_s), ("attempt_timeout_s", attempt_timeout_s)):
             if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected more than 0 s, or None, came {value}")
+                raise ValueError(f"{name}: expected more than 0 s, or None, got {value}")
         if batch_size < 1 or max_in_flight < 1 or not 1 <= max_batch_bytes <= MAX_REQUEST_BYTES:
             raise ValueError(
                 "expected batch_size >= 1, max_in_flight >= 1 and max_batch_bytes from 1 byte to 1 GiB, "
-                f"came {batch_size}, {max_in_flight} and {max_batch_bytes}"
+                f"got {batch_size}, {max_in_flight} and {max_batch_bytes}"
             )
         targets = parse_urls(url if urls is None else urls, backend=backend)
         if transport is not None and len(targets) > 1:
-            raise ValueError(f"expected one URL beside a transport, came {len(targets)}")
+            raise ValueError(f"expected one URL beside a transport, got {len(targets)}")
         self.url = ",".join(target.url for target in targets)
         self.model = model
         self._timeout_s = timeout_s

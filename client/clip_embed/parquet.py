@@ -163,7 +163,7 @@ def merge(
     held: list[Any] = []
     paths = list(paths)
     if len(sizes := {_size_in(path) for path in paths}) > 1:
-        raise UnusableOutput(f"{paths[0]}: expected vectors of one length, came {', '.join(map(str, sorted(sizes)))}")
+        raise UnusableOutput(f"{paths[0]}: expected vectors of one length, got {', '.join(map(str, sorted(sizes)))}")
     schema = _schema(arrow, provenance, *sizes)
     with arrow.parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
 
@@ -214,7 +214,7 @@ def _open(path: Path, *, is_part: bool = False) -> Any:
     if not size or not columns.equals(_schema(arrow, size=size)):
         columns = ", ".join(f"{field.name} {field.type}" for field in file.schema_arrow)
         file.close()
-        raise UnusableOutput(f"{path}: expected the columns of clip-embed, came {columns}")
+        raise UnusableOutput(f"{path}: expected the columns of clip-embed, got {columns}")
     return file
 
 

@@ -37,7 +37,7 @@ def png_of_array(pixels: NDArray[np.uint8]) -> bytes:
         TypeError: It is another array.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise TypeError(f"expected a (H, W, 3) uint8 array, RGB, came {pixels.shape} {pixels.dtype}")
+        raise TypeError(f"expected a (H, W, 3) uint8 array, RGB, got {pixels.shape} {pixels.dtype}")
     height, width, _ = pixels.shape
     rows = pixels.reshape(height, 3 * width)
     filtered = np.empty((height, 1 + 3 * width), np.uint8)

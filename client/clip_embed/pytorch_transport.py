@@ -50,9 +50,9 @@ def read_answer(body: bytes, count: int) -> Embeddings:
     try:
         embeddings = np.array(json.loads(body)["embeddings"], dtype=np.float32)
     except (ValueError, KeyError, TypeError) as error:
-        raise ContractError(f"expected a JSON object with embeddings, came {body[:200]!r}") from error
+        raise ContractError(f"expected a JSON object with embeddings, got {body[:200]!r}") from error
     if embeddings.ndim != 2 or len(embeddings) != count or not (np.abs((embeddings**2).sum(axis=1) - 1) < 2e-2).all():
         raise ContractError(
-            f"expected ({count}, D) numbers in rows of L2 norm 1, came {embeddings.shape}; {ContractError.advice}"
+            f"expected ({count}, D) numbers in rows of L2 norm 1, got {embeddings.shape}; {ContractError.advice}"
         )
     return embeddings

@@ -30,7 +30,7 @@ class Retry:
         if not 0 <= self.first_wait_s <= self.max_wait_s or self.factor < 1:
             raise ValueError(
                 "expected 0 <= first_wait_s <= max_wait_s and factor >= 1, "
-                f"came {self.first_wait_s}, {self.max_wait_s} and {self.factor}"
+                f"got {self.first_wait_s}, {self.max_wait_s} and {self.factor}"
             )
 
     def wait_s(self, failures: int) -> float:

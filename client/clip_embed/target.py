@@ -66,7 +66,7 @@ def parse_urls(urls: str | Iterable[str], *, backend: Backend = "triton") -> tup
     targets = tuple(parse_url(url.strip(), backend=backend) for url in given)
     if not targets or len({target.url for target in targets}) < len(targets):
         raise ValueError(
-            f"expected the URL of a server, or of several and none twice, came {', '.join(given) or 'none'}"
+            f"expected the URL of a server, or of several and none twice, got {', '.join(given) or 'none'}"
         )
     return targets
 

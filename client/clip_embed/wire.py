@@ -97,7 +97,7 @@ def read_http_answer(body: bytes, header_length: str | None, count: int) -> Embe
                 return _embeddings(output["datatype"], output["shape"], body[begin:end], count)
         names = [output["name"] for output in outputs]
     except (ValueError, KeyError, TypeError) as error:
-        raise ContractError(f"expected an infer answer with binary tensors, came {body[:200]!r}") from error
+        raise ContractError(f"expected an infer answer with binary tensors, got {body[:200]!r}") from error
     raise _no_output(names)
 
 
@@ -105,17 +105,17 @@ def _embeddings(datatype: str, shape: list[int], raw: bytes, count: int) -> Embe
     is_matrix = len(shape) == 2 and shape[0] == count and shape[1] > 0
     if datatype != "FP32" or not is_matrix or len(raw) != 4 * count * shape[1]:
         raise ContractError(
-            f"{OUTPUT}: expected FP32 [{count}, D], came {datatype} {shape} in {len(raw)} bytes; {ContractError.advice}"
+            f"{OUTPUT}: expected FP32 [{count}, D], got {datatype} {shape} in {len(raw)} bytes; {ContractError.advice}"
         )
     embeddings = np.frombuffer(raw, dtype="<f4").reshape(shape).astype(np.float32)  # a copy that can be written to
     norms = np.linalg.norm(embeddings, axis=1)
     if not (np.abs(norms - 1) < 1e-2).all():  # NaN fails too; FP16 leaves 1e-3 at most, so 1e-2 is another model
-        raise ContractError(f"{OUTPUT}: expected rows of L2 norm 1, came norms {norms.min():.3g} to {norms.max():.3g}")
+        raise ContractError(f"{OUTPUT}: expected rows of L2 norm 1, got norms {norms.min():.3g} to {norms.max():.3g}")
     return embeddings
 
 
 def _no_output(names: list[str]) -> ContractError:
-    return ContractError(f"expected an output {OUTPUT!r}, came {names}; {ContractError.advice}")
+    return ContractError(f"expected an output {OUTPUT!r}, got {names}; {ContractError.advice}")
 
 
 def _elements(images: Sequence[ImageBytes]) -> Iterator[ImageBytes]:

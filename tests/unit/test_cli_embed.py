@@ -169,7 +169,7 @@ def test_the_files_that_the_server_says_it_takes_are_taken_and_with_all_every_on
 def test_an_image_in_place_of_a_list_is_one_sentence(run):
     done = run("-", stdin=b"\xff\xd8\xff\xe0" + bytes(range(256)) * 100)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr == b"clip-embed: stdin: expected a list of paths, came an image: give its path in place of -\n"
+    assert done.stderr == b"clip-embed: stdin: expected a list of paths, got an image: give its path in place of -\n"
 
 
 def test_the_backend_is_that_of_the_environment(run):

@@ -139,9 +139,9 @@ def test_a_list_may_have_any_name_with_nul_behind_it(here):
     ("stdin", "separator", "says"),
     [
         (b"a.jpg\0b.jpg\0", b"\n", "-0 is for lists"),
-        (b"\xff\xd8\xff\xe1\n\n and so on", b"\n", "came an image"),
-        (b"\x89PNG\r\n\x1a\n\0\0", b"\n", "came an image"),
-        (b"\0\0\0\x18ftypheic\0\0", b"\0", "came an image"),
+        (b"\xff\xd8\xff\xe1\n\n and so on", b"\n", "got an image"),
+        (b"\x89PNG\r\n\x1a\n\0\0", b"\n", "got an image"),
+        (b"\0\0\0\x18ftypheic\0\0", b"\0", "got an image"),
         (b'{"path": "a.jpg", "embedding": [' + b"0.0312, " * 512 + b"]}\n", b"\n", "bytes without an end of a path"),
         (b"x" * 100_000, b"\0", "bytes without an end of a path"),
     ],

@@ -240,6 +240,6 @@ def test_parquet_of_vectors_of_two_lengths_is_not_made_one(tmp_path):
     parts = [tmp_path / "512.parquet", tmp_path / "768.parquet"]
     with (
         (tmp_path / "all.parquet").open("wb") as file,
-        pytest.raises(UnusableOutput, match="one length, came 512, 768"),
+        pytest.raises(UnusableOutput, match="one length, got 512, 768"),
     ):
         parquet.merge(parts, file, lambda _: True)

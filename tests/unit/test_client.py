@@ -201,7 +201,7 @@ def test_servers_of_different_weights_are_no_servers_of_one_client(url, brain):
     other = Brain()
     other.says = {"clip_model": "ViT-B-16", "clip_checkpoint": "tag", "clip_preprocess": "exact"}
     with serve("grpc", other) as second, EmbeddingClient(urls=[url, second]) as client:
-        with pytest.raises(ContractError, match=r"same weights, came .*does not say; .*ViT-B-16, tag"):
+        with pytest.raises(ContractError, match=r"same weights, got .*does not say; .*ViT-B-16, tag"):
             client.served()
         brain.says = other.says
         assert client.served().provenance.model == "ViT-B-16"
@@ -390,7 +390,7 @@ def test_errors_come_with_their_cause_and_the_servers_words(url, status, message
 def test_another_models_answer_is_refused(client, brain, alter):
     """Never a vector that is not (n, 512) FP32 of norm 1."""
     brain.alter = alter
-    with pytest.raises(ContractError, match=r"expected .* came"):
+    with pytest.raises(ContractError, match=r"expected .* got"):
         client.embed([b"a", b"b"])
 
 

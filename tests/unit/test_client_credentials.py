@@ -69,7 +69,7 @@ def test_files_of_certificates_are_read_before_anything_is_sent(files):
         url = f"{scheme}://localhost:1"
         with EmbeddingClient(url, ca_file=files["ca"], cert_file=files["cert"], key_file=files["key"]):
             pass
-        with pytest.raises(ValueError, match=r"ca_file .*nowhere: expected certificates in PEM, came No such file"):
+        with pytest.raises(ValueError, match=r"ca_file .*nowhere: expected certificates in PEM, got No such file"):
             EmbeddingClient(url, ca_file="nowhere")
         with pytest.raises(ValueError, match=r"ca_file .*text: expected certificates in PEM"):
             EmbeddingClient(url, ca_file=files["text"])

@@ -95,7 +95,7 @@ def test_a_proxys_password_may_have_any_letter_and_is_not_told(environment, give
 )
 def test_a_proxy_that_http_cannot_use_is_named_in_a_sentence(environment, given):
     environment(all_proxy=given)
-    with pytest.raises(ValueError, match="http_proxy or all_proxy of the environment: expected http://HOST:PORT, came"):
+    with pytest.raises(ValueError, match="http_proxy or all_proxy of the environment: expected http://HOST:PORT, got"):
         EmbeddingClient("http://gpu-host:8000")
     EmbeddingClient("http://localhost:8000").close()
 
