@@ -1,4 +1,4 @@
-"""A thin client of the CLIP embedding server: encoded images and texts in, unit vectors out.
+"""A client for the CLIP embedding server: encoded images and texts in, unit vectors out.
 
 from clip_embed import EmbeddingClient
 

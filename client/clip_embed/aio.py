@@ -17,9 +17,9 @@ from clip_embed.wire import Embeddings
 
 
 class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
-    """Embeds images and texts on a server, for any number of tasks of one event loop. Files are read in a thread.
+    """Embeds images and texts on a server, for any number of tasks in one event loop. A thread reads the files.
 
-    When that loop is closed, as at the end of `asyncio.run`, the next one may use the client: it connects anew.
+    After that loop is closed, as at the end of `asyncio.run`, another loop may use the client, which then reconnects.
     """
 
     _loop: asyncio.AbstractEventLoop | None = None
@@ -28,16 +28,16 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
         """The embeddings of N images: (N, D) float32, C-contiguous, row i of image i, L2 norm 1.
 
         Raises:
-            InvalidImageError: Bad images, named by index and path: those of the request that failed first.
-            EmbeddingError: What else kept the embeddings away; see `clip_embed.errors`. The call's other requests are
-                cancelled, as they all are when this call is. A `retryable` one is the last attempt's.
-            TypeError: One image in place of a sequence, or something that `ImageSource` does not name.
+            InvalidImageError: Some images are bad. Names those of the request that failed first by index and path.
+            EmbeddingError: Any other failure; see `clip_embed.errors`. The call's other requests are cancelled. If it
+                is `retryable`, it is the error of the last attempt. Cancelling the call cancels all of its requests.
+            TypeError: One image in place of a sequence, or something that is not an `ImageSource`.
         """
         dispatch = self._dispatch(images, keep_going=False)
         return stack([row async for row in self._results(dispatch)])
 
     def embed_many(self, images: Iterable[ImageSource]) -> AsyncIterator[Embeddings | EmbeddingError]:
-        """`EmbeddingClient.embed_many` for `async for`. The images are taken from their iterable in a thread."""
+        """`EmbeddingClient.embed_many` for `async for`. A thread iterates over the images."""
         return self._results(self._dispatch(images, keep_going=True))
 
     async def embed_text(self, texts: Iterable[str]) -> Embeddings:
@@ -47,7 +47,7 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
         return stack([row async for row in client._results(dispatch)])
 
     async def is_ready(self, *, timeout_s: float = 5.0) -> bool:
-        """Whether a server answers and its model is loaded; False also when nothing listens or time runs out."""
+        """Whether a server answers and its model is loaded. False if nothing listens or the time is up."""
         if self._is_closed:
             return False
         answers = [asyncio.create_task(_is_yes(transport, timeout_s)) for transport in self._servers.transports]
@@ -60,7 +60,7 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
             await _cancel(answers)
 
     async def close(self) -> None:
-        """Drops the connections. Calls that are under way fail."""
+        """Close the connections. Calls in progress fail."""
         if not self._is_closed:
             self._is_closed = True
             for transport in self._servers.transports:
@@ -76,7 +76,7 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
 
     @property
     def _servers(self) -> Servers[AsyncTransport]:
-        """Raises RuntimeError outside of an event loop, and when another one has the client, and runs."""
+        """The servers, reopened for a new event loop. Raises RuntimeError without a loop, and for a second one."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             if self._loop is not None:
@@ -103,7 +103,7 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
                 pause_s = dispatch.pause_s()
                 if started:
                     done, _ = await asyncio.wait(started, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
-                    self._raise_if_closed()  # which ends the requests with errors that are not the server's
+                    self._raise_if_closed()  # closing fails the requests with errors that are not the server's
                     for answer in done:
                         dispatch.settle(started.pop(answer), answer.result)
                 elif pause_s:

@@ -1,4 +1,4 @@
-"""The client for code that was written for a service of its own and hands over base64: change the import.
+"""A drop-in client for code that sends base64 to a service: change only the import.
 
 from clip_embed.base64_images import EmbeddingClient
 
@@ -16,14 +16,14 @@ from clip_embed.errors import ImageFailure, InvalidImageError
 
 
 class EmbeddingClient(client.EmbeddingClient):
-    """`clip_embed.EmbeddingClient`, and base64 in, lists out. New code does better with `embed` and the bytes."""
+    """`clip_embed.EmbeddingClient` with base64 in and lists out. New code should pass bytes to `embed`."""
 
     def embed_base64_images(self, images: Iterable[str]) -> list[list[float]]:
         """The embeddings of N encoded images in base64, also as data URLs: N lists of numbers, L2 norm 1.
 
         Raises:
-            InvalidImageError: Some are no base64 (code `not_base64`), and nothing is sent; or as `embed` does.
-            EmbeddingError: As `embed`.
+            InvalidImageError: Some are not base64 (code `not_base64`), and nothing is sent; or as in `embed`.
+            EmbeddingError: As in `embed`.
             TypeError: One text in place of a sequence.
         """
         if isinstance(images, str):

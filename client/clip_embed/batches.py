@@ -1,7 +1,7 @@
-"""All of a call but the waiting: images are cut into requests, and what comes back is put in order again.
+"""Divides the images of a call into requests, and puts the results back in order.
 
-The blocking and the async client share it. It starts no thread and sends nothing; it reads the files that were given
-as paths, one request's worth at a time.
+The blocking and the async client share it. It starts no thread and sends nothing. It reads the files of one request at
+a time.
 """
 
 import errno
@@ -21,24 +21,24 @@ from clip_embed.wire import MAX_IMAGE_BYTES, Embeddings, ImageBytes
 
 
 class BinaryFile(Protocol):
-    """What `open(path, "rb")` gives."""
+    """A file as `open(path, "rb")` returns it."""
 
     def read(self, size: int, /) -> bytes: ...
 
 
 ImageSource = bytes | bytearray | memoryview | str | os.PathLike[str] | BinaryFile | PilImage | NDArray[np.uint8]
-"""One image: the bytes of an encoded file, a path to one (a str is always a path), or one that is open for reading.
+"""One image: the bytes of an encoded file, its path (a str is always a path), or the file open for reading.
 
-Or pixels: an image of Pillow, or a (H, W, 3) uint8 array, RGB. They are sent as PNG, so that nothing is lost. For
-512x512 that takes 8 to 15 ms of CPU, and 0.4 MB are sent where a JPEG has 0.1: give the file where there is one.
+Or pixels: a Pillow image, or a (H, W, 3) uint8 RGB array. They are sent as PNG, which is lossless. For 512x512 that
+costs 8 to 15 ms of CPU and 0.4 MB, where a JPEG has 0.1 MB: pass the file if there is one.
 """
 
-MAX_REQUEST_BYTES = 1 << 30  # a protobuf message ends at 2 GiB
+MAX_REQUEST_BYTES = 1 << 30  # a protobuf message is limited to 2 GiB
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image that was read: its place in the caller's images, its bytes, and its path if it had one."""
+    """One image that was read: its index in the caller's images, its bytes, and its path if it has one."""
 
     index: int
     image: ImageBytes
@@ -46,7 +46,7 @@ class Item:
 
 
 Request = tuple[Item, ...]
-"""What is sent at once: one item or more."""
+"""The items of one request, at least one."""
 
 
 class Batches:
@@ -54,10 +54,10 @@ class Batches:
 
     Args:
         images: read lazily.
-        batch_size: images a request, at most.
-        max_batch_bytes: bytes a request, at most; a larger image goes alone. A file over it and over what the server
-            takes by default is not read.
-        read_ahead: how many images may be read before the first of them has its result: what bounds the memory.
+        batch_size: at most this many images in a request.
+        max_batch_bytes: at most this many bytes in a request; a larger image is sent alone. A file over both this and
+            the server's default limit is not read.
+        read_ahead: how many images may be read before the first of them has a result. This bounds the memory.
         keep_going: a failure becomes the result of its images; otherwise it is raised.
     """
 
@@ -75,8 +75,8 @@ class Batches:
         self._max_batch_bytes = max_batch_bytes
         self._read_ahead = read_ahead
         self._keep_going = keep_going
-        self._held: Item | None = None  # read, but too large for the request that was being filled
-        self._again: deque[Request] = deque()  # what is left of requests that had bad images
+        self._held: Item | None = None  # read, but too large for the current request
+        self._again: deque[Request] = deque()  # the good images of requests that had bad ones
         self._results: dict[int, Embeddings | EmbeddingError] = {}
         self._exhausted = False
         self._taken = 0
@@ -84,15 +84,15 @@ class Batches:
 
     @property
     def finished(self) -> bool:
-        """Every image has been taken, and every result given."""
+        """Whether every image was read and every result yielded."""
         return self._exhausted and self._given == self._taken
 
     def next_request(self) -> Request | None:
-        """What to send next; None when there is nothing more, or nothing more before results are taken.
+        """The next request; None if there is none left, or none before more results are taken.
 
         Raises:
             InvalidImageError: A file cannot be read, and keep_going is False.
-            TypeError: An image is none of what `ImageSource` names.
+            TypeError: An image is not an `ImageSource`.
         """
         if self._again:
             return self._again.popleft()
@@ -110,16 +110,16 @@ class Batches:
         return tuple(items) if items else None
 
     def give(self, request: Request, embeddings: Embeddings) -> None:
-        """Takes in the (n, D) embeddings of a request of n images."""
+        """Record the (n, D) embeddings of a request of n images."""
         self._results.update(zip((item.index for item in request), embeddings, strict=True))
 
     def fail(self, request: Request, error: EmbeddingError) -> None:
-        """Takes in the error that is a request's end: it is the result of every image, or only of the bad ones.
+        """Record a request's final error, as the result of its bad images or, if it names none, of all its images.
 
-        The rest of a request with bad images is a request to come.
+        The good images of a request with bad ones become a new request.
 
         Raises:
-            EmbeddingError: The error, of the caller's images; keep_going is False.
+            EmbeddingError: The error, with the caller's indices; keep_going is False.
         """
         failures: dict[int, ImageFailure] = {}
         if isinstance(error, InvalidInputError):
@@ -142,7 +142,7 @@ class Batches:
             self._results.update((item.index, error) for item in rest)
 
     def ready(self) -> Iterator[Embeddings | EmbeddingError]:
-        """The results that are next in order, each given once."""
+        """The results that are next in order, each yielded once."""
         while self._given in self._results:
             result = self._results.pop(self._given)
             self._given += 1
@@ -169,11 +169,11 @@ class Batches:
 
 
 def read_image(image: ImageSource, index: int, *, max_file_bytes: int = MAX_IMAGE_BYTES) -> Item:
-    """The image's bytes: not copied if they are bytes already, else read from its file, or encoded.
+    """The image with its bytes: given bytes are not copied, a file is read, pixels are encoded.
 
     Raises:
-        InvalidImageError: The file cannot be read, or is none (`unreadable`), or the image is too large (`too_large`).
-        TypeError: It is none of what `ImageSource` names.
+        InvalidImageError: The file cannot be read (`unreadable`), or the image is too large (`too_large`).
+        TypeError: It is not an `ImageSource`.
     """
     source = None
     content: ImageBytes
@@ -199,14 +199,14 @@ def read_image(image: ImageSource, index: int, *, max_file_bytes: int = MAX_IMAG
             content = _or_failure(index, source, lambda: _read_open(image, max_file_bytes + 1))
         case _:
             raise TypeError(
-                f"images[{index}]: expected the bytes of an encoded image file, a path, a file open for reading, an "
-                f"image of Pillow or a (H, W, 3) uint8 array, got {type(image).__name__}"
+                f"images[{index}]: expected the bytes of an encoded image file, a path, a file open for reading, a "
+                f"Pillow image or a (H, W, 3) uint8 array, got {type(image).__name__}"
             )
     if len(content) > max_file_bytes and not isinstance(image, bytes | bytearray | memoryview):
-        reason = f"over {max_file_bytes} bytes; for a server that takes more, raise max_batch_bytes"
+        reason = f"over {max_file_bytes} bytes; if the server accepts more, raise max_batch_bytes"
         raise InvalidImageError([ImageFailure(index, "too_large", reason, source)])
     if len(content) > MAX_REQUEST_BYTES:
-        reason = f"{len(content)} bytes, and a request holds {MAX_REQUEST_BYTES} at most"
+        reason = f"{len(content)} bytes; a request holds at most {MAX_REQUEST_BYTES}"
         raise InvalidImageError([ImageFailure(index, "too_large", reason, source)])
     return Item(index, content, source)
 
@@ -214,30 +214,30 @@ def read_image(image: ImageSource, index: int, *, max_file_bytes: int = MAX_IMAG
 def _or_failure(index: int, source: str | None, read: Callable[[], bytes]) -> bytes:
     try:
         return read()
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it, a closed file, a mode without a PNG
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL, a closed file, a mode that PNG lacks
         reason = getattr(error, "strerror", None) or str(error)
         raise InvalidImageError([ImageFailure(index, "unreadable", reason, source)]) from error
 
 
 def _read_open(file: Any, size_bytes: int) -> bytes:
-    """What is left in an open file, so many bytes at most; some kinds of file give less than they are asked for."""
+    """The rest of an open file, at most `size_bytes`. Some kinds of file return less than asked for in one read."""
     parts: list[bytes] = []
     while size_bytes > 0 and (part := file.read(size_bytes)):
         if isinstance(part, str):
-            raise ValueError("it is open as text; open it with mode 'rb'")
+            raise ValueError("the file is open as text; open it with mode 'rb'")
         parts.append(part)
         size_bytes -= len(part)
     return b"".join(parts)
 
 
 def _read_file(path: str, size_bytes: int) -> bytes:
-    """So many bytes of a file at most. Raises OSError for a device, a FIFO or a folder, and does not wait for one."""
-    _require_file(os.stat(path))  # noqa: PTH116  before it is opened, which some devices notice
+    """At most `size_bytes` of a file. Raises OSError at once for a device, a FIFO or a folder."""
+    _require_file(os.stat(path))  # noqa: PTH116  before opening, which affects some devices
     with open(path, "rb", opener=_open_at_once) as file:
         status = os.fstat(file.fileno())
         _require_file(status)
         content = file.read(min(size_bytes, status.st_size + 1))  # asking for 32 MiB at once would cost 0.2 ms
-        if len(content) > status.st_size:  # it has grown, or says 0 as those of /proc do
+        if len(content) > status.st_size:  # it has grown, or reports size 0 like files in /proc
             content += file.read(size_bytes - len(content))
         return content
 
@@ -254,8 +254,8 @@ def _require_file(status: os.stat_result) -> None:
 
 
 def require_many(images: Iterable[ImageSource]) -> None:
-    """Raises TypeError for a single image: its letters or bytes would be taken for images."""
-    is_image = isinstance(images, np.ndarray) and images.ndim < 4  # of more, each (H, W, 3) is an image
+    """Raises TypeError for a single image, whose letters or bytes would be taken for images."""
+    is_image = isinstance(images, np.ndarray) and images.ndim < 4  # with four dimensions it is a sequence of images
     if is_image or hasattr(images, "read") or isinstance(images, str | bytes | bytearray | memoryview | os.PathLike):
         raise TypeError(f"expected a sequence of images, got one {type(images).__name__}; give [image]")
 
@@ -264,8 +264,8 @@ def text_bytes(texts: Iterable[str]) -> Iterator[bytes]:
     """Each text in UTF-8.
 
     Raises:
-        InvalidTextError: One has half of a surrogate pair, so it is no Unicode text (`not_text`).
-        TypeError: One text in place of a sequence, or something that is no text.
+        InvalidTextError: A text has an unpaired surrogate, so it is not Unicode (`not_text`).
+        TypeError: One text in place of a sequence, or something that is not a text.
     """
     if isinstance(texts, str | bytes):
         raise TypeError(f"expected a sequence of texts, got one {type(texts).__name__}; give [text]")

@@ -19,54 +19,54 @@ from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
 
 class EmbeddingClient(ClientOptions[Transport]):
-    """Embeds images and texts on a server. Thread-safe: one client, and so one connection, serves a whole process.
+    """Embeds images and texts on a server. Thread-safe: one client, with one connection, is enough for a process.
 
-    In a process that is forked it connects anew. It cannot be pickled.
+    A forked process reconnects. The client cannot be pickled.
     """
 
     def embed(self, images: Iterable[ImageSource]) -> Embeddings:
         """The embeddings of N images: (N, D) float32, C-contiguous, row i of image i, L2 norm 1.
 
-        An image is an encoded file's bytes, its path, the open file, or pixels: an image of Pillow or a (H, W, 3) uint8
-        array. Pixels are sent as PNG, which loses nothing and costs more than the file: see `ImageSource`.
+        An image is an encoded file's bytes, its path, the open file, or pixels: a Pillow image or a (H, W, 3) uint8
+        array. Pixels are sent as PNG, which is lossless but costs more than the file: see `ImageSource`.
 
         Raises:
-            InvalidImageError: Bad images, named by index and path: those of the request that failed first.
-                `embed_many` finds every one.
-            EmbeddingError: What else kept the embeddings away; see `clip_embed.errors`. The call's other requests are
-                cancelled. A `retryable` one is the last attempt's: there was no time for another.
-            TypeError: One image in place of a sequence, or something that `ImageSource` does not name.
+            InvalidImageError: Some images are bad. Names those of the request that failed first by index and path;
+                `embed_many` finds all.
+            EmbeddingError: Any other failure; see `clip_embed.errors`. The call's other requests are cancelled. If it
+                is `retryable`, it is the error of the last attempt that there was time for.
+            TypeError: One image in place of a sequence, or something that is not an `ImageSource`.
         """
         return stack(list(self._results(self._dispatch(images, keep_going=False))))
 
     def embed_many(self, images: Iterable[ImageSource]) -> Iterator[Embeddings | EmbeddingError]:
-        """For each image in order its embedding, (D,) float32 of L2 norm 1, or the error that kept it away.
+        """Yields for each image in order its embedding, (D,) float32 of L2 norm 1, or its error.
 
-        For any number of images: they are read as they are needed, a bounded number ahead of the results. A bad image
-        costs its request one more round trip and the other images nothing; its error is an InvalidImageError with one
-        failure. An error of another kind is given for each image of the request that met it, and the rest goes on; stop
-        at the first if the server is gone. `timeout_s` is each request's deadline, its attempts and waits included.
+        Works for any number of images: it reads only a bounded number ahead of the results. A bad image gets an
+        InvalidImageError with one failure; the other images of its request are sent again. Any other error is yielded
+        for each image of the failed request, and the rest continues; stop at the first one if the server is lost.
+        `timeout_s` is the deadline of each request, with all attempts and waits.
 
         Raises:
-            TypeError: One image in place of a sequence, or something that `ImageSource` does not name.
+            TypeError: One image in place of a sequence, or something that is not an `ImageSource`.
         """
         return self._results(self._dispatch(images, keep_going=True))
 
     def embed_text(self, texts: Iterable[str]) -> Embeddings:
-        """The embeddings of N texts: (N, D) float32, C-contiguous, row i of text i, L2 norm 1, comparable with images'.
+        """The embeddings of N texts: (N, D) float32, C-contiguous, row i of text i, L2 norm 1, in the images' space.
 
-        A text is cut where the model's context ends, as open_clip cuts it; the empty text has an embedding too.
+        A text is truncated to the model's context as in open_clip. The empty text has an embedding too.
 
         Raises:
-            InvalidTextError: Bad texts, named by index: over 64 KiB, or no Unicode.
-            EmbeddingError: As `embed`; ModelNotReadyError where the server has no text tower.
-            TypeError: One text in place of a sequence, or something that is no text.
+            InvalidTextError: Some texts are over 64 KiB or not Unicode. Names them by index.
+            EmbeddingError: As in `embed`; ModelNotReadyError if the server has no text tower.
+            TypeError: One text in place of a sequence, or something that is not a text.
         """
         client = self._of_texts()
         return stack(list(client._results(client._dispatch(text_bytes(texts), keep_going=False))))
 
     def is_ready(self, *, timeout_s: float = 5.0) -> bool:
-        """Whether a server answers and its model is loaded; False also when nothing listens or time runs out."""
+        """Whether a server answers and its model is loaded. False if nothing listens or the time is up."""
         if self._is_closed:
             return False
         answers = [transport.is_ready(timeout_s) for transport in self._servers.transports]
@@ -77,11 +77,11 @@ class EmbeddingClient(ClientOptions[Transport]):
                 answer.cancel()
 
     def served(self, *, timeout_s: float = 5.0) -> Served:
-        """What the server says of itself: of which weights its vectors are, and which files it takes.
+        """What the server reports: the provenance of its vectors and the file suffixes that it accepts.
 
         Raises:
-            ContractError: Several servers say that they serve different weights.
-            EmbeddingError: None answered.
+            ContractError: Several servers report different weights.
+            EmbeddingError: No server answered.
         """
         self._raise_if_closed()
         said: dict[str, Served] = {}
@@ -89,19 +89,19 @@ class EmbeddingClient(ClientOptions[Transport]):
         for target, transport in zip(self._targets, self._servers.transports, strict=True):
             try:
                 said[target.url] = transport.served(timeout_s).result()
-            except (CredentialsError, ContractError):  # it is closed to this client, or of an earlier version
+            except (CredentialsError, ContractError):  # it restricts this call, or is of an earlier version
                 said[target.url] = Served()
             except EmbeddingError as error:
                 unanswered = error
         if unanswered and not said:
             raise unanswered
         if len({one.provenance for one in said.values()}) > 1:
-            each = "; ".join(f"{url}: {one.provenance or 'it does not say'}" for url, one in said.items())
+            each = "; ".join(f"{url}: {one.provenance or 'does not say'}" for url, one in said.items())
             raise ContractError(f"expected servers of the same weights, got {each}")
         return next(iter(said.values()))
 
     def close(self) -> None:
-        """Drops the connections. Calls that are under way fail."""
+        """Close the connections. Calls in progress fail."""
         if not self._is_closed:
             self._is_closed = True
             for transport in self._servers.transports:
@@ -131,7 +131,7 @@ class EmbeddingClient(ClientOptions[Transport]):
                 pause_s = dispatch.pause_s()
                 if started:
                     done = wait(started, pause_s, FIRST_COMPLETED).done
-                    self._raise_if_closed()  # which ends the requests with errors that are not the server's
+                    self._raise_if_closed()  # closing fails the requests with errors that are not the server's
                     for answer in done:
                         dispatch.settle(started.pop(answer), answer.result)
                 elif pause_s:
@@ -150,7 +150,7 @@ class EmbeddingClient(ClientOptions[Transport]):
             return job.server.transport.send(job.images, job.timeout_s)
         except BaseException:
             dispatch.abandon(job)
-            self._raise_if_closed()  # a transport that was closed meanwhile raises what it likes
+            self._raise_if_closed()  # a closed transport may raise anything
             raise
 
     def _sleep(self, seconds: float) -> None:
@@ -165,5 +165,5 @@ def _is_yes(answer: Future[bool]) -> bool:
 
 
 def stack(rows: list[Embeddings | EmbeddingError]) -> Embeddings:
-    """(N, D) of N rows, (0, 512) of none; the errors of a call that does not keep going were raised: there are none."""
+    """The (N, D) array of N rows, (0, 512) of none. The rows contain no errors: without keep_going they were raised."""
     return np.stack(cast("list[Embeddings]", rows)) if rows else np.empty((0, EMBEDDING_SIZE), np.float32)

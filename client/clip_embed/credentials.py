@@ -1,4 +1,4 @@
-"""What a client shows a server: a key, a certificate of its own; and by which authorities it knows the server."""
+"""A client's credentials: an API key, a client certificate, and the authorities that it trusts."""
 
 import re
 import ssl
@@ -16,21 +16,21 @@ KEY_FILE_VARIABLE = "CLIP_KEY_FILE"
 
 API_KEY_HEADER = "clip-api-key"
 GRPC_PREFIX = "triton-grpc-protocol-"
-"""What Triton puts before the name of a header that opens a part of its gRPC."""
+"""Triton's prefix for the header that gives access to a restricted gRPC protocol."""
 
 _KEY = re.compile(r"[A-Za-z0-9._~-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """How a client and a server know each other.
+    """The API key and the TLS files of a client.
 
     Args:
         api_key: sent with every request, in the header `clip-api-key`; None sends none.
-        ca_file: the certificates, PEM, by which the server's is known, in place of the system's authorities (https://)
-            or of those that gRPC brings (grpcs://).
-        cert_file: the client's own certificate, PEM, for a server that asks for one.
-        key_file: its private key, PEM, not encrypted.
+        ca_file: PEM certificates of the trusted authorities, in place of the system's (https://) or gRPC's own
+            (grpcs://).
+        cert_file: the client's PEM certificate, for a server that requires one.
+        key_file: its private key, unencrypted PEM.
     """
 
     api_key: str | None = field(default=None, repr=False)
@@ -46,12 +46,12 @@ class Credentials:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
-        """Those of CLIP_API_KEY, CLIP_CA_FILE, CLIP_CERT_FILE and CLIP_KEY_FILE; an empty variable is not set."""
+        """The credentials in CLIP_API_KEY, CLIP_CA_FILE, CLIP_CERT_FILE and CLIP_KEY_FILE; empty means unset."""
         return cls(**environment_options(environment))
 
     @property
     def names_files(self) -> bool:
-        """Whether there is anything for TLS in it."""
+        """Whether it names files for TLS."""
         return self.ca_file is not None or self.cert_file is not None
 
     def http_headers(self) -> dict[str, str]:
@@ -63,7 +63,7 @@ class Credentials:
         return tuple((GRPC_PREFIX + name, value) for name, value in self.http_headers().items())
 
     def check(self, target: Target) -> None:
-        """Raises ValueError for files that cannot be used: missing, not PEM, no pair, or for a URL without TLS."""
+        """Raises ValueError for a missing or invalid file, a key of another certificate, or files for a URL without TLS."""
         if self.names_files and not target.is_secure:
             secure = "https" if target.is_http else "grpcs"
             raise ValueError(f"{target.url}: ca_file and cert_file are for {secure}://; this URL is not encrypted")
@@ -71,14 +71,14 @@ class Credentials:
             self.ssl_context()
 
     def ssl_context(self) -> ssl.SSLContext:
-        """For HTTPS. Raises ValueError as `check` does."""
+        """The TLS context for HTTPS. Raises ValueError as `check` does."""
         try:
             context = ssl.create_default_context(cafile=self.ca_file)
         except (OSError, ssl.SSLError) as error:
             raise ValueError(f"ca_file {self.ca_file}: expected certificates in PEM, got {_why(error)}") from error
         if self.cert_file is not None:
             try:
-                # A password would be asked for on the terminal.
+                # Otherwise OpenSSL would ask for a password on the terminal.
                 context.load_cert_chain(self.cert_file, self.key_file, password=lambda: "")
             except (OSError, ssl.SSLError) as error:
                 raise ValueError(
@@ -88,7 +88,7 @@ class Credentials:
         return context
 
     def grpc_credentials(self) -> Any:
-        """For gRPC's secure channels, whose errors come at the first request: so `check` comes before."""
+        """gRPC's channel credentials. Their errors appear only at the first request, so call `check` before."""
         import grpc  # type: ignore[import-untyped]
 
         return grpc.ssl_channel_credentials(
@@ -99,12 +99,12 @@ class Credentials:
 
 
 def is_key(text: str) -> bool:
-    """Whether it can be an API key: what every header, flag and shell takes as it is."""
+    """Whether a text can be an API key: characters that need no quoting in headers, flags and shells."""
     return _KEY.fullmatch(text) is not None
 
 
 def environment_options(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The clients' options that the environment names."""
+    """The client options that are set in the environment."""
     variables = {
         "api_key": API_KEY_VARIABLE,
         "ca_file": CA_FILE_VARIABLE,
