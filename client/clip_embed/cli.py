@@ -1,4 +1,4 @@
-"""The command `clip-embed`: images and folders of them in, embeddings on stdout, talk on stderr."""
+"""The command `clip-embed`: images and folders of them in, embeddings on stdout, messages on stderr."""
 
 import os
 import sys
@@ -50,9 +50,9 @@ except ModuleNotFoundError:  # only the installed command imports this module, s
     sys.stderr.write("clip-embed: the command needs more packages: pip install 'clip-embed[cli]'\n")
     sys.exit(2)
 
-# What `clip-embed NAME LIBRARY ...` does with what was embedded; see `cli_library`.
+# The commands that read a library, `clip-embed NAME LIBRARY ...`; see `cli_library`.
 ON_LIBRARIES = ("search", "duplicates")
-_GONE_AGAIN_S = 60.0  # how long to ask a server that was lost, came back, and does not answer; not measured
+_GONE_AGAIN_S = 60.0  # how long to wait for an answer of a server that was lost and came back; not measured
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -68,8 +68,8 @@ def embed(
         list[str],
         typer.Option(
             metavar="TEXT",
-            help='Embed a text instead of images; may be repeated. - reads stdin, a text a line. jsonl has {"text": '
-            '..., "embedding": [...]}; in parquet the column path holds the text, in npy FILE.paths.',
+            help="Embed a text instead of images; may be repeated. - reads stdin, one text per line. jsonl has "
+            '{"text": ..., "embedding": [...]}; in parquet the column path holds the text, in npy FILE.paths.',
         ),
     ] = [],  # noqa: B006
     url: Url = DEFAULT_URL,
@@ -77,9 +77,9 @@ def embed(
         Format | None,
         typer.Option(
             "--format",
-            help='jsonl: a line {"path": ..., "size_bytes": ..., "mtime_ns": ..., "embedding": [...]} for each image, '
-            "none for one that failed. parquet: rows of the same four. npy: one (N, 512) float32 array; row i is image "
-            "i, NaN if it failed, and FILE.paths has its path as line i. Default: what the output's name ends with.",
+            help='jsonl: one line {"path": ..., "size_bytes": ..., "mtime_ns": ..., "embedding": [...]} for each image '
+            "that did not fail. parquet: rows with these four columns. npy: one (N, 512) float32 array; row i is image "
+            "i, NaN if it failed, and line i of FILE.paths is its path. Default: by the suffix of the output's name.",
         ),
     ] = None,
     output: Annotated[
@@ -88,60 +88,59 @@ def embed(
             "--output",
             "--out",
             "-o",
-            help="A file, written whole or not at all, through links and with the mode of what was there; a device or "
-            "a FIFO is written to. Default: stdout.",
+            help="The output file. It is replaced when all is written; its mode and links to it are kept. A device or "
+            "a FIFO is written to directly. Default: stdout.",
         ),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Keep what is finished, also when the run is killed, and embed only the images that the output does "
-            "not have, that failed or that have changed. For jsonl and parquet.",
+            help="Keep finished rows even if the run is killed, and embed only images that are new, failed or changed. "
+            "For jsonl and parquet.",
         ),
     ] = False,
     prune: Annotated[
         bool,
         typer.Option(
             "--prune",
-            help="With --resume: drop the rows of files that are gone. A relative path is looked for from the folder "
-            "that the command runs in.",
+            help="With --resume: drop the rows of files that no longer exist. Relative paths start from the current "
+            "folder.",
         ),
     ] = False,
     exclude: Annotated[
         list[str],
         typer.Option(
             metavar="GLOB",
-            help="Leave out of the folders what has such a name, or such a path in the folder given; may be repeated.",
+            help="Skip files and folders whose name, or path inside the given folder, matches; may be repeated.",
         ),
     ] = [],  # noqa: B006  typer makes a new one
     include: Annotated[
         list[str],
         typer.Option(
             metavar="GLOB",
-            help="Also take files in folders that would be skipped: by --exclude, as litter (thumbnails, trash, ._ "
-            "files) or by their ending; may be repeated.",
+            help="Also take matching files and folders that would be skipped: by --exclude, as litter (thumbnails, "
+            "trash, ._ files) or by their suffix; may be repeated.",
         ),
     ] = [],  # noqa: B006
     every_file: Annotated[
         bool,
         typer.Option(
             "--all",
-            help="Take every file of the folders, whatever its ending, and let the server tell by its content whether "
-            "it is an image. Without it those are taken whose ending is that of a format that the server takes.",
+            help="Send every file in the folders and let the server decide by its content whether it is an image. By "
+            "default, only files with the suffix of a format that the server accepts are sent.",
         ),
     ] = False,
     null: Annotated[
-        bool, typer.Option("--null", "-0", help="Each path on stdin ends with a NUL, as `find -print0` writes them.")
+        bool, typer.Option("--null", "-0", help="Paths on stdin end with NUL, as `find -print0` writes them.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a request, at most; the server takes 64.")] = 8,
-    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests on their way at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per request; the server accepts at most 64.")] = 8,
+    max_in_flight: Annotated[int, typer.Option(min=1, help="Requests in flight at once.")] = 8,
     timeout_s: Annotated[
         float,
         typer.Option(
             min=0.001,
-            help="Deadline of each request, in seconds, with all attempts: how long to wait for a "
-            "server that has gone.",
+            help="Deadline of each request with all attempts, in seconds: how long to wait for a lost server.",
         ),
     ] = 300.0,
     attempt_timeout_s: Annotated[float, typer.Option(min=0.001, help="Deadline of each attempt, in seconds.")] = 30.0,
@@ -149,13 +148,13 @@ def embed(
     cert_file: CertFile = None,
     key_file: KeyFile = None,
 ) -> None:
-    """Embed images, or texts: data on stdout in their order, one line on stderr for each image that failed.
+    """Embed images or texts. Writes data to stdout in order, and a line to stderr for each image that failed.
 
-    The last line on stderr says which files of the folders were not taken. `clip-embed search` and `clip-embed
-    duplicates` work on the .parquet or .npy file that comes of it; a folder of such a name is ./search.
+    The last line on stderr says which files in the folders were skipped. `clip-embed search` and `clip-embed
+    duplicates` read the .parquet or .npy file that this writes; for a folder named search, give ./search.
 
-    The key of a server that asks for one is read from CLIP_API_KEY: an option could be seen in the list of processes.
-    INFERENCE_BACKEND=pytorch says that the server is the PyTorch service.
+    A server's API key is read from CLIP_API_KEY, because an option would be visible in the list of processes.
+    INFERENCE_BACKEND=pytorch selects the PyTorch service.
 
     Exit codes: 0 all good, 1 some images failed, 2 usage, 3 the server cannot be reached or used.
     """
@@ -174,8 +173,8 @@ def embed(
         key_file=key_file,
     )
     clients = [open_client(model=DEFAULT_MODEL), *([open_client(model=TEXT_MODEL)] if text else [])]
-    # The work has its own thread, so that Ctrl-C meets this one, which only waits: in the midst of grpc's code it could
-    # be lost, or leave a client that does not close.
+    # Another thread does the work, so that Ctrl-C interrupts this one, which only waits. Inside grpc's code it could
+    # get lost, or leave a client that does not close.
     pool = ThreadPoolExecutor(1)
     if text:
         work = pool.submit(_run_texts, clients[0], clients[1], text, target)
@@ -185,7 +184,7 @@ def embed(
         some_failed = work.result()
     except KeyboardInterrupt:
         for client in clients:
-            client.close()  # which ends the work, unless it waits for stdin: hence the timeout
+            client.close()  # ends the work, unless it waits for stdin: hence the timeout
         wait([work], timeout=2.0)
         sys.stderr.write(f"clip-embed: {printable(target.interrupted)}\n")
         sys.stderr.flush()
@@ -195,7 +194,7 @@ def embed(
     except InvalidTextError as error:
         exit_with(SOME_FAILED, f"{one_line(error)}; nothing was written")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit meets the pipe again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         raise typer.Exit(BROKEN_PIPE) from None
     except OSError as error:
         exit_with(USAGE, f"cannot write {output or 'stdout'}: {error.strerror or error}{target.kept}")
@@ -208,8 +207,8 @@ def embed(
 def main() -> None:
     """The entry point."""
     for argument in sys.argv[1:]:
-        if argument.startswith("-") and argument != printable(argument):  # typer would print it as it is
-            sys.stderr.write(f"clip-embed: {printable(argument)}: no such option; is it a file, give ./NAME\n")
+        if argument.startswith("-") and argument != printable(argument):  # typer would print it unescaped
+            sys.stderr.write(f"clip-embed: {printable(argument)}: no such option; for such a file give ./NAME\n")
             sys.exit(USAGE)
     if is_on_library(sys.argv[1:]):
         from clip_embed import cli_library
@@ -219,9 +218,9 @@ def main() -> None:
 
 
 def is_on_library(arguments: list[str]) -> bool:
-    """Whether they are `search LIBRARY ...` or `duplicates LIBRARY ...`, and no images to embed.
+    """Whether the arguments are `search LIBRARY ...` or `duplicates LIBRARY ...`, not images to embed.
 
-    Where a file or folder has that name, only if a library comes next: `clip-embed search` goes on to embed the folder.
+    If a file or folder has that name, a library must come next: `clip-embed search` alone embeds the folder.
     """
     if not arguments or arguments[0] not in ON_LIBRARIES:
         return False
@@ -232,33 +231,33 @@ def is_on_library(arguments: list[str]) -> bool:
 
 @dataclass
 class _Target:
-    """Where the embeddings go, and how many went there in this run."""
+    """The output, and how many embeddings this run has written to it."""
 
     path: Path | None
     format: Format
     resume: bool
     prune: bool
-    is_special: bool  # a device or a FIFO, which is written to at once
+    is_special: bool  # a device or a FIFO, written to directly
     embedded: int = 0
 
     def open(self, provenance: Provenance | None) -> AbstractContextManager[Output]:
         if not self.resume or self.path is None:
             return open_output(self.path, self.format, provenance)
-        from clip_embed.resume import open_resumed  # which needs a system with flock
+        from clip_embed.resume import open_resumed  # needs a system with flock
 
         table: Table = parquet if self.format is Format.parquet else jsonl
         return open_resumed(self.path, table, prune=self.prune, provenance=provenance)
 
     @property
     def kept(self) -> str:
-        """What to say after a run that ended too early."""
+        """What to tell about finished rows after a run that ended early; empty if there are none."""
         if self.resume and self.path is not None and has_parts(self.path):
             return f"; what was finished is kept in {parts_of(self.path)}: run it again with --resume"
         return ""
 
     @property
     def interrupted(self) -> str:
-        """What to say after Ctrl-C."""
+        """The message after Ctrl-C."""
         done = f"interrupted after {self.embedded:,} embeddings"
         if self.resume or self.path is None or self.is_special:
             return f"{done}{self.kept}"
@@ -266,11 +265,11 @@ class _Target:
 
 
 def _check_inputs(images: list[str], texts: list[str], *, null: bool, prune: bool) -> None:
-    """Exits for inputs that make no sense, before a server is asked."""
+    """Exit for invalid inputs, before any request."""
     if bool(images) == bool(texts):
         exit_with(USAGE, "expected images, or texts with --text, and not both")
     if texts and prune:
-        exit_with(USAGE, "--prune drops the rows of files that are gone: it does not go with --text")
+        exit_with(USAGE, "--prune drops the rows of missing files: it cannot be used with --text")
     if null and "-" not in images:
         exit_with(USAGE, "-0 is for paths on stdin: give - as an IMAGE")
     if images and all(argument != "-" and is_gone(argument) for argument in images):
@@ -278,7 +277,7 @@ def _check_inputs(images: list[str], texts: list[str], *, null: bool, prune: boo
 
 
 def _target(path: Path | None, file_format: Format | None, *, resume: bool, prune: bool) -> _Target:
-    """Refuses what cannot be written."""
+    """The output. Exits if it cannot be written."""
     file_format = _format(path, file_format)
     is_special = False
     if path is not None:
@@ -287,7 +286,7 @@ def _target(path: Path | None, file_format: Format | None, *, resume: bool, prun
         path = destination.through_links(path)
         is_special = destination.is_special(path)
         if resume and is_special:
-            exit_with(USAGE, f"--resume needs a file that can be read and replaced, {path} is none")
+            exit_with(USAGE, f"--resume needs a regular file: {path} is not one")
     if path is None and resume:
         exit_with(USAGE, "--resume needs --output FILE")
     if prune and not resume:
@@ -297,7 +296,7 @@ def _target(path: Path | None, file_format: Format | None, *, resume: bool, prun
     if resume and file_format is Format.npy:
         exit_with(USAGE, "npy does not name its images: --resume needs jsonl or parquet")
     if path is not None and not resume and has_parts(path):
-        exit_with(USAGE, f"{parts_of(path)} holds what an earlier run finished: add --resume to go on, or remove it")
+        exit_with(USAGE, f"{parts_of(path)} has finished rows of an earlier run: add --resume to go on, or remove it")
     if file_format is Format.parquet:
         try:
             parquet.require_pyarrow()
@@ -307,7 +306,7 @@ def _target(path: Path | None, file_format: Format | None, *, resume: bool, prun
 
 
 def _format(path: Path | None, chosen: Format | None) -> Format:
-    """What the path's name says, or what was chosen; a name with another ending is refused, so that none lies."""
+    """The chosen format, or that of the file's name. Exits if they contradict each other."""
     ending = path.name.rpartition(".")[2].lower() if path and "." in path.name else ""
     named = Format(ending) if ending in list(Format) else None
     if path and chosen and named and named is not chosen:
@@ -318,7 +317,7 @@ def _format(path: Path | None, chosen: Format | None) -> Format:
 
 
 def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: _Target) -> bool:
-    """Embed and write; returns whether some images failed."""
+    """Embed images and write the rows. Returns whether some images failed."""
     some_failed = False
     with client, Talk(shows_bar=not (target.path is None and sys.stdout.isatty())) as talk:
         served = served_by(client)
@@ -350,14 +349,14 @@ def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: 
             if output.already_there:
                 talk.say(f"{output.already_there} of the images were there already")
             if output.pruned:
-                talk.say(f"{output.pruned} rows of images that are gone were dropped")
+                talk.say(f"{output.pruned} rows of missing images were dropped")
         if not_taken := search.report():
             talk.say(not_taken)
     return some_failed
 
 
 def _check_weights(client: EmbeddingClient, served: Served) -> None:
-    """Raises ContractError when the server has other weights than before it was lost."""
+    """Raises ContractError if the server has other weights than before it was lost."""
     deadline = time.monotonic() + _GONE_AGAIN_S
     while True:
         try:
@@ -369,15 +368,15 @@ def _check_weights(client: EmbeddingClient, served: Served) -> None:
         time.sleep(0.5)
     if now.provenance != served.provenance:
         raise ContractError(
-            f"{client.url} came back with other weights: {now.provenance or 'it does not say which'}; before it was "
-            f"{served.provenance or 'not known'}. Serve the earlier ones, or begin a new file"
+            f"{client.url} came back with other weights: {now.provenance or 'not known'}; before it was "
+            f"{served.provenance or 'not known'}. Serve the earlier ones, or write to a new file"
         )
 
 
 def _run_texts(images: EmbeddingClient, client: EmbeddingClient, given: list[str], target: _Target) -> bool:
-    """Embeds and writes all texts, or none; whether some failed, which is no.
+    """Embed and write all texts, or none. Returns False: no text failed.
 
-    The image ensemble reports the weights; the server makes sure that both towers have the same.
+    The image ensemble reports the weights; the server ensures that both towers have the same.
     """
     with images, client, Talk(shows_bar=False) as talk:
         require_ready(client)
@@ -401,7 +400,7 @@ def _run_texts(images: EmbeddingClient, client: EmbeddingClient, given: list[str
 
 
 def _lines_of_stdin() -> list[str]:
-    """What is not UTF-8 in them the client refuses."""
+    """The lines of stdin. The client refuses a line that is not UTF-8."""
     return sys.stdin.buffer.read().decode(errors="surrogateescape").splitlines()
 
 

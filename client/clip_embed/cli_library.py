@@ -1,4 +1,4 @@
-"""`clip-embed search` and `clip-embed duplicates`: what is done with the vectors that `clip-embed` wrote."""
+"""The commands `clip-embed search` and `clip-embed duplicates`, for files that `clip-embed` wrote."""
 
 import io
 import json
@@ -53,7 +53,7 @@ LibraryFile = Annotated[
 
 
 class Listing(StrEnum):
-    """How `search` shows what it found."""
+    """How `search` prints its results."""
 
     table = "table"
     jsonl = "jsonl"
@@ -64,23 +64,23 @@ def search(
     library_file: LibraryFile,
     query: Annotated[
         str,
-        typer.Argument(metavar="QUERY", help="The path of an image, or else a text. A file that is there is an image."),
+        typer.Argument(metavar="QUERY", help="The path of an image, or a text. An existing file is an image."),
     ],
     *,
-    count: Annotated[int, typer.Option("--count", "-k", min=1, help="How many to show, the nearest first.")] = 10,
+    count: Annotated[int, typer.Option("--count", "-k", min=1, help="How many images to show, nearest first.")] = 10,
     listing: Annotated[
         Listing,
         typer.Option("--format", help='table, or jsonl: a line {"path": ..., "cosine": ...} for each, best first.'),
     ] = Listing.table,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Write a page with thumbnails too, which opens from its file.")
+        Path | None, typer.Option("--html", help="Also write a self-contained page with thumbnails.")
     ] = None,
     use_index: Annotated[
         bool,
         typer.Option(
             "--index",
-            help="Search in LIBRARY.usearch, which is made where it is missing or older; its recall is said then. For "
-            "over a million images that is the only way, for fewer every vector is looked at.",
+            help="Search in the index LIBRARY.usearch. If it is missing or outdated, it is built and its recall is "
+            "printed. Libraries of over a million images always use it; others compare all vectors.",
         ),
     ] = False,
     url: Url = DEFAULT_URL,
@@ -88,9 +88,9 @@ def search(
     cert_file: CertFile = None,
     key_file: KeyFile = None,
 ) -> None:
-    """The images of a library that are nearest to a text or to another image, with their cosines.
+    """Find the images of a library that are nearest to a text or another image, with their cosines.
 
-    The server embeds the query; a library of other weights than its own is refused.
+    The server embeds the query. It must serve the same weights as those of the library.
 
     Exit codes: 0 found, 1 the query cannot be embedded, 2 usage, 3 the server cannot be reached or used.
     """
@@ -146,27 +146,27 @@ def duplicates(
         typer.Option(
             min=0.5,
             max=1.0,
-            help="The least cosine of a pair. Which edits are found at which, docs/search.md has measured.",
+            help="The lowest cosine of a pair. docs/search.md shows which edits each threshold finds.",
         ),
     ] = 0.96,
     keep: Annotated[
         Keep,
         typer.Option(
-            help="Which one of a group to keep: that of most pixels, of these the largest file, of these the oldest. "
-            "Or first by the file's size; or the oldest, or newest."
+            help="Which photograph of a group to keep. pixels: most pixels, then the largest file, then the oldest. "
+            "size: the largest file, then most pixels, then the oldest. oldest, newest: by the file's time."
         ),
     ] = Keep.pixels,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the groups and their pairs as JSON.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a line for each photograph of a group.")] = None,
     html: Annotated[
         Path | None,
-        typer.Option("--html", help="Write a page to look through the groups with, which opens from its file."),
+        typer.Option("--html", help="Write a self-contained page to look through the groups."),
     ] = None,
 ) -> None:
-    """Groups of nearly the same photographs, and which one of each to keep. Nothing is deleted.
+    """Group near-duplicate photographs and say which one of each group to keep. Nothing is deleted.
 
-    A group is what hangs together by pairs of at least the threshold. Without --json, --csv and --html the groups are
-    listed on stdout. Relative paths are looked for from the folder that the command runs in.
+    A group is connected by pairs whose cosine is at least the threshold. Without --json, --csv and --html the groups
+    are listed on stdout. Relative paths start from the current folder.
 
     Exit codes: 0 done, 2 usage.
     """
@@ -177,8 +177,8 @@ def duplicates(
         if looked.gone and not looked.files:
             exit_with(
                 USAGE,
-                f"none of the {len(library.images):,} files of {library_file} is there: run this in the folder that "
-                "clip-embed ran in, since relative paths are looked for from here",
+                f"none of the {len(library.images):,} files of {library_file} exists: run this in the folder that "
+                "clip-embed ran in, because relative paths start from the current folder",
             )
         wanted = np.zeros(len(library.images), np.bool_)
         wanted[list(looked.files)] = True
@@ -214,12 +214,12 @@ def duplicates(
             talk.say(f"left out: {left_out}")
         _say_missing(pictures.values())
         if pairs.total > MOST_PAIRS:
-            talk.say(f"of {pairs.total:,} pairs those were kept that hold the groups together at every threshold")
+            talk.say(f"of {pairs.total:,} pairs, only those are kept that connect the groups at every threshold")
         talk.say(about)
 
 
 def _is_image(query: str) -> bool:
-    """Whether a query is the path of an image. Exits for one that can only be a path, and is none."""
+    """Whether a query is the path of an image. Exits for a path of an image that does not exist."""
     path = Path(query)
     try:
         if path.is_file():
@@ -232,19 +232,19 @@ def _is_image(query: str) -> bool:
 
 
 def _compared(library: Library, served: Provenance | None) -> str | None:
-    """What there is to say of the library and the server's weights. Exits when they are not the same."""
+    """A warning about the library's and the server's weights, or None. Exits if they differ."""
     if library.provenance is None:
         return (
-            f"{library.path} does not say of which weights its vectors are, as files of earlier versions do not: if "
-            "they are not the server's, the cosines mean nothing"
+            f"{library.path} does not name the weights of its vectors, as files of earlier versions do not. If they "
+            "are not the server's, the cosines mean nothing"
         )
     if served is None:
-        return f"the server does not say whose vectors it gives; {library.path} has those of {library.provenance}"
+        return f"the server does not name its weights; those of {library.path} are {library.provenance}"
     if not library.provenance.has_weights_of(served):
         exit_with(
             USAGE,
-            f"{library.path} has vectors of {library.provenance}, and the server gives those of {served}: serve the "
-            "same weights, or embed the library anew",
+            f"{library.path} has vectors of {library.provenance}, but the server has {served}: serve the "
+            "same weights, or embed the library again",
         )
     if library.provenance not in (served, served.of_texts()):
         return f"{library.path} was made with preprocess {library.provenance.preprocess}, the query {served.preprocess}"
@@ -252,7 +252,7 @@ def _compared(library: Library, served: Provenance | None) -> str | None:
 
 
 def _show(found: list[tuple[str, float]], listing: Listing) -> None:
-    """On stdout."""
+    """Print the results to stdout."""
     if listing is Listing.jsonl:
         for path, cosine in found:
             sys.stdout.write(json.dumps({"path": printable(path), "cosine": round(cosine, 6)}) + "\n")
@@ -277,7 +277,7 @@ def _list(groups: list[grouping.Group]) -> None:
 
 def _left_out(looked: grouping.Looked) -> Iterator[str]:
     if looked.gone:
-        yield f"{looked.gone:,} that are gone (clip-embed --resume --prune drops their rows)"
+        yield f"{looked.gone:,} that no longer exist (clip-embed --resume --prune drops their rows)"
     if looked.changed:
         yield f"{looked.changed:,} that have changed since (clip-embed --resume embeds them again)"
     if looked.failed:
@@ -289,15 +289,15 @@ def _left_out(looked: grouping.Looked) -> Iterator[str]:
 def _say_missing(pictures: Iterable[Picture]) -> None:
     if unread := sum(picture.width == 0 for picture in pictures):
         sys.stderr.write(
-            f"without thumbnail and size in pixels: {unread:,}, which are not there or which Pillow cannot read; "
-            "relative paths are looked for from the folder that this runs in\n"
+            f"without thumbnail and size in pixels: {unread:,} that do not exist or that Pillow cannot read; "
+            "relative paths start from the current folder\n"
         )
 
 
 @contextmanager
 def _written(path: Path) -> Iterator[IO[str]]:
-    """A text file that appears whole, in place of what has its name."""
-    from clip_embed.destination import is_special, locked, through_links, whole  # which need a system with flock
+    """A text file that replaces `path` when it is complete."""
+    from clip_embed.destination import is_special, locked, through_links, whole  # need a system with flock
 
     path = through_links(path)
     if is_special(path):
@@ -307,7 +307,7 @@ def _written(path: Path) -> Iterator[IO[str]]:
     with locked(path) as folder, whole(path, folder) as binary:
         file = io.TextIOWrapper(binary, encoding="utf-8", newline="")
         yield file
-        file.detach()  # which also flushes it
+        file.detach()  # also flushes it
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Credentials:
         return tuple((GRPC_PREFIX + name, value) for name, value in self.http_headers().items())
 
     def check(self, target: Target) -> None:
-        """Raises ValueError for a missing or invalid file, a key of another certificate, or files for a URL without TLS."""
+        """Raises ValueError for files that are missing, not PEM or no pair, and for files with a URL without TLS."""
         if self.names_files and not target.is_secure:
             secure = "https" if target.is_http else "grpcs"
             raise ValueError(f"{target.url}: ca_file and cert_file are for {secure}://; this URL is not encrypted")

@@ -1,7 +1,7 @@
-"""How a file is written whole or not at all, by one process, in place of what has its name.
+"""Replaces a file atomically, by one process at a time.
 
-What is not finished is in the folder `NAME.parts` beside it, which is locked. A process that is killed leaves it to the
-next one that writes NAME.
+Unfinished files are in the folder `NAME.parts` beside it, which is locked. If a process is killed, the next one that
+writes NAME takes over the folder.
 """
 
 import errno
@@ -20,7 +20,7 @@ _UNFINISHED = ".unfinished"
 
 
 def is_special(path: Path) -> bool:
-    """Whether there is something that is no file: a device, a FIFO, a folder. It is written to as it is."""
+    """Whether the path is something other than a file: a device, a FIFO or a folder. It is written to directly."""
     try:
         return not stat.S_ISREG(path.stat().st_mode)
     except OSError:
@@ -28,18 +28,18 @@ def is_special(path: Path) -> bool:
 
 
 def through_links(path: Path) -> Path:
-    """The file that a link leads to, whether it is there or not."""
+    """The target of a link, whether it exists or not; other paths unchanged."""
     is_link = os.path.islink(path)  # noqa: PTH114  Path's raises for a folder above it that is closed
     return Path(os.path.realpath(path)) if is_link and not is_special(path) else path
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[Path]:
-    """The folder of what is not finished, made if need be, for this process alone; the lock ends with the process.
+    """The folder of unfinished files, created if needed and locked for this process. The lock ends with the process.
 
     Raises:
-        OSError: It cannot be made.
-        UnusableOutput: Another process has it.
+        OSError: It cannot be created.
+        UnusableOutput: Another process holds the lock.
     """
     folder = parts_of(path)
     while True:
@@ -50,26 +50,26 @@ def locked(path: Path) -> Iterator[Path]:
             except BlockingIOError as error:
                 raise UnusableOutput(f"{folder} is in use by another clip-embed") from error
             if not folder.exists() or folder.stat().st_ino != os.fstat(opened).st_ino:
-                continue  # the other one was just finished, and took the folder along
+                continue  # the other process just finished and removed the folder
             try:
                 yield folder
             finally:
                 with suppress(OSError):
-                    for unfinished in folder.glob(f"*{_UNFINISHED}"):  # of a process that was killed
+                    for unfinished in folder.glob(f"*{_UNFINISHED}"):  # left by a killed process
                         unfinished.unlink()
-                    folder.rmdir()  # if there is nothing in it
+                    folder.rmdir()  # if it is empty
             return
 
 
 @contextmanager
 def whole(path: Path, folder: Path, *, like: Path | None = None) -> Iterator[IO[bytes]]:
-    """A file that takes the path's place when it is whole and on the disk; after an exception it is gone.
+    """A file that replaces `path` once it is complete and on disk. After an exception it is removed.
 
-    It gets the mode and the owner of what was there, or of `like`. Where that cannot be, and where the old file has
-    other names, the old one's content is replaced instead, which a crash may leave half done.
+    It gets the mode and owner of the old file, or of `like`. If that is not allowed, or if the old file has other hard
+    links, the old file is overwritten instead, and a crash may leave it incomplete.
 
     Args:
-        folder: where it is until then, on the same file system.
+        folder: where the file is until then, on the same file system.
     """
     old = _status(like or path)
     if old and not like and not os.access(path, os.W_OK):
@@ -94,15 +94,15 @@ def whole(path: Path, folder: Path, *, like: Path | None = None) -> Iterator[IO[
         unfinished.unlink(missing_ok=True)
         raise
     with _opened(path.parent) as parent:
-        os.fsync(parent)  # so that the new name outlives a loss of power
+        os.fsync(parent)  # so that the new name survives a power failure
 
 
 def _made_like(old: os.stat_result, opened: int) -> bool:
-    """Before anything is in it that others may not read."""
+    """Copy mode and owner to the new, still empty file. Returns whether that was allowed."""
     try:
         os.fchmod(opened, stat.S_IMODE(old.st_mode) & 0o700)
         os.fchown(opened, old.st_uid, old.st_gid)
-        os.fchmod(opened, stat.S_IMODE(old.st_mode))  # a change of owner may take away bits
+        os.fchmod(opened, stat.S_IMODE(old.st_mode))  # a change of owner may clear bits
     except PermissionError:
         return False
     return True

@@ -1,6 +1,6 @@
-"""The requests of one call on their way: which goes next, to which server, and what is sent again, and when.
+"""Decides which request of a call goes next, to which server, and which is sent again and when.
 
-The blocking and the async client share it. It waits for nothing and sends nothing: they do both, as it says.
+The blocking and the async client share it. It neither waits nor sends: they do both.
 """
 
 import asyncio
@@ -21,17 +21,17 @@ from clip_embed.servers import Server, Servers, TransportT
 from clip_embed.wire import Embeddings, ImageBytes
 
 PROBE_TIMEOUT_S = 5.0
-_LONGEST_PAUSE_S = 0.1  # after it a call sees what others found out about the servers, and that the client was closed
+_LONGEST_PAUSE_S = 0.1  # how soon a call sees that a server changed or the client was closed
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What bounds the requests of a call. Times are in seconds, None is for none.
+    """The limits on a call's requests. Times are in seconds; None means no limit.
 
     Args:
-        max_in_flight: requests on their way or waiting to be sent again.
-        timeout_s: the deadline of the whole call, or of each request, attempts and waits included.
-        is_per_request: which of the two.
+        max_in_flight: requests that are in flight or wait to be sent again.
+        timeout_s: the deadline of the call or of each request, with all attempts and waits.
+        is_per_request: whether timeout_s is for each request.
         attempt_timeout_s: the deadline of one attempt.
     """
 
@@ -43,7 +43,7 @@ class Limits:
 
 @dataclass(eq=False, slots=True)
 class Pending(Generic[TransportT]):
-    """A request without its result, which may be sent from `due_s` until `ends_s`."""
+    """A request without a result. It may be sent from `due_s` until `ends_s`."""
 
     request: Request
     ends_s: float | None
@@ -55,7 +55,7 @@ class Pending(Generic[TransportT]):
 
 @dataclass(eq=False, slots=True)
 class Attempt(Generic[TransportT]):
-    """A request that goes to a server now, for `timeout_s` at most."""
+    """A request to send to a server now, with `timeout_s` as its deadline."""
 
     pending: Pending[TransportT]
     server: Server[TransportT]
@@ -63,20 +63,20 @@ class Attempt(Generic[TransportT]):
 
     @property
     def images(self) -> list[ImageBytes]:
-        """What to send."""
+        """The images to send."""
         return [item.image for item in self.pending.request]
 
 
 @dataclass(eq=False, slots=True)
 class Probe(Generic[TransportT]):
-    """A server that is to be asked whether it is ready."""
+    """A server to ask whether it is ready."""
 
     server: Server[TransportT]
     timeout_s: float = PROBE_TIMEOUT_S
 
 
 class Dispatch(Generic[TransportT]):
-    """Turns the batches of a call into attempts, and their ends into results: each request has one.
+    """Turns a call's batches into attempts, and the answers into one result for each request.
 
     Args:
         now_s: a monotonic clock.
@@ -102,32 +102,32 @@ class Dispatch(Generic[TransportT]):
 
     @property
     def finished(self) -> bool:
-        """Every image has been taken, and every result given."""
+        """Whether every image was read and every result yielded."""
         return self._batches.finished
 
     @property
     def has_room(self) -> bool:
-        """Whether to read more images: no waiting request is due, and fewer than max_in_flight are open."""
+        """Whether to read more images: no waiting request is due, and fewer than max_in_flight are unfinished."""
         now_s = self._now_s()
         return len(self._waiting) + self._in_flight < self._limits.max_in_flight and not any(
             pending.due_s <= now_s for pending in self._waiting
         )
 
     def read(self) -> None:
-        """Reads the images of one more request, if there is room for it.
+        """Read the images of one more request, if there is room for it.
 
         Raises:
-            InvalidImageError, TypeError: As `Batches.next_request`.
+            InvalidImageError, TypeError: As in `Batches.next_request`.
         """
         if self.has_room and (request := self._batches.next_request()):
             ends_s = self._deadline_s() if self._limits.is_per_request else self._ends_s
             self._waiting.append(Pending(request, ends_s, due_s=self._now_s()))
 
     def next(self) -> Attempt[TransportT] | Probe[TransportT] | None:
-        """What to start now; None when that is nothing. What was started ends in `settle` or `abandon`.
+        """The attempt or probe to start now, or None. Pass it to `settle` or `abandon` when it ends.
 
         Raises:
-            EmbeddingError: The time of a request is over, and the call does not keep going.
+            EmbeddingError: A request's deadline has passed, and the call does not keep going.
         """
         now_s = self._now_s()
         if server := self._servers.next_probe(now_s):
@@ -150,7 +150,7 @@ class Dispatch(Generic[TransportT]):
         return Attempt(pending, server, min(limits_s, default=None))
 
     def pause_s(self) -> float | None:
-        """After how many seconds to ask again if no answer comes before; None: not before one comes."""
+        """The seconds after which to call `next` again if no answer comes before; None: wait for an answer."""
         if not self._waiting and not self._in_flight:
             return 0.0
         now_s = self._now_s()
@@ -163,10 +163,10 @@ class Dispatch(Generic[TransportT]):
         return None if earliest_s is None else max(0.0, earliest_s - now_s)
 
     def settle(self, started: Attempt[TransportT] | Probe[TransportT], answer: Callable[[], Any]) -> None:
-        """Takes in how it ended: `answer` gives the (n, D) embeddings or the server's readiness, or raises.
+        """Record how a job ended: `answer` returns the (n, D) embeddings or the server's readiness, or raises.
 
         Raises:
-            EmbeddingError: It is final, and the call does not keep going.
+            EmbeddingError: The error is final, and the call does not keep going.
         """
         if isinstance(started, Probe):
             self._settle_probe(started, answer)
@@ -177,7 +177,10 @@ class Dispatch(Generic[TransportT]):
         except EmbeddingError as error:
             self._servers.settle(started.server, error, self._now_s())
             self._fail(started.pending, error)
-        except (futures.CancelledError, asyncio.CancelledError):  # by close(): a call that ends early asks no answer
+        except (
+            futures.CancelledError,
+            asyncio.CancelledError,
+        ):  # by close(): a call that ends early does not ask for answers
             self._servers.release(started.server)
             closed = ServerUnavailableError("the client was closed before the answer came")
             self._batches.fail(started.pending.request, closed)
@@ -189,7 +192,7 @@ class Dispatch(Generic[TransportT]):
             self._batches.give(started.pending.request, embeddings)
 
     def abandon(self, started: Attempt[TransportT] | Probe[TransportT]) -> None:
-        """Takes in that nobody waits for its end."""
+        """Record that nobody waits for the job any more."""
         if isinstance(started, Probe):
             self._servers.settle_probe(started.server, None, self._now_s())
         else:
@@ -197,16 +200,18 @@ class Dispatch(Generic[TransportT]):
             self._servers.release(started.server)
 
     def ready(self) -> Iterator[Embeddings | EmbeddingError]:
-        """The results that are next in order, each given once."""
+        """The results that are next in order, each yielded once."""
         return self._batches.ready()
 
     def _fail(self, pending: Pending[TransportT], error: EmbeddingError) -> None:
-        """It is sent again if that may help and there is time; otherwise the error is final."""
+        """Send the request again if that may help and there is time; otherwise its error is final."""
         error.attempts = pending.attempts
         pending.last_error = error
         pending.due_s = self._now_s()
         if self._retry and isinstance(error, ServerOverloadedError | DeadlineExceededError):
-            pending.due_s += self._retry.wait_s(pending.attempts)  # of other errors the servers' health says how long
+            pending.due_s += self._retry.wait_s(
+                pending.attempts
+            )  # after other errors, the server's health decides when
         if self._retry and error.retryable and (pending.ends_s is None or pending.due_s < pending.ends_s):
             self._waiting.append(pending)
         else:
@@ -226,7 +231,7 @@ class Dispatch(Generic[TransportT]):
         return None if self._limits.timeout_s is None else self._now_s() + self._limits.timeout_s
 
     def _too_late(self) -> EmbeddingError:
-        """The error of a request whose time was over before it could be sent once."""
+        """The error of a request whose deadline passed before its first attempt."""
         timeout_s = self._limits.timeout_s
         if why := self._servers.why_none():
             return ServerUnavailableError(f"no server was ready within {timeout_s} s: {why}")

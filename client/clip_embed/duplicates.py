@@ -1,4 +1,4 @@
-"""Groups of photographs that are nearly the same, and which one of each to keep."""
+"""Groups near-duplicate photographs and chooses which one of each group to keep."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from clip_embed.pictures import Picture
 
 
 class Keep(StrEnum):
-    """Which one of a group is kept. What is equal by one rule is decided by the next, at last by the path."""
+    """Which photograph of a group is kept. Ties are broken by the next rule, finally by the path."""
 
     pixels = "pixels"  # most pixels, then the largest file, then the oldest
     size = "size"  # the largest file, then most pixels, then the oldest
@@ -28,7 +28,7 @@ class Keep(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """A file as it is now."""
+    """A file that exists, with its current size and time."""
 
     path: str
     size_bytes: int
@@ -37,7 +37,7 @@ class Present:
 
 @dataclass
 class Looked:
-    """The rows whose files are there, by row, and how many of the others there are."""
+    """The existing files by row, and the numbers of other rows."""
 
     files: dict[int, Present]
     gone: int = 0
@@ -48,7 +48,7 @@ class Looked:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One photograph of a group; `similarity` is its cosine to the one to keep."""
+    """One photograph of a group; `similarity` is its cosine with the one to keep."""
 
     row: int
     file: Present
@@ -58,22 +58,22 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Two photographs or more that hang together, the one to keep first, and the pairs among them by their places."""
+    """Two or more connected photographs, the one to keep first, and their pairs as (index, index, cosine)."""
 
     members: tuple[Member, ...]
     pairs: tuple[tuple[int, int, float], ...]
 
     @property
     def spare_bytes(self) -> int:
-        """The size of all but the one to keep."""
+        """The total size of all but the one to keep."""
         return sum(member.file.size_bytes for member in self.members[1:])
 
 
 def look_at_files(library: Library) -> Looked:
-    """Which rows of a library can be duplicates: each file once, whatever its names, as long as it is there.
+    """The rows of a library that can be duplicates: each existing file once.
 
-    A file that is gone, or has changed since it was embedded, is no copy of another any more; nor is a second name of
-    one file, whose removal would end it.
+    Leaves out files that no longer exist or have changed since they were embedded, and further names of the same file,
+    because deleting one of them could delete the only copy.
     """
     looked, seen = Looked({}), set()
     for row, image in enumerate(library.images):
@@ -97,7 +97,7 @@ def look_at_files(library: Library) -> Looked:
 
 
 def rows_of_groups(pairs: Pairs) -> list[list[int]]:
-    """The rows that hang together by these pairs, in order."""
+    """The groups of rows that these pairs connect, in order."""
     joined = Joined()
     edges = list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     for first, second in edges:
@@ -111,7 +111,7 @@ def rows_of_groups(pairs: Pairs) -> list[list[int]]:
 def choose(
     library: Library, pairs: Pairs, files: dict[int, Present], pictures: dict[int, Picture], keep: Keep
 ) -> list[Group]:
-    """The groups of these pairs, whose rows are all in `files` and `pictures`: those with most bytes to spare first."""
+    """The groups of these pairs, most spare bytes first. `files` and `pictures` must have all rows of the pairs."""
     rank = _rank(keep)
     places: dict[int, tuple[int, int]] = {}
     ordered = []
@@ -145,7 +145,7 @@ def _rank(keep: Keep) -> Callable[[Member], Any]:
 
 
 def write_json(groups: Sequence[Group], file: IO[str], **about: object) -> None:
-    """One object: what `about` says, and the groups; in each the files, the one to keep first, and their pairs."""
+    """Write one JSON object: `about`, and the groups, each with its files (the one to keep first) and pairs."""
     found = [
         {
             "keep": printable(group.members[0].file.path),
@@ -159,7 +159,7 @@ def write_json(groups: Sequence[Group], file: IO[str], **about: object) -> None:
 
 
 def write_csv(groups: Iterable[Group], file: IO[str]) -> None:
-    """A line for each photograph: its group, whether it is the one to keep, and what is known of it."""
+    """Write a CSV line for each photograph: its group, whether to keep it, and its properties."""
     writer: Any = None
     for number, group in enumerate(groups, 1):
         for place, member in enumerate(group.members):
@@ -183,7 +183,7 @@ def _as_row(member: Member, *, is_kept: bool) -> dict[str, object]:
 
 
 def as_date(mtime_ns: int) -> str:
-    """In UTC; empty for a time that is no year's."""
+    """The time as an ISO date in UTC; empty if it is out of range."""
     try:
         return datetime.fromtimestamp(mtime_ns // 10**9, UTC).isoformat(timespec="seconds")
     except (ValueError, OverflowError, OSError):

@@ -1,4 +1,4 @@
-"""The errors, named by what the caller should do, and the one place where foreign errors become ours.
+"""The client's errors, named by what the caller should do, and their mapping from gRPC and HTTP errors.
 
 EmbeddingError                everything below; `retryable` says whether the same call may succeed later
 ├ InvalidInputError           fix or drop what `.failures` names
@@ -13,7 +13,7 @@ EmbeddingError                everything below; `retryable` says whether the sam
 ├ ContractError               use the client that belongs to the served model
 └ ServerError                 read the server's log
 
-A caller's own mistakes (a string where a sequence is due, a malformed URL) are TypeError and ValueError.
+A caller's own mistakes (a string in place of a sequence, a malformed URL) raise TypeError and ValueError.
 """
 
 import json
@@ -31,11 +31,11 @@ class ImageFailure:
 
     Args:
         index: position in the caller's images or texts, from 0.
-        code: the server's `empty`, `too_large`, `not_an_image`, `unsupported_format`, `too_many_pixels`, `too_complex`,
-            `too_deep`, `truncated` or `corrupt`, and of a text `too_large` or `not_text`; or the client's `unreadable`
-            (no such file, no permission, a folder, a device).
-        reason: one sentence for a person; empty when the server gave none.
-        source: the path, when the image was given as one.
+        code: from the server `empty`, `too_large`, `not_an_image`, `unsupported_format`, `too_many_pixels`,
+            `too_complex`, `too_deep`, `truncated` or `corrupt`, and for a text `too_large` or `not_text`; from the
+            client `unreadable` (no such file, no permission, a folder, a device).
+        reason: one sentence for people; empty if the server gave none.
+        source: the image's path, if it was given as one.
     """
 
     index: int
@@ -48,9 +48,9 @@ class ImageFailure:
 
 
 class EmbeddingError(Exception):
-    """An embedding that could not be had. `retryable`: the same call may succeed later.
+    """An embedding failed. `retryable`: the same call may succeed later.
 
-    `attempts` is how often its request was sent; a retryable error of a client that retries is the last one's.
+    `attempts` is how often the request was sent. A client that retries raises the error of the last attempt.
     """
 
     retryable: ClassVar[bool] = False
@@ -62,7 +62,7 @@ class EmbeddingError(Exception):
 
 
 class InvalidInputError(EmbeddingError):
-    """Some images or texts of the call cannot be embedded: fix or drop those that `failures` names (at least one)."""
+    """Some images or texts of the call cannot be embedded: fix or drop those in `failures` (at least one)."""
 
     def __init__(self, failures: Sequence[ImageFailure]) -> None:
         self.failures = tuple(failures)
@@ -83,7 +83,7 @@ class InvalidTextError(InvalidInputError):
 
 
 class RequestTooLargeError(EmbeddingError):
-    """One request holds more images or bytes than the server takes."""
+    """One request has more images or bytes than the server accepts."""
 
     advice = "lower batch_size or max_batch_bytes, or raise the server's limit"
 
@@ -103,10 +103,10 @@ class ServerOverloadedError(EmbeddingError):
 
 
 class ModelNotReadyError(EmbeddingError):
-    """The server is up, but the model is unknown to it, still loading, or failed to load."""
+    """The server is up, but does not have the model, is still loading it, or failed to load it."""
 
     retryable = True
-    advice = "wait until it is loaded; if it never is, check the model's name and the server's log"
+    advice = "wait until it is loaded; if that never happens, check the model's name and the server's log"
 
 
 class DeadlineExceededError(EmbeddingError):
@@ -117,29 +117,29 @@ class DeadlineExceededError(EmbeddingError):
 
 
 class CredentialsError(EmbeddingError):
-    """The server does not know this client, or this client the server: a key or a certificate is missing or wrong."""
+    """Client and server do not trust each other: a key or a certificate is missing or wrong."""
 
     advice = "give the right api_key (CLIP_API_KEY), ca_file, cert_file and key_file"
 
 
 class ContractError(EmbeddingError):
-    """The server's model is not the one that this client knows, or the server is not an inference server."""
+    """The server's model does not match this client, or the server is not an inference server."""
 
     advice = "use the client that belongs to the served model"
 
 
 class ServerError(EmbeddingError):
-    """The server failed inside."""
+    """The server had an internal error."""
 
     advice = "read the server's log"
 
 
-# Phrases of Triton, grpc-core and nginx; tests/unit/test_client_errors.py has whole messages and says which were met.
+# Phrases of Triton, grpc-core and nginx. tests/unit/test_client_errors.py has whole messages, and which were observed.
 _QUEUE_FULL = ("Exceeds maximum queue size", "Request timeout expired", "http2 header with status: 429")
-# A Python model's process is gone: another server, or the one that takes this one's place, can embed the same images.
+# A Python model's process was lost: another server, or this one's replacement, can embed the same images.
 _STUB_LOST = "is not healthy"
 _NOT_READY = ("unknown model", "no available versions", "not at ready state", "loading or unloading", "not ready")
-_NO_TEXTS = "the server has no text tower: make it there with `clip-tools export-onnx --text`, and start it again"
+_NO_TEXTS = "the server has no text tower: run `clip-tools export-onnx --text` there, and restart it"
 _DENIED = (
     "is restricted, expecting header",
     "CERTIFICATE_VERIFY_FAILED",
@@ -172,9 +172,9 @@ _GRPC_STATUS = {
 def error_from_grpc(status: str, message: str, *, url: str) -> EmbeddingError:
     """Our error for a gRPC status name, such as `UNAVAILABLE`, and its message.
 
-    The status alone is not enough: Triton answers UNAVAILABLE for a full queue, for a request that waited in the queue
-    too long and for a model that is loading (triton-inference-server/server#6110, #5348), as gRPC itself does when
-    nothing listens.
+    The status alone is not enough: Triton returns UNAVAILABLE for a full queue, for a request that waited too long in
+    the queue and for a loading model (triton-inference-server/server#6110, #5348). gRPC itself returns it if nothing
+    listens.
     """
     if status == "INVALID_ARGUMENT" and (failures := parse_failures(message)):
         return (InvalidTextError if " texts refused. " in message else InvalidImageError)(failures)
@@ -219,11 +219,11 @@ _ITEM = re.compile(r"(?:^|; )\[(?P<index>\d+)\] (?P<code>[a-z][a-z_]*)(?:: |(?=;
 
 
 def parse_failures(message: str) -> tuple[ImageFailure, ...]:
-    """The bad images or texts that the server's message names, by their indices in the request; none if it names none.
+    """The bad images or texts in the server's message, with their indices in the request; empty if it names none.
 
     The message is written by `models/preprocess` or `models/tokenize`, and Triton puts the model's name before it:
     `in ensemble 'clip_ensemble', image_bytes: 2 of 5 images refused. [1] truncated: ends early; [3] empty: 0 bytes`.
-    A reason may itself hold `;` and `[7]`: an item begins only where its index also comes after the last one.
+    A reason may itself contain `;` and `[7]`: an item begins only where its index is larger than the last one.
     """
     if (refused := _REFUSED.search(message)) is None:
         return ()
@@ -235,7 +235,7 @@ def parse_failures(message: str) -> tuple[ImageFailure, ...]:
     ends = [item.start() for item in starts[1:]] + [len(items)]
     return tuple(
         ImageFailure(int(item["index"]), item["code"], items[item.end() : end])
-        for item, end in zip(starts, ends, strict=False)  # none of the first, and one end, when nothing is named
+        for item, end in zip(starts, ends, strict=False)  # without items there is still one end
     )
 
 

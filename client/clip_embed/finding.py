@@ -1,4 +1,4 @@
-"""The images that the command's arguments mean: files, folders to search, and a list on stdin."""
+"""Lists the images in the command's arguments: files, folders to search, and paths on stdin."""
 
 import os
 import re
@@ -9,11 +9,11 @@ from fnmatch import translate
 from io import BufferedIOBase
 from pathlib import Path
 
-# Of the files that are taken where the server does not say: every one takes these.
+# The suffixes to take if the server does not report any: every server accepts these formats.
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 )
-# What systems and programs put among photographs: thumbnails, resource forks, deleted files, older versions.
+# Files that systems and programs put beside photographs: thumbnails, resource forks, deleted files, old versions.
 LITTER = (
     "._*",
     ".DS_Store",
@@ -35,25 +35,25 @@ LITTER = (
     ".dtrash",
     ".stversions",
 )
-_MOST_ENDINGS = 10  # are named in the report
-_LONGEST_PATH = 4096  # bytes; Linux takes no more
-# What an image given in place of a list begins with: JPEG, PNG, GIF, WebP, TIFF (and raw formats), HEIC and AVIF.
+_MOST_ENDINGS = 10  # in the report
+_LONGEST_PATH = 4096  # bytes; Linux's limit
+# The first bytes of an image on stdin: JPEG, PNG, GIF, WebP, TIFF (and raw formats), HEIC and AVIF.
 _IMAGE = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|....ftyp", re.DOTALL)
 
 
 class UnusableList(Exception):
-    """What came on stdin is no list of paths."""
+    """The data on stdin is not a list of paths."""
 
 
 @dataclass
 class Search:
-    """Finds images, and counts what it leaves out of the folders.
+    """Finds images and counts the files in folders that it skips.
 
     Args:
-        exclude: globs of names, or of paths inside the folder that is searched: what to leave out.
-        include: the same, for what to take all the same: litter, what `exclude` names, other suffixes.
-        separator: what ends each path on stdin.
-        suffixes: of the files to take, in lower case; None for all files, whatever their name.
+        exclude: globs of names, or of paths inside the searched folder, to skip.
+        include: globs of what to take although it would be skipped: litter, matches of `exclude`, other suffixes.
+        separator: ends each path on stdin.
+        suffixes: the suffixes of files to take, in lower case; None for all files.
     """
 
     exclude: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ class Search:
     linked_folders: int = 0
 
     def report(self) -> str | None:
-        """What was not taken so far, for people; None for nothing."""
+        """A message about the files skipped so far; None if there are none."""
         kinds = []
         if self.not_taken:
             endings = self.not_taken.most_common()
@@ -81,10 +81,10 @@ class Search:
         return f"not taken: {'; '.join(kinds)}" if kinds else None
 
     def paths(self, arguments: Iterable[str], stdin: BufferedIOBase) -> Iterator[str]:
-        """The paths, lazily, each as `pathlib` writes it: `./a//b.jpg` is `a/b.jpg`.
+        """Yields the paths lazily, each as `pathlib` writes it: `./a//b.jpg` becomes `a/b.jpg`.
 
-        Of a folder its images sorted, then those of each folder in it. A file that is named itself is always taken, and
-        so is a folder that cannot be listed, so that it is reported as an image that cannot be read.
+        A folder yields its images in order, then those of its subfolders. A file given by name is always taken. So is a
+        folder that cannot be listed, so that it is reported as an unreadable image.
         """
         for argument in arguments:
             if argument == "-":
@@ -127,7 +127,7 @@ class Search:
             subfolders = []
             for entry in entries:
                 path, is_folder = os.path.join(folder, entry.name), _is_folder(entry)  # noqa: PTH118
-                if is_folder and entry.is_symlink():  # it may lead in a circle, or to what is found anyway
+                if is_folder and entry.is_symlink():  # it may be a cycle, or lead to files that are found anyway
                     self.linked_folders += 1
                 elif not (include(entry.name) or include(path)) and (
                     self._is_left_out(entry.name, is_folder=is_folder) or exclude(entry.name) or exclude(path)
@@ -141,11 +141,11 @@ class Search:
         yield from unlisted
 
     def takes(self, name: str) -> bool:
-        """Whether a file of a folder is to be taken, by its name. Counts what is not."""
+        """Whether to take a file in a folder, by its name. Counts the others."""
         return not self._is_left_out(name, is_folder=False)
 
     def _is_left_out(self, name: str, *, is_folder: bool) -> bool:
-        """Whether it is litter, or a file that is not to be taken by its name. Counts both."""
+        """Whether it is litter or a file with another suffix. Counts both."""
         if _is_litter(name):
             self.litter["folder" if is_folder else "file"] += 1
             return True
@@ -164,7 +164,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _matcher(globs: Iterable[str]) -> Callable[[str], object]:
-    """Whether a name or a path matches one of them."""
+    """A function that tells whether a name or path matches one of the globs."""
     return re.compile("|".join(map(translate, globs)) or "(?!)").match
 
 

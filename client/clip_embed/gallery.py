@@ -1,4 +1,4 @@
-"""Pages that open from a file: everything is in them, and they fetch nothing."""
+"""Writes self-contained HTML pages, which fetch nothing."""
 
 import json
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ from clip_embed.names import printable
 from clip_embed.nearest import Joined
 from clip_embed.pictures import Picture
 
-# Bytes are what a page of many thumbnails costs: 5,000 groups of three are 40 MB with small ones.
+# Thumbnails determine a page's size: 5,000 groups of three are 40 MB with small ones.
 LARGE_PX, SMALL_PX, MOST_LARGE = 256, 128, 1000
-_ALL_PAIRS_UP_TO = 12  # photographs in a group; of more, the pairs with the one to keep and those that hold it together
+_ALL_PAIRS_UP_TO = 12  # photographs in a group; larger groups show pairs with the one to keep and a spanning tree
 
 
 def thumbnail_px(count: int) -> int:
-    """How large thumbnails may be on a page of so many."""
+    """The size of thumbnails on a page with `count` of them."""
     return LARGE_PX if count <= MOST_LARGE else SMALL_PX
 
 
 def write_gallery(groups: Sequence[Group], file: IO[str], *, threshold: float, about: str) -> None:
-    """The groups, to be looked through: a slider over the pairs' cosines, sorted as one likes, by keyboard too."""
+    """Write the page of groups, with a slider for the cosine, sorting, and keyboard shortcuts."""
     data = {"threshold": threshold, "about": about, "groups": [_group(group) for group in groups]}
-    # `<` alone could end the script that it stands in.
+    # A `<` could end the script element.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     head, tail = _template("gallery.html").split("__DATA__")
     file.writelines((head, text, tail))
@@ -35,7 +35,7 @@ def write_gallery(groups: Sequence[Group], file: IO[str], *, threshold: float, a
 def write_results(
     results: Sequence[tuple[str, float, Picture]], file: IO[str], *, query: str, shown: Picture | None, about: str
 ) -> None:
-    """What a search found, best first: path, cosine and picture of each; `shown` is the image that was asked with."""
+    """Write the page of search results (path, cosine, picture), best first; `shown` is the query's image."""
     cards = "\n".join(
         f'<figure><a href="{_url(path)}">{_image(picture)}</a>'
         f"<figcaption><b>{cosine:.4f}</b> {escape(printable(path))}</figcaption></figure>"
@@ -70,7 +70,7 @@ def _group(group: Group) -> dict[str, Any]:
 
 
 def _shown_pairs(group: Group) -> Sequence[tuple[int, int, float]]:
-    """Enough for the slider: at any threshold they hang the same photographs together as all pairs do."""
+    """Enough pairs for the slider: at any threshold they connect the same photographs as all pairs do."""
     if len(group.members) <= _ALL_PAIRS_UP_TO:
         return group.pairs
     joined = Joined()
@@ -79,7 +79,7 @@ def _shown_pairs(group: Group) -> Sequence[tuple[int, int, float]]:
 
 
 def _url(path: str) -> str:
-    """`file:` and the absolute path, with its very bytes."""
+    """The file: URL of the absolute path, byte for byte."""
     return "file://" + quote(str(Path(path).absolute()).encode(errors="surrogateescape"))
 
 

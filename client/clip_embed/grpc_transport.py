@@ -1,4 +1,4 @@
-"""gRPC: one channel, Triton's own messages, serialised by `wire`."""
+"""The gRPC transport: one channel, with Triton's messages serialised by `wire`."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -21,14 +21,14 @@ T = TypeVar("T")
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # The message that names a request's bad images travels as metadata, of which gRPC takes 8 KiB by default.
+    # The error that lists a request's bad images travels as metadata, which gRPC limits to 8 KiB by default.
     ("grpc.max_metadata_size", 1 << 20),
     ("grpc.absolute_max_metadata_size", 1 << 20),
-    # A server that comes back is seen within a second; by default within two minutes.
+    # Reconnect to a returned server within a second; the default is up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A dead peer is noticed even in a call without a deadline. Triton closes the connection of a client that pings more
-    # often than every 300 s (--grpc-http2-min-recv-ping-interval-without-data).
+    # Detect a dead peer in calls without a deadline too. Triton closes the connection of a client that pings more often
+    # than every 300 s (--grpc-http2-min-recv-ping-interval-without-data).
     ("grpc.keepalive_time_ms", 310_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 ]
@@ -43,7 +43,7 @@ def _open(module: Any, target: Target, credentials: Credentials) -> Any:
 
 
 def _infer_call(channel: Any) -> Any:
-    """The stub's ModelInfer, but for a request that is bytes already."""
+    """The stub's ModelInfer for an already serialised request."""
     return channel.unary_unary(
         "/inference.GRPCInferenceService/ModelInfer",
         response_deserializer=service_pb2.ModelInferResponse.FromString,
@@ -101,15 +101,15 @@ class GrpcTransport:
         return answer
 
     def close(self) -> None:
-        # A Ctrl-C inside grpc's start of a call can leave it a call that never ends, and channel.close() waits for all
-        # of them without a limit (grpcio 1.85: 3 of 8 interrupted runs hung here). So it gets a second.
+        # Ctrl-C while grpc starts a call can leave a call that never ends, and channel.close() waits for all calls
+        # without a limit (grpcio 1.85: 3 of 8 interrupted runs hung here). So it gets one second.
         closing = threading.Thread(target=self._channel.close, name="clip-embed-close", daemon=True)
         closing.start()
         closing.join(timeout=1.0)
 
 
 class _Answer(Future[T]):
-    """A future that also cancels the call behind it."""
+    """A future that also cancels its gRPC call."""
 
     def __init__(self, call: Any) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class _Answer(Future[T]):
 
 
 class AsyncGrpcTransport:
-    """Implements `transport.AsyncTransport`. The channel belongs to the event loop of its first request."""
+    """Implements `transport.AsyncTransport`. The channel belongs to the event loop of the first request."""
 
     def __init__(self, target: Target, model: str, credentials: Credentials) -> None:
         self._target, self._model = target, model

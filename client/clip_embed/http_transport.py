@@ -1,6 +1,7 @@
-"""HTTP: httpx, and Triton's binary tensors as `wire` writes them.
+"""The HTTP transport: httpx, with Triton's binary tensors serialised by `wire`.
 
-Not `tritonclient.http`: it is built on gevent, whose hub belongs to one thread, so a client of it cannot be shared.
+It does not use `tritonclient.http`, which is built on gevent: a gevent hub belongs to one thread, so threads could not
+share a client.
 """
 
 import asyncio
@@ -24,15 +25,15 @@ T = TypeVar("T")
 
 
 def _proxy_of(target: Target) -> httpx.Proxy | None:
-    """The environment's proxy for a server on another machine, in every form that urllib takes.
+    """The environment's proxy for a server on another machine, in every form that urllib accepts.
 
     Raises:
-        ValueError: It is none that HTTP can use.
+        ValueError: The proxy cannot be used for HTTP.
     """
     parts, proxies = urlsplit(target.address), getproxies()
     if target.is_local or "*" in proxies.get("no", "").split(","):
         return None
-    if proxy_bypass(parts.netloc) or proxy_bypass(parts.hostname or ""):  # IPv6 with its brackets, and without
+    if proxy_bypass(parts.netloc) or proxy_bypass(parts.hostname or ""):  # IPv6 with and without brackets
         return None
     if not (given := (proxies.get(parts.scheme) or proxies.get("all", "")).strip()):
         return None
@@ -47,7 +48,7 @@ def _proxy_of(target: Target) -> httpx.Proxy | None:
         if not proxy.url.host:
             raise ValueError("no host")
         if proxy.url.scheme.startswith("socks"):
-            import_module("socksio")  # which httpx needs for it
+            import_module("socksio")  # httpx needs it for SOCKS
     except (ValueError, ImportError, httpx.InvalidURL) as error:
         raise ValueError(
             f"{parts.scheme}_proxy or all_proxy of the environment: expected http://HOST:PORT, got {url}: {error}"
@@ -65,11 +66,11 @@ class AsyncHttpTransport:
         self._http = httpx.AsyncClient(
             base_url=target.address,
             verify=credentials.ssl_context() if target.is_secure else True,
-            trust_env=False,  # httpx raises for some lists in NO_PROXY that the standard library takes
+            trust_env=False,  # httpx raises for some NO_PROXY lists that the standard library accepts
             proxy=_proxy_of(target),
-            timeout=None,  # noqa: S113  httpx limits each read and write; a whole request is limited in _request
+            timeout=None,  # noqa: S113  httpx limits each read and write, _request the whole request
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
-            # Triton gzips for whoever accepts it, which costs its time and saves nothing: these floats do not shrink.
+            # Do not let Triton gzip the answer: that costs time, and floats do not compress.
             headers={"Accept-Encoding": "identity", **credentials.http_headers()},
         )
 
@@ -97,7 +98,7 @@ class AsyncHttpTransport:
         await self._http.aclose()
 
     async def _can_be_asked(self, ready: str, embed: str, timeout_s: float | None) -> bool:
-        """Whether one path is found and the other, which takes POST alone, is not: Triton's metrics port has any."""
+        """Whether GET succeeds for `ready` but not for `embed`, a POST path: Triton's metrics port accepts any path."""
         answer = await self._request("GET", ready, timeout_s)
         return answer.is_success and not (await self._request("GET", embed, timeout_s)).is_success
 
@@ -112,17 +113,17 @@ class AsyncHttpTransport:
 
 
 class HttpTransport:
-    """Implements `transport.Transport`: the async one on an event loop in a thread of its own.
+    """Implements `transport.Transport` by running the async transport on an event loop in another thread.
 
-    So there is one HTTP path, the deadline is the whole request's, and a cancelled request leaves the wire; a blocking
-    httpx call could give neither.
+    So the deadline is that of the whole request, and cancelling ends a request on the wire. A blocking httpx call can
+    do neither.
     """
 
     carries: Callable[[Target, str, Credentials], AsyncHttpTransport] = AsyncHttpTransport
 
     def __init__(self, target: Target, model: str, credentials: Credentials) -> None:
         self._transport = type(self).carries(target, model, credentials)
-        self._lock = threading.Lock()  # no work may enter the loop once it is being stopped: nobody would end it
+        self._lock = threading.Lock()  # no work may enter a loop that is being stopped: it would never end
         self._is_closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="clip-embed-http", daemon=True)

@@ -1,4 +1,4 @@
-"""An index of a library beside it, LIBRARY.usearch, for libraries so large that a search through all takes too long."""
+"""The index LIBRARY.usearch of a library, for libraries too large to compare every vector."""
 
 import time
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from clip_embed.library import Library
 from clip_embed.nearest import nearest
 from clip_embed.wire import Embeddings
 
-EXACT_ROWS = 1_000_000  # up to here a search through all is quick enough
+EXACT_ROWS = 1_000_000  # up to here comparing every vector is fast enough
 _BLOCK = 8192
-_EXPANSION = 512  # how many are looked at for a query: the larger, the more of the nearest are found
-_QUERIES, _COUNT = 200, 10  # of the recall that is told
+_EXPANSION = 512  # candidates for a query: more of them find more of the nearest
+_QUERIES, _COUNT = 200, 10  # for the printed recall
 
 
 def require_usearch() -> Any:
@@ -28,7 +28,7 @@ def require_usearch() -> Any:
 
 
 def index_of(library: Library, say: Callable[[str], object]) -> Any:
-    """The library's index, made anew when the library has changed, and then with its recall said."""
+    """The library's index. If the library has changed, it is rebuilt and its recall passed to `say`."""
     kind, path = require_usearch(), library.path.with_name(f"{library.path.name}.usearch")
     if path.is_file() and path.stat().st_mtime_ns >= library.path.stat().st_mtime_ns:
         found = kind.restore(str(path), view=True)
@@ -43,7 +43,7 @@ def index_of(library: Library, say: Callable[[str], object]) -> Any:
         index.add(there + start, block[there])
     _save(index, path)
     say(
-        f"{path}: made of {len(index):,} vectors in {time.monotonic() - began_s:.0f} s; it finds "
+        f"{path}: built from {len(index):,} vectors in {time.monotonic() - began_s:.0f} s; it finds "
         f"{recall(index, library.embeddings):.1%} of the {_COUNT} nearest"
     )
     return index
@@ -52,7 +52,7 @@ def index_of(library: Library, say: Callable[[str], object]) -> Any:
 def nearest_by_index(
     index: Any, embeddings: Embeddings, query: Embeddings, count: int
 ) -> tuple[NDArray[np.intp], Embeddings]:
-    """As `nearest`, but that some of the nearest may be missing; the cosines are exact."""
+    """Like `nearest`, but some of the nearest may be missing. The cosines are exact."""
     rows = np.sort(index.search(query, count).keys.astype(np.intp))
     cosines = embeddings[rows] @ query
     order = np.argsort(-cosines, kind="stable")
@@ -60,7 +60,7 @@ def nearest_by_index(
 
 
 def recall(index: Any, embeddings: Embeddings) -> float:
-    """The share of the ten nearest that the index finds, of every so manieth vector, in the whole library."""
+    """The share of the ten nearest vectors that the index finds, for a sample of the library's vectors."""
     shares = []
     for row in range(0, len(embeddings), max(1, len(embeddings) // _QUERIES)):
         query = np.asarray(embeddings[row])
@@ -72,7 +72,7 @@ def recall(index: Any, embeddings: Embeddings) -> float:
 
 
 def _save(index: Any, path: Path) -> None:
-    from clip_embed.destination import locked, whole  # which need a system with flock
+    from clip_embed.destination import locked, whole  # need a system with flock
 
     with locked(path) as folder, whole(path, folder) as file:
         file.write(index.save())

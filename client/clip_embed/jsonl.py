@@ -1,4 +1,4 @@
-"""JSON lines: `{"path": ..., "size_bytes": ..., "mtime_ns": ..., "embedding": [...]}`, or a text.
+"""Reads and writes JSON lines: `{"path": ..., "size_bytes": ..., "mtime_ns": ..., "embedding": [...]}` for an image.
 
 A text's line is `{"text": ..., "embedding": [...]}`.
 """
@@ -13,7 +13,7 @@ from clip_embed.provenance import Provenance, read_beside
 from clip_embed.table import ImageFile, UnusableOutput
 from clip_embed.wire import Embeddings
 
-_EMBEDDING = b', "embedding": ['  # inside a JSON string its quotes would have backslashes
+_EMBEDDING = b', "embedding": ['  # cannot occur inside a JSON string, where quotes are escaped
 
 
 class _Rows:
@@ -21,7 +21,7 @@ class _Rows:
         self._file = file
 
     def add(self, image: ImageFile, embedding: Embeddings | None) -> None:
-        """Each number is the shortest that reads back as the same float32. A failed image has no line."""
+        """Write a line; each number is the shortest that reads back as the same float32. A failed image has no line."""
         if embedding is not None:
             head = json.dumps(image._replace(path=printable(image.path))._asdict())[:-1].encode()
             self._file.write(head + _EMBEDDING + ", ".join(map(str, embedding)).encode() + b"]}\n")
@@ -32,7 +32,7 @@ class _Rows:
 
 
 def open_rows(file: IO[bytes], provenance: Provenance | None = None) -> _Rows:
-    """Implements `table.Table`; each line is written at once and whole."""
+    """Implements `table.Table`. Each line is flushed at once."""
     return _Rows(file)
 
 
@@ -42,7 +42,7 @@ def read_provenance(path: Path) -> Provenance | None:
 
 
 def read_images(path: Path) -> Iterator[ImageFile]:
-    """Implements `table.Table`. A last line without its end was torn by the end of its process, and is no line."""
+    """Implements `table.Table`. Ignores an incomplete last line, which a killed process left."""
     return (image for image, _ in _lines(path))
 
 

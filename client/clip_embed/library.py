@@ -1,4 +1,4 @@
-"""What `clip-embed` wrote, to search in: the vectors of a Parquet or `.npy` file, and whose they are."""
+"""Reads a file that `clip-embed` wrote, Parquet or `.npy`: its images, vectors and provenance."""
 
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from clip_embed.table import ImageFile, UnusableOutput
 from clip_embed.wire import Embeddings
 
 ENDINGS = (".parquet", ".npy")
-_IN_MEMORY_BYTES = 1 << 30  # of a Parquet's vectors; what is more goes to a temporary file
+_IN_MEMORY_BYTES = 1 << 30  # of vectors from Parquet; more go to a temporary file
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Library:
     """The images of a file and their vectors.
 
     Args:
-        images: N; the paths are the files' own again, not their `printable` form.
-        embeddings: (N, D) float32, row i of image i; NaN for one that failed. It may be on the disk.
-        provenance: whose vectors they are; None: the file does not say, as those of earlier versions.
+        images: N; their paths are the original ones, not their `printable` form.
+        embeddings: (N, D) float32, row i of image i; NaN if the image failed. It may be a memory map.
+        provenance: of the vectors; None if the file does not have one, like those of earlier versions.
     """
 
     path: Path
@@ -38,8 +38,8 @@ def read_library(path: Path) -> Library:
     """The library in a file, or in the Parquet parts of a folder.
 
     Raises:
-        UnusableOutput: It is no file that clip-embed wrote, or parts are of different weights.
-        ModuleNotFoundError: It is a Parquet, and pyarrow is not installed.
+        UnusableOutput: It is not a file that clip-embed wrote, or its parts are of different weights.
+        ModuleNotFoundError: It is Parquet, and pyarrow is not installed.
     """
     if path.is_dir() and any(path.glob("*.parquet")):
         return _read_parquet(path)
@@ -64,11 +64,11 @@ def _read_npy(path: Path) -> Library:
     try:
         paths = names.read_bytes().decode().split("\n")[:-1]
     except FileNotFoundError as error:
-        raise UnusableOutput(
-            f"{names} was expected beside {path}, with the path of each row: it is not there"
-        ) from error
+        raise UnusableOutput(f"{names} is missing: expected it beside {path}, with the path of each row") from error
     if len(paths) != len(embeddings):
-        raise UnusableOutput(f"{path} has {len(embeddings)} rows and {names} {len(paths)} paths: they are of two runs")
+        raise UnusableOutput(
+            f"{path} has {len(embeddings)} rows and {names} {len(paths)} paths: they are of different runs"
+        )
     images = [ImageFile(original(name), None, None) for name in paths]
     return Library(path, images, embeddings, read_beside(path))
 
@@ -82,7 +82,7 @@ def _read_parquet(path: Path) -> Library:
     if count * size * 4 <= _IN_MEMORY_BYTES:
         embeddings = np.empty((count, size), np.float32)
     else:
-        with tempfile.NamedTemporaryFile() as file:  # gone from the folder at once, from the disk with the array
+        with tempfile.NamedTemporaryFile() as file:  # its name disappears at once, its data with the array
             embeddings = np.memmap(file.name, np.float32, "w+", shape=(count, size))
     images: list[ImageFile] = []
     for some, vectors in chain.from_iterable(batches):

@@ -1,4 +1,4 @@
-"""The vectors nearest to one, and all pairs of vectors that are near each other: exact, a block at a time."""
+"""Finds the vectors nearest to one, and all pairs of near vectors: exactly, in blocks."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from numpy.typing import NDArray
 
 from clip_embed.wire import Embeddings
 
-_SEARCH_ROWS = 1 << 16  # at a time: 128 MiB of 512 numbers
+_SEARCH_ROWS = 1 << 16  # in a block: 128 MiB of 512 numbers
 _PAIR_ROWS = 2048
-# The length of the part of each vector by which most pairs are ruled out. For 100,000 vectors of 512 numbers on two
-# cores: see docs/search.md.
+# How many numbers of each vector rule most pairs out. docs/search.md has the speed for 100,000 vectors of 512 numbers
+# on two cores.
 _HEAD = 64
-_ROUNDING = 1e-4  # of float32 sums; by so much a bound may be too low
-MOST_PAIRS = 2_000_000  # are held, 24 MB; of more, those that hold the groups together
+_ROUNDING = 1e-4  # of float32 sums: a bound may be too low by this
+MOST_PAIRS = 2_000_000  # to keep, 24 MB; of more, only those that connect the groups
 
 
 def nearest(embeddings: Embeddings, query: Embeddings, count: int) -> tuple[NDArray[np.intp], Embeddings]:
-    """The rows of (N, D) nearest to one vector (D,), best first, and their cosines; fewer than `count` of a small N.
+    """The `count` rows of (N, D) nearest to a vector (D,), best first, and their cosines; fewer if N is smaller.
 
-    Rows of NaN, which are images that failed, are never among them.
+    Rows of NaN, which are failed images, are left out.
     """
     cosines = np.empty(len(embeddings), np.float32)
     for start in range(0, len(embeddings), _SEARCH_ROWS):
@@ -38,8 +38,8 @@ def nearest(embeddings: Embeddings, query: Embeddings, count: int) -> tuple[NDAr
 class Pairs:
     """Pairs of rows and their cosines: `first` < `second`, (P,) each.
 
-    `total` is how many there are. Where that is over MOST_PAIRS, those that are here are enough to say which rows hang
-    together at any threshold from the one that was asked for on: a maximum spanning forest, and the last ones found.
+    `total` is the number of pairs found. If that is over MOST_PAIRS, only a maximum spanning forest and the last pairs
+    found are kept. They connect the same rows as all pairs, at any threshold from the requested one up.
     """
 
     first: NDArray[np.int64]
@@ -58,11 +58,11 @@ def pairs_above(
     """All pairs of rows of (N, D) whose cosine is at least `threshold`, which is over 0.
 
     Args:
-        wanted: (N,), which rows to look at; None for all. Rows of NaN have no pairs.
-        advance: is told the share that is done.
+        wanted: (N,), the rows to compare; None for all. Rows of NaN have no pairs.
+        advance: is called with the share that is done.
 
-    Exact. Each vector is turned so that its first numbers hold most of it; the product of two heads and of the lengths
-    of what is left is never under their cosine (Cauchy-Schwarz), so that most pairs need no more than these.
+    Exact. All vectors are rotated so that their first numbers hold most of their length. The product of two heads plus
+    the product of the lengths of their rests is never under the cosine (Cauchy-Schwarz). This rules out most pairs.
     """
     heads = _heads(embeddings)
     if wanted is not None:
@@ -91,10 +91,10 @@ def pairs_above(
 
 
 def _heads(embeddings: Embeddings) -> Embeddings:
-    """(N, H + 1): the first H numbers of each turned vector, and the length of the rest. Zeros for rows of NaN."""
+    """(N, H + 1): the first H numbers of each rotated vector, and the length of the rest. Zeros for rows of NaN."""
     size = embeddings.shape[1]
     sample = np.nan_to_num(embeddings[:: max(1, len(embeddings) // 4096)])
-    _, axes = np.linalg.eigh(sample.T @ sample)  # by how much of the sample lies along each, least first
+    _, axes = np.linalg.eigh(sample.T @ sample)  # sorted by the sample's length along each, least first
     axes = np.ascontiguousarray(axes[:, ::-1][:, : min(_HEAD, size)])
     heads = np.empty((len(embeddings), axes.shape[1] + 1), np.float32)
     for start in range(0, len(embeddings), _PAIR_ROWS):
@@ -108,13 +108,13 @@ def _heads(embeddings: Embeddings) -> Embeddings:
 
 
 def _candidates(heads: Embeddings, bound: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """For each two blocks the pairs, first < second, that are not ruled out."""
+    """Yields for every two blocks the pairs, first < second, that the bound does not rule out."""
     for start in range(0, len(heads), _PAIR_ROWS):
         ours = heads[start : start + _PAIR_ROWS]
         for other in range(start, len(heads), _PAIR_ROWS):
             product = ours @ heads[other : other + _PAIR_ROWS].T
             if other == start:
-                product = np.triu(product, 1)  # the lower half and the diagonal, as zeros
+                product = np.triu(product, 1)  # zero the lower half and the diagonal
             if product.max() < bound:
                 yield np.empty(0, np.int64), np.empty(0, np.int64)
                 continue
@@ -133,7 +133,7 @@ def _cosines(embeddings: Embeddings, first: NDArray[np.int64], second: NDArray[n
 def _spanning(
     first: NDArray[np.int64], second: NDArray[np.int64], cosines: Embeddings
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], Embeddings]:
-    """Those pairs that hang the same rows together as all do, at every threshold (Kruskal's)."""
+    """A maximum spanning forest of the pairs (Kruskal's): it connects the same rows at every threshold."""
     order = np.argsort(-cosines, kind="stable")
     joined = Joined()
     kept = [index for index in order.tolist() if joined.join(int(first[index]), int(second[index]))]
@@ -141,13 +141,13 @@ def _spanning(
 
 
 class Joined:
-    """Which rows hang together."""
+    """Disjoint sets of connected rows (union-find)."""
 
     def __init__(self) -> None:
         self._parents: dict[int, int] = {}
 
     def find(self, row: int) -> int:
-        """The row that stands for all that hang together with this one."""
+        """The row that represents this row's set."""
         parents = self._parents
         root = row
         while (parent := parents.get(root, root)) != root:
@@ -157,7 +157,7 @@ class Joined:
         return root
 
     def join(self, first: int, second: int) -> bool:
-        """Let two hang together; whether they did not before."""
+        """Connect two rows. Returns whether they were not connected before."""
         one, other = self.find(first), self.find(second)
         if one == other:
             return False

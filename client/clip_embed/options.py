@@ -1,4 +1,4 @@
-"""What both clients are told, and how they cut a call into requests."""
+"""The options of both clients, and how they start a call."""
 
 import os
 import threading
@@ -16,7 +16,7 @@ from clip_embed.servers import Server, Servers, TransportT
 from clip_embed.target import BACKEND_VARIABLE, DEFAULT_URL, URL_VARIABLE, Backend, Target, parse_urls
 from clip_embed.wire import DEFAULT_MODEL, TEXT_MODEL
 
-_forks = 0  # between the first of this process's ancestors and itself
+_forks = 0  # how many forks this process is away from the first one
 _opening = threading.Lock()
 
 
@@ -31,7 +31,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class ClientOptions(Generic[TransportT]):
-    """The part of a client that does not wait."""
+    """The part that the blocking and the async client share."""
 
     def __init__(
         self,
@@ -55,31 +55,31 @@ class ClientOptions(Generic[TransportT]):
         """A client that connects at its first request.
 
         Args:
-            url: `grpc://`, `grpcs://`, `http://` or `https://`; a bare host:port means gRPC. Several with commas
-                between them are as `urls`.
-            urls: servers of the same model, in place of `url`. Each request goes to the one with the fewest on their
-                way; one that fails is left out until it is ready again, and its requests go to another.
+            url: `grpc://`, `grpcs://`, `http://` or `https://`; a bare host:port means gRPC. Several URLs with commas
+                between them are the same as `urls`.
+            urls: servers of the same model, in place of `url`. Each request goes to the server with the fewest in
+                flight. A server that fails gets no requests until it is ready again; another one takes its requests.
             timeout_s: the deadline of a whole `embed`, and of each request of `embed_many`, with all attempts and the
-                waits between them. None for none, and then a server that never comes back is waited for for ever.
-            attempt_timeout_s: the deadline of each attempt, so that a server which hangs does not cost the whole time;
-                None for none but timeout_s.
-            retry: how long to wait before a request is sent again whose error is `retryable`; None to send it once.
-            model: the Triton model that is asked.
+                waits between them. With None, the client waits for a lost server for ever.
+            attempt_timeout_s: the deadline of each attempt, so that a hanging server does not use up the whole time;
+                None for no other deadline than timeout_s.
+            retry: how long to wait before a request with a `retryable` error is sent again; None to send it once.
+            model: the Triton model to ask.
             backend: "pytorch" for the service that `clip-tools bench` compares with, at an HTTP URL; it has one model.
-            batch_size: images a request, at most; the server takes 64.
-            max_in_flight: requests on their way at once, in each call; those that wait to be sent again are among them.
-            max_batch_bytes: bytes a request, at most; a larger image goes alone. A file over both this and 32 MiB, the
+            batch_size: images per request; the server accepts at most 64.
+            max_in_flight: requests of each call in flight at once, including those that wait to be sent again.
+            max_batch_bytes: bytes per request; a larger image is sent alone. A file over both this and 32 MiB, the
                 server's own limit, is refused and not read to its end.
-            api_key: the key of a server that embeds only for those who have it.
-            ca_file: the certificates, PEM, by which a `grpcs://` or `https://` server is known; None for the system's
-                with `https://`, and for those that gRPC brings with `grpcs://`.
-            cert_file: this client's own certificate, PEM, for a server that asks for one.
-            key_file: its private key, PEM, not encrypted.
-            transport: what carries the requests, in place of the one that the URL names.
+            api_key: the API key, for a server that requires one.
+            ca_file: PEM certificates of the authorities to trust for `grpcs://` and `https://`; None for the system's
+                (`https://`) or gRPC's own (`grpcs://`).
+            cert_file: this client's PEM certificate, for a server that requires one.
+            key_file: its private key, unencrypted PEM.
+            transport: replaces the transport that the URL selects.
 
         Raises:
-            ValueError: The URL or a number makes no sense, or a file of certificates cannot be used.
-            ModuleNotFoundError: An HTTP URL, without the extra `http`.
+            ValueError: The URL or a number is invalid, or a certificate file cannot be used.
+            ModuleNotFoundError: The URL is HTTP, and the extra `http` is not installed.
         """
         for name, value in (("timeout_s", timeout_s), ("attempt_timeout_s", attempt_timeout_s)):
             if value is not None and not value > 0:
@@ -105,7 +105,7 @@ class ClientOptions(Generic[TransportT]):
             self._credentials.check(target)
         self._targets = targets
         self._transport: TransportT | None = transport
-        # The last is in use; those of a process before a fork are kept, for their end would wait for threads of it.
+        # The last is in use. Those from before a fork are kept: closing them would wait for its threads.
         self._opened: list[Servers[TransportT]] = []
         self._forks = _forks
         self._reopen()
@@ -113,17 +113,17 @@ class ClientOptions(Generic[TransportT]):
         self._texts: Self | None = None
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a client cannot be pickled, for its connections cannot: make one in each process")
+        raise TypeError("a client cannot be pickled, because its connections cannot: create one in each process")
 
     @classmethod
     def from_env(cls, **options: Any) -> Self:
-        """A client of the server, or servers, that INFERENCE_SERVICE_URL names, with the constructor's other options.
+        """A client of the servers in INFERENCE_SERVICE_URL; `options` are the constructor's.
 
-        INFERENCE_BACKEND=pytorch says that it is the PyTorch service; without it, or with `triton`, it is Triton.
-        CLIP_API_KEY, CLIP_CA_FILE, CLIP_CERT_FILE and CLIP_KEY_FILE are `api_key`, `ca_file`, `cert_file`, `key_file`.
+        INFERENCE_BACKEND=pytorch selects the PyTorch service; the default is `triton`. CLIP_API_KEY, CLIP_CA_FILE,
+        CLIP_CERT_FILE and CLIP_KEY_FILE set `api_key`, `ca_file`, `cert_file` and `key_file`.
 
         Raises:
-            ValueError: The first variable is not set, or the two do not name a server.
+            ValueError: INFERENCE_SERVICE_URL is not set, or one of the first two variables is invalid.
         """
         url = os.environ.get(URL_VARIABLE)
         if not url:
@@ -141,7 +141,7 @@ class ClientOptions(Generic[TransportT]):
 
     @property
     def _servers(self) -> Servers[TransportT]:
-        """In a process that was forked they are opened anew: a connection and its threads belong to the one before."""
+        """The servers. A forked process opens them again, because connections and threads belong to its parent."""
         with _opening:
             if self._is_forked:
                 self._reopen()
@@ -162,13 +162,13 @@ class ClientOptions(Generic[TransportT]):
         self._opened.append(Servers(servers, self._retry))
 
     def _of_texts(self) -> Self:
-        """The client of the text tower on the same servers, which is closed with this one.
+        """A client for the text tower on the same servers, closed together with this one.
 
         Raises:
-            ValueError: They are the PyTorch service, which embeds images alone.
+            ValueError: The server is the PyTorch service, which embeds only images.
         """
         if any(target.backend == "pytorch" for target in self._targets):
-            raise ValueError(f"{self.url}: the PyTorch service embeds images alone; texts need the Triton server")
+            raise ValueError(f"{self.url}: the PyTorch service embeds only images; texts need the Triton server")
         if self.model == TEXT_MODEL:
             return self
         with _opening:
@@ -193,7 +193,7 @@ class ClientOptions(Generic[TransportT]):
         limits = Limits(
             self._max_in_flight,
             self._timeout_s,
-            is_per_request=keep_going,  # whose images may be without end
+            is_per_request=keep_going,  # the images may be endless
             attempt_timeout_s=self._attempt_timeout_s,
         )
         return Dispatch(batches, self._servers, limits, self._retry, now_s=self._now_s)
@@ -202,6 +202,6 @@ class ClientOptions(Generic[TransportT]):
         return time.monotonic()
 
     def _raise_if_closed(self) -> None:
-        """During a call."""
+        """Raises ServerUnavailableError during a call on a closed client."""
         if self._is_closed:
             raise ServerUnavailableError("the client was closed before the answer came")

@@ -1,4 +1,4 @@
-"""Where the command's embeddings go: to stdout, a device or a FIFO, or to a file that appears whole."""
+"""Writes the command's embeddings to stdout, a device or a FIFO, or to a file that is replaced atomically."""
 
 import shutil
 import sys
@@ -19,7 +19,7 @@ from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
 
 class Format(StrEnum):
-    """What the command writes."""
+    """The output formats."""
 
     jsonl = "jsonl"
     npy = "npy"
@@ -27,11 +27,11 @@ class Format(StrEnum):
 
 
 class Output(Protocol):
-    """Says which images still need an embedding, and takes what came of each in order: None if it failed."""
+    """Selects the images that still need an embedding, and takes their embeddings in order: None if one failed."""
 
-    already_there: int  # how many need none
-    pruned: int  # how many rows were dropped because their image is gone
-    warning: str | None  # about the rows that it holds already
+    already_there: int  # how many images need none
+    pruned: int  # how many rows were dropped because their image no longer exists
+    warning: str | None  # about existing rows
 
     def unfinished(self, paths: Iterable[str], row_of: Callable[[str], ImageFile] = ...) -> Iterator[ImageFile]:
         """The rows to embed. `row_of` is `TextRow.of` for texts."""
@@ -40,7 +40,7 @@ class Output(Protocol):
 
 
 class NpyRows:
-    """The .npy format, one (N, D) float32 array whose N is written last; a failed image's row is NaN.
+    """Writes .npy, one (N, D) float32 array whose N is written last. A failed image's row is NaN.
 
     Args:
         names: gets row i's path as line i.
@@ -50,7 +50,7 @@ class NpyRows:
         self._file = file
         self._names = names
         self._count = 0
-        self._size = 0  # of a row; before the first embedding it is not known
+        self._size = 0  # D; not known before the first embedding
         self._write_header()
 
     def add(self, image: ImageFile, embedding: Embeddings | None) -> None:
@@ -64,7 +64,7 @@ class NpyRows:
         self._count += 1
 
     def _begin(self, size: int) -> None:
-        """Write the rows that failed so far."""
+        """Write the rows of the images that failed before the first embedding."""
         self._size = size
         for _ in range(self._count):
             self._file.write(np.full(size, np.nan, "<f4").tobytes())
@@ -76,13 +76,13 @@ class NpyRows:
         self._write_header()
 
     def _write_header(self) -> None:
-        # numpy leaves room for the first number to grow, so the header is as long with N as it was with 0.
+        # numpy leaves room for N to grow, so the header keeps its length.
         header = {"descr": "<f4", "fortran_order": False, "shape": (self._count, self._size or EMBEDDING_SIZE)}
         np.lib.format.write_array_header_1_0(self._file, header)  # type: ignore[no-untyped-call]
 
 
 class _All:
-    """An output that begins empty, so that every image needs an embedding."""
+    """An output without earlier rows: every image needs an embedding."""
 
     already_there = pruned = 0
     warning: str | None = None
@@ -96,9 +96,9 @@ class _All:
 
 @contextmanager
 def open_output(path: Path | None, file_format: Format, provenance: Provenance | None = None) -> Iterator[Output]:
-    """An output to a file, or to stdout when the path is None. After an exception nothing of a file is left.
+    """An output to a file, or to stdout if the path is None. After an exception no new file is left.
 
-    `NAME.npy` gets its images' paths in `NAME.npy.paths`. Formats other than Parquet get a provenance file beside them.
+    `NAME.npy.paths` gets the paths of the images in `NAME.npy`. Other formats than Parquet get a provenance file.
 
     Raises:
         OSError: It cannot be written.
@@ -108,7 +108,7 @@ def open_output(path: Path | None, file_format: Format, provenance: Provenance |
         with _stream(sys.stdout.buffer, file_format, provenance) as rows:
             yield _All(rows)
         return
-    from clip_embed.destination import is_special, locked, whole  # which need a system with flock
+    from clip_embed.destination import is_special, locked, whole  # need a system with flock
 
     if is_special(path):
         with path.open("wb") as file, _stream(file, file_format, provenance) as rows:
@@ -128,7 +128,7 @@ def open_output(path: Path | None, file_format: Format, provenance: Provenance |
 
 @contextmanager
 def _stream(file: IO[bytes], file_format: Format, provenance: Provenance | None) -> Iterator[Rows]:
-    """Rows for what cannot be sought in: JSON lines at once, else all at the end."""
+    """Rows for an output that cannot seek: JSON lines are written at once, other formats at the end."""
     if file_format is Format.jsonl:
         yield jsonl.open_rows(file)
         return
@@ -155,7 +155,7 @@ def _rows(
     try:
         yield rows
     except BaseException:
-        with suppress(Exception):  # a Parquet writer that is never closed complains when it is collected
+        with suppress(Exception):  # a Parquet writer warns if it is collected without being closed
             rows.finish()
         raise
     rows.finish()

@@ -1,6 +1,6 @@
-"""Parquet: the columns path, size_bytes, mtime_ns and embedding, which is a fixed-size list of D float32.
+"""Reads and writes Parquet: the columns path, size_bytes, mtime_ns and embedding, a fixed-size list of D float32.
 
-Of which weights they are, its metadata say under the key `clip_embed.provenance`.
+The metadata key `clip_embed.provenance` names the weights.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 _PROVENANCE = b"clip_embed.provenance"
 _NOTES = b"clip_embed.part"
 _ERROR = "error"
-ROW_GROUP = 8192  # rows, 16 MiB of embeddings: what a writer holds in memory; not measured
+ROW_GROUP = 8192  # rows, 16 MiB of embeddings, that a writer keeps in memory; not measured
 
 
 def require_pyarrow() -> Any:
@@ -33,12 +33,12 @@ class _Rows:
     def __init__(self, file: IO[bytes], provenance: Provenance | None) -> None:
         self._arrow = require_pyarrow()
         self._file, self._provenance = file, provenance
-        self._writer: Any = None  # the first embedding tells how long they are
+        self._writer: Any = None  # opened at the first embedding, which gives the size
         self._images: list[ImageFile] = []
         self._embeddings: list[Embeddings] = []
 
     def add(self, image: ImageFile, embedding: Embeddings | None) -> None:
-        """A failed image has no row."""
+        """Add a row. A failed image has none."""
         if embedding is not None:
             self._images.append(image)
             self._embeddings.append(embedding)
@@ -53,7 +53,7 @@ class _Rows:
 
     def _open(self, size: int) -> None:
         schema = _schema(self._arrow, self._provenance, size)
-        # The numbers of an embedding are all different: a dictionary of them would only cost time.
+        # A dictionary would only cost time: the numbers of an embedding are all different.
         self._writer = self._arrow.parquet.ParquetWriter(self._file, schema, use_dictionary=False)
 
     def _write(self) -> None:
@@ -81,9 +81,9 @@ def open_rows(file: IO[bytes], provenance: Provenance | None = None) -> _Rows:
 
 
 def open_vectors(path: Path) -> tuple[int, int, Iterator[tuple[list[ImageFile], Embeddings]]]:
-    """(N, D, the images and their (n, D) vectors, some at a time) of a file. Raises UnusableOutput as `read_images`.
+    """A file's (N, D, batches of images and (n, D) vectors). Raises UnusableOutput as `read_images`.
 
-    Of a part that `write_part` wrote N counts the images that failed too, which are not given.
+    For a file of `write_part`, N counts failed images too, but the batches leave them out.
     """
     with _open(path, is_part=True) as file:
         count, size = file.metadata.num_rows, file.schema_arrow.field("embedding").type.list_size
@@ -113,9 +113,9 @@ def write_part(
     provenance: Provenance | None,
     notes: str,
 ) -> None:
-    """A file of its own with a row for every image: its (size,) embedding, or NaN and in the column error why not.
+    """Write a file with a row for every image: its (size,) embedding, or NaN and the reason in the column error.
 
-    Not null: pyarrow 25 writes fixed-size lists with nulls that it cannot read.
+    NaN, not null: pyarrow 25 writes fixed-size lists with nulls that it cannot read.
     """
     arrow = require_pyarrow()
     vectors = np.full((len(results), size), np.nan, np.float32)
@@ -135,7 +135,7 @@ def write_part(
 
 
 def read_notes(file: Any) -> tuple[str | None, Provenance | None]:
-    """The notes of a part, None for what is none, and whose vectors it has."""
+    """The notes of a part and its provenance; None if it is not a part."""
     arrow = require_pyarrow()
     try:
         metadata = arrow.parquet.read_schema(file).metadata or {}
@@ -201,7 +201,7 @@ def _schema(arrow: Any, provenance: Provenance | None = None, size: int = EMBEDD
 
 
 def _open(path: Path, *, is_part: bool = False) -> Any:
-    """`is_part`: it may have the column error too."""
+    """The open file. `is_part` allows the column error."""
     arrow = require_pyarrow()
     try:
         file = arrow.parquet.ParquetFile(path)

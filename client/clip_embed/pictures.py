@@ -1,4 +1,4 @@
-"""What Pillow tells of image files: how many pixels they have, and thumbnails for pages that hold these too."""
+"""Reads image files with Pillow: their size in pixels, and thumbnails to embed in HTML pages."""
 
 import base64
 import warnings
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-_QUALITY = 60  # of WebP: 2 KB for 128 px, 6 KB for 256 px
+_QUALITY = 60  # WebP quality: 2 KB for 128 px, 6 KB for 256 px
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A file's width and height in pixels as they are stored, 0 where it cannot be read; a `data:` URL or ""."""
+    """An image's stored width and height in pixels, 0 if it is unreadable, and its thumbnail, a `data:` URL or ""."""
 
     width: int = 0
     height: int = 0
@@ -22,7 +22,7 @@ class Picture:
 
 
 def require_pillow() -> Any:
-    """Pillow, or ModuleNotFoundError with what to install. With pillow-heif it opens HEIC from then on."""
+    """Pillow, or ModuleNotFoundError with what to install. Registers pillow-heif, if installed, for HEIC."""
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
@@ -35,9 +35,9 @@ def require_pillow() -> Any:
 
 
 def look_into(paths: Iterable[str], *, thumbnail_px: int | None) -> Iterator[Picture]:
-    """A picture for each path in order; with thumbnails of so many pixels at most, upright as the file's EXIF says."""
+    """A picture for each path in order; thumbnails are at most `thumbnail_px` and follow the EXIF orientation."""
     require_pillow()
-    with ThreadPoolExecutor(4) as pool:  # Pillow decodes without Python's lock
+    with ThreadPoolExecutor(4) as pool:  # Pillow decodes without the GIL
         yield from pool.map(lambda path: _look_into(path, thumbnail_px), paths)
 
 
@@ -46,7 +46,7 @@ def _look_into(path: str, thumbnail_px: int | None) -> Picture:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images, and of odd metadata
+            warnings.simplefilter("ignore")  # about large images and odd metadata
             with Image.open(path) as image:
                 width, height = image.size
                 if thumbnail_px is None:

@@ -1,4 +1,4 @@
-"""Which weights vectors come from: kept in Parquet's metadata, and for other files in NAME.provenance.json."""
+"""The weights that vectors come from; stored in Parquet's metadata, for other formats in NAME.provenance.json."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -8,12 +8,12 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where vectors come from. An index holds vectors of one provenance.
+    """Where vectors come from. All vectors of a file have the same provenance.
 
     Args:
         model: open_clip's name of the architecture.
-        checkpoint: the sha256 of the weights' file, or the tag by which open_clip found them.
-        preprocess: how pixels are made, such as `exact` (open_clip's own) or `fast`; "" for texts, which have none.
+        checkpoint: the sha256 of the weights' file, or open_clip's tag for them.
+        preprocess: the mode that makes the pixels, such as `exact` (open_clip's own) or `fast`; "" for texts.
     """
 
     model: str
@@ -30,7 +30,7 @@ class Provenance:
         return replace(self, preprocess="")
 
     def has_weights_of(self, other: "Provenance") -> bool:
-        """Whether the vectors can be compared. Another `preprocess` moves them a little."""
+        """Whether the vectors can be compared. A different `preprocess` changes them only a little."""
         return (self.model, self.checkpoint) == (other.model, other.checkpoint)
 
     def to_json(self) -> str:
@@ -38,7 +38,7 @@ class Provenance:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self | None:
-        """The provenance; None if the text is something else."""
+        """The provenance in a JSON text; None if the text is something else."""
         try:
             found = json.loads(text)
             return cls(*("" + found[name] for name in cls.__slots__))
@@ -52,7 +52,7 @@ def beside(path: Path) -> Path:
 
 
 def read_beside(path: Path) -> Provenance | None:
-    """The provenance; None if an earlier version wrote the file or the server did not report its weights."""
+    """The provenance of a file; None if an earlier version wrote it or the server did not report its weights."""
     try:
         return Provenance.from_json(beside(path).read_bytes())
     except OSError:

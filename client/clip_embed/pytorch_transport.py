@@ -1,6 +1,6 @@
-"""HTTP to the PyTorch service of `clip_tools.measuring.baseline`: JSON with base64, as such services commonly speak.
+"""The HTTP transport to the PyTorch service of `clip_tools.measuring.baseline`: JSON with base64.
 
-`clip-tools bench` compares Triton with it; INFERENCE_BACKEND=pytorch moves an application from one to the other.
+`clip-tools bench` compares Triton with this service. INFERENCE_BACKEND=pytorch switches an application to it.
 """
 
 import base64
@@ -31,7 +31,7 @@ class AsyncPyTorchTransport(AsyncHttpTransport):
         return await self._can_be_asked("health", "embed/base64", timeout_s)
 
     async def served(self, timeout_s: float | None) -> Served:
-        """The service says nothing."""
+        """Nothing: the service does not report its weights."""
         return Served()
 
 
@@ -45,7 +45,7 @@ def read_answer(body: bytes, count: int) -> Embeddings:
     """The (count, D) embeddings in `{"embeddings": [[...], ...]}`.
 
     Raises:
-        ContractError: It holds something else.
+        ContractError: The body has something else.
     """
     try:
         embeddings = np.array(json.loads(body)["embeddings"], dtype=np.float32)

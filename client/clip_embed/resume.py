@@ -1,8 +1,8 @@
-"""An output that goes on where an earlier run of the command ended, however it ended.
+"""An output that continues where an earlier run of the command ended, even if it was killed.
 
-What is finished is kept in `NAME.parts`, in files that appear whole: some seconds' worth of rows each. At the end of a
-run they become one file together with what NAME held, which it takes the place of in one step. A run that is killed
-loses the rows that had not yet become a part, and never leaves half a file.
+Finished rows are kept in the folder `NAME.parts`, in files of some seconds' worth of rows, each written atomically. At
+the end of a run these parts and the rows of NAME become one file, which replaces NAME in one step. A killed run loses
+only the rows that were not in a part yet, and never leaves an incomplete file.
 """
 
 import shutil
@@ -20,14 +20,14 @@ from clip_embed.wire import Embeddings
 
 _PROVENANCE = "provenance.json"  # of the parts
 PART_ROWS = 1000  # 2 MiB of Parquet
-PART_S = 5.0  # what a kill may cost; neither was measured
+PART_S = 5.0  # how much work a kill may lose; neither is measured
 
 
 class Resumed:
-    """Implements `output.Output`. Each path has one row at most, that of the file as it is now.
+    """Implements `output.Output`. Each path has at most one row, that of the current file.
 
-    Rows of other paths stay, as of files that were not named this time; `prune` drops those of files that are gone.
-    Vectors of another provenance than the server's do not get into one file with them.
+    Rows of paths that this run does not embed stay; `prune` drops those of files that no longer exist. Vectors with
+    another provenance than the server's are refused.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Resumed:
         self._is_changed = has_parts(path) or not path.exists() or bool(gone)
 
     def _agreed(self) -> tuple[Provenance | None, str | None]:
-        """The provenance of all rows, old and to come, and what to say where that of the old ones is not known.
+        """The provenance of all rows, old and new, and a warning if that of the old ones is not known.
 
         Raises:
-            UnusableOutput: The old ones are of other weights, or of pixels that were made another way.
+            UnusableOutput: The old ones have other weights or another preprocess mode.
         """
         before = [self._table.read_provenance(self._path)] if self._path.exists() else []
         if has_parts(self._path):
@@ -64,19 +64,19 @@ class Resumed:
         for one in before:
             if one and one != self._served:
                 raise UnusableOutput(
-                    f"{self._path} has vectors of {one}, and the server "
-                    f"{f'gives those of {self._served}' if self._served else 'does not say whose it gives'}: "
-                    "begin a new file, or serve the same again"
+                    f"{self._path} has vectors of {one}, but the server "
+                    f"{f'has {self._served}' if self._served else 'does not name its weights'}: "
+                    "write to a new file, or serve the same weights again"
                 )
         if None not in before or self._served is None:
             return self._served, None
         return None, (
-            f"{self._path} does not say of which weights its vectors are, as files of earlier versions do not: they "
-            "cannot be compared with the server's"
+            f"{self._path} does not name the weights of its vectors, as files of earlier versions do not: they cannot "
+            "be compared with the server's"
         )
 
     def unfinished(self, paths: Iterable[str], row_of: Callable[[str], ImageFile] = look_at) -> Iterator[ImageFile]:
-        """Each image once that has no row, or the row of a file that has changed since; each text that has no row."""
+        """Yields each image once that has no row or has changed since, and each text that has no row."""
         for path in paths:
             name = printable(path)
             if name in self._seen:
@@ -90,7 +90,7 @@ class Resumed:
                 yield image
 
     def add(self, image: ImageFile, embedding: Embeddings | None) -> None:
-        """A failed image has no row, not even that of the file as it was before it changed."""
+        """Add a row. A failed image has none, and loses the row of an earlier version of its file."""
         if embedding is not None:
             self._rows.append((image, embedding))
         elif self._finished.pop(printable(image.path), None):
@@ -99,7 +99,7 @@ class Resumed:
             self.write_part()
 
     def write_part(self) -> None:
-        """Keeps what was added so far. After an exception it was not kept, and can be again."""
+        """Write the rows added so far to a part. After an exception, this can be tried again."""
         self._written_s = time.monotonic()
         if not self._rows:
             return
@@ -116,14 +116,14 @@ class Resumed:
         self._is_changed = True
 
     def merge(self) -> None:
-        """Makes one file of it all. After an exception the parts are as they were."""
+        """Merge everything into one file. After an exception, the parts are unchanged."""
         self.write_part()
         if self._is_changed:
             missing = dict(self._finished)
 
             def wants(image: ImageFile) -> bool:
                 if missing.get(image.path) != image[1:]:
-                    return False  # a file as it was before, or a row that is in two files
+                    return False  # an earlier version of the file, or a row that is in two files
                 del missing[image.path]
                 return True
 
@@ -144,12 +144,11 @@ class Resumed:
 def open_resumed(
     path: Path, table: Table, *, prune: bool = False, provenance: Provenance | None = None
 ) -> Iterator[Resumed]:
-    """An output to a file that may be there from before. After an exception its parts are left, to be resumed.
+    """An output to a file that may exist. After an exception its parts are kept, to be resumed.
 
     Raises:
-        OSError: It cannot be written.
-        UnusableOutput: What is there was not written by this command or is of another provenance, or another process is
-            at it.
+        OSError: The file cannot be written.
+        UnusableOutput: The file was not written by this command, has another provenance, or another process uses it.
     """
     with locked(path) as parts:
         output = Resumed(path, table, parts, prune=prune, provenance=provenance)

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """Exponential backoff with full jitter: any time from 0 to first_wait_s, then to twice that, up to max_wait_s.
+    """Exponential backoff with full jitter: a random wait from 0 to first_wait_s, then to twice that, up to max_wait_s.
 
-    So the clients of a server that comes back do not all come at once:
+    So the clients of a returning server do not all retry at once:
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-    How long it goes on, the client's `timeout_s` says. (tenacity and stamina repeat one call that they themselves wait
-    for; here many requests are on their way at once, and which of them may go depends on the servers' health.)
+    The client's `timeout_s` limits the total time. (tenacity and stamina repeat one call and block on it. Here many
+    requests are in flight, and the servers' health decides which of them may be sent.)
 
     Args:
         first_wait_s: the longest wait after the first failure. Not measured.
-        factor: how much longer it is after each further failure.
-        max_wait_s: where that ends. Not measured.
-        random: gives a number from 0 to 1.
+        factor: by which it grows after each further failure.
+        max_wait_s: the longest wait of all. Not measured.
+        random: returns a number from 0 to 1.
     """
 
     first_wait_s: float = 0.1
@@ -34,7 +34,7 @@ class Retry:
             )
 
     def wait_s(self, failures: int) -> float:
-        """How long to wait after so many failures, 1 or more, in a row."""
+        """The wait after this many failures in a row, 1 or more."""
         longest_s = self.first_wait_s
         for _ in range(failures - 1):
             if longest_s >= self.max_wait_s:

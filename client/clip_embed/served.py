@@ -1,6 +1,6 @@
-"""What a server says of itself: whose vectors it gives, and which files it takes.
+"""What a server reports about its model: the provenance of its vectors, and the file suffixes that it accepts.
 
-It stands in the parameters of the ensemble's configuration, which `clip-tools` writes as it starts or swaps a server.
+`clip-tools` writes it to the parameters of the ensemble's configuration when it starts or swaps a server.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ MODEL, CHECKPOINT, PREPROCESS, SUFFIXES = "clip_model", "clip_checkpoint", "clip
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a server says. Each is None where it does not: an earlier version, a closed one, a model without manifest.
+    """What a server reports. None is for unknown: an earlier version, restricted access, or a model without manifest.
 
     Args:
-        suffixes: of the files whose formats it takes, in lower case, such as `.jpg`.
+        suffixes: of the file formats that it accepts, in lower case, such as `.jpg`.
     """
 
     provenance: Provenance | None = None
@@ -26,7 +26,7 @@ class Served:
 
     @classmethod
     def of(cls, parameters: Mapping[str, str]) -> Self:
-        """By the parameters of the ensemble's configuration."""
+        """What the parameters of the ensemble's configuration say."""
         provenance = None
         if all(parameters.get(name) for name in (MODEL, CHECKPOINT, PREPROCESS)):
             provenance = Provenance(parameters[MODEL], parameters[CHECKPOINT], parameters[PREPROCESS])

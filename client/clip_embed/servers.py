@@ -1,7 +1,7 @@
-"""The servers of a client: who gets the next request, and who gets none until a probe finds it well.
+"""Chooses the server for each request, and leaves failed servers out until a probe finds them ready.
 
 A server that cannot be reached, or whose model is not ready, is set aside for a time that grows with each failure in a
-row, as Envoy's outlier detection does it; then it is asked whether it is ready, and only a yes brings it back.
+row, like in Envoy's outlier detection. Then a probe asks it whether it is ready, and it returns only if it is.
 https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/outlier
 """
 
@@ -17,31 +17,31 @@ from clip_embed.transport import AsyncTransport, Transport
 
 TransportT = TypeVar("TransportT", Transport, AsyncTransport)
 
-SLOW_ANSWERS = 3  # deadlines in a row after which another server is preferred; not measured
+SLOW_ANSWERS = 3  # missed deadlines in a row after which a server is set aside; not measured
 
 _log = logging.getLogger("clip_embed")
 IS_BACK = "%s is ready again"
-"""What is logged of a server, by its URL, that was lost and answers again; it may be another one."""
-_log.addHandler(logging.NullHandler())  # silent unless the application listens
+"""The log message for a server URL that answers again; it may be another server."""
+_log.addHandler(logging.NullHandler())  # silent unless the application adds a handler
 
 
 @dataclass(eq=False, slots=True)
 class Server(Generic[TransportT]):
-    """One server and what is known of it. Only `Servers` changes it."""
+    """One server and its state. Only `Servers` changes it."""
 
     url: str
     transport: TransportT
     in_flight: int = 0
     last_taken: int = 0
-    failures: int = 0  # how often it was set aside or probed in vain since its last answer
-    deadlines: int = 0  # how many requests in a row it let run out of time
-    aside_until_s: float | None = None  # when it may be probed; None: it is well
+    failures: int = 0  # how often it was set aside or failed a probe since its last answer
+    deadlines: int = 0  # how many requests in a row missed their deadline
+    aside_until_s: float | None = None  # when it may be probed; None: it is healthy
     is_probed: bool = False
     error: EmbeddingError | None = None  # why it was set aside
 
 
 class Servers(Generic[TransportT]):
-    """Thread-safe: the calls of a client share it. `now_s` is the time of one monotonic clock."""
+    """A client's servers. Thread-safe: its calls share it. `now_s` is the time of one monotonic clock."""
 
     def __init__(self, servers: Sequence[Server[TransportT]], retry: Retry | None) -> None:
         self._servers: tuple[Server[TransportT], ...] = tuple(servers)
@@ -54,13 +54,13 @@ class Servers(Generic[TransportT]):
         return tuple(server.transport for server in self._servers)
 
     def take(self, *, rather_not: Server[TransportT] | None = None) -> Server[TransportT] | None:
-        """The server that gets a request now: the well one with the fewest on their way, each in turn among equals.
+        """The server for the next request: the healthy one with the fewest in flight, in turn among equals.
 
-        None when none is well; without retries there is always one, for then nothing may wait. Every server that was
-        taken is given back by `release` or `settle`.
+        None if none is healthy; without retries there is always one, because then no request may wait. Give every
+        server back with `release` or `settle`.
 
         Args:
-            rather_not: the server that could not answer this request before.
+            rather_not: the server that failed to answer this request before.
         """
         with self._lock:
             candidates = [server for server in self._servers if server.aside_until_s is None]
@@ -75,28 +75,28 @@ class Servers(Generic[TransportT]):
             return server
 
     def release(self, server: Server[TransportT]) -> None:
-        """Takes in that a request ended in a way that says nothing about its server."""
+        """Record that a request ended in a way that says nothing about its server."""
         with self._lock:
             server.in_flight -= 1
 
     def settle(self, server: Server[TransportT], error: EmbeddingError | None, now_s: float) -> None:
-        """Takes in how a request ended: an error that only the server can be blamed for sets it aside."""
+        """Record how a request ended. An error that is the server's fault sets it aside."""
         with self._lock:
             server.in_flight -= 1
             if server.aside_until_s is not None:
-                return  # it was sent before, and tells nothing new
+                return  # the request was sent before that, so it tells nothing new
             if isinstance(error, ServerUnavailableError | ModelNotReadyError):
                 self._set_aside(server, error, now_s)
             elif isinstance(error, DeadlineExceededError):
                 server.deadlines += 1
                 others = any(other.aside_until_s is None for other in self._servers if other is not server)
-                if server.deadlines >= SLOW_ANSWERS and others:  # the last one is better slow than not at all
+                if server.deadlines >= SLOW_ANSWERS and others:  # a slow server is better than none
                     self._set_aside(server, error, now_s)
             else:
                 server.failures = server.deadlines = 0
 
     def next_probe(self, now_s: float) -> Server[TransportT] | None:
-        """A server that is to be asked now whether it is ready; `settle_probe` takes in what it says."""
+        """A server to ask now whether it is ready. Pass its answer to `settle_probe`."""
         with self._lock:
             for server in self._servers:
                 if server.aside_until_s is not None and server.aside_until_s <= now_s and not server.is_probed:
@@ -105,7 +105,7 @@ class Servers(Generic[TransportT]):
             return None
 
     def settle_probe(self, server: Server[TransportT], is_ready: bool | None, now_s: float) -> None:
-        """Takes in what a probe said; None: it was given up."""
+        """Record a probe's answer; None: the probe was abandoned."""
         with self._lock:
             server.is_probed = False
             if is_ready:
@@ -116,13 +116,13 @@ class Servers(Generic[TransportT]):
                 self._wait(server, now_s)
 
     def next_probe_s(self) -> float | None:
-        """When the next server may be probed; None when none waits for that."""
+        """When the next server may be probed; None if none waits for that."""
         with self._lock:
             times_s = [one.aside_until_s for one in self._servers if not one.is_probed]
             return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     def why_none(self) -> str | None:
-        """Why no server is well; None when one is."""
+        """Why no server is healthy; None if one is."""
         with self._lock:
             if any(server.aside_until_s is None for server in self._servers):
                 return None

@@ -1,4 +1,4 @@
-"""The rows that the command writes, and what each file format of them has to offer."""
+"""The rows that the command writes, and the interface of their file formats."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -8,17 +8,17 @@ from typing import IO, Any, NamedTuple, Protocol
 from clip_embed.provenance import Provenance
 from clip_embed.wire import Embeddings
 
-_INT64 = 2**63 - 1  # Parquet's and SQL's; a time in ns is over it from the year 2262 on
+_INT64 = 2**63 - 1  # the largest in Parquet and SQL; times in ns exceed it from the year 2262 on
 
 
 class UnusableOutput(Exception):
-    """What is at the output's path was not written by this command, or another process is writing it."""
+    """The file at the output's path was not written by this command, or another process is writing it."""
 
 
 class ImageFile(NamedTuple):
-    """A path, and the size and time by which a changed file is told; None for both when it cannot be looked at.
+    """A path with the size and time that show whether the file has changed; both None if it cannot be read.
 
-    The path of a row that was read is in its `printable` form.
+    In rows read from a file, the path is in its `printable` form.
     """
 
     path: str
@@ -27,7 +27,7 @@ class ImageFile(NamedTuple):
 
 
 class TextRow(ImageFile):
-    """A text in the place of a path, without size and time."""
+    """A text in place of a path, without size and time."""
 
     @classmethod
     def of(cls, text: str) -> "TextRow":
@@ -38,29 +38,29 @@ class TextRow(ImageFile):
 
 
 class Rows(Protocol):
-    """Takes each image's (D,) float32 embedding in order, or None for one that failed."""
+    """Writes each image's (D,) float32 embedding in order; None for a failed image."""
 
     def add(self, image: ImageFile, embedding: Embeddings | None) -> None: ...
 
     def finish(self) -> None:
-        """Writes what is left. Without it the file is not whole."""
+        """Write the remaining rows. Without this call the file is incomplete."""
 
 
 class Table(Protocol):
-    """A format whose rows have names, so that a run can go on where another ended. `jsonl` and `parquet` are two."""
+    """A format whose rows have names, so that a run can be resumed: `jsonl` and `parquet`."""
 
     def open_rows(self, file: IO[bytes], provenance: Provenance | None = None, /) -> Rows:
-        """Writes a table to an open file, which it leaves open."""
+        """Start a table in an open file, which stays open."""
 
     def read_provenance(self, path: Path, /) -> Provenance | None:
-        """Of which weights a file's vectors are; None where it does not say.
+        """The provenance of a file's vectors; None if the file does not have it.
 
         Raises:
             UnusableOutput: It is not a file that this module wrote.
         """
 
     def read_images(self, path: Path, /) -> Iterator[ImageFile]:
-        """The images whose embeddings a file holds.
+        """The images in a file.
 
         Raises:
             UnusableOutput: It is not a file that this module wrote.
@@ -74,20 +74,20 @@ class Table(Protocol):
         provenance: Provenance | None = None,
         /,
     ) -> None:
-        """Write the rows of several files as one table, in order. `wants`, called once a row, says which to keep."""
+        """Write the rows of several files as one table, in order. `wants`, called once per row, selects the rows."""
 
 
 def look_at(path: str) -> ImageFile:
-    """The file as it is now. It is read later, so a file that changes in between is seen as changed the next time."""
+    """The file's current size and time. If it changes before it is read, the next run sees it as changed."""
     try:
         status = os.stat(path)  # noqa: PTH116  Path would normalise the name
-    except (OSError, ValueError):  # ValueError: a NUL in it
+    except (OSError, ValueError):  # ValueError: the path has a NUL
         return ImageFile(path, None, None)
     return ImageFile(path, status.st_size, max(-_INT64, min(status.st_mtime_ns, _INT64)))
 
 
 def is_gone(path: str) -> bool:
-    """Whether there is no such file; not where that cannot be told."""
+    """Whether the file certainly does not exist."""
     try:
         os.stat(path)  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
@@ -98,10 +98,10 @@ def is_gone(path: str) -> bool:
 
 
 def parts_of(path: Path) -> Path:
-    """The folder of what `resume` keeps until it is in the file itself."""
+    """The folder in which `resume` keeps finished rows until the file has them."""
     return path.with_name(path.name + ".parts")
 
 
 def has_parts(path: Path) -> bool:
-    """Whether there is something in it."""
+    """Whether that folder has parts."""
     return any(parts_of(path).glob("*.part"))

@@ -1,4 +1,4 @@
-"""What a URL names: a server, and how it is spoken to."""
+"""Parses the URL of a server."""
 
 import ipaddress
 from collections.abc import Iterable
@@ -11,14 +11,14 @@ URL_VARIABLE = "INFERENCE_SERVICE_URL"
 BACKEND_VARIABLE = "INFERENCE_BACKEND"
 
 Backend = Literal["triton", "pytorch"]
-"""Who answers: the Triton server, or the PyTorch service that `clip-tools bench` compares it with."""
+"""The kind of server: Triton, or the PyTorch service that `clip-tools bench` compares it with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server: `address` is host:port for gRPC and the base URL for HTTP; `url` is how messages name it.
+    """A server. `address` is host:port for gRPC and the base URL for HTTP; messages show `url`.
 
-    `is_local`: it is this machine's own, so the environment's proxy, which is another machine, cannot reach it.
+    `is_local`: it is on this machine, so the environment's proxy, on another machine, cannot reach it.
     """
 
     url: str
@@ -33,8 +33,8 @@ def parse_url(url: str, *, backend: Backend = "triton") -> Target:
     """The server that a URL names; a bare host:port means gRPC.
 
     Raises:
-        ValueError: Another scheme, no host, no port for gRPC, parts that mean nothing here, an unknown backend, or a
-            gRPC URL for the one that speaks HTTP alone.
+        ValueError: Another scheme, no host, no port for gRPC, other parts of a URL, an unknown backend, or a gRPC URL
+            for the PyTorch backend.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r}: expected one of {', '.join(get_args(Backend))}")
@@ -51,23 +51,21 @@ def parse_url(url: str, *, backend: Backend = "triton") -> Target:
     if is_grpc and (port is None or parts.path.strip("/")):
         raise ValueError(f"{url!r}: a gRPC server is HOST:PORT, such as {DEFAULT_URL}")
     if backend == "pytorch" and not is_http:
-        raise ValueError(f"{url!r}: the pytorch backend speaks HTTP alone; expected http://HOST:PORT")
+        raise ValueError(f"{url!r}: the pytorch backend speaks only HTTP; expected http://HOST:PORT")
     is_secure = parts.scheme in ("https", "grpcs")
     return Target(full, is_http, is_secure, full if is_http else parts.netloc, _is_local(host), backend)
 
 
 def parse_urls(urls: str | Iterable[str], *, backend: Backend = "triton") -> tuple[Target, ...]:
-    """The servers of a list of URLs, or of one text with commas between them; one or more, none twice.
+    """The servers of a list of URLs, or of one text with commas between them.
 
     Raises:
-        ValueError: No URL, the same one twice, or one that names no server.
+        ValueError: There is no URL, one occurs twice, or one is invalid.
     """
     given = urls.split(",") if isinstance(urls, str) else list(urls)
     targets = tuple(parse_url(url.strip(), backend=backend) for url in given)
     if not targets or len({target.url for target in targets}) < len(targets):
-        raise ValueError(
-            f"expected the URL of a server, or of several and none twice, got {', '.join(given) or 'none'}"
-        )
+        raise ValueError(f"expected one or more different URLs, got {', '.join(given) or 'none'}")
     return targets
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: the options of a server, what is said on stderr, and how they end."""
+"""What the commands share: server options, messages on stderr, and exit codes."""
 
 import logging
 import os
@@ -21,35 +21,35 @@ from clip_embed.target import BACKEND_VARIABLE, URL_VARIABLE, Backend
 from clip_embed.wire import TEXT_MODEL
 
 SOME_FAILED, USAGE, NO_SERVER, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
-# The next image would fare no better.
+# Errors that all other images would meet too.
 HOPELESS = (ServerUnavailableError, ModelNotReadyError, CredentialsError, ContractError)
 
 _log = logging.getLogger("clip_embed")
 
 Url = Annotated[
     str,
-    typer.Option(envvar=URL_VARIABLE, help="The server: grpc(s):// or http(s)://; several with commas between them."),
+    typer.Option(envvar=URL_VARIABLE, help="The server: grpc(s):// or http(s)://. Separate several with commas."),
 ]
 CaFile = Annotated[
     Path | None,
     typer.Option(
         envvar=CA_FILE_VARIABLE,
-        help="Certificates, PEM, by which a grpcs:// or https:// server is known; default: the system's for https://, "
-        "those that gRPC brings for grpcs://.",
+        help="PEM certificates of the authorities to trust for grpcs:// and https://. Default: the system's for "
+        "https://, gRPC's own for grpcs://.",
     ),
 ]
 CertFile = Annotated[
-    Path | None, typer.Option(envvar=CERT_FILE_VARIABLE, help="Your certificate, PEM, for a server that asks for one.")
+    Path | None, typer.Option(envvar=CERT_FILE_VARIABLE, help="Your PEM certificate, for a server that requires one.")
 ]
-KeyFile = Annotated[Path | None, typer.Option(envvar=KEY_FILE_VARIABLE, help="Its private key, PEM, not encrypted.")]
+KeyFile = Annotated[Path | None, typer.Option(envvar=KEY_FILE_VARIABLE, help="Its private key, unencrypted PEM.")]
 
 
 def connect(url: str, **options: Any) -> EmbeddingClient:
-    """A client, with the backend and the key of the environment; or the end of the process, for what makes no sense."""
+    """A client with the backend and the API key of the environment. Exits for invalid options."""
     try:
         return EmbeddingClient(
             url,
-            backend=cast(Backend, os.environ.get(BACKEND_VARIABLE) or "triton"),  # the client looks at what it is
+            backend=cast(Backend, os.environ.get(BACKEND_VARIABLE) or "triton"),  # the client checks it
             api_key=os.environ.get(API_KEY_VARIABLE) or None,
             **options,
         )
@@ -58,7 +58,7 @@ def connect(url: str, **options: Any) -> EmbeddingClient:
 
 
 def require_ready(client: EmbeddingClient) -> None:
-    """The end of the process, where no server is ready."""
+    """Exit if no server is ready."""
     if client.is_ready():
         return
     certificates = " or the right --ca-file, --cert-file and --key-file" if "s://" in client.url else ""
@@ -70,13 +70,13 @@ def require_ready(client: EmbeddingClient) -> None:
 
 
 def served_by(client: EmbeddingClient) -> Served:
-    """What the server says of itself; or the end of the process, where none is ready."""
+    """What the server reports. Exits if none is ready."""
     require_ready(client)
     return client.served()
 
 
 class Talk:
-    """What is said on stderr: lines, and a progress bar if it is a terminal and the run lasts over two seconds."""
+    """Writes messages to stderr, and a progress bar if it is a terminal and the run takes over two seconds."""
 
     def __init__(self, *, shows_bar: bool) -> None:
         self._console = Console(stderr=True)
@@ -89,10 +89,10 @@ class Talk:
             redirect_stdout=False,  # rich would send the data to stderr
             disable=not (shows_bar and self._console.is_terminal),
         )
-        self._task = self._bar.add_task("", total=None)  # a folder's size is not known before its end
+        self._task = self._bar.add_task("", total=None)  # the number of files is not known yet
         self._begun_s = time.monotonic()
-        self.has_come_back = False  # a server, after it was lost: it may be another
-        self._handler = _Handler(self)  # of what the client logs: a server that goes, and that comes back
+        self.has_come_back = False  # a lost server is back; it may have other weights
+        self._handler = _Handler(self)  # shows what the client logs: a server is lost or back
 
     def __enter__(self) -> Self:
         _log.addHandler(self._handler)
@@ -109,7 +109,7 @@ class Talk:
             self._bar.start()
 
     def show(self, share: float) -> None:
-        """How much is done, of what is known to its end."""
+        """Show which share of the work is done."""
         self._bar.update(self._task, total=1000, completed=1000 * share)
         self.advance(0)
 

@@ -1,4 +1,4 @@
-"""How a request reaches the server: two small protocols that tests can replace, and the choice by URL."""
+"""The transport interfaces, and the transport for each kind of URL."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -11,22 +11,22 @@ from clip_embed.wire import Embeddings, ImageBytes
 
 
 class Transport(Protocol):
-    """Thread-safe. `timeout_s` is the time from now, None for no limit; the errors of answers are EmbeddingErrors."""
+    """Sends requests; thread-safe. `timeout_s` counts from now, None for no limit. Answers fail with EmbeddingError."""
 
     def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Future[Embeddings]:
-        """The (N, D) answer to come; cancelling it also cancels the request on the server."""
+        """A future of the (N, D) embeddings. Cancelling it also cancels the request on the server."""
 
     def is_ready(self, timeout_s: float | None) -> Future[bool]:
-        """Whether the server says that its model can be asked, in an answer to come."""
+        """A future that tells whether the server reports its model as ready."""
 
     def served(self, timeout_s: float | None) -> Future[Served]:
-        """What the server says of itself, in an answer to come."""
+        """A future of what the server reports about its model."""
 
     def close(self) -> None: ...
 
 
 class AsyncTransport(Protocol):
-    """The same for one event loop."""
+    """The same, for one event loop."""
 
     async def send(self, images: Sequence[ImageBytes], timeout_s: float | None) -> Embeddings: ...
 
@@ -36,7 +36,7 @@ class AsyncTransport(Protocol):
 
 
 def open_transport(target: Target, model: str, credentials: Credentials) -> Transport:
-    """Connects at the first request, not now."""
+    """The transport for a server. It connects at the first request."""
     if target.is_http:
         _require_httpx()
         from clip_embed.http_transport import HttpTransport
@@ -51,7 +51,7 @@ def open_transport(target: Target, model: str, credentials: Credentials) -> Tran
 
 
 def open_async_transport(target: Target, model: str, credentials: Credentials) -> AsyncTransport:
-    """Connects at the first request, not now; needs no running event loop yet."""
+    """The async transport for a server. It connects at the first request and needs no event loop before."""
     if target.is_http:
         _require_httpx()
         from clip_embed.http_transport import AsyncHttpTransport

@@ -20,29 +20,29 @@ INPUT = "image_bytes"
 TEXT_MODEL = "clip_text_ensemble"
 TEXT_INPUT = "text"
 OUTPUT = "embedding"
-EMBEDDING_SIZE = 512  # of most models: what there is to say of the vectors of no images
+EMBEDDING_SIZE = 512  # of most models; used if there are no vectors to measure
 MAX_IMAGE_BYTES = 32 << 20
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _RAW_INPUT_CONTENTS = b"\x3a"  # ModelInferRequest's field 7, length-delimited
 
 ImageBytes = bytes | memoryview
-"""One encoded image file, or a text in UTF-8; a memoryview is flat and of bytes, so that `len` is its size."""
+"""One encoded image file, or a text in UTF-8. A memoryview is flat and of bytes, so that `len` is its size."""
 
 Embeddings = NDArray[np.float32]
-"""(N, D), C-contiguous, each row of L2 norm 1; or one such row, (D,). D is the served model's, mostly 512."""
+"""(N, D), C-contiguous, rows of L2 norm 1; or one such row, (D,). D depends on the served model, mostly 512."""
 
 
 def input_of(model: str) -> str:
-    """The name of what the model takes."""
+    """The name of the model's input."""
     return TEXT_INPUT if model == TEXT_MODEL else INPUT
 
 
 def grpc_request(model: str, images: Sequence[ImageBytes]) -> bytes:
     """A serialised `ModelInferRequest` for N >= 1 images.
 
-    Only the small head goes through protobuf. The images are joined once, behind the head: fields of a protobuf message
-    may follow each other in any order. For 8 images of 300 KB this took 0.04 ms, `raw_input_contents.append` 3.3 ms and
-    tritonclient's own way 3.3 ms (2 cores, Python 3.11, protobuf 4.25.9).
+    Protobuf serialises only the small head. The images are joined once and appended to it, since the fields of a
+    protobuf message may be in any order. For 8 images of 300 KB this took 0.04 ms; `raw_input_contents.append` and
+    tritonclient took 3.3 ms each (2 cores, Python 3.11, protobuf 4.25.9).
     """
     head = service_pb2.ModelInferRequest(model_name=model)
     head.inputs.add(name=input_of(model), datatype="BYTES", shape=[len(images), 1])
@@ -74,7 +74,7 @@ def read_grpc_answer(answer: Any, count: int) -> Embeddings:
     """The (count, D) embeddings in a `ModelInferResponse`.
 
     Raises:
-        ContractError: It holds something else.
+        ContractError: The answer has something else.
     """
     for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=False):
         if output.name == OUTPUT:
@@ -86,7 +86,7 @@ def read_http_answer(body: bytes, header_length: str | None, count: int) -> Embe
     """The (count, D) embeddings in the body of an HTTP answer whose first `header_length` bytes are JSON.
 
     Raises:
-        ContractError: It holds something else.
+        ContractError: The answer has something else.
     """
     try:
         end = int(header_length or "")
@@ -107,9 +107,9 @@ def _embeddings(datatype: str, shape: list[int], raw: bytes, count: int) -> Embe
         raise ContractError(
             f"{OUTPUT}: expected FP32 [{count}, D], got {datatype} {shape} in {len(raw)} bytes; {ContractError.advice}"
         )
-    embeddings = np.frombuffer(raw, dtype="<f4").reshape(shape).astype(np.float32)  # a copy that can be written to
+    embeddings = np.frombuffer(raw, dtype="<f4").reshape(shape).astype(np.float32)  # a writable copy
     norms = np.linalg.norm(embeddings, axis=1)
-    if not (np.abs(norms - 1) < 1e-2).all():  # NaN fails too; FP16 leaves 1e-3 at most, so 1e-2 is another model
+    if not (np.abs(norms - 1) < 1e-2).all():  # NaN fails too. FP16 is off by 1e-3 at most
         raise ContractError(f"{OUTPUT}: expected rows of L2 norm 1, got norms {norms.min():.3g} to {norms.max():.3g}")
     return embeddings
 
@@ -119,7 +119,7 @@ def _no_output(names: list[str]) -> ContractError:
 
 
 def _elements(images: Sequence[ImageBytes]) -> Iterator[ImageBytes]:
-    """A BYTES tensor's elements: for each its length, 4 bytes little-endian, then its bytes."""
+    """The serialised elements of a BYTES tensor: each one's length, 4 bytes little-endian, then its bytes."""
     for image in images:
         yield struct.pack("<I", len(image))
         yield image
@@ -130,7 +130,7 @@ def _elements_size(images: Sequence[ImageBytes]) -> int:
 
 
 def _varint(number: int) -> bytes:
-    """Protobuf's variable-length integer: seven bits a byte, low bits first, the top bit says that more follow."""
+    """Protobuf's variable-length integer: seven bits a byte, low bits first, the top bit set if more follow."""
     encoded = bytearray()
     while number > 0x7F:
         encoded.append(number & 0x7F | 0x80)

@@ -173,10 +173,10 @@ def test_an_image_in_place_of_a_list_is_one_sentence(run):
 
 
 def test_the_backend_is_that_of_the_environment(run):
-    """As for `EmbeddingClient.from_env`: the PyTorch service speaks HTTP alone."""
+    """As for `EmbeddingClient.from_env`: the PyTorch service speaks only HTTP."""
     done = run("a.jpg", INFERENCE_BACKEND="pytorch")
     assert done.returncode == 2
-    assert b"the pytorch backend speaks HTTP alone" in done.stderr
+    assert b"the pytorch backend speaks only HTTP" in done.stderr
 
 
 @pytest.mark.parametrize(

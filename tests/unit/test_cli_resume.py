@@ -429,7 +429,7 @@ def test_parts_are_not_forgotten_by_a_run_that_does_not_resume(run, out, table, 
         embed(out, table, photos, stop_after=7)
     code, _, stderr = run("photos", "-o", out.name)
     assert code == 2
-    assert f"{out.name}.parts holds what an earlier run finished: add --resume" in stderr
+    assert f"{out.name}.parts has finished rows of an earlier run: add --resume" in stderr
     assert has_parts(out)
 
 
@@ -440,7 +440,7 @@ def test_parts_are_not_forgotten_by_a_run_that_does_not_resume(run, out, table, 
         (["--resume", "-o", "v.npy"], "npy does not name its images"),
         (["--resume", "-o", "no/such/v.jsonl"], "cannot write no/such/v.jsonl: No such file or directory"),
         (["--resume", "-o", "photos/00.jpg", "--format", "jsonl"], "photos/00.jpg, line 1: expected"),
-        (["--resume", "-o", "/dev/null"], "/dev/null is none"),
+        (["--resume", "-o", "/dev/null"], "needs a regular file: /dev/null is not one"),
         (["--prune", "-o", "v.jsonl"], "--prune needs --resume"),
     ],
 )
@@ -498,7 +498,7 @@ def test_vectors_of_another_server_do_not_get_into_one_file(out, table, photos, 
         if is_killed:
             raise InterruptedError
     with (
-        pytest.raises(UnusableOutput, match=r"has vectors of ViT-B-32, checkpoint aaaaaaaaaaaa\.\.\., .*begin a new"),
+        pytest.raises(UnusableOutput, match=r"has vectors of ViT-B-32, checkpoint aaaaaaaaaaaa\.\.\., .*write to a new"),
         open_resumed(out, table, provenance=after),
     ):
         pass
@@ -515,7 +515,7 @@ def test_a_file_of_an_earlier_version_is_gone_on_with_and_stays_one_of_unknown_w
     brain.says = {"clip_model": "ViT-B-32", "clip_checkpoint": "tag", "clip_preprocess": "exact"}
     code, _, stderr = run(str(out.parent / "photos"), "--out", out.name, "--resume")
     assert code == 0
-    assert "does not say of which weights its vectors are" in stderr
+    assert "does not name the weights of its vectors" in stderr
     assert_has(out, photos)
     assert table.read_provenance(out) is None
     code, _, stderr = run("photos", "--out", f"new-{out.name}", "--resume")

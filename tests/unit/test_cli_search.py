@@ -93,13 +93,13 @@ def test_vectors_of_other_weights_are_refused_and_of_unknown_ones_told(run, endi
     library(f"other.{ending}", Provenance("ViT-B-32", "b" * 64, "exact"))
     done = run("search", f"other.{ending}", "same.jpg")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "has vectors of ViT-B-32, checkpoint bbbbbbbbbbbb..., preprocess exact, and the server gives" in done.stderr
+    assert "has vectors of ViT-B-32, checkpoint bbbbbbbbbbbb..., preprocess exact, but the server has" in done.stderr
     library(f"fast.{ending}", Provenance("ViT-B-32", "a" * 64, "fast"))
     done = run("search", f"fast.{ending}", "same.jpg")
     assert (done.returncode, "made with preprocess fast, the query exact" in done.stderr) == (0, True)
     library(f"old.{ending}", None)
     done = run("search", f"old.{ending}", "same.jpg")
-    assert (done.returncode, "does not say of which weights its vectors are" in done.stderr) == (0, True)
+    assert (done.returncode, "does not name the weights of its vectors" in done.stderr) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_texts_keep_the_weights_that_their_vectors_come_from(run, brain, monkeyp
     for done in refused:
         assert (done.returncode, done.stdout) == (2, "")
         assert (
-            "t." + ending + " has vectors of ViT-B-32, checkpoint aaaaaaaaaaaa..., texts, and the server" in done.stderr
+            "t." + ending + " has vectors of ViT-B-32, checkpoint aaaaaaaaaaaa..., texts, but the server" in done.stderr
         )
         assert "nearest to" not in done.stderr
 
@@ -164,10 +164,10 @@ def test_an_index_is_kept_and_made_anew_when_the_library_changes(run):
     expected = run("search", "v.npy", "same.jpg").stdout
     made = run("search", "v.npy", "same.jpg", "--index")
     assert (made.returncode, made.stdout) == (0, expected)
-    assert "v.npy.usearch: made of 20 vectors" in made.stderr
+    assert "v.npy.usearch: built from 20 vectors" in made.stderr
     assert "finds 100.0% of the 10 nearest" in made.stderr
     again = run("search", "v.npy", "same.jpg", "--index")
-    assert (again.stdout, "made of" in again.stderr) == (expected, False)
+    assert (again.stdout, "built from" in again.stderr) == (expected, False)
     Path("00.jpg").unlink()
     library("v.npy", HERE)
-    assert "made of 19 vectors" in run("search", "v.npy", "same.jpg", "--index").stderr
+    assert "built from 19 vectors" in run("search", "v.npy", "same.jpg", "--index").stderr

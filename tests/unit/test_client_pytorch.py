@@ -113,7 +113,7 @@ def test_triton_is_meant_without_the_variable(url, monkeypatch):
 
 @pytest.mark.parametrize(
     ("service", "backend", "message"),
-    [("grpc://localhost:8001", "pytorch", "speaks HTTP alone"), ("http://localhost", "tensorflow", "expected one of")],
+    [("grpc://localhost:8001", "pytorch", "speaks only HTTP"), ("http://localhost", "tensorflow", "expected one of")],
 )
 def test_a_backend_that_does_not_fit_names_the_variable(monkeypatch, service, backend, message):
     monkeypatch.setenv("INFERENCE_SERVICE_URL", service)

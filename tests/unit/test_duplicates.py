@@ -122,7 +122,7 @@ def test_neither_a_file_that_is_gone_nor_its_own_other_name_makes_a_duplicate(he
     library("v.npy", angles | {"c.jpg": 75})
     done = run("duplicates", "v.npy", "--json", "d.json")
     assert groups_of("d.json") == []
-    assert "left out: 2 that are gone" in done.stderr
+    assert "left out: 2 that no longer exist" in done.stderr
     assert "3 that are other names of the same files" in done.stderr
 
 
@@ -149,9 +149,9 @@ def test_what_cannot_be_read_is_said_and_any_name_is_written(here):
     [
         (["missing.npy"], "missing.npy: expected a .parquet or .npy file that clip-embed wrote, found none"),
         (["v.jsonl"], "expected a name that ends with .parquet or .npy"),
-        (["bare.npy"], "bare.npy.paths was expected beside bare.npy"),
+        (["bare.npy"], "bare.npy.paths is missing: expected it beside bare.npy"),
         (["text.npy"], "text.npy is not a .npy file"),
-        (["v.npy"], "none of the 1 files of v.npy is there: run this in the folder that clip-embed ran in"),
+        (["v.npy"], "none of the 1 files of v.npy exists: run this in the folder that clip-embed ran in"),
         (["v.npy", "--threshold", "0.2"], "--threshold"),
         (["there.npy", "--html", "no/such/d.html"], "No such file or directory"),
     ],
