@@ -15,7 +15,7 @@ from typing import Annotated, cast
 from clip_embed import jsonl, parquet
 from clip_embed.client import EmbeddingClient
 from clip_embed.errors import ContractError, EmbeddingError, InvalidImageError, InvalidTextError
-from clip_embed.finding import IMAGE_SUFFIXES, Search, UnusableList
+from clip_embed.file_listing import IMAGE_SUFFIXES, FileListing, UnusableList
 from clip_embed.library import ENDINGS
 from clip_embed.names import printable
 from clip_embed.output import Format, Output, open_output
@@ -160,7 +160,9 @@ def embed(
     """
     target = _target(output, output_format, resume=resume, prune=prune)
     _check_inputs(images, text, null=null, prune=prune)
-    search = Search(tuple(exclude), tuple(include), b"\0" if null else b"\n", None if every_file else IMAGE_SUFFIXES)
+    listing = FileListing(
+        tuple(exclude), tuple(include), b"\0" if null else b"\n", None if every_file else IMAGE_SUFFIXES
+    )
     open_client = partial(
         connect,
         url,
@@ -179,7 +181,7 @@ def embed(
     if text:
         work = pool.submit(_run_texts, clients[0], clients[1], text, target)
     else:
-        work = pool.submit(_run, clients[0], search, images, target)
+        work = pool.submit(_run, clients[0], listing, images, target)
     try:
         some_failed = work.result()
     except KeyboardInterrupt:
@@ -316,16 +318,16 @@ def _format(path: Path | None, chosen: Format | None) -> Format:
     return chosen or named or Format.jsonl
 
 
-def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: _Target) -> bool:
+def _run(client: EmbeddingClient, listing: FileListing, arguments: list[str], target: _Target) -> bool:
     """Embed images and write the rows. Returns whether some images failed."""
     some_failed = False
     with client, Talk(shows_bar=not (target.path is None and sys.stdout.isatty())) as talk:
         served = served_by(client)
-        if search.suffixes and served.suffixes:
-            search.suffixes = served.suffixes
-        paths = search.paths(arguments, cast(BufferedIOBase, sys.stdin.buffer))
+        if listing.suffixes and served.suffixes:
+            listing.suffixes = served.suffixes
+        paths = listing.paths(arguments, cast(BufferedIOBase, sys.stdin.buffer))
         if (first := next(paths, None)) is None:
-            exit_with(USAGE, "; ".join(filter(None, (f"no images found in {' '.join(arguments)}", search.report()))))
+            exit_with(USAGE, "; ".join(filter(None, (f"no images found in {' '.join(arguments)}", listing.report()))))
         with target.open(served.provenance) as output:
             if output.warning:
                 talk.say(output.warning)
@@ -350,8 +352,8 @@ def _run(client: EmbeddingClient, search: Search, arguments: list[str], target: 
                 talk.say(f"{output.already_there} of the images were there already")
             if output.pruned:
                 talk.say(f"{output.pruned} rows of missing images were dropped")
-        if not_taken := search.report():
-            talk.say(not_taken)
+        if skipped := listing.report():
+            talk.say(skipped)
     return some_failed
 
 

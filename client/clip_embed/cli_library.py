@@ -18,7 +18,7 @@ from clip_embed import duplicates as grouping
 from clip_embed import gallery
 from clip_embed.duplicates import Keep
 from clip_embed.errors import EmbeddingError
-from clip_embed.finding import IMAGE_SUFFIXES
+from clip_embed.file_listing import IMAGE_SUFFIXES
 from clip_embed.index import EXACT_ROWS, index_of, nearest_by_index, require_usearch
 from clip_embed.library import Library, read_library
 from clip_embed.names import printable

@@ -93,7 +93,7 @@ def test_files_shards_and_tables_become_rows_that_search_reads(start, server, tm
     process = start("library", "out")
     stderr = finish(process)
     assert process.returncode == 1, stderr
-    assert "14 images in 4 parts of out, 6 failed; not taken:" in stderr
+    assert "14 images in 4 parts of out, 6 failed; skipped:" in stderr
     assert "1 .txt" in stderr
     assert "1 .json" in stderr
     found = {row["path"]: row for row in rows(tmp_path / "out")}

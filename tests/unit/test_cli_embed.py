@@ -143,11 +143,11 @@ def test_what_is_left_out_of_folders_is_told(run, tmp_path):
     done = run("p", "--exclude", "c*")
     assert done.returncode == 0
     assert done.stderr.decode() == (
-        "not taken: 1 .heic (--all tries every file by its content); 1 litter folder (--include GLOB takes them)\n"
+        "skipped: 1 .heic (--all tries every file by its content); 1 litter folder (--include GLOB takes them)\n"
     )
     done = run("q")
     assert (done.returncode, done.stdout) == (2, b"")
-    assert b"no images found in q; not taken: 1 .heic" in done.stderr
+    assert b"no images found in q; skipped: 1 .heic" in done.stderr
 
 
 def test_the_files_that_the_server_says_it_takes_are_taken_and_with_all_every_one(run, tmp_path, brain):
@@ -161,7 +161,7 @@ def test_the_files_that_the_server_says_it_takes_are_taken_and_with_all_every_on
     finally:
         brain.says = None
     assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == ["p/a.jpg", "p/b.heic"]
-    assert done.stderr == b"not taken: 1 without an ending (--all tries every file by its content)\n"
+    assert done.stderr == b"skipped: 1 without an ending (--all tries every file by its content)\n"
     assert [json.loads(line)["path"] for line in everything.stdout.splitlines()] == ["p/a.jpg", "p/b.heic", "p/c"]
     assert everything.stderr == b""
 

@@ -498,7 +498,9 @@ def test_vectors_of_another_server_do_not_get_into_one_file(out, table, photos, 
         if is_killed:
             raise InterruptedError
     with (
-        pytest.raises(UnusableOutput, match=r"has vectors of ViT-B-32, checkpoint aaaaaaaaaaaa\.\.\., .*write to a new"),
+        pytest.raises(
+            UnusableOutput, match=r"has vectors of ViT-B-32, checkpoint aaaaaaaaaaaa\.\.\., .*write to a new"
+        ),
         open_resumed(out, table, provenance=after),
     ):
         pass

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clip_embed import parquet
-from clip_embed.finding import Search
+from clip_embed.file_listing import FileListing
 from clip_embed.library import read_library
 from clip_embed.provenance import Provenance
 from clip_embed.table import ImageFile, UnusableOutput
@@ -58,10 +58,10 @@ def test_files_of_a_uri_are_listed_and_read_by_pyarrow(tmp_path):
     (tmp_path / "a").mkdir()
     for name in ("a/1.jpg", "a/2.txt", "a/._1.jpg"):
         (tmp_path / name).write_bytes(b"image")
-    place, search = Place(fs.LocalFileSystem(), str(tmp_path), "s3://"), Search()
-    files = list(_listed(place, search))
+    place, listing = Place(fs.LocalFileSystem(), str(tmp_path), "s3://"), FileListing()
+    files = list(_listed(place, listing))
     assert [file.path for file in files] == [f"s3://{tmp_path}/a/1.jpg"]
-    assert (search.not_taken, search.litter) == ({".txt": 1}, {"file": 1})
+    assert (listing.skipped, listing.litter) == ({".txt": 1}, {"file": 1})
     gone = ImageFile(f"s3://{tmp_path}/gone.jpg", None, None)
     job = Job(place, place, {}, None, None, frozenset(), 3, "image")
     (_, found), (_, not_there) = _images(job, [*files, gone], Counter())

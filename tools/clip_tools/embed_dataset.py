@@ -21,7 +21,7 @@ from clip_embed import parquet
 from clip_embed.client import EmbeddingClient
 from clip_embed.credentials import environment_options
 from clip_embed.errors import EmbeddingError, InvalidImageError
-from clip_embed.finding import IMAGE_SUFFIXES, Search
+from clip_embed.file_listing import IMAGE_SUFFIXES, FileListing
 from clip_embed.provenance import Provenance
 from clip_embed.table import ImageFile, look_at
 from clip_embed.terminal import HOPELESS, NO_SERVER, SOME_FAILED, USAGE, one_line
@@ -121,12 +121,12 @@ def embed_dataset(
     client = {"urls": url.split(","), "timeout_s": timeout_s, **environment_options(os.environ)}
     provenance, suffixes, size = _ask(client, models)
     job = Job(sources, target, client, models, provenance, suffixes, size, image_column)
-    done, search = Done(), Search(suffixes=suffixes | _CONTAINERS)
+    done, listing = Done(), FileListing(suffixes=suffixes | _CONTAINERS)
     try:
         target.files.create_dir(target.path)
         for notes in _finished(job):
             done.add(notes)
-        found = [file for file in _listed(sources, search) if not file.path.startswith(target.inside(""))]
+        found = [file for file in _listed(sources, listing) if not file.path.startswith(target.inside(""))]
     except OSError as error:
         raise ToolError(one_line(error), exit_code=USAGE) from error
     if not found:
@@ -137,8 +137,8 @@ def embed_dataset(
             f"destination, or remove the parts of {destination} that hold them",
             exit_code=USAGE,
         )
-    done.not_taken.update(search.not_taken)
-    done.not_taken.update({"litter": search.litter.total(), "links to folders": search.linked_folders})
+    done.not_taken.update(listing.skipped)
+    done.not_taken.update({"litter": listing.litter.total(), "links to folders": listing.linked_folders})
     if done.parts:
         say(f"{done.images:,} images in {done.parts:,} parts exist already")
     parts = _parts([file for file in found if file.path not in done.files], part_images)
@@ -205,7 +205,7 @@ def _finished(job: Job) -> Iterator[dict[str, Any]]:
             yield json.loads(notes)
 
 
-def _listed(source: Place, search: Search) -> Iterator[ImageFile]:
+def _listed(source: Place, listing: FileListing) -> Iterator[ImageFile]:
     """The files to embed, in order; on this machine those that clip-embed finds."""
     from pyarrow import fs
 
@@ -213,12 +213,12 @@ def _listed(source: Place, search: Search) -> Iterator[ImageFile]:
     if root.type is fs.FileType.NotFound:
         raise ToolError(f"{source.prefix}{source.path}: no such file or folder", exit_code=USAGE)
     if not source.prefix:
-        yield from map(look_at, search.paths([source.path], BytesIO()))
+        yield from map(look_at, listing.paths([source.path], BytesIO()))
         return
     is_file = root.type is fs.FileType.File
     infos = [root] if is_file else source.files.get_file_info(fs.FileSelector(source.path, recursive=True))
     for info in sorted(infos, key=lambda one: one.path):
-        if info.type is not fs.FileType.Directory and (is_file or search.takes(info.base_name)):
+        if info.type is not fs.FileType.Directory and (is_file or listing.takes(info.base_name)):
             yield ImageFile(source.prefix + info.path, info.size, info.mtime_ns)
 
 
@@ -418,5 +418,5 @@ class _File:
 def summary(done: Done, destination: str) -> str:
     """The last line of the output."""
     left_out = ", ".join(f"{count:,} {ending}" for ending, count in done.not_taken.most_common() if count)
-    not_taken = f"; not taken: {left_out}" if left_out else ""
+    not_taken = f"; skipped: {left_out}" if left_out else ""
     return f"{done.images:,} images in {done.parts:,} parts of {Path(destination)}, {done.failed:,} failed{not_taken}"

@@ -46,7 +46,7 @@ class UnusableList(Exception):
 
 
 @dataclass
-class Search:
+class FileListing:
     """Finds images and counts the files in folders that it skips.
 
     Args:
@@ -60,15 +60,15 @@ class Search:
     include: tuple[str, ...] = ()
     separator: bytes = b"\n"
     suffixes: frozenset[str] | None = IMAGE_SUFFIXES
-    not_taken: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     litter: Counter[str] = field(default_factory=Counter)
     linked_folders: int = 0
 
     def report(self) -> str | None:
         """A message about the files skipped so far; None if there are none."""
         kinds = []
-        if self.not_taken:
-            endings = self.not_taken.most_common()
+        if self.skipped:
+            endings = self.skipped.most_common()
             counts = [f"{count:,} {ending}" for ending, count in endings[:_MOST_ENDINGS]]
             if rest := endings[_MOST_ENDINGS:]:
                 counts.append(f"{sum(count for _, count in rest):,} with {len(rest):,} other endings")
@@ -78,7 +78,7 @@ class Search:
             kinds.append(f"{', '.join(counts)} (--include GLOB takes them)")
         if self.linked_folders:
             kinds.append(f"{self.linked_folders:,} links to folders (give their paths too to search them)")
-        return f"not taken: {'; '.join(kinds)}" if kinds else None
+        return f"skipped: {'; '.join(kinds)}" if kinds else None
 
     def paths(self, arguments: Iterable[str], stdin: BufferedIOBase) -> Iterator[str]:
         """Yields the paths lazily, each as `pathlib` writes it: `./a//b.jpg` becomes `a/b.jpg`.
@@ -152,7 +152,7 @@ class Search:
         suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
         if is_folder or self.suffixes is None or suffix in self.suffixes:
             return False
-        self.not_taken[suffix or "without an ending"] += 1
+        self.skipped[suffix or "without an ending"] += 1
         return True
 
 
