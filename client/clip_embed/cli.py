@@ -20,7 +20,7 @@ from clip_embed.library import ENDINGS
 from clip_embed.names import printable
 from clip_embed.output import Format, Output, open_output
 from clip_embed.provenance import Provenance
-from clip_embed.served import Served
+from clip_embed.server_info import ServerInfo
 from clip_embed.table import Table, TextRow, UnusableOutput, has_parts, is_gone, parts_of
 from clip_embed.target import DEFAULT_URL
 from clip_embed.wire import DEFAULT_MODEL, TEXT_MODEL
@@ -44,7 +44,7 @@ try:
         exit_with,
         one_line,
         require_ready,
-        served_by,
+        require_server_info,
     )
 except ModuleNotFoundError:  # only the installed command imports this module, so it may end the process
     sys.stderr.write("clip-embed: the command needs more packages: pip install 'clip-embed[cli]'\n")
@@ -322,13 +322,13 @@ def _run(client: EmbeddingClient, listing: FileListing, arguments: list[str], ta
     """Embed images and write the rows. Returns whether some images failed."""
     some_failed = False
     with client, Talk(shows_bar=not (target.path is None and sys.stdout.isatty())) as talk:
-        served = served_by(client)
-        if listing.suffixes and served.suffixes:
-            listing.suffixes = served.suffixes
+        info = require_server_info(client)
+        if listing.suffixes and info.suffixes:
+            listing.suffixes = info.suffixes
         paths = listing.paths(arguments, cast(BufferedIOBase, sys.stdin.buffer))
         if (first := next(paths, None)) is None:
             exit_with(USAGE, "; ".join(filter(None, (f"no images found in {' '.join(arguments)}", listing.report()))))
-        with target.open(served.provenance) as output:
+        with target.open(info.provenance) as output:
             if output.warning:
                 talk.say(output.warning)
             # tee holds no more images than are read ahead.
@@ -338,7 +338,7 @@ def _run(client: EmbeddingClient, listing: FileListing, arguments: list[str], ta
                 if isinstance(result, HOPELESS):
                     raise result
                 if talk.has_come_back:
-                    _check_weights(client, served)
+                    _check_weights(client, info)
                     talk.has_come_back = False
                 if isinstance(result, EmbeddingError):
                     some_failed = True
@@ -357,7 +357,7 @@ def _run(client: EmbeddingClient, listing: FileListing, arguments: list[str], ta
     return some_failed
 
 
-def _check_weights(client: EmbeddingClient, served: Served) -> None:
+def _check_weights(client: EmbeddingClient, info: ServerInfo) -> None:
     """Raises ContractError if the server has other weights than before it was lost."""
     deadline = time.monotonic() + _GONE_AGAIN_S
     while True:
@@ -368,10 +368,10 @@ def _check_weights(client: EmbeddingClient, served: Served) -> None:
             if not error.retryable or time.monotonic() > deadline:
                 raise
         time.sleep(0.5)
-    if now.provenance != served.provenance:
+    if now.provenance != info.provenance:
         raise ContractError(
             f"{client.url} came back with other weights: {now.provenance or 'not known'}; before it was "
-            f"{served.provenance or 'not known'}. Serve the earlier ones, or write to a new file"
+            f"{info.provenance or 'not known'}. Serve the earlier ones, or write to a new file"
         )
 
 
@@ -382,17 +382,17 @@ def _run_texts(images: EmbeddingClient, client: EmbeddingClient, given: list[str
     """
     with images, client, Talk(shows_bar=False) as talk:
         require_ready(client)
-        served = images.served()
+        info = images.served()
         texts: list[str] = []
         for text in given:
             texts += _lines_of_stdin() if text == "-" else [text]
-        with target.open(served.provenance and served.provenance.of_texts()) as output:
+        with target.open(info.provenance and info.provenance.of_texts()) as output:
             if output.warning:
                 talk.say(output.warning)
             rows = list(output.unfinished(texts, TextRow.of))
             embeddings = client.embed_text(row.path for row in rows)
             if talk.has_come_back:
-                _check_weights(images, served)
+                _check_weights(images, info)
             for row, embedding in zip(rows, embeddings, strict=True):
                 output.add(row, embedding)
                 target.embedded += 1

@@ -41,7 +41,7 @@ from clip_embed.terminal import (
     exit_with,
     one_line,
     require_ready,
-    served_by,
+    require_server_info,
 )
 from clip_embed.wire import TEXT_MODEL
 
@@ -105,7 +105,7 @@ def search(
         credentials = {"ca_file": ca_file, "cert_file": cert_file, "key_file": key_file}
         with Talk(shows_bar=False) as talk:
             with connect(url, **credentials) as client:
-                if warning := _compared(library, served_by(client).provenance):
+                if warning := _check_weights(library, require_server_info(client).provenance):
                     talk.say(warning)
                 if is_image:
                     vector = client.embed([query])[0]
@@ -231,7 +231,7 @@ def _is_image(query: str) -> bool:
     return False
 
 
-def _compared(library: Library, served: Provenance | None) -> str | None:
+def _check_weights(library: Library, served: Provenance | None) -> str | None:
     """A warning about the library's and the server's weights, or None. Exits if they differ."""
     if library.provenance is None:
         return (

@@ -12,7 +12,7 @@ from clip_embed.credentials import Credentials
 from clip_embed.dispatch import Attempt, Dispatch, Probe
 from clip_embed.errors import ContractError, CredentialsError, EmbeddingError
 from clip_embed.options import ClientOptions
-from clip_embed.served import Served
+from clip_embed.server_info import ServerInfo
 from clip_embed.target import Target
 from clip_embed.transport import Transport, open_transport
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings
@@ -76,7 +76,7 @@ class EmbeddingClient(ClientOptions[Transport]):
             for answer in answers:
                 answer.cancel()
 
-    def served(self, *, timeout_s: float = 5.0) -> Served:
+    def served(self, *, timeout_s: float = 5.0) -> ServerInfo:
         """What the server reports: the provenance of its vectors and the file suffixes that it accepts.
 
         Raises:
@@ -84,21 +84,21 @@ class EmbeddingClient(ClientOptions[Transport]):
             EmbeddingError: No server answered.
         """
         self._raise_if_closed()
-        said: dict[str, Served] = {}
+        infos: dict[str, ServerInfo] = {}
         unanswered: EmbeddingError | None = None
         for target, transport in zip(self._targets, self._servers.transports, strict=True):
             try:
-                said[target.url] = transport.served(timeout_s).result()
+                infos[target.url] = transport.server_info(timeout_s).result()
             except (CredentialsError, ContractError):  # it restricts this call, or is of an earlier version
-                said[target.url] = Served()
+                infos[target.url] = ServerInfo()
             except EmbeddingError as error:
                 unanswered = error
-        if unanswered and not said:
+        if unanswered and not infos:
             raise unanswered
-        if len({one.provenance for one in said.values()}) > 1:
-            each = "; ".join(f"{url}: {one.provenance or 'does not say'}" for url, one in said.items())
+        if len({one.provenance for one in infos.values()}) > 1:
+            each = "; ".join(f"{url}: {one.provenance or 'does not say'}" for url, one in infos.items())
             raise ContractError(f"expected servers of the same weights, got {each}")
-        return next(iter(said.values()))
+        return next(iter(infos.values()))
 
     def close(self) -> None:
         """Close the connections. Calls in progress fail."""

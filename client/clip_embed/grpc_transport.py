@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from clip_embed.credentials import Credentials
 from clip_embed.errors import EmbeddingError, error_from_grpc
-from clip_embed.served import Served
+from clip_embed.server_info import ServerInfo
 from clip_embed.target import Target
 from clip_embed.wire import Embeddings, ImageBytes, grpc_request, read_grpc_answer
 
@@ -50,8 +50,8 @@ def _infer_call(channel: Any) -> Any:
     )
 
 
-def _served(parameters: Any) -> Served:
-    return Served.of({name: parameter.string_value for name, parameter in parameters.items()})
+def _server_info(parameters: Any) -> ServerInfo:
+    return ServerInfo.of({name: parameter.string_value for name, parameter in parameters.items()})
 
 
 def _our_error(error: Any, target: Target) -> EmbeddingError:
@@ -77,10 +77,10 @@ class GrpcTransport:
         call = self._stub.ModelReady.future(request, timeout=timeout_s, metadata=self._metadata)
         return self._answer(call, lambda answer: bool(answer.ready))
 
-    def served(self, timeout_s: float | None) -> Future[Served]:
+    def server_info(self, timeout_s: float | None) -> Future[ServerInfo]:
         request = service_pb2.ModelConfigRequest(name=self._model)
         call = self._stub.ModelConfig.future(request, timeout=timeout_s, metadata=self._metadata)
-        return self._answer(call, lambda answer: _served(answer.config.parameters))
+        return self._answer(call, lambda answer: _server_info(answer.config.parameters))
 
     def _answer(self, call: Any, read: Callable[[Any], T]) -> Future[T]:
         answer = _Answer[T](call)

@@ -17,7 +17,7 @@ import httpx
 
 from clip_embed.credentials import Credentials
 from clip_embed.errors import ContractError, error_from_grpc, error_from_http
-from clip_embed.served import Served
+from clip_embed.server_info import ServerInfo
 from clip_embed.target import Target
 from clip_embed.wire import HEADER_LENGTH, Embeddings, ImageBytes, http_request, input_of, read_http_answer
 
@@ -84,13 +84,13 @@ class AsyncHttpTransport:
     async def is_ready(self, timeout_s: float | None) -> bool:
         return await self._can_be_asked(f"{self._model_path}/ready", f"{self._model_path}/infer", timeout_s)
 
-    async def served(self, timeout_s: float | None) -> Served:
+    async def server_info(self, timeout_s: float | None) -> ServerInfo:
         answer = await self._request("GET", f"{self._model_path}/config", timeout_s)
         if answer.status_code != httpx.codes.OK:
             raise error_from_http(answer.status_code, answer.content, url=self._url)
         try:
             parameters = answer.json().get("parameters", {})
-            return Served.of({name: parameter["string_value"] for name, parameter in parameters.items()})
+            return ServerInfo.of({name: parameter["string_value"] for name, parameter in parameters.items()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ContractError(f"expected a model's configuration, got {answer.content[:200]!r}") from error
 
@@ -135,8 +135,8 @@ class HttpTransport:
     def is_ready(self, timeout_s: float | None) -> Future[bool]:
         return self._start(self._transport.is_ready, timeout_s)
 
-    def served(self, timeout_s: float | None) -> Future[Served]:
-        return self._start(self._transport.served, timeout_s)
+    def server_info(self, timeout_s: float | None) -> Future[ServerInfo]:
+        return self._start(self._transport.server_info, timeout_s)
 
     def close(self) -> None:
         with self._lock:

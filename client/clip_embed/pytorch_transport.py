@@ -12,7 +12,7 @@ import numpy as np
 
 from clip_embed.errors import ContractError, error_from_http
 from clip_embed.http_transport import AsyncHttpTransport, HttpTransport
-from clip_embed.served import Served
+from clip_embed.server_info import ServerInfo
 from clip_embed.wire import Embeddings, ImageBytes
 
 
@@ -30,9 +30,9 @@ class AsyncPyTorchTransport(AsyncHttpTransport):
     async def is_ready(self, timeout_s: float | None) -> bool:
         return await self._can_be_asked("health", "embed/base64", timeout_s)
 
-    async def served(self, timeout_s: float | None) -> Served:
+    async def server_info(self, timeout_s: float | None) -> ServerInfo:
         """Nothing: the service does not report its weights."""
-        return Served()
+        return ServerInfo()
 
 
 class PyTorchTransport(HttpTransport):

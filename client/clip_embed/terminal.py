@@ -15,7 +15,7 @@ from clip_embed.client import EmbeddingClient
 from clip_embed.credentials import API_KEY_VARIABLE, CA_FILE_VARIABLE, CERT_FILE_VARIABLE, KEY_FILE_VARIABLE
 from clip_embed.errors import ContractError, CredentialsError, ModelNotReadyError, ServerUnavailableError
 from clip_embed.names import printable
-from clip_embed.served import Served
+from clip_embed.server_info import ServerInfo
 from clip_embed.servers import IS_BACK
 from clip_embed.target import BACKEND_VARIABLE, URL_VARIABLE, Backend
 from clip_embed.wire import TEXT_MODEL
@@ -69,7 +69,7 @@ def require_ready(client: EmbeddingClient) -> None:
     )
 
 
-def served_by(client: EmbeddingClient) -> Served:
+def require_server_info(client: EmbeddingClient) -> ServerInfo:
     """What the server reports. Exits if none is ready."""
     require_ready(client)
     return client.served()

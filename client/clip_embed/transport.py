@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from clip_embed.credentials import Credentials
-from clip_embed.served import Served
+from clip_embed.server_info import ServerInfo
 from clip_embed.target import Target
 from clip_embed.wire import Embeddings, ImageBytes
 
@@ -19,7 +19,7 @@ class Transport(Protocol):
     def is_ready(self, timeout_s: float | None) -> Future[bool]:
         """A future that tells whether the server reports its model as ready."""
 
-    def served(self, timeout_s: float | None) -> Future[Served]:
+    def server_info(self, timeout_s: float | None) -> Future[ServerInfo]:
         """A future of what the server reports about its model."""
 
     def close(self) -> None: ...

@@ -36,7 +36,7 @@ from clip_embed import (
     ServerUnavailableError,
 )
 from clip_embed.provenance import Provenance
-from clip_embed.served import Served
+from clip_embed.server_info import ServerInfo
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +190,11 @@ def test_pixels_that_are_no_image_are_refused_by_index(client, brain):
 
 
 def test_what_a_server_says_of_itself_is_read_and_a_closed_one_says_nothing(client, brain):
-    assert client.served() == Served()
+    assert client.served() == ServerInfo()
     brain.says = {"clip_model": "ViT-B-32", "clip_checkpoint": "a" * 64, "clip_preprocess": "exact", "other": "1"}
-    assert client.served() == Served(Provenance("ViT-B-32", "a" * 64, "exact"))
+    assert client.served() == ServerInfo(Provenance("ViT-B-32", "a" * 64, "exact"))
     brain.says = {"clip_suffixes": ".jpg .heic"}
-    assert client.served() == Served(suffixes=frozenset({".jpg", ".heic"}))
+    assert client.served() == ServerInfo(suffixes=frozenset({".jpg", ".heic"}))
 
 
 def test_servers_of_different_weights_are_no_servers_of_one_client(url, brain):

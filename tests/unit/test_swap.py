@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from clip_embed.served import CHECKPOINT, MODEL
+from clip_embed.server_info import CHECKPOINT, MODEL
 from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS

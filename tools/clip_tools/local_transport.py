@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from clip_embed.errors import ImageFailure, InvalidImageError
-from clip_embed.served import Served
+from clip_embed.server_info import ServerInfo
 from clip_embed.wire import OUTPUT, Embeddings, ImageBytes
 from clip_tools.measuring.bare import import_preprocess, open_engine
 from clip_tools.repository import check_files, deployment
@@ -26,7 +26,7 @@ class LocalTransport:
         for model in deployed:
             towers.apply_to(model.config)
         set_provenance(deployed)
-        self._served = Served.of(_parameters(deployed[-1].config))
+        self._server_info = ServerInfo.of(_parameters(deployed[-1].config))
         config = next(model.config for model in deployed if model.name == "preprocess")
         preprocess = import_preprocess(models)
         preprocess.missing_opener()  # registers HEIC with Pillow
@@ -41,8 +41,8 @@ class LocalTransport:
     def is_ready(self, timeout_s: float | None) -> Future[bool]:
         return self._worker.submit(lambda: True)
 
-    def served(self, timeout_s: float | None) -> Future[Served]:
-        return self._worker.submit(lambda: self._served)
+    def server_info(self, timeout_s: float | None) -> Future[ServerInfo]:
+        return self._worker.submit(lambda: self._server_info)
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)

@@ -6,7 +6,7 @@ Clients store it with the vectors, so that an index does not mix vectors of diff
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_embed.served import CHECKPOINT, MODEL, PREPROCESS, SUFFIXES
+from clip_embed.server_info import CHECKPOINT, MODEL, PREPROCESS, SUFFIXES
 from clip_tools.errors import missing_extra
 from clip_tools.oracle import open_heif_too
 from clip_tools.repository import ENSEMBLE, Model, deployment

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clip_embed.served import Served
+from clip_embed.server_info import ServerInfo
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, Model, deployment, text_deployment
@@ -167,7 +167,7 @@ def _check_weights(before: Any, target: Any) -> None:
     Triton reads a model's file whenever it loads the model. A swap must not bring in an export of other weights.
     """
     served, found = (
-        Served.of({name: one.string_value for name, one in config.parameters.items()}).provenance
+        ServerInfo.of({name: one.string_value for name, one in config.parameters.items()}).provenance
         for config in (before, target)
     )
     if served and found and not served.has_weights_of(found):

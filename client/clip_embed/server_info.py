@@ -14,7 +14,7 @@ MODEL, CHECKPOINT, PREPROCESS, SUFFIXES = "clip_model", "clip_checkpoint", "clip
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServerInfo:
     """What a server reports. None is for unknown: an earlier version, restricted access, or a model without manifest.
 
     Args:
