@@ -23,7 +23,7 @@ from clip_embed.index import EXACT_ROWS, index_of, nearest_by_index, require_use
 from clip_embed.library import Library, read_library
 from clip_embed.names import printable
 from clip_embed.nearest import MOST_PAIRS, nearest, pairs_above
-from clip_embed.pictures import Picture, look_into, require_pillow
+from clip_embed.previews import Preview, read_previews, require_pillow
 from clip_embed.provenance import Provenance
 from clip_embed.table import UnusableOutput
 from clip_embed.target import DEFAULT_URL
@@ -129,12 +129,12 @@ def search(
         _show(found, listing)
         if html:
             paths = [path for path, _ in found]
-            *pictures, shown = look_into([*paths, query], thumbnail_px=gallery.thumbnail_px(len(found)))
-            results = [(path, cosine, picture) for (path, cosine), picture in zip(found, pictures, strict=True)]
+            *previews, shown = read_previews([*paths, query], thumbnail_px=gallery.thumbnail_px(len(found)))
+            results = [(path, cosine, preview) for (path, cosine), preview in zip(found, previews, strict=True)]
             about = _with(f"The nearest of {len(library.images):,} images of {library_file}", library.provenance)
             with _written(html) as file:
                 gallery.write_results(results, file, query=query, shown=shown if is_image else None, about=about)
-            _say_missing(pictures)
+            _say_missing(previews)
 
 
 @app.command()
@@ -186,11 +186,11 @@ def duplicates(
         rows = sorted(set(pairs.first.tolist()) | set(pairs.second.tolist()))
         thumbnail_px = gallery.thumbnail_px(len(rows)) if html else None
         paths = [library.images[row].path for row in rows]
-        pictures = {}
-        for row, picture in zip(rows, look_into(paths, thumbnail_px=thumbnail_px), strict=True):
-            pictures[row] = picture
-            talk.show(len(pictures) / len(rows))
-        groups = grouping.choose(library, pairs, looked.files, pictures, keep)
+        previews = {}
+        for row, preview in zip(rows, read_previews(paths, thumbnail_px=thumbnail_px), strict=True):
+            previews[row] = preview
+            talk.show(len(previews) / len(rows))
+        groups = grouping.choose(library, pairs, looked.files, previews, keep)
         about = (
             f"{len(groups):,} groups of {len(rows):,} photographs, by {pairs.total:,} pairs of a cosine of {threshold} "
             f"or more among {len(looked.files):,} of {library_file}"
@@ -212,7 +212,7 @@ def duplicates(
             _list(groups)
         if left_out := ", ".join(_left_out(looked)):
             talk.say(f"left out: {left_out}")
-        _say_missing(pictures.values())
+        _say_missing(previews.values())
         if pairs.total > MOST_PAIRS:
             talk.say(f"of {pairs.total:,} pairs, only those are kept that connect the groups at every threshold")
         talk.say(about)
@@ -286,8 +286,8 @@ def _left_out(looked: grouping.Looked) -> Iterator[str]:
         yield f"{looked.same:,} that are other names of the same files"
 
 
-def _say_missing(pictures: Iterable[Picture]) -> None:
-    if unread := sum(picture.width == 0 for picture in pictures):
+def _say_missing(previews: Iterable[Preview]) -> None:
+    if unread := sum(preview.width == 0 for preview in previews):
         sys.stderr.write(
             f"without thumbnail and size in pixels: {unread:,} that do not exist or that Pillow cannot read; "
             "relative paths start from the current folder\n"

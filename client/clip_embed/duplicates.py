@@ -14,7 +14,7 @@ import numpy as np
 from clip_embed.library import Library
 from clip_embed.names import printable
 from clip_embed.nearest import Joined, Pairs
-from clip_embed.pictures import Picture
+from clip_embed.previews import Preview
 
 
 class Keep(StrEnum):
@@ -52,7 +52,7 @@ class Member:
 
     row: int
     file: Present
-    picture: Picture
+    preview: Preview
     similarity: float
 
 
@@ -109,14 +109,14 @@ def rows_of_groups(pairs: Pairs) -> list[list[int]]:
 
 
 def choose(
-    library: Library, pairs: Pairs, files: dict[int, Present], pictures: dict[int, Picture], keep: Keep
+    library: Library, pairs: Pairs, files: dict[int, Present], previews: dict[int, Preview], keep: Keep
 ) -> list[Group]:
-    """The groups of these pairs, most spare bytes first. `files` and `pictures` must have all rows of the pairs."""
+    """The groups of these pairs, most spare bytes first. `files` and `previews` must have all rows of the pairs."""
     rank = _rank(keep)
     places: dict[int, tuple[int, int]] = {}
     ordered = []
     for number, rows in enumerate(rows_of_groups(pairs)):
-        members = sorted((Member(row, files[row], pictures[row], 1.0) for row in rows), key=rank)
+        members = sorted((Member(row, files[row], previews[row], 1.0) for row in rows), key=rank)
         kept = library.embeddings[members[0].row]
         others = [replace(member, similarity=float(library.embeddings[member.row] @ kept)) for member in members[1:]]
         ordered.append((members[0], *others))
@@ -131,7 +131,7 @@ def choose(
 
 def _rank(keep: Keep) -> Callable[[Member], Any]:
     def rank(member: Member) -> tuple[float | str, ...]:
-        pixels, size = -member.picture.width * member.picture.height, -member.file.size_bytes
+        pixels, size = -member.preview.width * member.preview.height, -member.file.size_bytes
         age = member.file.mtime_ns
         first: dict[Keep, tuple[float, ...]] = {
             Keep.pixels: (pixels, size, age),
@@ -175,8 +175,8 @@ def _as_row(member: Member, *, is_kept: bool) -> dict[str, object]:
         "keep": is_kept,
         "path": printable(member.file.path),
         "similarity": round(member.similarity, 6),
-        "width": member.picture.width,
-        "height": member.picture.height,
+        "width": member.preview.width,
+        "height": member.preview.height,
         "size_bytes": member.file.size_bytes,
         "mtime": as_date(member.file.mtime_ns),
     }

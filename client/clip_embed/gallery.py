@@ -11,7 +11,7 @@ from urllib.parse import quote
 from clip_embed.duplicates import Group, as_date
 from clip_embed.names import printable
 from clip_embed.nearest import Joined
-from clip_embed.pictures import Picture
+from clip_embed.previews import Preview
 
 # Thumbnails determine a page's size: 5,000 groups of three are 40 MB with small ones.
 LARGE_PX, SMALL_PX, MOST_LARGE = 256, 128, 1000
@@ -33,13 +33,13 @@ def write_gallery(groups: Sequence[Group], file: IO[str], *, threshold: float, a
 
 
 def write_results(
-    results: Sequence[tuple[str, float, Picture]], file: IO[str], *, query: str, shown: Picture | None, about: str
+    results: Sequence[tuple[str, float, Preview]], file: IO[str], *, query: str, shown: Preview | None, about: str
 ) -> None:
-    """Write the page of search results (path, cosine, picture), best first; `shown` is the query's image."""
+    """Write the page of search results (path, cosine, preview), best first; `shown` is the query's image."""
     cards = "\n".join(
-        f'<figure><a href="{_url(path)}">{_image(picture)}</a>'
+        f'<figure><a href="{_url(path)}">{_image(preview)}</a>'
         f"<figcaption><b>{cosine:.4f}</b> {escape(printable(path))}</figcaption></figure>"
-        for path, cosine, picture in results
+        for path, cosine, preview in results
     )
     query_card = _image(shown) if shown else ""
     values = {"__QUERY__": escape(printable(query)), "__SHOWN__": query_card, "__ABOUT__": escape(about)}
@@ -49,8 +49,8 @@ def write_results(
     file.write(text.replace("__CARDS__", cards))
 
 
-def _image(picture: Picture) -> str:
-    return f'<img alt="" src="{picture.thumbnail}">' if picture.thumbnail else "<i>no picture</i>"
+def _image(preview: Preview) -> str:
+    return f'<img alt="" src="{preview.thumbnail}">' if preview.thumbnail else "<i>no picture</i>"
 
 
 def _group(group: Group) -> dict[str, Any]:
@@ -58,11 +58,11 @@ def _group(group: Group) -> dict[str, Any]:
         {
             "p": printable(member.file.path),
             "u": _url(member.file.path),
-            "w": member.picture.width,
-            "h": member.picture.height,
+            "w": member.preview.width,
+            "h": member.preview.height,
             "b": member.file.size_bytes,
             "t": as_date(member.file.mtime_ns)[:10],
-            "i": member.picture.thumbnail,
+            "i": member.preview.thumbnail,
         }
         for member in group.members
     ]

@@ -12,7 +12,7 @@ from clip_embed import gallery
 from clip_embed.duplicates import Group, Keep, Member, Present, choose, look_at_files
 from clip_embed.library import Library
 from clip_embed.nearest import pairs_above
-from clip_embed.pictures import look_into
+from clip_embed.previews import read_previews
 from clip_embed.table import look_at
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make setup")
@@ -58,9 +58,9 @@ def write_gallery(library: Library, path: Path, *, threshold: float) -> None:
     looked = look_at_files(library)
     pairs = pairs_above(library.embeddings, threshold)
     rows = sorted({*pairs.first.tolist(), *pairs.second.tolist()})
-    pictures = dict(zip(rows, look_into([library.images[row].path for row in rows], thumbnail_px=128), strict=True))
+    previews = dict(zip(rows, read_previews([library.images[row].path for row in rows], thumbnail_px=128), strict=True))
     with path.open("w") as file:
-        groups = choose(library, pairs, looked.files, pictures, Keep.pixels)
+        groups = choose(library, pairs, looked.files, previews, Keep.pixels)
         gallery.write_gallery(groups, file, threshold=threshold, about="what it is")
 
 
@@ -142,11 +142,11 @@ def test_five_thousand_groups_are_still_quick(opened, tmp_path, demo_photos):
     """Only what is seen is drawn: a slide takes less than a second, of 15,000 photographs."""
     with Image.open(demo_photos[0]) as image:
         image.convert("RGB").resize((128, 128)).save(tmp_path / "a.webp", quality=60)
-    picture = next(look_into([str(tmp_path / "a.webp")], thumbnail_px=128))
+    preview = next(read_previews([str(tmp_path / "a.webp")], thumbnail_px=128))
     groups = [
         Group(
             tuple(
-                Member(0, Present(f"/p/{number:05d}-{place}.jpg", 1000 + place, 0), picture, 1.0) for place in range(3)
+                Member(0, Present(f"/p/{number:05d}-{place}.jpg", 1000 + place, 0), preview, 1.0) for place in range(3)
             ),
             ((0, 1, 0.961 + number % 39 / 1000), (0, 2, 0.97), (1, 2, 0.965)),
         )
@@ -170,12 +170,12 @@ def test_five_thousand_groups_are_still_quick(opened, tmp_path, demo_photos):
 
 
 def test_what_a_search_found_is_a_page_of_its_own(opened, tmp_path, demo_photos):
-    pictures = list(look_into(map(str, demo_photos[:3]), thumbnail_px=256))
+    previews = list(read_previews(map(str, demo_photos[:3]), thumbnail_px=256))
     found = [
-        (str(path), 0.9 - n / 10, picture) for n, (path, picture) in enumerate(zip(demo_photos, pictures, strict=False))
+        (str(path), 0.9 - n / 10, preview) for n, (path, preview) in enumerate(zip(demo_photos, previews, strict=False))
     ]
     with (tmp_path / "found.html").open("w") as file:
-        gallery.write_results(found, file, query="a <b>dog</b>", shown=pictures[0], about="the nearest of 3")
+        gallery.write_results(found, file, query="a <b>dog</b>", shown=previews[0], about="the nearest of 3")
     page = opened(tmp_path / "found.html")
     assert page.inner_text("h1") == "a <b>dog</b>"
     assert page.locator("img").evaluate_all("images => images.map(one => one.naturalWidth > 0)") == [True] * 4

@@ -168,14 +168,14 @@ def find_duplicates(
     from clip_embed.gallery import thumbnail_px, write_gallery
     from clip_embed.library import Library
     from clip_embed.nearest import pairs_above
-    from clip_embed.pictures import look_into
+    from clip_embed.previews import read_previews
     from clip_embed.table import look_at
 
     names = [os.path.relpath(path) for path in paths]
     library = Library(page, [look_at(name) for name in names], embeddings, provenance)
     pairs = pairs_above(embeddings, THRESHOLD)
-    pictures = dict(enumerate(look_into(names, thumbnail_px=thumbnail_px(len(names)))))
-    groups = choose(library, pairs, look_at_files(library).files, pictures, Keep.pixels)
+    previews = dict(enumerate(read_previews(names, thumbnail_px=thumbnail_px(len(names)))))
+    groups = choose(library, pairs, look_at_files(library).files, previews, Keep.pixels)
     about = f"Among {len(paths)} files, the demo's photographs and edits of them; {provenance}"
     with page.open("w") as file:
         write_gallery(groups, file, threshold=THRESHOLD, about=about)

@@ -13,7 +13,7 @@ _QUALITY = 60  # WebP quality: 2 KB for 128 px, 6 KB for 256 px
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class Preview:
     """An image's stored width and height in pixels, 0 if it is unreadable, and its thumbnail, a `data:` URL or ""."""
 
     width: int = 0
@@ -34,14 +34,14 @@ def require_pillow() -> Any:
     return Image
 
 
-def look_into(paths: Iterable[str], *, thumbnail_px: int | None) -> Iterator[Picture]:
-    """A picture for each path in order; thumbnails are at most `thumbnail_px` and follow the EXIF orientation."""
+def read_previews(paths: Iterable[str], *, thumbnail_px: int | None) -> Iterator[Preview]:
+    """A preview for each path in order; thumbnails are at most `thumbnail_px` and follow the EXIF orientation."""
     require_pillow()
     with ThreadPoolExecutor(4) as pool:  # Pillow decodes without the GIL
-        yield from pool.map(lambda path: _look_into(path, thumbnail_px), paths)
+        yield from pool.map(lambda path: _read_preview(path, thumbnail_px), paths)
 
 
-def _look_into(path: str, thumbnail_px: int | None) -> Picture:
+def _read_preview(path: str, thumbnail_px: int | None) -> Preview:
     from PIL import Image, ImageOps
 
     try:
@@ -50,12 +50,12 @@ def _look_into(path: str, thumbnail_px: int | None) -> Picture:
             with Image.open(path) as image:
                 width, height = image.size
                 if thumbnail_px is None:
-                    return Picture(width, height)
+                    return Preview(width, height)
                 image.draft("RGB", (2 * thumbnail_px, 2 * thumbnail_px))
                 upright: Any = ImageOps.exif_transpose(image)
                 upright.thumbnail((thumbnail_px, thumbnail_px))
                 file = BytesIO()
                 upright.convert("RGB").save(file, "WEBP", quality=_QUALITY)
     except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        return Picture()
-    return Picture(width, height, f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}")
+        return Preview()
+    return Preview(width, height, f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}")
