@@ -173,16 +173,16 @@ def duplicates(
     with _ended_by_a_sentence(), Talk(shows_bar=True) as talk:
         require_pillow()
         library = read_library(library_file)
-        looked = grouping.look_at_files(library)
-        if looked.gone and not looked.files:
+        checked = grouping.check_files(library)
+        if checked.missing and not checked.files:
             exit_with(
                 USAGE,
                 f"none of the {len(library.images):,} files of {library_file} exists: run this in the folder that "
                 "clip-embed ran in, because relative paths start from the current folder",
             )
-        wanted = np.zeros(len(library.images), np.bool_)
-        wanted[list(looked.files)] = True
-        pairs = pairs_above(library.embeddings, threshold, wanted=wanted, advance=talk.show)
+        included = np.zeros(len(library.images), np.bool_)
+        included[list(checked.files)] = True
+        pairs = pairs_above(library.embeddings, threshold, included=included, advance=talk.show)
         rows = sorted(set(pairs.first.tolist()) | set(pairs.second.tolist()))
         thumbnail_px = gallery.thumbnail_px(len(rows)) if html else None
         paths = [library.images[row].path for row in rows]
@@ -190,10 +190,10 @@ def duplicates(
         for row, preview in zip(rows, read_previews(paths, thumbnail_px=thumbnail_px), strict=True):
             previews[row] = preview
             talk.show(len(previews) / len(rows))
-        groups = grouping.choose(library, pairs, looked.files, previews, keep)
+        groups = grouping.make_groups(library, pairs, checked.files, previews, keep)
         about = (
             f"{len(groups):,} groups of {len(rows):,} photographs, by {pairs.total:,} pairs of a cosine of {threshold} "
-            f"or more among {len(looked.files):,} of {library_file}"
+            f"or more among {len(checked.files):,} of {library_file}"
         )
         if html:
             with _written(html) as file:
@@ -203,14 +203,14 @@ def duplicates(
             with _written(json_file) as file:
                 grouping.write_json(
                     groups, file, library=str(library_file), provenance=provenance, threshold=threshold, keep=keep,
-                    compared=len(looked.files), pairs=pairs.total,
+                    compared=len(checked.files), pairs=pairs.total,
                 )  # fmt: skip
         if csv_file:
             with _written(csv_file) as file:
                 grouping.write_csv(groups, file)
         if not (html or json_file or csv_file):
             _list(groups)
-        if left_out := ", ".join(_left_out(looked)):
+        if left_out := ", ".join(_left_out(checked)):
             talk.say(f"left out: {left_out}")
         _say_missing(previews.values())
         if pairs.total > MOST_PAIRS:
@@ -275,15 +275,15 @@ def _list(groups: list[grouping.Group]) -> None:
         sys.stdout.write("\n")
 
 
-def _left_out(looked: grouping.Looked) -> Iterator[str]:
-    if looked.gone:
-        yield f"{looked.gone:,} that no longer exist (clip-embed --resume --prune drops their rows)"
-    if looked.changed:
-        yield f"{looked.changed:,} that have changed since (clip-embed --resume embeds them again)"
-    if looked.failed:
-        yield f"{looked.failed:,} that failed and have no vector"
-    if looked.same:
-        yield f"{looked.same:,} that are other names of the same files"
+def _left_out(checked: grouping.FileCheck) -> Iterator[str]:
+    if checked.missing:
+        yield f"{checked.missing:,} that no longer exist (clip-embed --resume --prune drops their rows)"
+    if checked.changed:
+        yield f"{checked.changed:,} that have changed since (clip-embed --resume embeds them again)"
+    if checked.failed:
+        yield f"{checked.failed:,} that failed and have no vector"
+    if checked.same_file:
+        yield f"{checked.same_file:,} that are other names of the same files"
 
 
 def _say_missing(previews: Iterable[Preview]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from clip_embed.library import Library
 from clip_embed.names import printable
-from clip_embed.nearest import Joined, Pairs
+from clip_embed.nearest import DisjointSets, Pairs
 from clip_embed.previews import Preview
 
 
@@ -27,7 +27,7 @@ class Keep(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Present:
+class ExistingFile:
     """A file that exists, with its current size and time."""
 
     path: str
@@ -36,14 +36,14 @@ class Present:
 
 
 @dataclass
-class Looked:
+class FileCheck:
     """The existing files by row, and the numbers of other rows."""
 
-    files: dict[int, Present]
-    gone: int = 0
+    files: dict[int, ExistingFile]
+    missing: int = 0
     changed: int = 0
     failed: int = 0
-    same: int = 0
+    same_file: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Member:
     """One photograph of a group; `similarity` is its cosine with the one to keep."""
 
     row: int
-    file: Present
+    file: ExistingFile
     preview: Preview
     similarity: float
 
@@ -69,53 +69,53 @@ class Group:
         return sum(member.file.size_bytes for member in self.members[1:])
 
 
-def look_at_files(library: Library) -> Looked:
+def check_files(library: Library) -> FileCheck:
     """The rows of a library that can be duplicates: each existing file once.
 
     Leaves out files that no longer exist or have changed since they were embedded, and further names of the same file,
     because deleting one of them could delete the only copy.
     """
-    looked, seen = Looked({}), set()
+    checked, seen = FileCheck({}), set()
     for row, image in enumerate(library.images):
         if np.isnan(library.embeddings[row, 0]):
-            looked.failed += 1
+            checked.failed += 1
             continue
         try:
             status = os.stat(image.path)  # noqa: PTH116  Path would normalise the name
         except (OSError, ValueError):
-            looked.gone += 1
+            checked.missing += 1
             continue
         if (status.st_dev, status.st_ino) in seen:
-            looked.same += 1
+            checked.same_file += 1
             continue
         seen.add((status.st_dev, status.st_ino))
         if image.size_bytes is not None and image[1:] != (status.st_size, status.st_mtime_ns):
-            looked.changed += 1
+            checked.changed += 1
             continue
-        looked.files[row] = Present(image.path, status.st_size, status.st_mtime_ns)
-    return looked
+        checked.files[row] = ExistingFile(image.path, status.st_size, status.st_mtime_ns)
+    return checked
 
 
-def rows_of_groups(pairs: Pairs) -> list[list[int]]:
+def connected_rows(pairs: Pairs) -> list[list[int]]:
     """The groups of rows that these pairs connect, in order."""
-    joined = Joined()
+    sets = DisjointSets()
     edges = list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     for first, second in edges:
-        joined.join(first, second)
+        sets.join(first, second)
     groups: dict[int, list[int]] = {}
     for row in sorted({row for edge in edges for row in edge}):
-        groups.setdefault(joined.find(row), []).append(row)
+        groups.setdefault(sets.find(row), []).append(row)
     return list(groups.values())
 
 
-def choose(
-    library: Library, pairs: Pairs, files: dict[int, Present], previews: dict[int, Preview], keep: Keep
+def make_groups(
+    library: Library, pairs: Pairs, files: dict[int, ExistingFile], previews: dict[int, Preview], keep: Keep
 ) -> list[Group]:
     """The groups of these pairs, most spare bytes first. `files` and `previews` must have all rows of the pairs."""
     rank = _rank(keep)
     places: dict[int, tuple[int, int]] = {}
     ordered = []
-    for number, rows in enumerate(rows_of_groups(pairs)):
+    for number, rows in enumerate(connected_rows(pairs)):
         members = sorted((Member(row, files[row], previews[row], 1.0) for row in rows), key=rank)
         kept = library.embeddings[members[0].row]
         others = [replace(member, similarity=float(library.embeddings[member.row] @ kept)) for member in members[1:]]

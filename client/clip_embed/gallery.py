@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from clip_embed.duplicates import Group, as_date
 from clip_embed.names import printable
-from clip_embed.nearest import Joined
+from clip_embed.nearest import DisjointSets
 from clip_embed.previews import Preview
 
 # Thumbnails determine a page's size: 5,000 groups of three are 40 MB with small ones.
@@ -73,9 +73,9 @@ def _shown_pairs(group: Group) -> Sequence[tuple[int, int, float]]:
     """Enough pairs for the slider: at any threshold they connect the same photographs as all pairs do."""
     if len(group.members) <= _ALL_PAIRS_UP_TO:
         return group.pairs
-    joined = Joined()
+    sets = DisjointSets()
     best_first = sorted(group.pairs, key=lambda pair: -pair[2])
-    return sorted(pair for pair in best_first if joined.join(pair[0], pair[1]) or pair[0] == 0)
+    return sorted(pair for pair in best_first if sets.join(pair[0], pair[1]) or pair[0] == 0)
 
 
 def _url(path: str) -> str:

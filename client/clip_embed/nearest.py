@@ -52,23 +52,23 @@ def pairs_above(
     embeddings: Embeddings,
     threshold: float,
     *,
-    wanted: NDArray[np.bool_] | None = None,
+    included: NDArray[np.bool_] | None = None,
     advance: Callable[[float], object] = lambda _: None,
 ) -> Pairs:
     """All pairs of rows of (N, D) whose cosine is at least `threshold`, which is over 0.
 
     Args:
-        wanted: (N,), the rows to compare; None for all. Rows of NaN have no pairs.
+        included: (N,), the rows to compare; None for all. Rows of NaN have no pairs.
         advance: is called with the share that is done.
 
     Exact. All vectors are rotated so that their first numbers hold most of their length. The product of two heads plus
     the product of the lengths of their rests is never under the cosine (Cauchy-Schwarz). This rules out most pairs.
     """
     heads = _heads(embeddings)
-    if wanted is not None:
-        heads[~wanted] = 0
+    if included is not None:
+        heads[~included] = 0
     parts: list[tuple[NDArray[np.int64], NDArray[np.int64], Embeddings]] = []
-    held = total = 0
+    kept = total = 0
     blocks = -(-len(embeddings) // _PAIR_ROWS)
     done = 0
     for first, second in _candidates(heads, threshold - _ROUNDING):
@@ -79,11 +79,11 @@ def pairs_above(
         cosines = _cosines(embeddings, first, second)
         is_near = cosines >= threshold
         parts.append((first[is_near], second[is_near], cosines[is_near]))
-        held += len(parts[-1][0])
+        kept += len(parts[-1][0])
         total += len(parts[-1][0])
-        if held > MOST_PAIRS:
-            parts = [_spanning(*map(np.concatenate, zip(*parts, strict=True)))]
-            held = len(parts[0][0])
+        if kept > MOST_PAIRS:
+            parts = [_spanning_forest(*map(np.concatenate, zip(*parts, strict=True)))]
+            kept = len(parts[0][0])
     if not parts:
         return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32), 0)
     first, second, cosines = map(np.concatenate, zip(*parts, strict=True))
@@ -130,17 +130,17 @@ def _cosines(embeddings: Embeddings, first: NDArray[np.int64], second: NDArray[n
     return cosines
 
 
-def _spanning(
+def _spanning_forest(
     first: NDArray[np.int64], second: NDArray[np.int64], cosines: Embeddings
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], Embeddings]:
     """A maximum spanning forest of the pairs (Kruskal's): it connects the same rows at every threshold."""
     order = np.argsort(-cosines, kind="stable")
-    joined = Joined()
-    kept = [index for index in order.tolist() if joined.join(int(first[index]), int(second[index]))]
+    sets = DisjointSets()
+    kept = [index for index in order.tolist() if sets.join(int(first[index]), int(second[index]))]
     return first[kept], second[kept], cosines[kept]
 
 
-class Joined:
+class DisjointSets:
     """Disjoint sets of connected rows (union-find)."""
 
     def __init__(self) -> None:

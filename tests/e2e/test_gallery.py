@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clip_embed import gallery
-from clip_embed.duplicates import Group, Keep, Member, Present, choose, look_at_files
+from clip_embed.duplicates import ExistingFile, Group, Keep, Member, check_files, make_groups
 from clip_embed.library import Library
 from clip_embed.nearest import pairs_above
 from clip_embed.previews import read_previews
@@ -55,12 +55,12 @@ def vectors_at(degrees: list[float]) -> np.ndarray:
 
 
 def write_gallery(library: Library, path: Path, *, threshold: float) -> None:
-    looked = look_at_files(library)
+    checked = check_files(library)
     pairs = pairs_above(library.embeddings, threshold)
     rows = sorted({*pairs.first.tolist(), *pairs.second.tolist()})
     previews = dict(zip(rows, read_previews([library.images[row].path for row in rows], thumbnail_px=128), strict=True))
     with path.open("w") as file:
-        groups = choose(library, pairs, looked.files, previews, Keep.pixels)
+        groups = make_groups(library, pairs, checked.files, previews, Keep.pixels)
         gallery.write_gallery(groups, file, threshold=threshold, about="what it is")
 
 
@@ -146,7 +146,8 @@ def test_five_thousand_groups_are_still_quick(opened, tmp_path, demo_photos):
     groups = [
         Group(
             tuple(
-                Member(0, Present(f"/p/{number:05d}-{place}.jpg", 1000 + place, 0), preview, 1.0) for place in range(3)
+                Member(0, ExistingFile(f"/p/{number:05d}-{place}.jpg", 1000 + place, 0), preview, 1.0)
+                for place in range(3)
             ),
             ((0, 1, 0.961 + number % 39 / 1000), (0, 2, 0.97), (1, 2, 0.965)),
         )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clip_embed import nearest as module
-from clip_embed.duplicates import rows_of_groups
+from clip_embed.duplicates import connected_rows
 from clip_embed.nearest import Pairs, nearest, pairs_above
 
 
@@ -45,7 +45,7 @@ def test_pairs_are_those_of_the_whole_product(monkeypatch, count, size, threshol
 def test_rows_that_failed_or_are_not_wanted_have_no_pairs():
     rows = np.repeat(vectors(1, 512), 5, axis=0)
     rows[1] = np.nan
-    assert set(found(pairs_above(rows, 0.96, wanted=np.array([1, 1, 0, 1, 1], bool)))) == {(0, 3), (0, 4), (3, 4)}
+    assert set(found(pairs_above(rows, 0.96, included=np.array([1, 1, 0, 1, 1], bool)))) == {(0, 3), (0, 4), (3, 4)}
     assert nearest(rows, rows[0], 9)[0].tolist() == [0, 2, 3, 4]
 
 
@@ -58,7 +58,7 @@ def test_of_too_many_pairs_those_are_kept_that_give_the_same_groups_at_every_thr
     assert few.total == everything.total > 2000
     assert len(few.first) < 1200
     for threshold in (0.6, 0.7, 0.8, 0.96, 0.98):
-        groups = [rows_of_groups(at(pairs, threshold)) for pairs in (few, everything)]
+        groups = [connected_rows(at(pairs, threshold)) for pairs in (few, everything)]
         assert sorted(groups[0]) == sorted(groups[1])
 
 

@@ -164,7 +164,7 @@ def find_duplicates(
     paths: Sequence[Path], embeddings: "npt.NDArray[np.float32]", provenance: "Provenance | None", page: Path
 ) -> "list[Group]":
     """The near-duplicates that `clip-embed duplicates` finds among these photographs; writes their page."""
-    from clip_embed.duplicates import Keep, choose, look_at_files
+    from clip_embed.duplicates import Keep, check_files, make_groups
     from clip_embed.gallery import thumbnail_px, write_gallery
     from clip_embed.library import Library
     from clip_embed.nearest import pairs_above
@@ -175,7 +175,7 @@ def find_duplicates(
     library = Library(page, [look_at(name) for name in names], embeddings, provenance)
     pairs = pairs_above(embeddings, THRESHOLD)
     previews = dict(enumerate(read_previews(names, thumbnail_px=thumbnail_px(len(names)))))
-    groups = choose(library, pairs, look_at_files(library).files, previews, Keep.pixels)
+    groups = make_groups(library, pairs, check_files(library).files, previews, Keep.pixels)
     about = f"Among {len(paths)} files, the demo's photographs and edits of them; {provenance}"
     with page.open("w") as file:
         write_gallery(groups, file, threshold=THRESHOLD, about=about)

@@ -180,7 +180,7 @@ def measure_duplicates(client: "EmbeddingClient") -> dict[str, Any]:
 def _at(found: "npt.NDArray[np.float32]", threshold: float) -> dict[str, Any]:
     import numpy as np
 
-    from clip_embed.duplicates import rows_of_groups
+    from clip_embed.duplicates import connected_rows
     from clip_embed.nearest import pairs_above
 
     _, each, size = found.shape
@@ -188,7 +188,7 @@ def _at(found: "npt.NDArray[np.float32]", threshold: float) -> dict[str, Any]:
     pairs = pairs_above(found.reshape(-1, size), threshold)
     is_false = pairs.first // each != pairs.second // each
     of_originals = (pairs.first % each == 0) & (pairs.second % each == 0)
-    groups = [{row // each for row in rows} for rows in rows_of_groups(pairs)]
+    groups = [{row // each for row in rows} for rows in connected_rows(pairs)]
     return {
         "threshold": threshold,
         "recall": [round(float(share), 4) for share in (with_original >= threshold).mean(axis=0)],
