@@ -8,10 +8,10 @@ from clip_embed.batches import ImageSource, text_bytes
 from clip_embed.client import stack
 from clip_embed.credentials import Credentials
 from clip_embed.dispatch import Attempt, Dispatch, Probe
+from clip_embed.endpoint import Endpoint
 from clip_embed.errors import EmbeddingError
 from clip_embed.options import ClientOptions
 from clip_embed.servers import Servers
-from clip_embed.target import Target
 from clip_embed.transport import AsyncTransport, open_async_transport
 from clip_embed.wire import Embeddings
 
@@ -87,8 +87,8 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
         return self._opened[-1]
 
     @staticmethod
-    def _open(target: Target, model: str, credentials: Credentials) -> AsyncTransport:
-        return open_async_transport(target, model, credentials)
+    def _open(endpoint: Endpoint, model: str, credentials: Credentials) -> AsyncTransport:
+        return open_async_transport(endpoint, model, credentials)
 
     async def _results(self, dispatch: Dispatch[AsyncTransport]) -> AsyncIterator[Embeddings | EmbeddingError]:
         started: dict[asyncio.Task[Any], Attempt[AsyncTransport] | Probe[AsyncTransport]] = {}

@@ -14,6 +14,7 @@ from typing import Annotated, cast
 
 from clip_embed import jsonl, parquet
 from clip_embed.client import EmbeddingClient
+from clip_embed.endpoint import DEFAULT_URL
 from clip_embed.errors import ContractError, EmbeddingError, InvalidImageError, InvalidTextError
 from clip_embed.file_listing import IMAGE_SUFFIXES, FileListing, UnusableList
 from clip_embed.library import ENDINGS
@@ -22,7 +23,6 @@ from clip_embed.output import Format, Output, open_output
 from clip_embed.provenance import Provenance
 from clip_embed.server_info import ServerInfo
 from clip_embed.table import Table, TextRow, UnusableOutput, has_parts, is_gone, parts_of
-from clip_embed.target import DEFAULT_URL
 from clip_embed.wire import DEFAULT_MODEL, TEXT_MODEL
 
 try:

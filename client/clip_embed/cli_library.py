@@ -17,6 +17,7 @@ from rich.table import Table
 from clip_embed import duplicates as grouping
 from clip_embed import gallery
 from clip_embed.duplicates import Keep
+from clip_embed.endpoint import DEFAULT_URL
 from clip_embed.errors import EmbeddingError
 from clip_embed.file_listing import IMAGE_SUFFIXES
 from clip_embed.index import EXACT_ROWS, index_of, nearest_by_index, require_usearch
@@ -26,7 +27,6 @@ from clip_embed.nearest import MOST_PAIRS, nearest, pairs_above
 from clip_embed.previews import Preview, read_previews, require_pillow
 from clip_embed.provenance import Provenance
 from clip_embed.table import UnusableOutput
-from clip_embed.target import DEFAULT_URL
 from clip_embed.terminal import (
     HOPELESS,
     NO_SERVER,

@@ -10,10 +10,10 @@ import numpy as np
 from clip_embed.batches import ImageSource, text_bytes
 from clip_embed.credentials import Credentials
 from clip_embed.dispatch import Attempt, Dispatch, Probe
+from clip_embed.endpoint import Endpoint
 from clip_embed.errors import ContractError, CredentialsError, EmbeddingError
 from clip_embed.options import ClientOptions
 from clip_embed.server_info import ServerInfo
-from clip_embed.target import Target
 from clip_embed.transport import Transport, open_transport
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
@@ -86,11 +86,11 @@ class EmbeddingClient(ClientOptions[Transport]):
         self._raise_if_closed()
         infos: dict[str, ServerInfo] = {}
         unanswered: EmbeddingError | None = None
-        for target, transport in zip(self._targets, self._servers.transports, strict=True):
+        for endpoint, transport in zip(self._endpoints, self._servers.transports, strict=True):
             try:
-                infos[target.url] = transport.server_info(timeout_s).result()
+                infos[endpoint.url] = transport.server_info(timeout_s).result()
             except (CredentialsError, ContractError):  # it restricts this call, or is of an earlier version
-                infos[target.url] = ServerInfo()
+                infos[endpoint.url] = ServerInfo()
             except EmbeddingError as error:
                 unanswered = error
         if unanswered and not infos:
@@ -116,8 +116,8 @@ class EmbeddingClient(ClientOptions[Transport]):
         self.close()
 
     @staticmethod
-    def _open(target: Target, model: str, credentials: Credentials) -> Transport:
-        return open_transport(target, model, credentials)
+    def _open(endpoint: Endpoint, model: str, credentials: Credentials) -> Transport:
+        return open_transport(endpoint, model, credentials)
 
     def _results(self, dispatch: Dispatch[Transport]) -> Iterator[Embeddings | EmbeddingError]:
         started: dict[Future[Any], Attempt[Transport] | Probe[Transport]] = {}

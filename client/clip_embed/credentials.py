@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from clip_embed.target import Target
+from clip_embed.endpoint import Endpoint
 
 API_KEY_VARIABLE = "CLIP_API_KEY"
 CA_FILE_VARIABLE = "CLIP_CA_FILE"
@@ -62,12 +62,12 @@ class Credentials:
         """The metadata of a gRPC call."""
         return tuple((GRPC_PREFIX + name, value) for name, value in self.http_headers().items())
 
-    def check(self, target: Target) -> None:
+    def check(self, endpoint: Endpoint) -> None:
         """Raises ValueError for files that are missing, not PEM or no pair, and for files with a URL without TLS."""
-        if self.names_files and not target.is_secure:
-            secure = "https" if target.is_http else "grpcs"
-            raise ValueError(f"{target.url}: ca_file and cert_file are for {secure}://; this URL is not encrypted")
-        if target.is_secure:
+        if self.names_files and not endpoint.is_secure:
+            secure = "https" if endpoint.is_http else "grpcs"
+            raise ValueError(f"{endpoint.url}: ca_file and cert_file are for {secure}://; this URL is not encrypted")
+        if endpoint.is_secure:
             self.ssl_context()
 
     def ssl_context(self) -> ssl.SSLContext:

@@ -11,9 +11,9 @@ import grpc.aio  # type: ignore[import-untyped]
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from clip_embed.credentials import Credentials
+from clip_embed.endpoint import Endpoint
 from clip_embed.errors import EmbeddingError, error_from_grpc
 from clip_embed.server_info import ServerInfo
-from clip_embed.target import Target
 from clip_embed.wire import Embeddings, ImageBytes, grpc_request, read_grpc_answer
 
 T = TypeVar("T")
@@ -34,12 +34,12 @@ _OPTIONS = [
 ]
 
 
-def _open(module: Any, target: Target, credentials: Credentials) -> Any:
+def _open(module: Any, endpoint: Endpoint, credentials: Credentials) -> Any:
     """A channel of `grpc` or of `grpc.aio`."""
-    options = [*_OPTIONS, ("grpc.enable_http_proxy", 0 if target.is_local else 1)]
-    if target.is_secure:
-        return module.secure_channel(target.address, credentials.grpc_credentials(), options=options)
-    return module.insecure_channel(target.address, options=options)
+    options = [*_OPTIONS, ("grpc.enable_http_proxy", 0 if endpoint.is_local else 1)]
+    if endpoint.is_secure:
+        return module.secure_channel(endpoint.address, credentials.grpc_credentials(), options=options)
+    return module.insecure_channel(endpoint.address, options=options)
 
 
 def _infer_call(channel: Any) -> Any:
@@ -54,17 +54,17 @@ def _server_info(parameters: Any) -> ServerInfo:
     return ServerInfo.of({name: parameter.string_value for name, parameter in parameters.items()})
 
 
-def _our_error(error: Any, target: Target) -> EmbeddingError:
-    return error_from_grpc(error.code().name, error.details() or "", url=target.url)
+def _our_error(error: Any, endpoint: Endpoint) -> EmbeddingError:
+    return error_from_grpc(error.code().name, error.details() or "", url=endpoint.url)
 
 
 class GrpcTransport:
     """Implements `transport.Transport`."""
 
-    def __init__(self, target: Target, model: str, credentials: Credentials) -> None:
-        self._target, self._model = target, model
+    def __init__(self, endpoint: Endpoint, model: str, credentials: Credentials) -> None:
+        self._endpoint, self._model = endpoint, model
         self._metadata = credentials.grpc_metadata()
-        self._channel = _open(grpc, target, credentials)
+        self._channel = _open(grpc, endpoint, credentials)
         self._infer = _infer_call(self._channel)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
@@ -91,7 +91,7 @@ class GrpcTransport:
             try:
                 answer.set_result(read(call.result()))
             except grpc.RpcError as error:
-                ours = _our_error(error, self._target)
+                ours = _our_error(error, self._endpoint)
                 ours.__cause__ = error
                 answer.set_exception(ours)
             except Exception as error:
@@ -124,13 +124,13 @@ class _Answer(Future[T]):
 class AsyncGrpcTransport:
     """Implements `transport.AsyncTransport`. The channel belongs to the event loop of the first request."""
 
-    def __init__(self, target: Target, model: str, credentials: Credentials) -> None:
-        self._target, self._model = target, model
+    def __init__(self, endpoint: Endpoint, model: str, credentials: Credentials) -> None:
+        self._endpoint, self._model = endpoint, model
         self._credentials, self._metadata = credentials, credentials.grpc_metadata()
 
     @cached_property
     def _channel(self) -> Any:
-        return _open(grpc.aio, self._target, self._credentials)
+        return _open(grpc.aio, self._endpoint, self._credentials)
 
     @cached_property
     def _infer(self) -> Any:
@@ -140,7 +140,7 @@ class AsyncGrpcTransport:
         try:
             answer = await self._infer(grpc_request(self._model, images), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise _our_error(error, self._target) from error
+            raise _our_error(error, self._endpoint) from error
         return read_grpc_answer(answer, len(images))
 
     async def is_ready(self, timeout_s: float | None) -> bool:
@@ -149,7 +149,7 @@ class AsyncGrpcTransport:
             request = service_pb2.ModelReadyRequest(name=self._model)
             return bool((await stub.ModelReady(request, timeout=timeout_s, metadata=self._metadata)).ready)
         except grpc.RpcError as error:
-            raise _our_error(error, self._target) from error
+            raise _our_error(error, self._endpoint) from error
 
     async def close(self) -> None:
         if "_channel" in self.__dict__:

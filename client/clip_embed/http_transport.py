@@ -16,22 +16,22 @@ from urllib.request import getproxies, proxy_bypass
 import httpx
 
 from clip_embed.credentials import Credentials
+from clip_embed.endpoint import Endpoint
 from clip_embed.errors import ContractError, error_from_grpc, error_from_http
 from clip_embed.server_info import ServerInfo
-from clip_embed.target import Target
 from clip_embed.wire import HEADER_LENGTH, Embeddings, ImageBytes, http_request, input_of, read_http_answer
 
 T = TypeVar("T")
 
 
-def _proxy_of(target: Target) -> httpx.Proxy | None:
+def _proxy_of(endpoint: Endpoint) -> httpx.Proxy | None:
     """The environment's proxy for a server on another machine, in every form that urllib accepts.
 
     Raises:
         ValueError: The proxy cannot be used for HTTP.
     """
-    parts, proxies = urlsplit(target.address), getproxies()
-    if target.is_local or "*" in proxies.get("no", "").split(","):
+    parts, proxies = urlsplit(endpoint.address), getproxies()
+    if endpoint.is_local or "*" in proxies.get("no", "").split(","):
         return None
     if proxy_bypass(parts.netloc) or proxy_bypass(parts.hostname or ""):  # IPv6 with and without brackets
         return None
@@ -59,15 +59,15 @@ def _proxy_of(target: Target) -> httpx.Proxy | None:
 class AsyncHttpTransport:
     """Implements `transport.AsyncTransport`."""
 
-    def __init__(self, target: Target, model: str, credentials: Credentials) -> None:
-        self._url = target.url
+    def __init__(self, endpoint: Endpoint, model: str, credentials: Credentials) -> None:
+        self._url = endpoint.url
         self._input = input_of(model)
         self._model_path = f"v2/models/{quote(model, safe='')}"
         self._http = httpx.AsyncClient(
-            base_url=target.address,
-            verify=credentials.ssl_context() if target.is_secure else True,
+            base_url=endpoint.address,
+            verify=credentials.ssl_context() if endpoint.is_secure else True,
             trust_env=False,  # httpx raises for some NO_PROXY lists that the standard library accepts
-            proxy=_proxy_of(target),
+            proxy=_proxy_of(endpoint),
             timeout=None,  # noqa: S113  httpx limits each read and write, _request the whole request
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
             # Do not let Triton gzip the answer: that costs time, and floats do not compress.
@@ -119,10 +119,10 @@ class HttpTransport:
     do neither.
     """
 
-    carries: Callable[[Target, str, Credentials], AsyncHttpTransport] = AsyncHttpTransport
+    carries: Callable[[Endpoint, str, Credentials], AsyncHttpTransport] = AsyncHttpTransport
 
-    def __init__(self, target: Target, model: str, credentials: Credentials) -> None:
-        self._transport = type(self).carries(target, model, credentials)
+    def __init__(self, endpoint: Endpoint, model: str, credentials: Credentials) -> None:
+        self._transport = type(self).carries(endpoint, model, credentials)
         self._lock = threading.Lock()  # no work may enter a loop that is being stopped: it would never end
         self._is_closed = False
         self._loop = asyncio.new_event_loop()

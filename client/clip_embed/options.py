@@ -10,10 +10,10 @@ from typing import Any, Generic, NoReturn, Self
 from clip_embed.batches import MAX_REQUEST_BYTES, Batches, ImageSource, require_many
 from clip_embed.credentials import Credentials, environment_options
 from clip_embed.dispatch import Dispatch, Limits
+from clip_embed.endpoint import BACKEND_VARIABLE, DEFAULT_URL, URL_VARIABLE, Backend, Endpoint, parse_urls
 from clip_embed.errors import ServerUnavailableError
 from clip_embed.retry import Retry
 from clip_embed.servers import Server, Servers, TransportT
-from clip_embed.target import BACKEND_VARIABLE, DEFAULT_URL, URL_VARIABLE, Backend, Target, parse_urls
 from clip_embed.wire import DEFAULT_MODEL, TEXT_MODEL
 
 _forks = 0  # how many forks this process is away from the first one
@@ -89,10 +89,10 @@ class ClientOptions(Generic[TransportT]):
                 "expected batch_size >= 1, max_in_flight >= 1 and max_batch_bytes from 1 byte to 1 GiB, "
                 f"got {batch_size}, {max_in_flight} and {max_batch_bytes}"
             )
-        targets = parse_urls(url if urls is None else urls, backend=backend)
-        if transport is not None and len(targets) > 1:
-            raise ValueError(f"expected one URL beside a transport, got {len(targets)}")
-        self.url = ",".join(target.url for target in targets)
+        endpoints = parse_urls(url if urls is None else urls, backend=backend)
+        if transport is not None and len(endpoints) > 1:
+            raise ValueError(f"expected one URL beside a transport, got {len(endpoints)}")
+        self.url = ",".join(endpoint.url for endpoint in endpoints)
         self.model = model
         self._timeout_s = timeout_s
         self._attempt_timeout_s = attempt_timeout_s
@@ -101,9 +101,9 @@ class ClientOptions(Generic[TransportT]):
         self._max_in_flight = max_in_flight
         self._max_batch_bytes = max_batch_bytes
         self._credentials = Credentials(api_key=api_key, ca_file=ca_file, cert_file=cert_file, key_file=key_file)
-        for target in targets:
-            self._credentials.check(target)
-        self._targets = targets
+        for endpoint in endpoints:
+            self._credentials.check(endpoint)
+        self._endpoints = endpoints
         self._transport: TransportT | None = transport
         # The last is in use. Those from before a fork are kept: closing them would wait for its threads.
         self._opened: list[Servers[TransportT]] = []
@@ -136,7 +136,7 @@ class ClientOptions(Generic[TransportT]):
         return cls(url, **{**environment_options(os.environ), **options})
 
     @staticmethod
-    def _open(target: Target, model: str, credentials: Credentials) -> TransportT:
+    def _open(endpoint: Endpoint, model: str, credentials: Credentials) -> TransportT:
         raise NotImplementedError
 
     @property
@@ -156,8 +156,8 @@ class ClientOptions(Generic[TransportT]):
             self._opened.clear()
         self._forks = _forks
         servers: list[Server[TransportT]] = [
-            Server(target.url, self._transport or self._open(target, self.model, self._credentials))
-            for target in self._targets
+            Server(endpoint.url, self._transport or self._open(endpoint, self.model, self._credentials))
+            for endpoint in self._endpoints
         ]
         self._opened.append(Servers(servers, self._retry))
 
@@ -167,7 +167,7 @@ class ClientOptions(Generic[TransportT]):
         Raises:
             ValueError: The server is the PyTorch service, which embeds only images.
         """
-        if any(target.backend == "pytorch" for target in self._targets):
+        if any(endpoint.backend == "pytorch" for endpoint in self._endpoints):
             raise ValueError(f"{self.url}: the PyTorch service embeds only images; texts need the Triton server")
         if self.model == TEXT_MODEL:
             return self

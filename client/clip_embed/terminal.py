@@ -13,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from clip_embed.client import EmbeddingClient
 from clip_embed.credentials import API_KEY_VARIABLE, CA_FILE_VARIABLE, CERT_FILE_VARIABLE, KEY_FILE_VARIABLE
+from clip_embed.endpoint import BACKEND_VARIABLE, URL_VARIABLE, Backend
 from clip_embed.errors import ContractError, CredentialsError, ModelNotReadyError, ServerUnavailableError
 from clip_embed.names import printable
 from clip_embed.server_info import ServerInfo
 from clip_embed.servers import IS_BACK
-from clip_embed.target import BACKEND_VARIABLE, URL_VARIABLE, Backend
 from clip_embed.wire import TEXT_MODEL
 
 SOME_FAILED, USAGE, NO_SERVER, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141

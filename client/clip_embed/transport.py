@@ -5,8 +5,8 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from clip_embed.credentials import Credentials
+from clip_embed.endpoint import Endpoint
 from clip_embed.server_info import ServerInfo
-from clip_embed.target import Target
 from clip_embed.wire import Embeddings, ImageBytes
 
 
@@ -35,34 +35,34 @@ class AsyncTransport(Protocol):
     async def close(self) -> None: ...
 
 
-def open_transport(target: Target, model: str, credentials: Credentials) -> Transport:
+def open_transport(endpoint: Endpoint, model: str, credentials: Credentials) -> Transport:
     """The transport for a server. It connects at the first request."""
-    if target.is_http:
+    if endpoint.is_http:
         _require_httpx()
         from clip_embed.http_transport import HttpTransport
         from clip_embed.pytorch_transport import PyTorchTransport
 
-        if target.backend == "pytorch":
-            return PyTorchTransport(target, model, credentials)
-        return HttpTransport(target, model, credentials)
+        if endpoint.backend == "pytorch":
+            return PyTorchTransport(endpoint, model, credentials)
+        return HttpTransport(endpoint, model, credentials)
     from clip_embed.grpc_transport import GrpcTransport
 
-    return GrpcTransport(target, model, credentials)
+    return GrpcTransport(endpoint, model, credentials)
 
 
-def open_async_transport(target: Target, model: str, credentials: Credentials) -> AsyncTransport:
+def open_async_transport(endpoint: Endpoint, model: str, credentials: Credentials) -> AsyncTransport:
     """The async transport for a server. It connects at the first request and needs no event loop before."""
-    if target.is_http:
+    if endpoint.is_http:
         _require_httpx()
         from clip_embed.http_transport import AsyncHttpTransport
         from clip_embed.pytorch_transport import AsyncPyTorchTransport
 
-        if target.backend == "pytorch":
-            return AsyncPyTorchTransport(target, model, credentials)
-        return AsyncHttpTransport(target, model, credentials)
+        if endpoint.backend == "pytorch":
+            return AsyncPyTorchTransport(endpoint, model, credentials)
+        return AsyncHttpTransport(endpoint, model, credentials)
     from clip_embed.grpc_transport import AsyncGrpcTransport
 
-    return AsyncGrpcTransport(target, model, credentials)
+    return AsyncGrpcTransport(endpoint, model, credentials)
 
 
 def _require_httpx() -> None:

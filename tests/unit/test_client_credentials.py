@@ -9,7 +9,7 @@ from tests.unit.test_client_loopback import Brain, serve
 
 from clip_embed import AsyncEmbeddingClient, CredentialsError, EmbeddingClient
 from clip_embed.credentials import Credentials
-from clip_embed.target import parse_url
+from clip_embed.endpoint import parse_url
 
 KEY = "key-of-the-clients"
 

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from clip_embed import EmbeddingClient
+from clip_embed.endpoint import parse_url
 from clip_embed.http_transport import _proxy_of
-from clip_embed.target import parse_url
 from clip_tools import proxy
 
 

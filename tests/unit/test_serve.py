@@ -12,7 +12,7 @@ from clip_embed import (
     ServerOverloadedError,
     ServerUnavailableError,
 )
-from clip_embed.target import parse_url
+from clip_embed.endpoint import parse_url
 from clip_tools.errors import ToolError
 from clip_tools.serving import server as embedded
 from clip_tools.serving.health import check_health

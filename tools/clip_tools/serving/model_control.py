@@ -66,25 +66,25 @@ class GrpcModelControl:
             import tritonclient.grpc as triton
 
             from clip_embed.credentials import Credentials
-            from clip_embed.target import parse_url
+            from clip_embed.endpoint import parse_url
         except ImportError as error:
             raise missing_extra("server", error) from error
         if not re.match(r"(grpcs?://)?[^/]+:\d+$", url):
             raise ToolError(f"'{url}': expected grpc://HOST:PORT; models are loaded over gRPC", exit_code=2)
         self.url = url
         self._triton = triton
-        self._target = parse_url(url)
+        self._endpoint = parse_url(url)
         access = access_of(url, os.environ)
         self._headers = access.grpc_headers() if access else {}
         tls = {}
-        if self._target.is_secure:
+        if self._endpoint.is_secure:
             try:
                 credentials = Credentials.from_environment(os.environ)
-                credentials.check(self._target)
+                credentials.check(self._endpoint)
             except ValueError as error:
                 raise ToolError(str(error), exit_code=2) from error
             tls = {"ssl": True, "creds": credentials.grpc_credentials()}
-        self._client = triton.InferenceServerClient(self._target.address, **tls)
+        self._client = triton.InferenceServerClient(self._endpoint.address, **tls)
 
     def __enter__(self) -> "GrpcModelControl":
         return self

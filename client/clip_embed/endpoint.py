@@ -15,7 +15,7 @@ Backend = Literal["triton", "pytorch"]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Endpoint:
     """A server. `address` is host:port for gRPC and the base URL for HTTP; messages show `url`.
 
     `is_local`: it is on this machine, so the environment's proxy, on another machine, cannot reach it.
@@ -29,7 +29,7 @@ class Target:
     backend: Backend = "triton"
 
 
-def parse_url(url: str, *, backend: Backend = "triton") -> Target:
+def parse_url(url: str, *, backend: Backend = "triton") -> Endpoint:
     """The server that a URL names; a bare host:port means gRPC.
 
     Raises:
@@ -53,20 +53,20 @@ def parse_url(url: str, *, backend: Backend = "triton") -> Target:
     if backend == "pytorch" and not is_http:
         raise ValueError(f"{url!r}: the pytorch backend speaks only HTTP; expected http://HOST:PORT")
     is_secure = parts.scheme in ("https", "grpcs")
-    return Target(full, is_http, is_secure, full if is_http else parts.netloc, _is_local(host), backend)
+    return Endpoint(full, is_http, is_secure, full if is_http else parts.netloc, _is_local(host), backend)
 
 
-def parse_urls(urls: str | Iterable[str], *, backend: Backend = "triton") -> tuple[Target, ...]:
+def parse_urls(urls: str | Iterable[str], *, backend: Backend = "triton") -> tuple[Endpoint, ...]:
     """The servers of a list of URLs, or of one text with commas between them.
 
     Raises:
         ValueError: There is no URL, one occurs twice, or one is invalid.
     """
     given = urls.split(",") if isinstance(urls, str) else list(urls)
-    targets = tuple(parse_url(url.strip(), backend=backend) for url in given)
-    if not targets or len({target.url for target in targets}) < len(targets):
+    endpoints = tuple(parse_url(url.strip(), backend=backend) for url in given)
+    if not endpoints or len({endpoint.url for endpoint in endpoints}) < len(endpoints):
         raise ValueError(f"expected one or more different URLs, got {', '.join(given) or 'none'}")
-    return targets
+    return endpoints
 
 
 def _is_local(host: str) -> bool:
