@@ -283,10 +283,10 @@ def _target(path: Path | None, file_format: Format | None, *, resume: bool, prun
     file_format = _format(path, file_format)
     is_special = False
     if path is not None:
-        from clip_embed import destination
+        from clip_embed import atomic_file
 
-        path = destination.through_links(path)
-        is_special = destination.is_special(path)
+        path = atomic_file.resolve_link(path)
+        is_special = atomic_file.is_special(path)
         if resume and is_special:
             exit_with(USAGE, f"--resume needs a regular file: {path} is not one")
     if path is None and resume:

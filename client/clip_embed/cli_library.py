@@ -94,7 +94,7 @@ def search(
 
     Exit codes: 0 found, 1 the query cannot be embedded, 2 usage, 3 the server cannot be reached or used.
     """
-    with _ended_by_a_sentence():
+    with _exit_on_errors():
         library = read_library(library_file)
         if html:
             require_pillow()
@@ -132,7 +132,7 @@ def search(
             *previews, shown = read_previews([*paths, query], thumbnail_px=gallery.thumbnail_px(len(found)))
             results = [(path, cosine, preview) for (path, cosine), preview in zip(found, previews, strict=True)]
             about = _with(f"The nearest of {len(library.images):,} images of {library_file}", library.provenance)
-            with _written(html) as file:
+            with _text_file(html) as file:
                 gallery.write_results(results, file, query=query, shown=shown if is_image else None, about=about)
             _say_missing(previews)
 
@@ -170,7 +170,7 @@ def duplicates(
 
     Exit codes: 0 done, 2 usage.
     """
-    with _ended_by_a_sentence(), Talk(shows_bar=True) as talk:
+    with _exit_on_errors(), Talk(shows_bar=True) as talk:
         require_pillow()
         library = read_library(library_file)
         checked = grouping.check_files(library)
@@ -196,17 +196,17 @@ def duplicates(
             f"or more among {len(checked.files):,} of {library_file}"
         )
         if html:
-            with _written(html) as file:
+            with _text_file(html) as file:
                 gallery.write_gallery(groups, file, threshold=threshold, about=_with(about, library.provenance))
         if json_file:
             provenance = library.provenance and json.loads(library.provenance.to_json())
-            with _written(json_file) as file:
+            with _text_file(json_file) as file:
                 grouping.write_json(
                     groups, file, library=str(library_file), provenance=provenance, threshold=threshold, keep=keep,
                     compared=len(checked.files), pairs=pairs.total,
                 )  # fmt: skip
         if csv_file:
-            with _written(csv_file) as file:
+            with _text_file(csv_file) as file:
                 grouping.write_csv(groups, file)
         if not (html or json_file or csv_file):
             _list(groups)
@@ -295,23 +295,24 @@ def _say_missing(previews: Iterable[Preview]) -> None:
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[IO[str]]:
+def _text_file(path: Path) -> Iterator[IO[str]]:
     """A text file that replaces `path` when it is complete."""
-    from clip_embed.destination import is_special, locked, through_links, whole  # need a system with flock
+    # The module needs a system with flock.
+    from clip_embed.atomic_file import is_special, lock_parts, replace_atomically, resolve_link
 
-    path = through_links(path)
+    path = resolve_link(path)
     if is_special(path):
         with path.open("w", encoding="utf-8") as file:
             yield file
         return
-    with locked(path) as folder, whole(path, folder) as binary:
+    with lock_parts(path) as folder, replace_atomically(path, folder) as binary:
         file = io.TextIOWrapper(binary, encoding="utf-8", newline="")
         yield file
         file.detach()  # also flushes it
 
 
 @contextmanager
-def _ended_by_a_sentence() -> Iterator[None]:
+def _exit_on_errors() -> Iterator[None]:
     try:
         yield
     except HOPELESS as error:

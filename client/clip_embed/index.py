@@ -72,7 +72,7 @@ def recall(index: Any, embeddings: Embeddings) -> float:
 
 
 def _save(index: Any, path: Path) -> None:
-    from clip_embed.destination import locked, whole  # need a system with flock
+    from clip_embed.atomic_file import lock_parts, replace_atomically  # need a system with flock
 
-    with locked(path) as folder, whole(path, folder) as file:
+    with lock_parts(path) as folder, replace_atomically(path, folder) as file:
         file.write(index.save())

@@ -108,18 +108,18 @@ def open_output(path: Path | None, file_format: Format, provenance: Provenance |
         with _stream(sys.stdout.buffer, file_format, provenance) as rows:
             yield _All(rows)
         return
-    from clip_embed.destination import is_special, locked, whole  # need a system with flock
+    from clip_embed.atomic_file import is_special, lock_parts, replace_atomically  # need a system with flock
 
     if is_special(path):
         with path.open("wb") as file, _stream(file, file_format, provenance) as rows:
             yield _All(rows)
         return
-    with locked(path) as folder:
+    with lock_parts(path) as folder:
         with ExitStack() as files:
             names = None
             if file_format is Format.npy:
-                names = files.enter_context(whole(path.with_name(f"{path.name}.paths"), folder))
-            written = _rows(files.enter_context(whole(path, folder)), file_format, provenance, names)
+                names = files.enter_context(replace_atomically(path.with_name(f"{path.name}.paths"), folder))
+            written = _rows(files.enter_context(replace_atomically(path, folder)), file_format, provenance, names)
             yield _All(files.enter_context(written))
             beside(path).unlink(missing_ok=True)
         if file_format is not Format.parquet:

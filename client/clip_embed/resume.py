@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clip_embed import jsonl
-from clip_embed.destination import locked, whole
+from clip_embed.atomic_file import lock_parts, replace_atomically
 from clip_embed.names import original, printable
 from clip_embed.provenance import Provenance, beside, write_beside
 from clip_embed.table import ImageFile, Table, TextRow, UnusableOutput, has_parts, is_gone, look_at
@@ -106,7 +106,7 @@ class Resumed:
         number = max((int(part.stem) for part in self._parts.glob("*.part")), default=0) + 1
         if self._served and number == 1:
             (self._parts / _PROVENANCE).write_text(self._served.to_json())
-        with whole(self._parts / f"{number:08d}.part", self._parts, like=self._path) as file:
+        with replace_atomically(self._parts / f"{number:08d}.part", self._parts, like=self._path) as file:
             rows = self._table.open_rows(file, self._served)
             for image, embedding in self._rows:
                 rows.add(image, embedding)
@@ -127,7 +127,7 @@ class Resumed:
                 del missing[image.path]
                 return True
 
-            with whole(self._path, self._parts) as file:
+            with replace_atomically(self._path, self._parts) as file:
                 self._table.merge(self._files(), file, wants, self._provenance)
                 beside(self._path).unlink(missing_ok=True)
             if self._table is jsonl:
@@ -150,7 +150,7 @@ def open_resumed(
         OSError: The file cannot be written.
         UnusableOutput: The file was not written by this command, has another provenance, or another process uses it.
     """
-    with locked(path) as parts:
+    with lock_parts(path) as parts:
         output = Resumed(path, table, parts, prune=prune, provenance=provenance)
         try:
             yield output

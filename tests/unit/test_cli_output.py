@@ -13,7 +13,7 @@ import pytest
 from test_client_loopback import vector_of
 
 from clip_embed import parquet
-from clip_embed.destination import is_special, through_links
+from clip_embed.atomic_file import is_special, resolve_link
 from clip_embed.library import read_library
 from clip_embed.names import original, printable
 from clip_embed.output import Format, open_output
@@ -71,7 +71,7 @@ def test_two_runs_cannot_write_one_file(tmp_path):
     out = tmp_path / "out.jsonl"
     (tmp_path / "link.jsonl").symlink_to("out.jsonl")
     with open_output(out, Format.jsonl) as output:
-        for other in (out, through_links(tmp_path / "link.jsonl")):
+        for other in (out, resolve_link(tmp_path / "link.jsonl")):
             with pytest.raises(UnusableOutput, match="in use by another clip-embed"):
                 write(other)
         output.add(look_at("b.jpg"), vector_of(b"b"))
@@ -86,7 +86,7 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path, there):
         target.write_text("old")
     link.symlink_to("disk/out.jsonl")
     first.symlink_to(link)
-    write(through_links(first))
+    write(resolve_link(first))
     assert link.is_symlink()
     assert paths_in(target.read_bytes()) == ["a.jpg"]
     assert list(target.parent.iterdir()) == [target]
@@ -96,7 +96,7 @@ def test_a_link_to_itself_is_an_error(tmp_path):
     loop = tmp_path / "loop.jsonl"
     loop.symlink_to(loop)
     with pytest.raises(OSError, match="symbolic links"):
-        write(through_links(loop))
+        write(resolve_link(loop))
     assert loop.is_symlink()
 
 
@@ -108,7 +108,7 @@ def test_a_fifo_is_written_to_and_stays(tmp_path, file_format):
     content = []
     reader = threading.Thread(target=lambda: content.append(fifo.read_bytes()))
     reader.start()
-    write(through_links(fifo), file_format)
+    write(resolve_link(fifo), file_format)
     reader.join(10)
     assert is_special(fifo)
     if file_format is Format.jsonl:
@@ -122,7 +122,7 @@ def test_a_device_is_written_to_and_stays(tmp_path):
     """Also by a link, and where stdout goes to a file."""
     link = tmp_path / "out.jsonl"
     link.symlink_to("/dev/null")
-    write(through_links(link))
+    write(resolve_link(link))
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
     assert list(tmp_path.iterdir()) == [link]
     with pytest.raises(IsADirectoryError):

@@ -27,14 +27,14 @@ def is_special(path: Path) -> bool:
         return False
 
 
-def through_links(path: Path) -> Path:
+def resolve_link(path: Path) -> Path:
     """The target of a link, whether it exists or not; other paths unchanged."""
     is_link = os.path.islink(path)  # noqa: PTH114  Path's raises for a folder above it that is closed
     return Path(os.path.realpath(path)) if is_link and not is_special(path) else path
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[Path]:
+def lock_parts(path: Path) -> Iterator[Path]:
     """The folder of unfinished files, created if needed and locked for this process. The lock ends with the process.
 
     Raises:
@@ -62,7 +62,7 @@ def locked(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole(path: Path, folder: Path, *, like: Path | None = None) -> Iterator[IO[bytes]]:
+def replace_atomically(path: Path, folder: Path, *, like: Path | None = None) -> Iterator[IO[bytes]]:
     """A file that replaces `path` once it is complete and on disk. After an exception it is removed.
 
     It gets the mode and owner of the old file, or of `like`. If that is not allowed, or if the old file has other hard
