@@ -30,7 +30,7 @@ try:
 
     from clip_embed.terminal import (
         BROKEN_PIPE,
-        HOPELESS,
+        FATAL_ERRORS,
         INTERRUPTED,
         NO_SERVER,
         SOME_FAILED,
@@ -38,7 +38,7 @@ try:
         CaFile,
         CertFile,
         KeyFile,
-        Talk,
+        StatusOutput,
         Url,
         connect,
         exit_with,
@@ -191,7 +191,7 @@ def embed(
         sys.stderr.write(f"clip-embed: {printable(target.interrupted)}\n")
         sys.stderr.flush()
         os._exit(INTERRUPTED)
-    except HOPELESS as error:
+    except FATAL_ERRORS as error:
         exit_with(NO_SERVER, f"{one_line(error)}{target.kept}")
     except InvalidTextError as error:
         exit_with(SOME_FAILED, f"{one_line(error)}; nothing was written")
@@ -321,7 +321,7 @@ def _format(path: Path | None, chosen: Format | None) -> Format:
 def _run(client: EmbeddingClient, listing: FileListing, arguments: list[str], target: _Target) -> bool:
     """Embed images and write the rows. Returns whether some images failed."""
     some_failed = False
-    with client, Talk(shows_bar=not (target.path is None and sys.stdout.isatty())) as talk:
+    with client, StatusOutput(shows_bar=not (target.path is None and sys.stdout.isatty())) as status:
         info = require_server_info(client)
         if listing.suffixes and info.suffixes:
             listing.suffixes = info.suffixes
@@ -330,30 +330,30 @@ def _run(client: EmbeddingClient, listing: FileListing, arguments: list[str], ta
             exit_with(USAGE, "; ".join(filter(None, (f"no images found in {' '.join(arguments)}", listing.report()))))
         with target.open(info.provenance) as output:
             if output.warning:
-                talk.say(output.warning)
+                status.print(output.warning)
             # tee holds no more images than are read ahead.
             to_embed, to_name = tee(output.unfinished(chain([first], paths)))
             results = client.embed_many(image.path for image in to_embed)
             for image, result in zip(to_name, results, strict=True):
-                if isinstance(result, HOPELESS):
+                if isinstance(result, FATAL_ERRORS):
                     raise result
-                if talk.has_come_back:
+                if status.has_reconnected:
                     _check_weights(client, info)
-                    talk.has_come_back = False
+                    status.has_reconnected = False
                 if isinstance(result, EmbeddingError):
                     some_failed = True
-                    talk.say(f"{image.path}: {_describe(result)}")
+                    status.print(f"{image.path}: {_describe(result)}")
                     output.add(image, None)
                 else:
                     output.add(image, result)
                     target.embedded += 1
-                talk.advance()
+                status.advance()
             if output.already_there:
-                talk.say(f"{output.already_there} of the images were there already")
+                status.print(f"{output.already_there} of the images were there already")
             if output.pruned:
-                talk.say(f"{output.pruned} rows of missing images were dropped")
+                status.print(f"{output.pruned} rows of missing images were dropped")
         if skipped := listing.report():
-            talk.say(skipped)
+            status.print(skipped)
     return some_failed
 
 
@@ -380,7 +380,7 @@ def _run_texts(images: EmbeddingClient, client: EmbeddingClient, given: list[str
 
     The image ensemble reports the weights; the server ensures that both towers have the same.
     """
-    with images, client, Talk(shows_bar=False) as talk:
+    with images, client, StatusOutput(shows_bar=False) as status:
         require_ready(client)
         info = images.served()
         texts: list[str] = []
@@ -388,16 +388,16 @@ def _run_texts(images: EmbeddingClient, client: EmbeddingClient, given: list[str
             texts += _lines_of_stdin() if text == "-" else [text]
         with target.open(info.provenance and info.provenance.of_texts()) as output:
             if output.warning:
-                talk.say(output.warning)
+                status.print(output.warning)
             rows = list(output.unfinished(texts, TextRow.of))
             embeddings = client.embed_text(row.path for row in rows)
-            if talk.has_come_back:
+            if status.has_reconnected:
                 _check_weights(images, info)
             for row, embedding in zip(rows, embeddings, strict=True):
                 output.add(row, embedding)
                 target.embedded += 1
             if output.already_there:
-                talk.say(f"{output.already_there} of the texts were there already")
+                status.print(f"{output.already_there} of the texts were there already")
     return False
 
 

@@ -28,14 +28,14 @@ from clip_embed.previews import Preview, read_previews, require_pillow
 from clip_embed.provenance import Provenance
 from clip_embed.table import UnusableOutput
 from clip_embed.terminal import (
-    HOPELESS,
+    FATAL_ERRORS,
     NO_SERVER,
     SOME_FAILED,
     USAGE,
     CaFile,
     CertFile,
     KeyFile,
-    Talk,
+    StatusOutput,
     Url,
     connect,
     exit_with,
@@ -103,10 +103,10 @@ def search(
             require_usearch()
         is_image = _is_image(query)
         credentials = {"ca_file": ca_file, "cert_file": cert_file, "key_file": key_file}
-        with Talk(shows_bar=False) as talk:
+        with StatusOutput(shows_bar=False) as status:
             with connect(url, **credentials) as client:
                 if warning := _check_weights(library, require_server_info(client).provenance):
-                    talk.say(warning)
+                    status.print(warning)
                 if is_image:
                     vector = client.embed([query])[0]
             if not is_image:
@@ -120,11 +120,11 @@ def search(
                 f"{library.embeddings.shape[1]}",
             )
         if by_index:
-            rows, cosines = nearest_by_index(index_of(library, talk.say), library.embeddings, vector, count)
+            rows, cosines = nearest_by_index(index_of(library, status.print), library.embeddings, vector, count)
         else:
             rows, cosines = nearest(library.embeddings, vector, count)
         kind = "image" if is_image else "text"
-        talk.say(f"{len(library.images):,} vectors of {library_file}, nearest to the {kind} {query}")
+        status.print(f"{len(library.images):,} vectors of {library_file}, nearest to the {kind} {query}")
         found = [(library.images[row].path, float(one)) for row, one in zip(rows, cosines, strict=True)]
         _show(found, listing)
         if html:
@@ -170,7 +170,7 @@ def duplicates(
 
     Exit codes: 0 done, 2 usage.
     """
-    with _exit_on_errors(), Talk(shows_bar=True) as talk:
+    with _exit_on_errors(), StatusOutput(shows_bar=True) as status:
         require_pillow()
         library = read_library(library_file)
         checked = grouping.check_files(library)
@@ -182,14 +182,14 @@ def duplicates(
             )
         included = np.zeros(len(library.images), np.bool_)
         included[list(checked.files)] = True
-        pairs = pairs_above(library.embeddings, threshold, included=included, advance=talk.show)
+        pairs = pairs_above(library.embeddings, threshold, included=included, advance=status.set_progress)
         rows = sorted(set(pairs.first.tolist()) | set(pairs.second.tolist()))
         thumbnail_px = gallery.thumbnail_px(len(rows)) if html else None
         paths = [library.images[row].path for row in rows]
         previews = {}
         for row, preview in zip(rows, read_previews(paths, thumbnail_px=thumbnail_px), strict=True):
             previews[row] = preview
-            talk.show(len(previews) / len(rows))
+            status.set_progress(len(previews) / len(rows))
         groups = grouping.make_groups(library, pairs, checked.files, previews, keep)
         about = (
             f"{len(groups):,} groups of {len(rows):,} photographs, by {pairs.total:,} pairs of a cosine of {threshold} "
@@ -211,11 +211,11 @@ def duplicates(
         if not (html or json_file or csv_file):
             _list(groups)
         if left_out := ", ".join(_left_out(checked)):
-            talk.say(f"left out: {left_out}")
+            status.print(f"left out: {left_out}")
         _say_missing(previews.values())
         if pairs.total > MOST_PAIRS:
-            talk.say(f"of {pairs.total:,} pairs, only those are kept that connect the groups at every threshold")
-        talk.say(about)
+            status.print(f"of {pairs.total:,} pairs, only those are kept that connect the groups at every threshold")
+        status.print(about)
 
 
 def _is_image(query: str) -> bool:
@@ -315,7 +315,7 @@ def _text_file(path: Path) -> Iterator[IO[str]]:
 def _exit_on_errors() -> Iterator[None]:
     try:
         yield
-    except HOPELESS as error:
+    except FATAL_ERRORS as error:
         exit_with(NO_SERVER, one_line(error))
     except EmbeddingError as error:
         exit_with(SOME_FAILED, one_line(error))

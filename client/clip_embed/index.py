@@ -27,8 +27,8 @@ def require_usearch() -> Any:
     return Index
 
 
-def index_of(library: Library, say: Callable[[str], object]) -> Any:
-    """The library's index. If the library has changed, it is rebuilt and its recall passed to `say`."""
+def index_of(library: Library, log: Callable[[str], object]) -> Any:
+    """The library's index. If the library has changed, it is rebuilt and its recall passed to `log`."""
     kind, path = require_usearch(), library.path.with_name(f"{library.path.name}.usearch")
     if path.is_file() and path.stat().st_mtime_ns >= library.path.stat().st_mtime_ns:
         found = kind.restore(str(path), view=True)
@@ -42,7 +42,7 @@ def index_of(library: Library, say: Callable[[str], object]) -> Any:
         there = np.flatnonzero(~np.isnan(block[:, 0]))
         index.add(there + start, block[there])
     _save(index, path)
-    say(
+    log(
         f"{path}: built from {len(index):,} vectors in {time.monotonic() - began_s:.0f} s; it finds "
         f"{recall(index, library.embeddings):.1%} of the {_COUNT} nearest"
     )

@@ -22,7 +22,7 @@ from clip_embed.wire import TEXT_MODEL
 
 SOME_FAILED, USAGE, NO_SERVER, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
 # Errors that all other images would meet too.
-HOPELESS = (ServerUnavailableError, ModelNotReadyError, CredentialsError, ContractError)
+FATAL_ERRORS = (ServerUnavailableError, ModelNotReadyError, CredentialsError, ContractError)
 
 _log = logging.getLogger("clip_embed")
 
@@ -75,7 +75,7 @@ def require_server_info(client: EmbeddingClient) -> ServerInfo:
     return client.served()
 
 
-class Talk:
+class StatusOutput:
     """Writes messages to stderr, and a progress bar if it is a terminal and the run takes over two seconds."""
 
     def __init__(self, *, shows_bar: bool) -> None:
@@ -91,7 +91,7 @@ class Talk:
         )
         self._task = self._bar.add_task("", total=None)  # the number of files is not known yet
         self._begun_s = time.monotonic()
-        self.has_come_back = False  # a lost server is back; it may have other weights
+        self.has_reconnected = False  # a lost server is back; it may have other weights
         self._handler = _Handler(self)  # shows what the client logs: a server is lost or back
 
     def __enter__(self) -> Self:
@@ -108,24 +108,24 @@ class Talk:
         if not self._bar.live.is_started and time.monotonic() - self._begun_s > 2:
             self._bar.start()
 
-    def show(self, share: float) -> None:
+    def set_progress(self, share: float) -> None:
         """Show which share of the work is done."""
         self._bar.update(self._task, total=1000, completed=1000 * share)
         self.advance(0)
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         self._console.print(printable(line), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 class _Handler(logging.Handler):
-    def __init__(self, talk: Talk) -> None:
+    def __init__(self, status: StatusOutput) -> None:
         super().__init__()
-        self._talk = talk
+        self._status = status
 
     def emit(self, record: logging.LogRecord) -> None:
         message = one_line(record.getMessage())
-        self._talk.has_come_back |= record.msg == IS_BACK
-        self._talk.say(message)
+        self._status.has_reconnected |= record.msg == IS_BACK
+        self._status.print(message)
 
 
 def one_line(message: object) -> str:

@@ -24,7 +24,7 @@ from clip_embed.errors import EmbeddingError, InvalidImageError
 from clip_embed.file_listing import IMAGE_SUFFIXES, FileListing
 from clip_embed.provenance import Provenance
 from clip_embed.table import ImageFile, look_at
-from clip_embed.terminal import HOPELESS, NO_SERVER, SOME_FAILED, USAGE, one_line
+from clip_embed.terminal import FATAL_ERRORS, NO_SERVER, SOME_FAILED, USAGE, one_line
 from clip_embed.wire import MAX_IMAGE_BYTES
 from clip_tools.errors import ToolError, missing_extra
 
@@ -327,7 +327,7 @@ class _Embedder:
         images, results = [], []
         answers = self._client.embed_many(image for _, image in to_embed)
         for (image, _), result in zip(to_name, answers, strict=True):
-            if isinstance(result, HOPELESS) or (isinstance(result, EmbeddingError) and result.retryable):
+            if isinstance(result, FATAL_ERRORS) or (isinstance(result, EmbeddingError) and result.retryable):
                 raise result  # not the image's fault
             images.append(image)
             results.append(_why(result) if isinstance(result, EmbeddingError) else result)
