@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from clip_embed.names import printable
-from clip_embed.provenance import Provenance, read_beside
+from clip_embed.provenance import Provenance, read_sidecar
 from clip_embed.table import ImageFile, UnusableOutput
 from clip_embed.wire import Embeddings
 
@@ -38,7 +38,7 @@ def open_rows(file: IO[bytes], provenance: Provenance | None = None) -> _Rows:
 
 def read_provenance(path: Path) -> Provenance | None:
     """Implements `table.Table`."""
-    return read_beside(path)
+    return read_sidecar(path)
 
 
 def read_images(path: Path) -> Iterator[ImageFile]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from clip_embed import parquet
 from clip_embed.names import original
-from clip_embed.provenance import Provenance, read_beside
+from clip_embed.provenance import Provenance, read_sidecar
 from clip_embed.table import ImageFile, UnusableOutput
 from clip_embed.wire import Embeddings
 
@@ -70,7 +70,7 @@ def _read_npy(path: Path) -> Library:
             f"{path} has {len(embeddings)} rows and {names} {len(paths)} paths: they are of different runs"
         )
     images = [ImageFile(original(name), None, None) for name in paths]
-    return Library(path, images, embeddings, read_beside(path))
+    return Library(path, images, embeddings, read_sidecar(path))
 
 
 def _read_parquet(path: Path) -> Library:

@@ -13,7 +13,7 @@ import numpy as np
 
 from clip_embed import jsonl, parquet
 from clip_embed.names import printable
-from clip_embed.provenance import Provenance, beside, write_beside
+from clip_embed.provenance import Provenance, sidecar_path, write_sidecar
 from clip_embed.table import ImageFile, Rows, look_at
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
@@ -121,9 +121,9 @@ def open_output(path: Path | None, file_format: Format, provenance: Provenance |
                 names = files.enter_context(replace_atomically(path.with_name(f"{path.name}.paths"), folder))
             written = _rows(files.enter_context(replace_atomically(path, folder)), file_format, provenance, names)
             yield _All(files.enter_context(written))
-            beside(path).unlink(missing_ok=True)
+            sidecar_path(path).unlink(missing_ok=True)
         if file_format is not Format.parquet:
-            write_beside(path, provenance)
+            write_sidecar(path, provenance)
 
 
 @contextmanager

@@ -46,23 +46,23 @@ class Provenance:
             return None
 
 
-def beside(path: Path) -> Path:
+def sidecar_path(path: Path) -> Path:
     """The path of the file that keeps the provenance of a .jsonl or .npy file."""
     return path.with_name(f"{path.name}.provenance.json")
 
 
-def read_beside(path: Path) -> Provenance | None:
+def read_sidecar(path: Path) -> Provenance | None:
     """The provenance of a file; None if an earlier version wrote it or the server did not report its weights."""
     try:
-        return Provenance.from_json(beside(path).read_bytes())
+        return Provenance.from_json(sidecar_path(path).read_bytes())
     except OSError:
         return None
 
 
-def write_beside(path: Path, provenance: Provenance | None) -> None:
+def write_sidecar(path: Path, provenance: Provenance | None) -> None:
     """Write the provenance beside a file.
 
-    Remove `beside(path)` before the file is replaced and call this afterwards, so that it is never wrong.
+    Remove `sidecar_path(path)` before the file is replaced and call this afterwards, so that it is never wrong.
     """
     if provenance:
-        beside(path).write_text(f"{provenance.to_json()}\n")
+        sidecar_path(path).write_text(f"{provenance.to_json()}\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 from clip_embed import jsonl
 from clip_embed.atomic_file import lock_parts, replace_atomically
 from clip_embed.names import original, printable
-from clip_embed.provenance import Provenance, beside, write_beside
+from clip_embed.provenance import Provenance, sidecar_path, write_sidecar
 from clip_embed.table import ImageFile, Table, TextRow, UnusableOutput, has_parts, is_gone, look_at
 from clip_embed.wire import Embeddings
 
@@ -129,9 +129,9 @@ class Resumed:
 
             with replace_atomically(self._path, self._parts) as file:
                 self._table.merge(self._files(), file, wants, self._provenance)
-                beside(self._path).unlink(missing_ok=True)
+                sidecar_path(self._path).unlink(missing_ok=True)
             if self._table is jsonl:
-                write_beside(self._path, self._provenance)
+                write_sidecar(self._path, self._provenance)
         shutil.rmtree(self._parts)
 
     def _files(self) -> Iterator[Path]:

@@ -17,7 +17,7 @@ from clip_embed.atomic_file import is_special, resolve_link
 from clip_embed.library import read_library
 from clip_embed.names import original, printable
 from clip_embed.output import Format, open_output
-from clip_embed.provenance import Provenance, read_beside
+from clip_embed.provenance import Provenance, read_sidecar
 from clip_embed.table import UnusableOutput, look_at, parts_of
 
 
@@ -204,7 +204,7 @@ def test_of_which_weights_the_vectors_are_is_kept_with_them_and_goes_with_them(t
     """In Parquet's metadata, or beside the file; a file that is written over has none of the old one's."""
     if file_format is Format.parquet:
         pytest.importorskip("pyarrow.parquet", reason="pip install 'clip-embed[parquet]'")
-    read = parquet.read_provenance if file_format is Format.parquet else read_beside
+    read = parquet.read_provenance if file_format is Format.parquet else read_sidecar
     out, known = tmp_path / f"out.{file_format}", Provenance("ViT-B-32", "0" * 64, "exact")
     for provenance in (known, None):
         with open_output(out, file_format, provenance) as output:

@@ -16,7 +16,7 @@ pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
 from clip_embed import parquet
 from clip_embed.cli import is_on_library
 from clip_embed.output import Format, open_output
-from clip_embed.provenance import Provenance, read_beside
+from clip_embed.provenance import Provenance, read_sidecar
 from clip_embed.table import look_at
 
 COMMAND = [sys.executable, "-W", "error", "-c", "from clip_embed.cli import main; main()"]
@@ -126,7 +126,7 @@ def test_texts_keep_the_weights_that_their_vectors_come_from(run, brain, monkeyp
     file, resumes = f"t.{ending}", [] if ending == "npy" else ["--resume"]
     arguments = ("--text", "a dog", "--text", "a cat", "--output", file, *resumes)
     assert run(*arguments).returncode == 0
-    provenance = parquet.read_provenance(Path(file)) if ending == "parquet" else read_beside(Path(file))
+    provenance = parquet.read_provenance(Path(file)) if ending == "parquet" else read_sidecar(Path(file))
     assert provenance == HERE.of_texts()
     brain.says["clip_preprocess"] = "fast"
     done = run(*arguments, "--text", "a fish")
