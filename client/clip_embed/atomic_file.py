@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from clip_embed.table import UnusableOutput, parts_of
+from clip_embed.table import UnusableOutput, parts_folder
 
 _UNFINISHED = ".unfinished"
 
@@ -41,7 +41,7 @@ def lock_parts(path: Path) -> Iterator[Path]:
         OSError: It cannot be created.
         UnusableOutput: Another process holds the lock.
     """
-    folder = parts_of(path)
+    folder = parts_folder(path)
     while True:
         folder.mkdir(exist_ok=True)
         with _opened(folder) as opened:

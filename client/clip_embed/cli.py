@@ -22,7 +22,7 @@ from clip_embed.names import printable
 from clip_embed.output import Format, Output, open_output
 from clip_embed.provenance import Provenance
 from clip_embed.server_info import ServerInfo
-from clip_embed.table import Table, TextRow, UnusableOutput, has_parts, is_gone, parts_of
+from clip_embed.table import Table, TextRow, UnusableOutput, has_parts, is_missing, parts_folder
 from clip_embed.wire import DEFAULT_MODEL, TEXT_MODEL
 
 try:
@@ -254,7 +254,7 @@ class _Target:
     def kept(self) -> str:
         """What to tell about finished rows after a run that ended early; empty if there are none."""
         if self.resume and self.path is not None and has_parts(self.path):
-            return f"; what was finished is kept in {parts_of(self.path)}: run it again with --resume"
+            return f"; what was finished is kept in {parts_folder(self.path)}: run it again with --resume"
         return ""
 
     @property
@@ -274,7 +274,7 @@ def _check_inputs(images: list[str], texts: list[str], *, null: bool, prune: boo
         exit_with(USAGE, "--prune drops the rows of missing files: it cannot be used with --text")
     if null and "-" not in images:
         exit_with(USAGE, "-0 is for paths on stdin: give - as an IMAGE")
-    if images and all(argument != "-" and is_gone(argument) for argument in images):
+    if images and all(argument != "-" and is_missing(argument) for argument in images):
         exit_with(USAGE, f"no such file or folder: {', '.join(images)}")
 
 
@@ -298,7 +298,9 @@ def _target(path: Path | None, file_format: Format | None, *, resume: bool, prun
     if resume and file_format is Format.npy:
         exit_with(USAGE, "npy does not name its images: --resume needs jsonl or parquet")
     if path is not None and not resume and has_parts(path):
-        exit_with(USAGE, f"{parts_of(path)} has finished rows of an earlier run: add --resume to go on, or remove it")
+        exit_with(
+            USAGE, f"{parts_folder(path)} has finished rows of an earlier run: add --resume to go on, or remove it"
+        )
     if file_format is Format.parquet:
         try:
             parquet.require_pyarrow()

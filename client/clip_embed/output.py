@@ -14,7 +14,7 @@ import numpy as np
 from clip_embed import jsonl, parquet
 from clip_embed.names import printable
 from clip_embed.provenance import Provenance, sidecar_path, write_sidecar
-from clip_embed.table import ImageFile, Rows, look_at
+from clip_embed.table import ImageFile, Rows, stat_image
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
 
@@ -90,7 +90,7 @@ class _All:
     def __init__(self, rows: Rows) -> None:
         self.add = rows.add
 
-    def unfinished(self, paths: Iterable[str], row_of: Callable[[str], ImageFile] = look_at) -> Iterator[ImageFile]:
+    def unfinished(self, paths: Iterable[str], row_of: Callable[[str], ImageFile] = stat_image) -> Iterator[ImageFile]:
         return map(row_of, paths)
 
 

@@ -15,7 +15,7 @@ from clip_embed import jsonl
 from clip_embed.atomic_file import lock_parts, replace_atomically
 from clip_embed.names import original, printable
 from clip_embed.provenance import Provenance, sidecar_path, write_sidecar
-from clip_embed.table import ImageFile, Table, TextRow, UnusableOutput, has_parts, is_gone, look_at
+from clip_embed.table import ImageFile, Table, TextRow, UnusableOutput, has_parts, is_missing, stat_image
 from clip_embed.wire import Embeddings
 
 _PROVENANCE = "provenance.json"  # of the parts
@@ -43,11 +43,11 @@ class Resumed:
         self._served = provenance
         self._provenance, self.warning = self._agreed()
         self._finished = {image.path: image[1:] for file in self._files() for image in table.read_images(file)}
-        gone = [name for name in self._finished if prune and is_gone(original(name))]
-        for name in gone:
+        missing = [name for name in self._finished if prune and is_missing(original(name))]
+        for name in missing:
             del self._finished[name]
-        self.pruned = len(gone)
-        self._is_changed = has_parts(path) or not path.exists() or bool(gone)
+        self.pruned = len(missing)
+        self._is_changed = has_parts(path) or not path.exists() or bool(missing)
 
     def _agreed(self) -> tuple[Provenance | None, str | None]:
         """The provenance of all rows, old and new, and a warning if that of the old ones is not known.
@@ -75,7 +75,7 @@ class Resumed:
             "be compared with the server's"
         )
 
-    def unfinished(self, paths: Iterable[str], row_of: Callable[[str], ImageFile] = look_at) -> Iterator[ImageFile]:
+    def unfinished(self, paths: Iterable[str], row_of: Callable[[str], ImageFile] = stat_image) -> Iterator[ImageFile]:
         """Yields each image once that has no row or has changed since, and each text that has no row."""
         for path in paths:
             name = printable(path)

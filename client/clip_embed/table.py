@@ -77,7 +77,7 @@ class Table(Protocol):
         """Write the rows of several files as one table, in order. `wants`, called once per row, selects the rows."""
 
 
-def look_at(path: str) -> ImageFile:
+def stat_image(path: str) -> ImageFile:
     """The file's current size and time. If it changes before it is read, the next run sees it as changed."""
     try:
         status = os.stat(path)  # noqa: PTH116  Path would normalise the name
@@ -86,7 +86,7 @@ def look_at(path: str) -> ImageFile:
     return ImageFile(path, status.st_size, max(-_INT64, min(status.st_mtime_ns, _INT64)))
 
 
-def is_gone(path: str) -> bool:
+def is_missing(path: str) -> bool:
     """Whether the file certainly does not exist."""
     try:
         os.stat(path)  # noqa: PTH116
@@ -97,11 +97,11 @@ def is_gone(path: str) -> bool:
     return False
 
 
-def parts_of(path: Path) -> Path:
+def parts_folder(path: Path) -> Path:
     """The folder in which `resume` keeps finished rows until the file has them."""
     return path.with_name(path.name + ".parts")
 
 
 def has_parts(path: Path) -> bool:
     """Whether that folder has parts."""
-    return any(parts_of(path).glob("*.part"))
+    return any(parts_folder(path).glob("*.part"))

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
-from clip_embed.table import parts_of
+from clip_embed.table import parts_folder
 from clip_tools.serving.server import EmbeddedServer
 
 # One image alone and within a batch run through other kernels, so the last bits of FP32 differ.
@@ -52,7 +52,8 @@ def test_a_server_is_replaced_under_running_clients(light_repository, demo_photo
             process.stdin.writelines(f"{path}\n" for path in paths[:30])
             process.stdin.flush()
             deadline = time.monotonic() + 120
-            while not parts_of(output).exists() and time.monotonic() < deadline:  # from when it has found the server
+            # The folder appears once clip-embed has found the server.
+            while not parts_folder(output).exists() and time.monotonic() < deadline:
                 time.sleep(0.05)
             replaced = []
 

@@ -24,7 +24,7 @@ from PIL import Image
 from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient, EmbeddingError, ServerError, ServerUnavailableError
-from clip_embed.table import parts_of
+from clip_embed.table import parts_folder
 from clip_tools.serving.probe import probe_image
 from clip_tools.serving.serve_options import ServeOptions
 from clip_tools.serving.server import EmbeddedServer
@@ -574,7 +574,7 @@ def test_a_clock_that_jumps_changes_nothing(light_repository, library, tmp_path,
                 def with_jumps() -> Iterator[Path]:
                     for index, path in enumerate(images.paths):
                         if index in (10, 20):
-                            wait_until(parts_of(output).exists, what="clip-embed has begun")
+                            wait_until(parts_folder(output).exists, what="clip-embed has begun")
                             jump("+0s" if index == 10 else "+7200s")
                         embedding.stdin.write(f"{path}\n".encode())
                         embedding.stdin.flush()

@@ -13,7 +13,7 @@ from clip_embed.duplicates import ExistingFile, Group, Keep, Member, check_files
 from clip_embed.library import Library
 from clip_embed.nearest import pairs_above
 from clip_embed.previews import read_previews
-from clip_embed.table import look_at
+from clip_embed.table import stat_image
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make setup")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-headless-shell", "google-chrome"))), None)
@@ -78,7 +78,7 @@ def gallery_page(tmp_path, demo_photos):
                 image.resize((image.width // scale, image.height // scale)).save(name)
             names.append(str(name))
             degrees.append(40 * number + turned)
-    library = Library(tmp_path / "v.npy", [look_at(name) for name in names], vectors_at(degrees), None)
+    library = Library(tmp_path / "v.npy", [stat_image(name) for name in names], vectors_at(degrees), None)
     write_gallery(library, tmp_path / "gallery.html", threshold=0.98)
     return tmp_path / "gallery.html"
 

@@ -18,12 +18,12 @@ from clip_embed.library import read_library
 from clip_embed.names import original, printable
 from clip_embed.output import Format, open_output
 from clip_embed.provenance import Provenance, read_sidecar
-from clip_embed.table import UnusableOutput, look_at, parts_of
+from clip_embed.table import UnusableOutput, parts_folder, stat_image
 
 
 def write(out: Path, file_format: Format = Format.jsonl, image: str = "a.jpg") -> None:
     with open_output(out, file_format) as output:
-        output.add(look_at(image), vector_of(b"a"))
+        output.add(stat_image(image), vector_of(b"a"))
 
 
 def paths_in(content: bytes) -> list[str]:
@@ -37,7 +37,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
     def write_and_fail():
         with open_output(out, Format.jsonl) as output:
-            output.add(look_at("a.jpg"), vector_of(b"a"))
+            output.add(stat_image("a.jpg"), vector_of(b"a"))
             raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
@@ -58,11 +58,11 @@ import os, signal
 from pathlib import Path
 from clip_embed.output import *
 with open_output(Path({str(out)!r}), Format.{file_format}) as output:
-    output.add(look_at("a.jpg"), np.ones(512, np.float32))
+    output.add(stat_image("a.jpg"), np.ones(512, np.float32))
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", kill], check=False).returncode == -9
-    assert list(tmp_path.iterdir()) == [parts_of(out)]
+    assert list(tmp_path.iterdir()) == [parts_folder(out)]
     write(out, file_format)
     assert sorted(path.name for path in tmp_path.iterdir()) == [out.name] + ["out.npy.paths"] * (file_format == "npy")
 
@@ -74,7 +74,7 @@ def test_two_runs_cannot_write_one_file(tmp_path):
         for other in (out, resolve_link(tmp_path / "link.jsonl")):
             with pytest.raises(UnusableOutput, match="in use by another clip-embed"):
                 write(other)
-        output.add(look_at("b.jpg"), vector_of(b"b"))
+        output.add(stat_image("b.jpg"), vector_of(b"b"))
     assert paths_in(out.read_bytes()) == ["b.jpg"]
 
 
@@ -138,9 +138,9 @@ def test_mode_and_owner_stay(tmp_path, mode):
     out.chmod(mode)
     before = out.stat()
     with open_output(out, Format.jsonl) as output:
-        (unfinished,) = parts_of(out).iterdir()
+        (unfinished,) = parts_folder(out).iterdir()
         assert stat.S_IMODE(unfinished.stat().st_mode) == mode  # nor may others read what is not finished
-        output.add(look_at("a.jpg"), vector_of(b"a"))
+        output.add(stat_image("a.jpg"), vector_of(b"a"))
     after = out.stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     assert after.st_ino != before.st_ino
@@ -164,7 +164,7 @@ from clip_embed.output import *
 os.setgroups([]); os.setgid(1234); os.setuid(1234)
 for path in ({str(theirs)!r}, {str(read_only)!r}):
     with open_output(Path(path), Format.jsonl) as output:
-        output.add(look_at("a.jpg"), np.ones(512, np.float32))
+        output.add(stat_image("a.jpg"), np.ones(512, np.float32))
 """
     done = subprocess.run([sys.executable, "-c", as_another], check=False, capture_output=True, text=True)
     assert done.stderr.endswith("PermissionError: [Errno 13] Permission denied\n")
@@ -208,7 +208,7 @@ def test_of_which_weights_the_vectors_are_is_kept_with_them_and_goes_with_them(t
     out, known = tmp_path / f"out.{file_format}", Provenance("ViT-B-32", "0" * 64, "exact")
     for provenance in (known, None):
         with open_output(out, file_format, provenance) as output:
-            output.add(look_at("a.jpg"), vector_of(b"a"))
+            output.add(stat_image("a.jpg"), vector_of(b"a"))
         assert read(out) == provenance
     with pytest.raises(RuntimeError), open_output(out, file_format, known):
         raise RuntimeError
@@ -220,9 +220,9 @@ def test_rows_are_as_long_as_the_served_models_vectors(tmp_path, size):
     """Also where the first images failed, when that is not known yet."""
     for file_format in (Format.npy, Format.parquet):
         with open_output(tmp_path / f"out.{file_format}", file_format) as output:
-            output.add(look_at("bad.jpg"), None)
-            output.add(look_at("a.jpg"), np.ones(size, np.float32))
-            output.add(look_at("bad.jpg"), None)
+            output.add(stat_image("bad.jpg"), None)
+            output.add(stat_image("a.jpg"), np.ones(size, np.float32))
+            output.add(stat_image("bad.jpg"), None)
     rows = np.load(tmp_path / "out.npy")
     assert rows.shape == (3, size)
     assert np.isnan(rows).any(axis=1).tolist() == [True, False, True]
@@ -236,7 +236,7 @@ def test_rows_are_as_long_as_the_served_models_vectors(tmp_path, size):
 def test_parquet_of_vectors_of_two_lengths_is_not_made_one(tmp_path):
     for size in (512, 768):
         with open_output(tmp_path / f"{size}.parquet", Format.parquet) as output:
-            output.add(look_at("a.jpg"), np.ones(size, np.float32))
+            output.add(stat_image("a.jpg"), np.ones(size, np.float32))
     parts = [tmp_path / "512.parquet", tmp_path / "768.parquet"]
     with (
         (tmp_path / "all.parquet").open("wb") as file,

@@ -20,7 +20,7 @@ pytest.importorskip("rich", reason="pip install 'clip-embed[cli]'")
 from clip_embed import jsonl, parquet, resume
 from clip_embed.provenance import Provenance
 from clip_embed.resume import open_resumed
-from clip_embed.table import UnusableOutput, has_parts, look_at, parts_of
+from clip_embed.table import UnusableOutput, has_parts, parts_folder, stat_image
 
 COMMAND = "import clip_embed.resume as r; r.PART_ROWS = 5; from clip_embed.cli import main; main()"
 
@@ -93,7 +93,7 @@ def test_a_run_that_stopped_is_gone_on_with(out, table, photos):
     assert embed(out, table, photos) == photos[7:]
     assert list(rows_of(out)) == list(map(str, photos))
     assert_has(out, photos)
-    assert not parts_of(out).exists()
+    assert not parts_folder(out).exists()
     before = out.stat()
     assert embed(out, table, photos) == []
     assert out.stat() == before  # with nothing new the file is left as it is
@@ -192,7 +192,7 @@ def test_a_file_of_something_else_is_left_alone(out, table, photos, content):
     with pytest.raises(UnusableOutput, match=str(out)):
         embed(out, table, photos)
     assert out.read_bytes() == content
-    assert not parts_of(out).exists()
+    assert not parts_folder(out).exists()
 
 
 def test_a_parquet_file_of_something_else_is_named(tmp_path, photos):
@@ -227,7 +227,7 @@ def test_a_full_disk_costs_nothing_that_was_finished(out, table, photos, monkeyp
             embed(out, table, photos)
     assert not out.exists()
     kept = 3 * (full_at - 1)
-    assert all(path.suffix == ".part" for path in (parts_of(out).iterdir() if kept else []))
+    assert all(path.suffix == ".part" for path in (parts_folder(out).iterdir() if kept else []))
     assert embed(out, table, photos) == photos[kept:]
     assert_has(out, photos)
 
@@ -477,7 +477,7 @@ def test_a_file_that_changes_while_it_is_embedded_is_embedded_again(out, table, 
         (image,) = output.unfinished([str(photos[0])])
         photos[0].write_bytes(b"changed meanwhile")
         output.add(image, vector_of(b"00.jpg"))
-    assert image != look_at(str(photos[0]))
+    assert image != stat_image(str(photos[0]))
     assert embed(out, table, photos[:1]) == photos[:1]
     assert_has(out, photos[:1])
 

@@ -17,7 +17,7 @@ from clip_embed import parquet
 from clip_embed.cli import is_on_library
 from clip_embed.output import Format, open_output
 from clip_embed.provenance import Provenance, read_sidecar
-from clip_embed.table import look_at
+from clip_embed.table import stat_image
 
 COMMAND = [sys.executable, "-W", "error", "-c", "from clip_embed.cli import main; main()"]
 HERE = Provenance("ViT-B-32", "a" * 64, "exact")
@@ -57,7 +57,7 @@ def run(url, tmp_path, monkeypatch):
 def library(name: str, provenance: Provenance | None) -> None:
     with open_output(Path(name), Format(Path(name).suffix[1:]), provenance) as output:
         for path in sorted(Path().glob("[0-9]*.jpg")):
-            output.add(look_at(str(path)), vector_of(path.read_bytes()))
+            output.add(stat_image(str(path)), vector_of(path.read_bytes()))
 
 
 def test_the_nearest_come_first_with_their_cosines(run):
@@ -75,8 +75,8 @@ def test_a_page_holds_its_pictures_and_any_name(run):
     name = "<b>&.jpg"
     Image.new("RGB", (300, 200), (9, 99, 9)).save(name)
     with open_output(Path("w.npy"), Format.npy, HERE) as output:
-        output.add(look_at(name), vector_of(Path(name).read_bytes()))
-        output.add(look_at("00.jpg"), vector_of(b"image 0"))
+        output.add(stat_image(name), vector_of(Path(name).read_bytes()))
+        output.add(stat_image("00.jpg"), vector_of(b"image 0"))
     done = run("search", "w.npy", name, "--html", "found.html")
     assert done.returncode == 0
     assert "without thumbnail and size in pixels" in done.stderr

@@ -16,7 +16,7 @@ pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
 from clip_embed.names import printable
 from clip_embed.output import Format, open_output
 from clip_embed.provenance import Provenance
-from clip_embed.table import look_at
+from clip_embed.table import stat_image
 
 COMMAND = [sys.executable, "-W", "error", "-c", "from clip_embed.cli import main; main()"]
 
@@ -43,7 +43,7 @@ def photograph(name: str, *, size_px: int = 8, age_s: int = 0) -> None:
 def library(name: str, angles: dict[str, float | None], provenance: Provenance | None = None) -> None:
     with open_output(Path(name), Format(name.rpartition(".")[2]), provenance) as out:
         for path, angle in angles.items():
-            out.add(look_at(path), None if angle is None else vector(angle))
+            out.add(stat_image(path), None if angle is None else vector(angle))
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -169,10 +169,10 @@ def find_duplicates(
     from clip_embed.library import Library
     from clip_embed.nearest import pairs_above
     from clip_embed.previews import read_previews
-    from clip_embed.table import look_at
+    from clip_embed.table import stat_image
 
     names = [os.path.relpath(path) for path in paths]
-    library = Library(page, [look_at(name) for name in names], embeddings, provenance)
+    library = Library(page, [stat_image(name) for name in names], embeddings, provenance)
     pairs = pairs_above(embeddings, THRESHOLD)
     previews = dict(enumerate(read_previews(names, thumbnail_px=thumbnail_px(len(names)))))
     groups = make_groups(library, pairs, check_files(library).files, previews, Keep.pixels)

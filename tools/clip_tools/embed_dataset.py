@@ -23,7 +23,7 @@ from clip_embed.credentials import environment_options
 from clip_embed.errors import EmbeddingError, InvalidImageError
 from clip_embed.file_listing import IMAGE_SUFFIXES, FileListing
 from clip_embed.provenance import Provenance
-from clip_embed.table import ImageFile, look_at
+from clip_embed.table import ImageFile, stat_image
 from clip_embed.terminal import FATAL_ERRORS, NO_SERVER, SOME_FAILED, USAGE, one_line
 from clip_embed.wire import MAX_IMAGE_BYTES
 from clip_tools.errors import ToolError, missing_extra
@@ -213,7 +213,7 @@ def _listed(source: Place, listing: FileListing) -> Iterator[ImageFile]:
     if root.type is fs.FileType.NotFound:
         raise ToolError(f"{source.prefix}{source.path}: no such file or folder", exit_code=USAGE)
     if not source.prefix:
-        yield from map(look_at, listing.paths([source.path], BytesIO()))
+        yield from map(stat_image, listing.paths([source.path], BytesIO()))
         return
     is_file = root.type is fs.FileType.File
     infos = [root] if is_file else source.files.get_file_info(fs.FileSelector(source.path, recursive=True))
