@@ -51,8 +51,8 @@ except ModuleNotFoundError:  # only the installed command imports this module, s
     sys.exit(2)
 
 # The commands that read a library, `clip-embed NAME LIBRARY ...`; see `cli_library`.
-ON_LIBRARIES = ("search", "duplicates")
-_GONE_AGAIN_S = 60.0  # how long to wait for an answer of a server that was lost and came back; not measured
+LIBRARY_COMMANDS = ("search", "duplicates")
+_RECOVERY_TIMEOUT_S = 60.0  # how long to wait for an answer of a server that was lost and came back; not measured
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -158,7 +158,7 @@ def embed(
 
     Exit codes: 0 all good, 1 some images failed, 2 usage, 3 the server cannot be reached or used.
     """
-    target = _target(output, output_format, resume=resume, prune=prune)
+    destination = _checked_destination(output, output_format, resume=resume, prune=prune)
     _check_inputs(images, text, null=null, prune=prune)
     listing = FileListing(
         tuple(exclude), tuple(include), b"\0" if null else b"\n", None if every_file else IMAGE_SUFFIXES
@@ -179,27 +179,27 @@ def embed(
     # get lost, or leave a client that does not close.
     pool = ThreadPoolExecutor(1)
     if text:
-        work = pool.submit(_run_texts, clients[0], clients[1], text, target)
+        work = pool.submit(_run_texts, clients[0], clients[1], text, destination)
     else:
-        work = pool.submit(_run, clients[0], listing, images, target)
+        work = pool.submit(_run, clients[0], listing, images, destination)
     try:
         some_failed = work.result()
     except KeyboardInterrupt:
         for client in clients:
             client.close()  # ends the work, unless it waits for stdin: hence the timeout
         wait([work], timeout=2.0)
-        sys.stderr.write(f"clip-embed: {printable(target.interrupted)}\n")
+        sys.stderr.write(f"clip-embed: {printable(destination.interrupted)}\n")
         sys.stderr.flush()
         os._exit(INTERRUPTED)
     except FATAL_ERRORS as error:
-        exit_with(NO_SERVER, f"{one_line(error)}{target.kept}")
+        exit_with(NO_SERVER, f"{one_line(error)}{destination.kept}")
     except InvalidTextError as error:
         exit_with(SOME_FAILED, f"{one_line(error)}; nothing was written")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         raise typer.Exit(BROKEN_PIPE) from None
     except OSError as error:
-        exit_with(USAGE, f"cannot write {output or 'stdout'}: {error.strerror or error}{target.kept}")
+        exit_with(USAGE, f"cannot write {output or 'stdout'}: {error.strerror or error}{destination.kept}")
     except (UnusableOutput, UnusableList) as error:
         exit_with(USAGE, one_line(error))
     if some_failed:
@@ -212,19 +212,19 @@ def main() -> None:
         if argument.startswith("-") and argument != printable(argument):  # typer would print it unescaped
             sys.stderr.write(f"clip-embed: {printable(argument)}: no such option; for such a file give ./NAME\n")
             sys.exit(USAGE)
-    if is_on_library(sys.argv[1:]):
+    if is_library_command(sys.argv[1:]):
         from clip_embed import cli_library
 
         cli_library.app()
     app()
 
 
-def is_on_library(arguments: list[str]) -> bool:
+def is_library_command(arguments: list[str]) -> bool:
     """Whether the arguments are `search LIBRARY ...` or `duplicates LIBRARY ...`, not images to embed.
 
     If a file or folder has that name, a library must come next: `clip-embed search` alone embeds the folder.
     """
-    if not arguments or arguments[0] not in ON_LIBRARIES:
+    if not arguments or arguments[0] not in LIBRARY_COMMANDS:
         return False
     if not os.path.lexists(arguments[0]):
         return True
@@ -232,7 +232,7 @@ def is_on_library(arguments: list[str]) -> bool:
 
 
 @dataclass
-class _Target:
+class _Destination:
     """The output, and how many embeddings this run has written to it."""
 
     path: Path | None
@@ -278,7 +278,7 @@ def _check_inputs(images: list[str], texts: list[str], *, null: bool, prune: boo
         exit_with(USAGE, f"no such file or folder: {', '.join(images)}")
 
 
-def _target(path: Path | None, file_format: Format | None, *, resume: bool, prune: bool) -> _Target:
+def _checked_destination(path: Path | None, file_format: Format | None, *, resume: bool, prune: bool) -> _Destination:
     """The output. Exits if it cannot be written."""
     file_format = _format(path, file_format)
     is_special = False
@@ -306,7 +306,7 @@ def _target(path: Path | None, file_format: Format | None, *, resume: bool, prun
             parquet.require_pyarrow()
         except ModuleNotFoundError as error:
             exit_with(USAGE, str(error))
-    return _Target(path, file_format, resume, prune, is_special)
+    return _Destination(path, file_format, resume, prune, is_special)
 
 
 def _format(path: Path | None, chosen: Format | None) -> Format:
@@ -320,17 +320,17 @@ def _format(path: Path | None, chosen: Format | None) -> Format:
     return chosen or named or Format.jsonl
 
 
-def _run(client: EmbeddingClient, listing: FileListing, arguments: list[str], target: _Target) -> bool:
+def _run(client: EmbeddingClient, listing: FileListing, arguments: list[str], destination: _Destination) -> bool:
     """Embed images and write the rows. Returns whether some images failed."""
     some_failed = False
-    with client, StatusOutput(shows_bar=not (target.path is None and sys.stdout.isatty())) as status:
+    with client, StatusOutput(shows_bar=not (destination.path is None and sys.stdout.isatty())) as status:
         info = require_server_info(client)
         if listing.suffixes and info.suffixes:
             listing.suffixes = info.suffixes
         paths = listing.paths(arguments, cast(BufferedIOBase, sys.stdin.buffer))
         if (first := next(paths, None)) is None:
             exit_with(USAGE, "; ".join(filter(None, (f"no images found in {' '.join(arguments)}", listing.report()))))
-        with target.open(info.provenance) as output:
+        with destination.open(info.provenance) as output:
             if output.warning:
                 status.print(output.warning)
             # tee holds no more images than are read ahead.
@@ -348,7 +348,7 @@ def _run(client: EmbeddingClient, listing: FileListing, arguments: list[str], ta
                     output.add(image, None)
                 else:
                     output.add(image, result)
-                    target.embedded += 1
+                    destination.embedded += 1
                 status.advance()
             if output.already_there:
                 status.print(f"{output.already_there} of the images were there already")
@@ -361,7 +361,7 @@ def _run(client: EmbeddingClient, listing: FileListing, arguments: list[str], ta
 
 def _check_weights(client: EmbeddingClient, info: ServerInfo) -> None:
     """Raises ContractError if the server has other weights than before it was lost."""
-    deadline = time.monotonic() + _GONE_AGAIN_S
+    deadline = time.monotonic() + _RECOVERY_TIMEOUT_S
     while True:
         try:
             now = client.served()
@@ -377,7 +377,7 @@ def _check_weights(client: EmbeddingClient, info: ServerInfo) -> None:
         )
 
 
-def _run_texts(images: EmbeddingClient, client: EmbeddingClient, given: list[str], target: _Target) -> bool:
+def _run_texts(images: EmbeddingClient, client: EmbeddingClient, given: list[str], destination: _Destination) -> bool:
     """Embed and write all texts, or none. Returns False: no text failed.
 
     The image ensemble reports the weights; the server ensures that both towers have the same.
@@ -388,7 +388,7 @@ def _run_texts(images: EmbeddingClient, client: EmbeddingClient, given: list[str
         texts: list[str] = []
         for text in given:
             texts += _lines_of_stdin() if text == "-" else [text]
-        with target.open(info.provenance and info.provenance.of_texts()) as output:
+        with destination.open(info.provenance and info.provenance.of_texts()) as output:
             if output.warning:
                 status.print(output.warning)
             rows = list(output.unfinished(texts, TextRow.of))
@@ -397,7 +397,7 @@ def _run_texts(images: EmbeddingClient, client: EmbeddingClient, given: list[str
                 _check_weights(images, info)
             for row, embedding in zip(rows, embeddings, strict=True):
                 output.add(row, embedding)
-                target.embedded += 1
+                destination.embedded += 1
             if output.already_there:
                 status.print(f"{output.already_there} of the texts were there already")
     return False

@@ -14,7 +14,7 @@ from test_client_loopback import Brain, serve, vector_of
 pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
 
 from clip_embed import parquet
-from clip_embed.cli import is_on_library
+from clip_embed.cli import is_library_command
 from clip_embed.output import Format, open_output
 from clip_embed.provenance import Provenance, read_sidecar
 from clip_embed.table import stat_image
@@ -153,9 +153,9 @@ def test_a_folder_of_a_commands_name_is_embedded_as_before(run, tmp_path):
     done = run("search")
     assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == ["search/a.jpg"]
     assert run("search", "v.npy", "search/a.jpg", "-k", "1").stdout.split()[-1] == "07.jpg"
-    assert not is_on_library(["search", "-o", "v.npy"])
-    assert is_on_library(["duplicates"])
-    assert not is_on_library(["photos", "search"])
+    assert not is_library_command(["search", "-o", "v.npy"])
+    assert is_library_command(["duplicates"])
+    assert not is_library_command(["photos", "search"])
 
 
 def test_an_index_is_kept_and_made_anew_when_the_library_changes(run):
