@@ -139,7 +139,7 @@ class Dispatch(Generic[TransportT]):
         if not due:
             return None
         pending = min(due, key=lambda one: one.request[0].index)  # results are given in order
-        if (server := self._servers.take(rather_not=pending.last_server)) is None:
+        if (server := self._servers.take(avoid=pending.last_server)) is None:
             return None
         self._waiting.remove(pending)
         self._in_flight += 1
@@ -233,6 +233,6 @@ class Dispatch(Generic[TransportT]):
     def _too_late(self) -> EmbeddingError:
         """The error of a request whose deadline passed before its first attempt."""
         timeout_s = self._limits.timeout_s
-        if why := self._servers.why_none():
+        if why := self._servers.unhealthy_reason():
             return ServerUnavailableError(f"no server was ready within {timeout_s} s: {why}")
         return DeadlineExceededError(f"not all answers came within {timeout_s} s; {DeadlineExceededError.advice}")

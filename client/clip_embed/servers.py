@@ -1,6 +1,6 @@
 """Chooses the server for each request, and leaves failed servers out until a probe finds them ready.
 
-A server that cannot be reached, or whose model is not ready, is set aside for a time that grows with each failure in a
+A server that cannot be reached, or whose model is not ready, is excluded for a time that grows with each failure in a
 row, like in Envoy's outlier detection. Then a probe asks it whether it is ready, and it returns only if it is.
 https://www.envoyproxy.io/docs/envoy/latest/intro/arch_overview/upstream/outlier
 """
@@ -17,10 +17,10 @@ from clip_embed.transport import AsyncTransport, Transport
 
 TransportT = TypeVar("TransportT", Transport, AsyncTransport)
 
-SLOW_ANSWERS = 3  # missed deadlines in a row after which a server is set aside; not measured
+MOST_MISSED_DEADLINES = 3  # missed deadlines in a row after which a server is excluded; not measured
 
 _log = logging.getLogger("clip_embed")
-IS_BACK = "%s is ready again"
+READY_AGAIN = "%s is ready again"
 """The log message for a server URL that answers again; it may be another server."""
 _log.addHandler(logging.NullHandler())  # silent unless the application adds a handler
 
@@ -33,11 +33,11 @@ class Server(Generic[TransportT]):
     transport: TransportT
     in_flight: int = 0
     last_taken: int = 0
-    failures: int = 0  # how often it was set aside or failed a probe since its last answer
-    deadlines: int = 0  # how many requests in a row missed their deadline
-    aside_until_s: float | None = None  # when it may be probed; None: it is healthy
-    is_probed: bool = False
-    error: EmbeddingError | None = None  # why it was set aside
+    failures: int = 0  # how often it was excluded or failed a probe since its last answer
+    missed_deadlines: int = 0  # how many requests in a row missed their deadline
+    excluded_until_s: float | None = None  # when it may be probed; None: it is healthy
+    is_probing: bool = False
+    error: EmbeddingError | None = None  # why it was excluded
 
 
 class Servers(Generic[TransportT]):
@@ -53,22 +53,22 @@ class Servers(Generic[TransportT]):
     def transports(self) -> tuple[TransportT, ...]:
         return tuple(server.transport for server in self._servers)
 
-    def take(self, *, rather_not: Server[TransportT] | None = None) -> Server[TransportT] | None:
+    def take(self, *, avoid: Server[TransportT] | None = None) -> Server[TransportT] | None:
         """The server for the next request: the healthy one with the fewest in flight, in turn among equals.
 
         None if none is healthy; without retries there is always one, because then no request may wait. Give every
         server back with `release` or `settle`.
 
         Args:
-            rather_not: the server that failed to answer this request before.
+            avoid: the server that failed to answer this request before.
         """
         with self._lock:
-            candidates = [server for server in self._servers if server.aside_until_s is None]
+            candidates = [server for server in self._servers if server.excluded_until_s is None]
             if not candidates and self._retry is None:
                 candidates = list(self._servers)
             if not candidates:
                 return None
-            server = min(candidates, key=lambda one: (one is rather_not, one.in_flight, one.last_taken))
+            server = min(candidates, key=lambda one: (one is avoid, one.in_flight, one.last_taken))
             self._taken += 1
             server.last_taken = self._taken
             server.in_flight += 1
@@ -80,55 +80,55 @@ class Servers(Generic[TransportT]):
             server.in_flight -= 1
 
     def settle(self, server: Server[TransportT], error: EmbeddingError | None, now_s: float) -> None:
-        """Record how a request ended. An error that is the server's fault sets it aside."""
+        """Record how a request ended. An error that is the server's fault excludes it."""
         with self._lock:
             server.in_flight -= 1
-            if server.aside_until_s is not None:
+            if server.excluded_until_s is not None:
                 return  # the request was sent before that, so it tells nothing new
             if isinstance(error, ServerUnavailableError | ModelNotReadyError):
-                self._set_aside(server, error, now_s)
+                self._exclude(server, error, now_s)
             elif isinstance(error, DeadlineExceededError):
-                server.deadlines += 1
-                others = any(other.aside_until_s is None for other in self._servers if other is not server)
-                if server.deadlines >= SLOW_ANSWERS and others:  # a slow server is better than none
-                    self._set_aside(server, error, now_s)
+                server.missed_deadlines += 1
+                others = any(other.excluded_until_s is None for other in self._servers if other is not server)
+                if server.missed_deadlines >= MOST_MISSED_DEADLINES and others:  # a slow server is better than none
+                    self._exclude(server, error, now_s)
             else:
-                server.failures = server.deadlines = 0
+                server.failures = server.missed_deadlines = 0
 
     def next_probe(self, now_s: float) -> Server[TransportT] | None:
         """A server to ask now whether it is ready. Pass its answer to `settle_probe`."""
         with self._lock:
             for server in self._servers:
-                if server.aside_until_s is not None and server.aside_until_s <= now_s and not server.is_probed:
-                    server.is_probed = True
+                if server.excluded_until_s is not None and server.excluded_until_s <= now_s and not server.is_probing:
+                    server.is_probing = True
                     return server
             return None
 
     def settle_probe(self, server: Server[TransportT], is_ready: bool | None, now_s: float) -> None:
         """Record a probe's answer; None: the probe was abandoned."""
         with self._lock:
-            server.is_probed = False
+            server.is_probing = False
             if is_ready:
-                server.aside_until_s = None
-                server.deadlines = 0
-                _log.info(IS_BACK, server.url)
+                server.excluded_until_s = None
+                server.missed_deadlines = 0
+                _log.info(READY_AGAIN, server.url)
             elif is_ready is not None:
                 self._wait(server, now_s)
 
     def next_probe_s(self) -> float | None:
         """When the next server may be probed; None if none waits for that."""
         with self._lock:
-            times_s = [one.aside_until_s for one in self._servers if not one.is_probed]
+            times_s = [one.excluded_until_s for one in self._servers if not one.is_probing]
             return min((time_s for time_s in times_s if time_s is not None), default=None)
 
-    def why_none(self) -> str | None:
+    def unhealthy_reason(self) -> str | None:
         """Why no server is healthy; None if one is."""
         with self._lock:
-            if any(server.aside_until_s is None for server in self._servers):
+            if any(server.excluded_until_s is None for server in self._servers):
                 return None
             return "; ".join(str(server.error) for server in self._servers)
 
-    def _set_aside(self, server: Server[TransportT], error: EmbeddingError, now_s: float) -> None:
+    def _exclude(self, server: Server[TransportT], error: EmbeddingError, now_s: float) -> None:
         server.error = error
         self._wait(server, now_s)
         if self._retry is not None:
@@ -136,4 +136,4 @@ class Servers(Generic[TransportT]):
 
     def _wait(self, server: Server[TransportT], now_s: float) -> None:
         server.failures += 1
-        server.aside_until_s = now_s + (self._retry.wait_s(server.failures) if self._retry else 0.0)
+        server.excluded_until_s = now_s + (self._retry.wait_s(server.failures) if self._retry else 0.0)

@@ -17,7 +17,7 @@ from clip_embed.endpoint import BACKEND_VARIABLE, URL_VARIABLE, Backend
 from clip_embed.errors import ContractError, CredentialsError, ModelNotReadyError, ServerUnavailableError
 from clip_embed.names import printable
 from clip_embed.server_info import ServerInfo
-from clip_embed.servers import IS_BACK
+from clip_embed.servers import READY_AGAIN
 from clip_embed.wire import TEXT_MODEL
 
 SOME_FAILED, USAGE, NO_SERVER, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
@@ -124,7 +124,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = one_line(record.getMessage())
-        self._status.has_reconnected |= record.msg == IS_BACK
+        self._status.has_reconnected |= record.msg == READY_AGAIN
         self._status.print(message)
 
 

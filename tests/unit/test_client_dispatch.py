@@ -22,7 +22,7 @@ from clip_embed import (
 )
 from clip_embed.batches import Batches
 from clip_embed.dispatch import Attempt, Dispatch, Limits, Probe
-from clip_embed.servers import SLOW_ANSWERS, Server, Servers
+from clip_embed.servers import MOST_MISSED_DEADLINES, Server, Servers
 
 ALWAYS_LONGEST = Retry(random=lambda: 1.0)
 ANSWER_S = 0.01
@@ -94,7 +94,7 @@ class World:
             for one in started:
                 dispatch.abandon(one[2])
             assert [server.in_flight for server in self.all] == [0] * self.servers
-            assert not any(server.is_probed for server in self.all)
+            assert not any(server.is_probing for server in self.all)
 
     def fate(self, job):
         """When a job ends, and its answer."""
@@ -246,8 +246,8 @@ def test_an_overloaded_servers_request_goes_to_another_and_it_stays_in_use():
 
 def test_a_server_that_hangs_is_left_out_after_some_deadlines():
     """Its requests are repeated on the other; a probe that it answers brings it back."""
-    world = World(servers=2, faults={0: ["hang"] * SLOW_ANSWERS})
-    assert rows(world.call(40, attempt_timeout_s=1, max_in_flight=2 * SLOW_ANSWERS)) == list(range(40))
+    world = World(servers=2, faults={0: ["hang"] * MOST_MISSED_DEADLINES})
+    assert rows(world.call(40, attempt_timeout_s=1, max_in_flight=2 * MOST_MISSED_DEADLINES)) == list(range(40))
     assert {who for _, who in world.probes} == {0}
 
 
