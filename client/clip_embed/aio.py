@@ -42,7 +42,7 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
 
     async def embed_text(self, texts: Iterable[str]) -> Embeddings:
         """`EmbeddingClient.embed_text` to await."""
-        client = self._of_texts()
+        client = self._text_client()
         dispatch = client._dispatch(text_bytes(texts), keep_going=False)
         return stack([row async for row in client._results(dispatch)])
 
@@ -50,7 +50,7 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
         """Whether a server answers and its model is loaded. False if nothing listens or the time is up."""
         if self._is_closed:
             return False
-        answers = [asyncio.create_task(_is_yes(transport, timeout_s)) for transport in self._servers.transports]
+        answers = [asyncio.create_task(_is_ready(transport, timeout_s)) for transport in self._servers.transports]
         try:
             for answer in asyncio.as_completed(answers):
                 if await answer:
@@ -123,7 +123,7 @@ async def _start(job: Attempt[AsyncTransport] | Probe[AsyncTransport]) -> Embedd
     return await job.server.transport.send(job.images, job.timeout_s)
 
 
-async def _is_yes(transport: AsyncTransport, timeout_s: float) -> bool:
+async def _is_ready(transport: AsyncTransport, timeout_s: float) -> bool:
     try:
         return await transport.is_ready(timeout_s)
     except EmbeddingError:

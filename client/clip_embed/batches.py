@@ -75,17 +75,17 @@ class Batches:
         self._max_batch_bytes = max_batch_bytes
         self._read_ahead = read_ahead
         self._keep_going = keep_going
-        self._held: Item | None = None  # read, but too large for the current request
-        self._again: deque[Request] = deque()  # the good images of requests that had bad ones
+        self._left_over: Item | None = None  # read, but too large for the current request
+        self._retried: deque[Request] = deque()  # the good images of requests that had bad ones
         self._results: dict[int, Embeddings | EmbeddingError] = {}
         self._exhausted = False
-        self._taken = 0
-        self._given = 0
+        self._read_count = 0
+        self._yielded_count = 0
 
     @property
     def finished(self) -> bool:
         """Whether every image was read and every result yielded."""
-        return self._exhausted and self._given == self._taken
+        return self._exhausted and self._yielded_count == self._read_count
 
     def next_request(self) -> Request | None:
         """The next request; None if there is none left, or none before more results are taken.
@@ -94,22 +94,22 @@ class Batches:
             InvalidImageError: A file cannot be read, and keep_going is False.
             TypeError: An image is not an `ImageSource`.
         """
-        if self._again:
-            return self._again.popleft()
+        if self._retried:
+            return self._retried.popleft()
         items: list[Item] = []
         size_bytes = 0
-        while len(items) < self._batch_size and (self._held or self._may_take()):
-            item, self._held = self._held or self._take(), None
+        while len(items) < self._batch_size and (self._left_over or self._may_read()):
+            item, self._left_over = self._left_over or self._read_next(), None
             if item is None:
                 continue
             size_bytes += len(item.image)
             if items and size_bytes > self._max_batch_bytes:
-                self._held = item
+                self._left_over = item
                 break
             items.append(item)
         return tuple(items) if items else None
 
-    def give(self, request: Request, embeddings: Embeddings) -> None:
+    def succeed(self, request: Request, embeddings: Embeddings) -> None:
         """Record the (n, D) embeddings of a request of n images."""
         self._results.update(zip((item.index for item in request), embeddings, strict=True))
 
@@ -137,28 +137,28 @@ class Batches:
             self._results[index] = type(error)([failure])
         rest = tuple(item for item in request if item.index not in failures)
         if failures and rest:
-            self._again.append(rest)
+            self._retried.append(rest)
         elif rest:
             self._results.update((item.index, error) for item in rest)
 
     def ready(self) -> Iterator[Embeddings | EmbeddingError]:
         """The results that are next in order, each yielded once."""
-        while self._given in self._results:
-            result = self._results.pop(self._given)
-            self._given += 1
+        while self._yielded_count in self._results:
+            result = self._results.pop(self._yielded_count)
+            self._yielded_count += 1
             yield result
 
-    def _may_take(self) -> bool:
-        return not self._exhausted and self._taken - self._given < self._read_ahead
+    def _may_read(self) -> bool:
+        return not self._exhausted and self._read_count - self._yielded_count < self._read_ahead
 
-    def _take(self) -> Item | None:
+    def _read_next(self) -> Item | None:
         try:
             image = next(self._images)
         except StopIteration:
             self._exhausted = True
             return None
-        index = self._taken
-        self._taken += 1
+        index = self._read_count
+        self._read_count += 1
         try:
             return read_image(image, index, max_file_bytes=max(self._max_batch_bytes, MAX_IMAGE_BYTES))
         except InvalidImageError as error:
@@ -185,18 +185,18 @@ def read_image(image: ImageSource, index: int, *, max_file_bytes: int = MAX_IMAG
             content = view.cast("B") if view.nbytes and view.c_contiguous else view.tobytes()
         case str() | os.PathLike():
             path = source = os.fsdecode(image)
-            content = _or_failure(index, source, lambda: _read_file(path, max_file_bytes + 1))
+            content = _read_or_fail(index, source, lambda: _read_file(path, max_file_bytes + 1))
         case np.ndarray():
             try:
                 content = png_of_array(image)
             except TypeError as error:
                 raise TypeError(f"images[{index}]: {error}") from None
         case _ if is_pil_image(image):
-            content = _or_failure(index, None, lambda: png_of_pil(cast(PilImage, image)))
+            content = _read_or_fail(index, None, lambda: png_of_pil(cast(PilImage, image)))
         case _ if hasattr(image, "read"):
             name = getattr(image, "name", None)
             source = name if isinstance(name, str) else None
-            content = _or_failure(index, source, lambda: _read_open(image, max_file_bytes + 1))
+            content = _read_or_fail(index, source, lambda: _read_open(image, max_file_bytes + 1))
         case _:
             raise TypeError(
                 f"images[{index}]: expected the bytes of an encoded image file, a path, a file open for reading, a "
@@ -211,7 +211,7 @@ def read_image(image: ImageSource, index: int, *, max_file_bytes: int = MAX_IMAG
     return Item(index, content, source)
 
 
-def _or_failure(index: int, source: str | None, read: Callable[[], bytes]) -> bytes:
+def _read_or_fail(index: int, source: str | None, read: Callable[[], bytes]) -> bytes:
     try:
         return read()
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL, a closed file, a mode that PNG lacks
@@ -253,7 +253,7 @@ def _require_file(status: os.stat_result) -> None:
         raise OSError(errno.EINVAL, "expected a file, got a device, a FIFO or a socket")
 
 
-def require_many(images: Iterable[ImageSource]) -> None:
+def require_sequence(images: Iterable[ImageSource]) -> None:
     """Raises TypeError for a single image, whose letters or bytes would be taken for images."""
     is_image = isinstance(images, np.ndarray) and images.ndim < 4  # with four dimensions it is a sequence of images
     if is_image or hasattr(images, "read") or isinstance(images, str | bytes | bytearray | memoryview | os.PathLike):

@@ -20,7 +20,7 @@ from clip_embed.duplicates import Keep
 from clip_embed.endpoint import DEFAULT_URL
 from clip_embed.errors import EmbeddingError
 from clip_embed.file_listing import IMAGE_SUFFIXES
-from clip_embed.index import EXACT_ROWS, index_of, nearest_by_index, require_usearch
+from clip_embed.index import EXACT_ROWS, nearest_by_index, open_index, require_usearch
 from clip_embed.library import Library, read_library
 from clip_embed.names import printable
 from clip_embed.nearest import MOST_PAIRS, nearest, pairs_above
@@ -120,7 +120,7 @@ def search(
                 f"{library.embeddings.shape[1]}",
             )
         if by_index:
-            rows, cosines = nearest_by_index(index_of(library, status.print), library.embeddings, vector, count)
+            rows, cosines = nearest_by_index(open_index(library, status.print), library.embeddings, vector, count)
         else:
             rows, cosines = nearest(library.embeddings, vector, count)
         kind = "image" if is_image else "text"

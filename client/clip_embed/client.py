@@ -62,7 +62,7 @@ class EmbeddingClient(ClientOptions[Transport]):
             EmbeddingError: As in `embed`; ModelNotReadyError if the server has no text tower.
             TypeError: One text in place of a sequence, or something that is not a text.
         """
-        client = self._of_texts()
+        client = self._text_client()
         return stack(list(client._results(client._dispatch(text_bytes(texts), keep_going=False))))
 
     def is_ready(self, *, timeout_s: float = 5.0) -> bool:
@@ -71,7 +71,7 @@ class EmbeddingClient(ClientOptions[Transport]):
             return False
         answers = [transport.is_ready(timeout_s) for transport in self._servers.transports]
         try:
-            return any(_is_yes(answer) for answer in as_completed(answers))
+            return any(_is_ready(answer) for answer in as_completed(answers))
         finally:
             for answer in answers:
                 answer.cancel()
@@ -157,7 +157,7 @@ class EmbeddingClient(ClientOptions[Transport]):
         time.sleep(seconds)
 
 
-def _is_yes(answer: Future[bool]) -> bool:
+def _is_ready(answer: Future[bool]) -> bool:
     try:
         return answer.result()
     except (EmbeddingError, CancelledError):

@@ -75,7 +75,7 @@ class Credentials:
         try:
             context = ssl.create_default_context(cafile=self.ca_file)
         except (OSError, ssl.SSLError) as error:
-            raise ValueError(f"ca_file {self.ca_file}: expected certificates in PEM, got {_why(error)}") from error
+            raise ValueError(f"ca_file {self.ca_file}: expected certificates in PEM, got {_reason(error)}") from error
         if self.cert_file is not None:
             try:
                 # Otherwise OpenSSL would ask for a password on the terminal.
@@ -83,7 +83,7 @@ class Credentials:
             except (OSError, ssl.SSLError) as error:
                 raise ValueError(
                     f"cert_file {self.cert_file}, key_file {self.key_file}: expected a certificate and its own key, "
-                    f"PEM and not encrypted, got {_why(error)}"
+                    f"PEM and not encrypted, got {_reason(error)}"
                 ) from error
         return context
 
@@ -118,5 +118,5 @@ def _read(path: str | Path | None) -> bytes | None:
     return None if path is None else Path(path).read_bytes()
 
 
-def _why(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     return error.strerror or str(error)

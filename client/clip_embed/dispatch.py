@@ -134,7 +134,7 @@ class Dispatch(Generic[TransportT]):
             return Probe(server)
         for late in [one for one in self._waiting if one.ends_s is not None and one.ends_s <= now_s]:
             self._waiting.remove(late)
-            self._batches.fail(late.request, late.last_error or self._too_late())
+            self._batches.fail(late.request, late.last_error or self._deadline_error())
         due = [one for one in self._waiting if one.due_s <= now_s]
         if not due:
             return None
@@ -189,7 +189,7 @@ class Dispatch(Generic[TransportT]):
             raise
         else:
             self._servers.settle(started.server, None, self._now_s())
-            self._batches.give(started.pending.request, embeddings)
+            self._batches.succeed(started.pending.request, embeddings)
 
     def abandon(self, started: Attempt[TransportT] | Probe[TransportT]) -> None:
         """Record that nobody waits for the job any more."""
@@ -230,7 +230,7 @@ class Dispatch(Generic[TransportT]):
     def _deadline_s(self) -> float | None:
         return None if self._limits.timeout_s is None else self._now_s() + self._limits.timeout_s
 
-    def _too_late(self) -> EmbeddingError:
+    def _deadline_error(self) -> EmbeddingError:
         """The error of a request whose deadline passed before its first attempt."""
         timeout_s = self._limits.timeout_s
         if why := self._servers.unhealthy_reason():

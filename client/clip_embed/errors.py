@@ -179,15 +179,15 @@ def error_from_grpc(status: str, message: str, *, url: str) -> EmbeddingError:
     if status == "INVALID_ARGUMENT" and (failures := parse_failures(message)):
         return (InvalidTextError if " texts refused. " in message else InvalidImageError)(failures)
     kind: type[EmbeddingError]
-    if status in ("UNAUTHENTICATED", "PERMISSION_DENIED") or _says(message, _DENIED):
+    if status in ("UNAUTHENTICATED", "PERMISSION_DENIED") or _contains(message, _DENIED):
         kind = CredentialsError
-    elif _says(message, _TOO_LARGE):
+    elif _contains(message, _TOO_LARGE):
         kind = RequestTooLargeError
     elif status == "DEADLINE_EXCEEDED":
         kind = DeadlineExceededError
-    elif status == "RESOURCE_EXHAUSTED" or (status == "UNAVAILABLE" and _says(message, _QUEUE_FULL)):
+    elif status == "RESOURCE_EXHAUSTED" or (status == "UNAVAILABLE" and _contains(message, _QUEUE_FULL)):
         kind = ServerOverloadedError
-    elif status in ("NOT_FOUND", "UNAVAILABLE", "INVALID_ARGUMENT") and _says(message, _NOT_READY):
+    elif status in ("NOT_FOUND", "UNAVAILABLE", "INVALID_ARGUMENT") and _contains(message, _NOT_READY):
         kind = ModelNotReadyError
     elif status in ("UNAVAILABLE", "CANCELLED", "ABORTED") or (status == "INTERNAL" and _STUB_LOST in message):
         kind = ServerUnavailableError
@@ -239,5 +239,5 @@ def parse_failures(message: str) -> tuple[ImageFailure, ...]:
     )
 
 
-def _says(message: str, phrases: tuple[str, ...]) -> bool:
+def _contains(message: str, phrases: tuple[str, ...]) -> bool:
     return any(phrase in message for phrase in phrases)

@@ -19,7 +19,7 @@ from clip_embed.credentials import Credentials
 from clip_embed.endpoint import Endpoint
 from clip_embed.errors import ContractError, error_from_grpc, error_from_http
 from clip_embed.server_info import ServerInfo
-from clip_embed.wire import HEADER_LENGTH, Embeddings, ImageBytes, http_request, input_of, read_http_answer
+from clip_embed.wire import HEADER_LENGTH, Embeddings, ImageBytes, http_request, input_name, read_http_answer
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class AsyncHttpTransport:
 
     def __init__(self, endpoint: Endpoint, model: str, credentials: Credentials) -> None:
         self._url = endpoint.url
-        self._input = input_of(model)
+        self._input = input_name(model)
         self._model_path = f"v2/models/{quote(model, safe='')}"
         self._http = httpx.AsyncClient(
             base_url=endpoint.address,
@@ -82,7 +82,7 @@ class AsyncHttpTransport:
         return read_http_answer(answer.content, answer.headers.get(HEADER_LENGTH), len(images))
 
     async def is_ready(self, timeout_s: float | None) -> bool:
-        return await self._can_be_asked(f"{self._model_path}/ready", f"{self._model_path}/infer", timeout_s)
+        return await self._is_inference_server(f"{self._model_path}/ready", f"{self._model_path}/infer", timeout_s)
 
     async def server_info(self, timeout_s: float | None) -> ServerInfo:
         answer = await self._request("GET", f"{self._model_path}/config", timeout_s)
@@ -97,7 +97,7 @@ class AsyncHttpTransport:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def _can_be_asked(self, ready: str, embed: str, timeout_s: float | None) -> bool:
+    async def _is_inference_server(self, ready: str, embed: str, timeout_s: float | None) -> bool:
         """Whether GET succeeds for `ready` but not for `embed`, a POST path: Triton's metrics port accepts any path."""
         answer = await self._request("GET", ready, timeout_s)
         return answer.is_success and not (await self._request("GET", embed, timeout_s)).is_success
@@ -119,10 +119,10 @@ class HttpTransport:
     do neither.
     """
 
-    carries: Callable[[Endpoint, str, Credentials], AsyncHttpTransport] = AsyncHttpTransport
+    async_transport: Callable[[Endpoint, str, Credentials], AsyncHttpTransport] = AsyncHttpTransport
 
     def __init__(self, endpoint: Endpoint, model: str, credentials: Credentials) -> None:
-        self._transport = type(self).carries(endpoint, model, credentials)
+        self._transport = type(self).async_transport(endpoint, model, credentials)
         self._lock = threading.Lock()  # no work may enter a loop that is being stopped: it would never end
         self._is_closed = False
         self._loop = asyncio.new_event_loop()

@@ -27,7 +27,7 @@ def require_usearch() -> Any:
     return Index
 
 
-def index_of(library: Library, log: Callable[[str], object]) -> Any:
+def open_index(library: Library, log: Callable[[str], object]) -> Any:
     """The library's index. If the library has changed, it is rebuilt and its recall passed to `log`."""
     kind, path = require_usearch(), library.path.with_name(f"{library.path.name}.usearch")
     if path.is_file() and path.stat().st_mtime_ns >= library.path.stat().st_mtime_ns:

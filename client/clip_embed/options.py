@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, NoReturn, Self
 
-from clip_embed.batches import MAX_REQUEST_BYTES, Batches, ImageSource, require_many
+from clip_embed.batches import MAX_REQUEST_BYTES, Batches, ImageSource, require_sequence
 from clip_embed.credentials import Credentials, environment_options
 from clip_embed.dispatch import Dispatch, Limits
 from clip_embed.endpoint import BACKEND_VARIABLE, DEFAULT_URL, URL_VARIABLE, Backend, Endpoint, parse_urls
@@ -161,7 +161,7 @@ class ClientOptions(Generic[TransportT]):
         ]
         self._opened.append(Servers(servers, self._retry))
 
-    def _of_texts(self) -> Self:
+    def _text_client(self) -> Self:
         """A client for the text tower on the same servers, closed together with this one.
 
         Raises:
@@ -180,7 +180,7 @@ class ClientOptions(Generic[TransportT]):
             return self._texts
 
     def _dispatch(self, images: Iterable[ImageSource], *, keep_going: bool) -> Dispatch[TransportT]:
-        require_many(images)
+        require_sequence(images)
         if self._is_closed:
             raise RuntimeError("this client is closed")
         batches = Batches(

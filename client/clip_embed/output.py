@@ -81,7 +81,7 @@ class NpyRows:
         np.lib.format.write_array_header_1_0(self._file, header)  # type: ignore[no-untyped-call]
 
 
-class _All:
+class _NewOutput:
     """An output without earlier rows: every image needs an embedding."""
 
     already_there = pruned = 0
@@ -106,13 +106,13 @@ def open_output(path: Path | None, file_format: Format, provenance: Provenance |
     """
     if path is None:
         with _stream(sys.stdout.buffer, file_format, provenance) as rows:
-            yield _All(rows)
+            yield _NewOutput(rows)
         return
     from clip_embed.atomic_file import is_special, lock_parts, replace_atomically  # need a system with flock
 
     if is_special(path):
         with path.open("wb") as file, _stream(file, file_format, provenance) as rows:
-            yield _All(rows)
+            yield _NewOutput(rows)
         return
     with lock_parts(path) as folder:
         with ExitStack() as files:
@@ -120,7 +120,7 @@ def open_output(path: Path | None, file_format: Format, provenance: Provenance |
             if file_format is Format.npy:
                 names = files.enter_context(replace_atomically(path.with_name(f"{path.name}.paths"), folder))
             written = _rows(files.enter_context(replace_atomically(path, folder)), file_format, provenance, names)
-            yield _All(files.enter_context(written))
+            yield _NewOutput(files.enter_context(written))
             sidecar_path(path).unlink(missing_ok=True)
         if file_format is not Format.parquet:
             write_sidecar(path, provenance)

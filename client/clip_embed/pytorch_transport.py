@@ -28,7 +28,7 @@ class AsyncPyTorchTransport(AsyncHttpTransport):
         return read_answer(answer.content, len(images))
 
     async def is_ready(self, timeout_s: float | None) -> bool:
-        return await self._can_be_asked("health", "embed/base64", timeout_s)
+        return await self._is_inference_server("health", "embed/base64", timeout_s)
 
     async def server_info(self, timeout_s: float | None) -> ServerInfo:
         """Nothing: the service does not report its weights."""
@@ -38,7 +38,7 @@ class AsyncPyTorchTransport(AsyncHttpTransport):
 class PyTorchTransport(HttpTransport):
     """Implements `transport.Transport`."""
 
-    carries = AsyncPyTorchTransport
+    async_transport = AsyncPyTorchTransport
 
 
 def read_answer(body: bytes, count: int) -> Embeddings:

@@ -23,7 +23,7 @@ PART_ROWS = 1000  # 2 MiB of Parquet
 PART_S = 5.0  # how much work a kill may lose; neither is measured
 
 
-class Resumed:
+class ResumedOutput:
     """Implements `output.Output`. Each path has at most one row, that of the current file.
 
     Rows of paths that this run does not embed stay; `prune` drops those of files that no longer exist. Vectors with
@@ -41,7 +41,7 @@ class Resumed:
         self._seen: set[str] = set()
         self.already_there = 0
         self._served = provenance
-        self._provenance, self.warning = self._agreed()
+        self._provenance, self.warning = self._check_provenance()
         self._finished = {image.path: image[1:] for file in self._files() for image in table.read_images(file)}
         missing = [name for name in self._finished if prune and is_missing(original(name))]
         for name in missing:
@@ -49,7 +49,7 @@ class Resumed:
         self.pruned = len(missing)
         self._is_changed = has_parts(path) or not path.exists() or bool(missing)
 
-    def _agreed(self) -> tuple[Provenance | None, str | None]:
+    def _check_provenance(self) -> tuple[Provenance | None, str | None]:
         """The provenance of all rows, old and new, and a warning if that of the old ones is not known.
 
         Raises:
@@ -143,7 +143,7 @@ class Resumed:
 @contextmanager
 def open_resumed(
     path: Path, table: Table, *, prune: bool = False, provenance: Provenance | None = None
-) -> Iterator[Resumed]:
+) -> Iterator[ResumedOutput]:
     """An output to a file that may exist. After an exception its parts are kept, to be resumed.
 
     Raises:
@@ -151,7 +151,7 @@ def open_resumed(
         UnusableOutput: The file was not written by this command, has another provenance, or another process uses it.
     """
     with lock_parts(path) as parts:
-        output = Resumed(path, table, parts, prune=prune, provenance=provenance)
+        output = ResumedOutput(path, table, parts, prune=prune, provenance=provenance)
         try:
             yield output
         except BaseException:

@@ -32,7 +32,7 @@ Embeddings = NDArray[np.float32]
 """(N, D), C-contiguous, rows of L2 norm 1; or one such row, (D,). D depends on the served model, mostly 512."""
 
 
-def input_of(model: str) -> str:
+def input_name(model: str) -> str:
     """The name of the model's input."""
     return TEXT_INPUT if model == TEXT_MODEL else INPUT
 
@@ -45,7 +45,7 @@ def grpc_request(model: str, images: Sequence[ImageBytes]) -> bytes:
     tritonclient took 3.3 ms each (2 cores, Python 3.11, protobuf 4.25.9).
     """
     head = service_pb2.ModelInferRequest(model_name=model)
-    head.inputs.add(name=input_of(model), datatype="BYTES", shape=[len(images), 1])
+    head.inputs.add(name=input_name(model), datatype="BYTES", shape=[len(images), 1])
     head.outputs.add(name=OUTPUT)
     size = _elements_size(images)
     return b"".join((head.SerializeToString(), _RAW_INPUT_CONTENTS, _varint(size), *_elements(images)))

@@ -95,7 +95,7 @@ def test_one_bad_text_is_one_failed_request_with_its_index_and_code(client):
     with pytest.raises(InvalidTextError) as caught:
         client.embed_text(["a dog", "a" * 65537, "a cat"])
     assert [(failure.index, failure.code) for failure in caught.value.failures] == [(1, "too_large")]
-    no_utf8 = client._of_texts()._dispatch([b"a dog", b"caf\xe9", b"\xff" * 9], keep_going=True)
+    no_utf8 = client._text_client()._dispatch([b"a dog", b"caf\xe9", b"\xff" * 9], keep_going=True)
     dog, *bad = client._results(no_utf8)
     assert np.linalg.norm(dog) == pytest.approx(1, abs=1e-5)
     assert [error.failures[0].code for error in bad] == ["not_text"] * 2

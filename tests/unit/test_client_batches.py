@@ -37,7 +37,7 @@ def test_any_order_of_answers_gives_the_order_of_images(data, sizes, batch_size)
             if failures := [ImageFailure(i, "corrupt") for i, item in enumerate(request) if item.index in bad]:
                 batches.fail(request, InvalidImageError(failures))
             else:
-                batches.give(request, vectors_of([item.image for item in request]))
+                batches.succeed(request, vectors_of([item.image for item in request]))
         results.extend(batches.ready())
     assert len(results) == len(images)
     for index, result in enumerate(results):
@@ -57,7 +57,7 @@ def test_a_file_is_read_no_further_than_the_server_takes(tmp_path, max_batch_byt
     batches = Batches(paths, batch_size=8, max_batch_bytes=max_batch_bytes, read_ahead=9, keep_going=True)
     ((item,),) = iter(batches.next_request, None)
     assert (item.index, len(item.image)) == (0, limit)
-    batches.give((item,), vectors_of([b"0"]))
+    batches.succeed((item,), vectors_of([b"0"]))
     _, *others = batches.ready()
     assert [[failure.code for failure in other.failures] for other in others] == [["too_large"], ["too_large"]]
 

@@ -330,7 +330,7 @@ class _Embedder:
             if isinstance(result, FATAL_ERRORS) or (isinstance(result, EmbeddingError) and result.retryable):
                 raise result  # not the image's fault
             images.append(image)
-            results.append(_why(result) if isinstance(result, EmbeddingError) else result)
+            results.append(_reason(result) if isinstance(result, EmbeddingError) else result)
         failed = sum(isinstance(result, str) for result in results)
         notes = {"images": len(images), "failed": failed, "not_taken": not_taken, "files": files}
         unfinished = f"{path}.{os.uname().nodename}.{os.getpid()}{_UNFINISHED}"
@@ -339,7 +339,7 @@ class _Embedder:
         job.destination.files.move(unfinished, path)
 
 
-def _why(error: object) -> str:
+def _reason(error: object) -> str:
     if not isinstance(error, InvalidImageError):
         return f"{type(error).__name__}: {one_line(error)}"
     return ": ".join(filter(None, (error.failures[0].code, one_line(error.failures[0].reason))))

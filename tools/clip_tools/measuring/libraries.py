@@ -99,14 +99,14 @@ def _duplicates(path: Path) -> dict[str, Any]:
 
 
 def _by_index(path: Path) -> dict[str, Any]:
-    from clip_embed.index import index_of, nearest_by_index, recall, require_usearch
+    from clip_embed.index import nearest_by_index, open_index, recall, require_usearch
 
     try:
         require_usearch()
     except ModuleNotFoundError:
         return {}
     library, _ = _read(path)
-    index, made_s = _timed(lambda: index_of(library, lambda _: None))
+    index, made_s = _timed(lambda: open_index(library, lambda _: None))
     times_ms = _query_times_ms(library, lambda query: nearest_by_index(index, library.embeddings, query, _COUNT))
     found = recall(index, library.embeddings)
     return {"index_made_s": made_s, "index_search_ms": statistics.median(times_ms), "index_recall": found}
