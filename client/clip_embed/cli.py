@@ -254,7 +254,7 @@ class _Destination:
     def kept(self) -> str:
         """What to tell about finished rows after a run that ended early; empty if there are none."""
         if self.resume and self.path is not None and has_parts(self.path):
-            return f"; what was finished is kept in {parts_folder(self.path)}: run it again with --resume"
+            return f"; finished rows are kept in {parts_folder(self.path)}: run it again with --resume"
         return ""
 
     @property
@@ -263,7 +263,7 @@ class _Destination:
         done = f"interrupted after {self.embedded:,} embeddings"
         if self.resume or self.path is None or self.is_special:
             return f"{done}{self.kept}"
-        return f"{done}; nothing was written: --resume (jsonl, parquet) keeps what is finished"
+        return f"{done}; nothing was written: --resume (jsonl, parquet) keeps finished rows"
 
 
 def _check_inputs(images: list[str], texts: list[str], *, null: bool, prune: bool) -> None:

@@ -49,12 +49,12 @@ def read_images(path: Path) -> Iterator[ImageFile]:
 def merge(
     paths: Iterable[Path],
     file: IO[bytes],
-    wants: Callable[[ImageFile], bool],
+    keep: Callable[[ImageFile], bool],
     provenance: Provenance | None = None,
 ) -> None:
     """Implements `table.Table`."""
     for path in paths:
-        file.writelines(line for image, line in _lines(path) if wants(image))
+        file.writelines(line for image, line in _lines(path) if keep(image))
 
 
 def _lines(path: Path) -> Iterator[tuple[ImageFile, bytes]]:

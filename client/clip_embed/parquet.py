@@ -155,12 +155,12 @@ def read_images(path: Path) -> Iterator[ImageFile]:
 def merge(
     paths: Iterable[Path],
     file: IO[bytes],
-    wants: Callable[[ImageFile], bool],
+    keep: Callable[[ImageFile], bool],
     provenance: Provenance | None = None,
 ) -> None:
     """Implements `table.Table`."""
     arrow = require_pyarrow()
-    held: list[Any] = []
+    buffered: list[Any] = []
     paths = list(paths)
     if len(sizes := {_size_in(path) for path in paths}) > 1:
         raise UnusableOutput(f"{paths[0]}: expected vectors of one length, got {', '.join(map(str, sorted(sizes)))}")
@@ -168,15 +168,15 @@ def merge(
     with arrow.parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
 
         def write(at_least: int) -> None:
-            if held and sum(batch.num_rows for batch in held) >= at_least:
-                table = arrow.Table.from_batches(held).combine_chunks()
+            if buffered and sum(batch.num_rows for batch in buffered) >= at_least:
+                table = arrow.Table.from_batches(buffered).combine_chunks()
                 writer.write_table(table.replace_schema_metadata(schema.metadata), ROW_GROUP)
-                held.clear()
+                buffered.clear()
 
         for path in paths:
             with _open(path) as source:
                 for batch in source.iter_batches(batch_size=ROW_GROUP):
-                    held.append(batch.filter(arrow.array([wants(image) for image in _images(batch)], "bool")))
+                    buffered.append(batch.filter(arrow.array([keep(image) for image in _images(batch)], "bool")))
                     write(ROW_GROUP)
         write(1)
 

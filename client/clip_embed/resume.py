@@ -121,14 +121,14 @@ class ResumedOutput:
         if self._is_changed:
             missing = dict(self._finished)
 
-            def wants(image: ImageFile) -> bool:
+            def keep(image: ImageFile) -> bool:
                 if missing.get(image.path) != image[1:]:
                     return False  # an earlier version of the file, or a row that is in two files
                 del missing[image.path]
                 return True
 
             with replace_atomically(self._path, self._parts) as file:
-                self._table.merge(self._files(), file, wants, self._provenance)
+                self._table.merge(self._files(), file, keep, self._provenance)
                 sidecar_path(self._path).unlink(missing_ok=True)
             if self._table is jsonl:
                 write_sidecar(self._path, self._provenance)

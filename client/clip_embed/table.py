@@ -70,11 +70,11 @@ class Table(Protocol):
         self,
         paths: Iterable[Path],
         file: IO[bytes],
-        wants: Callable[[ImageFile], bool],
+        keep: Callable[[ImageFile], bool],
         provenance: Provenance | None = None,
         /,
     ) -> None:
-        """Write the rows of several files as one table, in order. `wants`, called once per row, selects the rows."""
+        """Write the rows of several files as one table, in order. `keep`, called once per row, selects the rows."""
 
 
 def stat_image(path: str) -> ImageFile:

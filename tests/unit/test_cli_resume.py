@@ -367,7 +367,7 @@ def test_the_command_goes_on_after_a_signal(start, run, brain, out, table, photo
     assert not out.exists()
     if number == signal.SIGINT:
         assert said == (
-            f"clip-embed: interrupted after 7 embeddings; what was finished is kept in {out.name}.parts: "
+            f"clip-embed: interrupted after 7 embeddings; finished rows are kept in {out.name}.parts: "
             "run it again with --resume\n"
         )
     brain.gate.set()
@@ -402,7 +402,7 @@ def test_a_server_that_goes_leaves_what_was_finished(run, out, table, photos):
     arguments = ("photos", "-o", out.name, "--resume", "--batch-size=1", "--max-in-flight=1")
     code, _, stderr = run(*arguments, "--timeout-s=2")
     assert code == 3
-    assert f"what was finished is kept in {out.name}.parts: run it again with --resume" in stderr.splitlines()[-1]
+    assert f"finished rows are kept in {out.name}.parts: run it again with --resume" in stderr.splitlines()[-1]
     photos[8].write_bytes(b"good")
     code, _, stderr = run(*arguments)
     assert (code, stderr) == (0, "8 of the images were there already\n")
@@ -417,7 +417,7 @@ def test_a_limit_of_the_disk_is_a_sentence_and_nothing_is_lost(run, out, table, 
 
     code, _, stderr = run("photos", "-o", out.name, "--resume", preexec_fn=limit)
     assert code == 2
-    assert f"cannot write {out.name}: File too large; what was finished is kept in {out.name}.parts" in stderr
+    assert f"cannot write {out.name}: File too large; finished rows are kept in {out.name}.parts" in stderr
     code, _, stderr = run("photos", "-o", out.name, "--resume")
     assert (code, stderr) == (0, "12 of the images were there already\n")
     assert len(rows_of(out)) == 12
