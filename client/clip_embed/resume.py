@@ -40,7 +40,7 @@ class ResumedOutput:
         self._written_s = time.monotonic()
         self._seen: set[str] = set()
         self.already_there = 0
-        self._served = provenance
+        self._server_provenance = provenance
         self._provenance, self.warning = self._check_provenance()
         self._finished = {image.path: image[1:] for file in self._files() for image in table.read_images(file)}
         missing = [name for name in self._finished if prune and is_missing(original(name))]
@@ -62,14 +62,14 @@ class ResumedOutput:
             except FileNotFoundError:
                 before.append(None)
         for one in before:
-            if one and one != self._served:
+            if one and one != self._server_provenance:
                 raise UnusableOutput(
                     f"{self._path} has vectors of {one}, but the server "
-                    f"{f'has {self._served}' if self._served else 'does not name its weights'}: "
+                    f"{f'has {self._server_provenance}' if self._server_provenance else 'does not name its weights'}: "
                     "write to a new file, or serve the same weights again"
                 )
-        if None not in before or self._served is None:
-            return self._served, None
+        if None not in before or self._server_provenance is None:
+            return self._server_provenance, None
         return None, (
             f"{self._path} does not name the weights of its vectors, as files of earlier versions do not: they cannot "
             "be compared with the server's"
@@ -104,10 +104,10 @@ class ResumedOutput:
         if not self._rows:
             return
         number = max((int(part.stem) for part in self._parts.glob("*.part")), default=0) + 1
-        if self._served and number == 1:
-            (self._parts / _PROVENANCE).write_text(self._served.to_json())
+        if self._server_provenance and number == 1:
+            (self._parts / _PROVENANCE).write_text(self._server_provenance.to_json())
         with replace_atomically(self._parts / f"{number:08d}.part", self._parts, like=self._path) as file:
-            rows = self._table.open_rows(file, self._served)
+            rows = self._table.open_rows(file, self._server_provenance)
             for image, embedding in self._rows:
                 rows.add(image, embedding)
             rows.finish()
