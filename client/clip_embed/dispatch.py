@@ -177,10 +177,7 @@ class Dispatch(Generic[TransportT]):
         except EmbeddingError as error:
             self._servers.settle(started.server, error, self._now_s())
             self._fail(started.pending, error)
-        except (
-            futures.CancelledError,
-            asyncio.CancelledError,
-        ):  # by close(): a call that ends early does not ask for answers
+        except (futures.CancelledError, asyncio.CancelledError):  # by close(): a call that ends early does not get here
             self._servers.release(started.server)
             closed = ServerUnavailableError("the client was closed before the answer came")
             self._batches.fail(started.pending.request, closed)
@@ -209,9 +206,8 @@ class Dispatch(Generic[TransportT]):
         pending.last_error = error
         pending.due_s = self._now_s()
         if self._retry and isinstance(error, ServerOverloadedError | DeadlineExceededError):
-            pending.due_s += self._retry.wait_s(
-                pending.attempts
-            )  # after other errors, the server's health decides when
+            # After other errors, the server's health decides when to retry.
+            pending.due_s += self._retry.wait_s(pending.attempts)
         if self._retry and error.retryable and (pending.ends_s is None or pending.due_s < pending.ends_s):
             self._waiting.append(pending)
         else:
