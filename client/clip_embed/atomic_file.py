@@ -78,7 +78,7 @@ def replace_atomically(path: Path, folder: Path, *, like: Path | None = None) ->
     unfinished.unlink(missing_ok=True)
     try:
         with unfinished.open("xb") as file:
-            is_alike = old is None or _made_like(old, file.fileno())
+            is_alike = old is None or _copy_mode_and_owner(old, file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -97,7 +97,7 @@ def replace_atomically(path: Path, folder: Path, *, like: Path | None = None) ->
         os.fsync(parent)  # so that the new name survives a power failure
 
 
-def _made_like(old: os.stat_result, opened: int) -> bool:
+def _copy_mode_and_owner(old: os.stat_result, opened: int) -> bool:
     """Copy mode and owner to the new, still empty file. Returns whether that was allowed."""
     try:
         os.fchmod(opened, stat.S_IMODE(old.st_mode) & 0o700)

@@ -188,18 +188,18 @@ def embed(
         for client in clients:
             client.close()  # ends the work, unless it waits for stdin: hence the timeout
         wait([work], timeout=2.0)
-        sys.stderr.write(f"clip-embed: {printable(destination.interrupted)}\n")
+        sys.stderr.write(f"clip-embed: {printable(destination.interrupted_message)}\n")
         sys.stderr.flush()
         os._exit(INTERRUPTED)
     except FATAL_ERRORS as error:
-        exit_with(NO_SERVER, f"{one_line(error)}{destination.kept}")
+        exit_with(NO_SERVER, f"{one_line(error)}{destination.resume_hint}")
     except InvalidTextError as error:
         exit_with(SOME_FAILED, f"{one_line(error)}; nothing was written")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         raise typer.Exit(BROKEN_PIPE) from None
     except OSError as error:
-        exit_with(USAGE, f"cannot write {output or 'stdout'}: {error.strerror or error}{destination.kept}")
+        exit_with(USAGE, f"cannot write {output or 'stdout'}: {error.strerror or error}{destination.resume_hint}")
     except (UnusableOutput, UnusableList) as error:
         exit_with(USAGE, one_line(error))
     if some_failed:
@@ -251,18 +251,18 @@ class _Destination:
         return open_resumed(self.path, table, prune=self.prune, provenance=provenance)
 
     @property
-    def kept(self) -> str:
+    def resume_hint(self) -> str:
         """What to tell about finished rows after a run that ended early; empty if there are none."""
         if self.resume and self.path is not None and has_parts(self.path):
             return f"; finished rows are kept in {parts_folder(self.path)}: run it again with --resume"
         return ""
 
     @property
-    def interrupted(self) -> str:
+    def interrupted_message(self) -> str:
         """The message after Ctrl-C."""
         done = f"interrupted after {self.embedded:,} embeddings"
         if self.resume or self.path is None or self.is_special:
-            return f"{done}{self.kept}"
+            return f"{done}{self.resume_hint}"
         return f"{done}; nothing was written: --resume (jsonl, parquet) keeps finished rows"
 
 
@@ -350,8 +350,8 @@ def _run(client: EmbeddingClient, listing: FileListing, arguments: list[str], de
                     output.add(image, result)
                     destination.embedded += 1
                 status.advance()
-            if output.already_there:
-                status.print(f"{output.already_there} of the images were there already")
+            if output.already_embedded:
+                status.print(f"{output.already_embedded} of the images were there already")
             if output.pruned:
                 status.print(f"{output.pruned} rows of missing images were dropped")
         if skipped := listing.report():
@@ -398,8 +398,8 @@ def _run_texts(images: EmbeddingClient, client: EmbeddingClient, given: list[str
             for row, embedding in zip(rows, embeddings, strict=True):
                 output.add(row, embedding)
                 destination.embedded += 1
-            if output.already_there:
-                status.print(f"{output.already_there} of the texts were there already")
+            if output.already_embedded:
+                status.print(f"{output.already_embedded} of the texts were there already")
     return False
 
 

@@ -126,15 +126,17 @@ def search(
         kind = "image" if is_image else "text"
         status.print(f"{len(library.images):,} vectors of {library_file}, nearest to the {kind} {query}")
         found = [(library.images[row].path, float(one)) for row, one in zip(rows, cosines, strict=True)]
-        _show(found, listing)
+        _print_results(found, listing)
         if html:
             paths = [path for path, _ in found]
             *previews, shown = read_previews([*paths, query], thumbnail_px=gallery.thumbnail_px(len(found)))
             results = [(path, cosine, preview) for (path, cosine), preview in zip(found, previews, strict=True)]
-            about = _with(f"The nearest of {len(library.images):,} images of {library_file}", library.provenance)
+            about = _with_provenance(
+                f"The nearest of {len(library.images):,} images of {library_file}", library.provenance
+            )
             with _text_file(html) as file:
                 gallery.write_results(results, file, query=query, shown=shown if is_image else None, about=about)
-            _say_missing(previews)
+            _warn_missing(previews)
 
 
 @app.command()
@@ -197,7 +199,9 @@ def duplicates(
         )
         if html:
             with _text_file(html) as file:
-                gallery.write_gallery(groups, file, threshold=threshold, about=_with(about, library.provenance))
+                gallery.write_gallery(
+                    groups, file, threshold=threshold, about=_with_provenance(about, library.provenance)
+                )
         if json_file:
             provenance = library.provenance and json.loads(library.provenance.to_json())
             with _text_file(json_file) as file:
@@ -209,10 +213,10 @@ def duplicates(
             with _text_file(csv_file) as file:
                 grouping.write_csv(groups, file)
         if not (html or json_file or csv_file):
-            _list(groups)
+            _print_groups(groups)
         if left_out := ", ".join(_left_out(checked)):
             status.print(f"left out: {left_out}")
-        _say_missing(previews.values())
+        _warn_missing(previews.values())
         if pairs.total > MOST_PAIRS:
             status.print(f"of {pairs.total:,} pairs, only those are kept that connect the groups at every threshold")
         status.print(about)
@@ -251,7 +255,7 @@ def _check_weights(library: Library, served: Provenance | None) -> str | None:
     return None
 
 
-def _show(found: list[tuple[str, float]], listing: Listing) -> None:
+def _print_results(found: list[tuple[str, float]], listing: Listing) -> None:
     """Print the results to stdout."""
     if listing is Listing.jsonl:
         for path, cosine in found:
@@ -263,11 +267,11 @@ def _show(found: list[tuple[str, float]], listing: Listing) -> None:
     Console(markup=False, emoji=False, highlight=False, soft_wrap=True).print(table)
 
 
-def _with(about: str, provenance: Provenance | None) -> str:
+def _with_provenance(about: str, provenance: Provenance | None) -> str:
     return f"{about}; {provenance}" if provenance else about
 
 
-def _list(groups: list[grouping.Group]) -> None:
+def _print_groups(groups: list[grouping.Group]) -> None:
     for group in groups:
         for place, member in enumerate(group.members):
             similarity = "keep  " if place == 0 else f"{member.similarity:.4f}"
@@ -286,7 +290,7 @@ def _left_out(checked: grouping.FileCheck) -> Iterator[str]:
         yield f"{checked.same_file:,} that are other names of the same files"
 
 
-def _say_missing(previews: Iterable[Preview]) -> None:
+def _warn_missing(previews: Iterable[Preview]) -> None:
     if unread := sum(preview.width == 0 for preview in previews):
         sys.stderr.write(
             f"without thumbnail and size in pixels: {unread:,} that do not exist or that Pillow cannot read; "

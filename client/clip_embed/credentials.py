@@ -50,7 +50,7 @@ class Credentials:
         return cls(**environment_options(environment))
 
     @property
-    def names_files(self) -> bool:
+    def has_tls_files(self) -> bool:
         """Whether it names files for TLS."""
         return self.ca_file is not None or self.cert_file is not None
 
@@ -64,7 +64,7 @@ class Credentials:
 
     def check(self, endpoint: Endpoint) -> None:
         """Raises ValueError for files that are missing, not PEM or no pair, and for files with a URL without TLS."""
-        if self.names_files and not endpoint.is_secure:
+        if self.has_tls_files and not endpoint.is_secure:
             secure = "https" if endpoint.is_http else "grpcs"
             raise ValueError(f"{endpoint.url}: ca_file and cert_file are for {secure}://; this URL is not encrypted")
         if endpoint.is_secure:

@@ -140,7 +140,7 @@ class FileListing:
             folders += reversed(subfolders)
         yield from unlisted
 
-    def takes(self, name: str) -> bool:
+    def accepts(self, name: str) -> bool:
         """Whether to take a file in a folder, by its name. Counts the others."""
         return not self._is_left_out(name, is_folder=False)
 

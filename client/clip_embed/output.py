@@ -29,7 +29,7 @@ class Format(StrEnum):
 class Output(Protocol):
     """Selects the images that still need an embedding, and takes their embeddings in order: None if one failed."""
 
-    already_there: int  # how many images need none
+    already_embedded: int  # how many images need none
     pruned: int  # how many rows were dropped because their image no longer exists
     warning: str | None  # about existing rows
 
@@ -84,7 +84,7 @@ class NpyRows:
 class _NewOutput:
     """An output without earlier rows: every image needs an embedding."""
 
-    already_there = pruned = 0
+    already_embedded = pruned = 0
     warning: str | None = None
 
     def __init__(self, rows: Rows) -> None:

@@ -39,7 +39,7 @@ class ResumedOutput:
         self._rows: list[tuple[ImageFile, Embeddings]] = []
         self._written_s = time.monotonic()
         self._seen: set[str] = set()
-        self.already_there = 0
+        self.already_embedded = 0
         self._server_provenance = provenance
         self._provenance, self.warning = self._check_provenance()
         self._finished = {image.path: image[1:] for file in self._files() for image in table.read_images(file)}
@@ -85,7 +85,7 @@ class ResumedOutput:
             image = row_of(path)
             is_readable = image.size_bytes is not None or isinstance(image, TextRow)
             if is_readable and self._finished.get(name) == image[1:]:
-                self.already_there += 1
+                self.already_embedded += 1
             else:
                 yield image
 

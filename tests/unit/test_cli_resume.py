@@ -507,7 +507,7 @@ def test_vectors_of_another_server_do_not_get_into_one_file(out, table, photos, 
     with open_resumed(out, table, provenance=ONE) as output:
         for image in output.unfinished(map(str, photos)):
             output.add(image, vector_of(Path(image.path).read_bytes()))
-    assert (output.already_there, output.warning) == (3, None)
+    assert (output.already_embedded, output.warning) == (3, None)
     assert table.read_provenance(out) == ONE
     assert_has(out, photos)
 

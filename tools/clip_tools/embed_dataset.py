@@ -218,7 +218,7 @@ def _listed(source: Place, listing: FileListing) -> Iterator[ImageFile]:
     is_file = root.type is fs.FileType.File
     infos = [root] if is_file else source.files.get_file_info(fs.FileSelector(source.path, recursive=True))
     for info in sorted(infos, key=lambda one: one.path):
-        if info.type is not fs.FileType.Directory and (is_file or listing.takes(info.base_name)):
+        if info.type is not fs.FileType.Directory and (is_file or listing.accepts(info.base_name)):
             yield ImageFile(source.prefix + info.path, info.size, info.mtime_ns)
 
 
