@@ -81,7 +81,7 @@ class AsyncEmbeddingClient(ClientOptions[AsyncTransport]):
         if self._loop is not loop:
             if self._loop is not None:
                 if not (self._loop.is_closed() or self._is_forked):
-                    raise RuntimeError("this client belongs to another event loop: make one for each")
+                    raise RuntimeError("this client belongs to another event loop: create one for each")
                 self._reopen()
             self._loop = loop
         return self._opened[-1]

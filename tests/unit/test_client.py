@@ -262,7 +262,7 @@ def test_a_client_that_was_used_before_a_fork_works_in_the_child_and_goes_on_in_
 
 def test_a_client_for_another_process_is_made_there(client):
     """As where a DataLoader's workers are spawned."""
-    with pytest.raises(TypeError, match="make one in each process"):
+    with pytest.raises(TypeError, match="create one in each process"):
         pickle.dumps(client)
 
 

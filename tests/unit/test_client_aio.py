@@ -151,7 +151,7 @@ def test_two_event_loops_at_once_are_told_that_each_needs_a_client(url):
             await asyncio.to_thread(in_another_loop, client)
 
     def in_another_loop(client):
-        with pytest.raises(RuntimeError, match="belongs to another event loop: make one for each"):
+        with pytest.raises(RuntimeError, match="belongs to another event loop: create one for each"):
             asyncio.run(client.embed([b"b"]))
 
     asyncio.run(run())
