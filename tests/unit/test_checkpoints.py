@@ -27,7 +27,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_with_a_sentence_and_the_code_do
 
     proof = tmp_path / "it ran"
     torch.save({"state_dict": {"logit_scale": torch.ones(())}, "more": Payload(str(proof))}, tmp_path / name)
-    with pytest.raises(WeightsUnavailable, match=r"the weights '.*' of ViT-S-32-alt cannot be had: ") as caught:
+    with pytest.raises(WeightsUnavailable, match=r"the weights '.*' of ViT-S-32-alt cannot be loaded: ") as caught:
         load_oracle(Weights(MODEL, str(tmp_path / name)))
     assert not proof.exists()
     assert "weights_only" not in str(caught.value)  # torch's advice is to switch the guard off

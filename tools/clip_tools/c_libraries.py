@@ -21,7 +21,7 @@ WITHOUT = {
     SOURCE: "preprocess resamples with Pillow, which takes twice as long",
     IGNORE_CANCELLATION: "clients that cancel gRPC calls may crash the embedded server (SECURITY.md)",
 }
-# For every processor of the architecture; the library detects extensions at run time. glibc as in manylinux2014.
+# Built for any CPU of the architecture, with manylinux2014's glibc. The library detects CPU extensions at run time.
 _PROCESSORS = ("x86_64", "aarch64")
 _FLAGS = ("-O3", "-s", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
 

