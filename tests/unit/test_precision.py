@@ -241,7 +241,7 @@ def test_a_weight_that_fp16_cannot_hold_is_refused(block: "onnx.ModelProto") -> 
     wide.CopyFrom(block)
     tensor = next(t for t in wide.graph.initializer if t.name == "projection")
     tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 1e7, "projection"))
-    with pytest.raises(ToolError, match=r"projection: a weight of .* does not fit fp16; take bf16"):
+    with pytest.raises(ToolError, match=r"projection: a weight of .* does not fit fp16; use bf16"):
         lower(wide, "fp16")
     lower(wide, "bf16")
 

@@ -1,4 +1,4 @@
-"""`clip-tools export-onnx`: the image tower of an open_clip model as the ONNX file that `clip_onnx` serves."""
+"""`clip-tools export-onnx`: exports the image tower of an open_clip model as the ONNX file that `clip_onnx` serves."""
 
 import datetime
 import importlib.metadata
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 MODEL_PATH = MODELS / "clip_onnx" / "1" / "model.onnx"
 MAX_BATCH = 64
-# The exported graph is the same arithmetic in FP32, in another order: the worst of 121 photographs read 0.9999999 in
-# cosine, and 1.3e-6 in an element, 5.3e-5 with weights that are touchier (docs/results/precision/b-*-fp32.json). Four
-# times that is still far from any real mistake.
+# The exported graph computes the same in FP32, in another order. The worst of 121 photographs had cosine 0.9999999 and
+# an element difference of 1.3e-6, or 5.3e-5 with more sensitive weights (docs/results/precision/b-*-fp32.json). The
+# limit is four times that, and any real mistake is far larger.
 MIN_COSINE = 0.99999
 MAX_ABS_DIFFERENCE = 2e-4
 _BATCHES = (1, 2, 5, 16)
@@ -45,11 +45,11 @@ def export_onnx(
     oracle: Oracle | None = None,
     largest_bytes: int = external_data.LARGEST_BYTES,
 ) -> Manifest:
-    """Export, compare with PyTorch, then put model, manifest and sample in place. Raises ToolError on any drift.
+    """Export, compare with PyTorch, then put model, manifest and sample in place. Raises ToolError on drift.
 
-    The graph: `pixels` (batch, side, side, 3) uint8 RGB -> `embedding` (batch, D) float32 with L2 norm 1. The layout
-    change, `(x / 255 - mean) / std`, the tower, the projection and the norm are all in it. Nothing is in place until
-    it has passed. `oracle`: that of the weights, where it is loaded already.
+    The graph: `pixels` (batch, side, side, 3) uint8 RGB -> `embedding` (batch, D) float32 with L2 norm 1. It includes
+    the layout change, `(x / 255 - mean) / std`, the tower, the projection and the norm. No file is replaced until the
+    comparison has passed. `oracle`: the one of the weights, if it is loaded already.
     """
     if not photographs:
         raise ToolError("the export is compared on photographs, and none were given")
@@ -99,7 +99,7 @@ def describe(
 
 
 def tensors_of(draft: Path) -> dict[str, list[int]]:
-    """The dimensions behind the batch of what a graph takes and gives, by name."""
+    """The dimensions of a graph's inputs and outputs by name, without the batch."""
     graph = load_nodes(draft).graph
     return {
         tensor.name: [dim.dim_value for dim in tensor.type.tensor_type.shape.dim][1:]
@@ -112,8 +112,8 @@ def write_graph(
 ) -> None:
     """Write the FP32 graph of the oracle's image tower, without comparing it.
 
-    `vit_graph` writes a plain ViT in this form, torch.onnx.export any other tower. The weights go to a second file
-    where they have more than `largest_bytes`.
+    `vit_graph` writes a plain ViT in this form, torch.onnx.export any other tower. Weights of more than `largest_bytes`
+    go to a second file.
     """
     import torch
 
@@ -148,7 +148,7 @@ def write_graph(
 
 
 def write(make: "Callable[[DataFile | None], onnx.ModelProto]", path: Path, *, large: bool) -> None:
-    """Write the graph that `make` gives; a large one has its weights in the data file that `make` is given."""
+    """Write the graph that `make` returns. For a large one, `make` gets the data file for its weights."""
     import onnx
 
     if not large:
@@ -159,7 +159,7 @@ def write(make: "Callable[[DataFile | None], onnx.ModelProto]", path: Path, *, l
 
 
 def trace(module: Any, example: Any, name: str, path: Path, *, large: bool = False) -> None:
-    """Write what torch.onnx.export makes of a module that gives `embedding`, of one tensor of this name."""
+    """Write the torch.onnx.export of a module that takes one tensor of this name and returns `embedding`."""
     import torch
 
     exporter_log = logging.getLogger("torch.onnx")
@@ -184,7 +184,7 @@ def trace(module: Any, example: Any, name: str, path: Path, *, large: bool = Fal
         raise ToolError("torch.onnx.export gave no program: this torch is newer than these tools")
     outputs = program.model.graph.outputs
     for value in [value for node in program.model.graph for value in node.outputs]:
-        if value.name == "embedding" and value not in outputs:  # torch's name for a look-up, as in a text tower
+        if value.name == "embedding" and value not in outputs:  # a look-up in a text tower gets this name too
             value.name = "looked_up"
     program.save(str(path), external_data=large)
 
@@ -192,7 +192,7 @@ def trace(module: Any, example: Any, name: str, path: Path, *, large: bool = Fal
 def compare(oracle: Oracle, model_path: Path, photographs: Sequence[bytes]) -> tuple[float, float]:
     """(Worst cosine, largest element difference) of the ONNX file to PyTorch, both in FP32 on the CPU.
 
-    It embeds the photographs and random pixels, in batches of several sizes. Raises ToolError on drift.
+    It embeds the photographs and random pixels, in batches of several sizes. Raises ToolError if they differ.
     """
     import numpy as np
     import torch
@@ -210,7 +210,7 @@ def compare(oracle: Oracle, model_path: Path, photographs: Sequence[bytes]) -> t
 def check_drift(
     model_path: Path, name: str, inputs: "npt.NDArray[Any]", expected: "npt.NDArray[np.float32]"
 ) -> tuple[float, float]:
-    """(Worst cosine, largest element difference) of what the file makes of its input `name`. ToolError on drift."""
+    """(Worst cosine, largest element difference) of the file's embeddings to `expected`. Raises ToolError on drift."""
     try:
         import numpy as np
         import onnxruntime
@@ -226,7 +226,7 @@ def check_drift(
             raise ToolError(f"the exported graph gives {got.shape} for a batch of {len(expected[rows])}")
         cosines.append((got * expected[rows]).sum(axis=1).min())
         differences.append(np.abs(got - expected[rows]).max())
-    # numpy's min and max keep a NaN, which Python's would drop; it compares false, so it fails here too.
+    # numpy's min and max keep a NaN, unlike Python's. It compares false, so it fails here too.
     worst_cosine, max_abs_difference = float(np.min(cosines)), float(np.max(differences))
     if not (worst_cosine >= MIN_COSINE and max_abs_difference <= MAX_ABS_DIFFERENCE):
         raise ToolError(

@@ -1,4 +1,4 @@
-"""`clip-tools export-onnx --text`: the text tower of an open_clip model, for `tokenize` and `clip_text_onnx`."""
+"""`clip-tools export-onnx --text`: exports an open_clip model's text tower for `tokenize` and `clip_text_onnx`."""
 
 import tempfile
 from pathlib import Path
@@ -18,7 +18,7 @@ MERGES = "merges.txt"
 
 
 def merges_path(model_path: Path) -> Path:
-    """Where the byte-pair merges of a text tower go: to `tokenize` in its repository; outside of one, beside it."""
+    """The path of a text tower's byte-pair merges: in `tokenize` of its repository, or beside a model without one."""
     folder = model_path.absolute().parent
     if folder.parent.name == "clip_text_onnx":
         return folder.parent.parent / "tokenize" / "1" / MERGES
@@ -28,8 +28,8 @@ def merges_path(model_path: Path) -> Path:
 def export_text(weights: Weights, output: Path = TEXT_MODEL_PATH, *, oracle: Oracle | None = None) -> Manifest:
     """Export, compare with PyTorch, then put model, merges, manifest and sample in place. Raises ToolError on drift.
 
-    The graph: `tokens` (batch, context) int64 -> `embedding` (batch, D) float32 with L2 norm 1. Nothing is in place
-    until it has passed.
+    The graph: `tokens` (batch, context) int64 -> `embedding` (batch, D) float32 with L2 norm 1. No file is replaced
+    until the comparison has passed.
     """
     tokenizer = load_tokenizer(weights.model)
     oracle = oracle or load_oracle(weights)
@@ -54,7 +54,7 @@ def export_text(weights: Weights, output: Path = TEXT_MODEL_PATH, *, oracle: Ora
 
 
 def write_text_graph(model: Any, tokens: Any, path: Path, *, largest_bytes: int = LARGEST_BYTES) -> None:
-    """Write the FP32 graph of the text tower: `text_graph` of a plain one, else what torch.onnx.export gives."""
+    """Write the FP32 graph of the text tower: `text_graph` for a plain one, else by torch.onnx.export."""
     import torch
 
     tower = text_tower(model)  # which may be the whole model
@@ -77,6 +77,6 @@ def write_text_graph(model: Any, tokens: Any, path: Path, *, largest_bytes: int 
 
 
 def merges_text(tokenizer: Any) -> str:
-    """The merges of open_clip's byte-pair tokenizer, one a line, the first to be done first."""
+    """The merges of open_clip's byte-pair tokenizer, one per line, in the order in which they apply."""
     ranks: dict[tuple[str, str], int] = tokenizer.bpe_ranks
     return "".join(f"{first} {second}\n" for first, second in sorted(ranks, key=ranks.__getitem__))

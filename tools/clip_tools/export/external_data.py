@@ -1,4 +1,4 @@
-"""ONNX external data: the weights of a graph in a second file, since a protobuf message holds 2 GB at most."""
+"""ONNX external data: a graph's weights in a second file, because a protobuf message holds at most 2 GB."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +35,7 @@ class DataFile:
         self._file.close()
 
     def tensor(self, name: str, array: "npt.NDArray[Any]") -> "onnx.TensorProto":
-        """A constant of the graph. A large one is written to the file and the tensor says where it is."""
+        """A constant of the graph. A large one is written to the file, and the tensor refers to it."""
         from onnx import numpy_helper
 
         if array.nbytes < _INLINE_BYTES:
@@ -46,7 +46,7 @@ class DataFile:
         return tensor
 
     def move(self, tensor: "onnx.TensorProto") -> None:
-        """Move what a tensor holds to the file, if it is large."""
+        """Move the data of a large tensor to the file."""
         if len(tensor.raw_data) >= _INLINE_BYTES:
             self._point(tensor, tensor.raw_data)
 
@@ -63,7 +63,7 @@ class DataFile:
 
 
 def save_graph(graph: "onnx.ModelProto", path: Path, largest_bytes: int = LARGEST_BYTES) -> None:
-    """Write a graph to a file, or to two where it is too large for one; then `graph` no longer holds its weights."""
+    """Write a graph to a file, or to two if it is too large for one; that takes the weights out of `graph`."""
     import onnx
 
     if graph.ByteSize() > largest_bytes:
@@ -74,14 +74,14 @@ def save_graph(graph: "onnx.ModelProto", path: Path, largest_bytes: int = LARGES
 
 
 def load_graph(path: Path) -> "onnx.ModelProto":
-    """The graph of a file, with its weights. `onnx` refuses data behind a link, so links are followed first."""
+    """The graph of a file, with its weights. Follows links first: `onnx` refuses external data behind a link."""
     import onnx
 
     return onnx.load(str(path.resolve()))
 
 
 def load_nodes(path: Path) -> "onnx.ModelProto":
-    """The same without weights that are in a file of their own."""
+    """The graph of a file without its external data."""
     import onnx
 
     return onnx.load(str(path), load_external_data=False)

@@ -1,4 +1,4 @@
-"""What an exported ONNX file is, in a manifest beside it: weights, precision, tensors, agreement with PyTorch."""
+"""The manifest beside an exported ONNX file: its weights, precision, tensors, and agreement with PyTorch."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -14,23 +14,23 @@ class Described(Protocol):
     """A manifest: of a graph, or of a plan."""
 
     def to_json(self) -> str:
-        """What its file holds."""
+        """The content of the manifest file."""
         ...
 
 
-# The version of the graph's form: 1 changed the pixels' layout before their type, which TensorRT cannot; 2 computed
-# every token in the last block; 3 had a convolution and 602 nodes.
+# The version of the graph that is exported. 1 changed the pixels' layout before their type, which TensorRT cannot do; 2
+# computed every token in the last block; 3 had a convolution and 602 nodes.
 GRAPH = 4
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an exported ONNX file is, kept beside it.
+    """The manifest of an exported ONNX file.
 
-    `graph` is the version of the graph's form, `tensors` the dimensions of what it takes and gives, of one image or
-    text, `fit` how `preprocess` resizes for it; empty: an earlier version's, 224 px and 512 numbers. Of the lower
-    precisions alone: `matrices` counts the products by precision, `gate` has the agreement with open_clip and why it
-    counts for nothing, if it does, and `calibration` what an eight-bit graph was calibrated on.
+    `graph` is the version of the graph. `tensors` has the dimensions of its inputs and outputs for one image or text,
+    `fit` how `preprocess` resizes for it; empty in earlier versions, which have 224 px and 512 numbers. Only lower
+    precisions have the rest: `matrices` counts the products by precision, `gate` is the agreement with open_clip and
+    the reason if it counts for nothing, and `calibration` describes what an eight-bit graph was calibrated on.
     """
 
     sha256: str
@@ -54,7 +54,7 @@ class Manifest:
 
     @classmethod
     def read(cls, model_path: Path) -> "Manifest | None":
-        """The manifest beside the model; None when there is none or it is another version's."""
+        """The manifest beside the model; None if it is missing or of another version."""
         try:
             return cls(**json.loads(manifest_path(model_path).read_text()))
         except (FileNotFoundError, json.JSONDecodeError, TypeError):
@@ -66,18 +66,18 @@ class Manifest:
         return self.model, self.checkpoint_sha256 or self.pretrained
 
     def to_json(self) -> str:
-        """The manifest as its file holds it."""
+        """The content of the manifest file."""
         return json.dumps(asdict(self), indent=2)
 
 
 def manifest_path(model_path: Path) -> Path:
-    """Where a model's manifest is: `manifest.json` of `model.onnx`, `manifest.fp16.json` of `model.fp16.onnx`."""
+    """The path of a model's manifest: `manifest.json` for `model.onnx`, `manifest.fp16.json` for `model.fp16.onnx`."""
     variant = model_path.name.split(".")[1:-1]
     return model_path.with_name(".".join(["manifest", *variant, "json"]))
 
 
 def is_exported(model_path: Path, weights: Weights) -> bool:
-    """Whether `model_path` holds these very weights, unchanged since its export."""
+    """Whether `model_path` is this version's export of these weights, unchanged."""
     manifest = Manifest.read(model_path)
     return (
         manifest is not None
@@ -89,15 +89,15 @@ def is_exported(model_path: Path, weights: Weights) -> bool:
 
 
 def put_in_place(draft: Path, manifest: Described, output: Path, beside: Path | None = None) -> None:
-    """Move a file that has passed to `output`, and its manifest to `beside`, by default the model's `manifest_path`.
+    """Move a verified file to `output`, and its manifest to `beside`, by default the model's `manifest_path`.
 
-    The draft's folder is on the same disk.
+    The draft must be on the same file system.
     """
-    # The old manifest goes first: a crash between the two leaves a model without one, never with a wrong one.
+    # The old manifest goes first: a crash in between leaves a model without a manifest, never with a wrong one.
     beside = beside or manifest_path(output)
     beside.unlink(missing_ok=True)
     new, old = files_of(draft), files_of(output)
-    if len(new) > 1 or len(old) > 1:  # nor a graph with the weights of another
+    if len(new) > 1 or len(old) > 1:  # never a graph with the weights of another
         for file in old:
             file.unlink(missing_ok=True)
     for file in reversed(new):

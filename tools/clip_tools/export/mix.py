@@ -1,4 +1,4 @@
-"""A mix of FP32 and BF16 layers: opened as it would be served, and written as a named configuration."""
+"""A mix of FP32 and BF16 layers: opens it as it is served, and writes it as a named configuration."""
 
 import importlib
 import re
@@ -28,9 +28,9 @@ _MARK = "Written by `clip-tools tune-precision`"
 
 @dataclass(frozen=True)
 class Mix:
-    """A mix as it would be served: the precision of each layer, how far it agrees, and its speed as times FP32.
+    """A measured mix: the precision of each layer, its agreement with open_clip, and its speed relative to FP32.
 
-    `parts` is how many files it is cut into. The ratio's median, lowest and highest are those of the rounds.
+    `parts` is the number of files. `ratio` is the median of the rounds, beside their lowest and highest.
     """
 
     precisions: tuple[PartPrecision, ...]
@@ -48,7 +48,7 @@ class Mix:
 
 
 class Engine:
-    """A graph that is opened in any mix of precisions as `backends/onnxruntime` serves it; `folder` is scratch."""
+    """Opens a graph in any mix of precisions, as `backends/onnxruntime` serves it; `folder` is for temporary files."""
 
     def __init__(self, model: "onnx.ModelProto", folder: Path) -> None:
         self.model = model
@@ -56,20 +56,20 @@ class Engine:
         self._folder = folder
 
     def parts(self, precisions: Sequence[PartPrecision]) -> "tuple[list[onnx.ModelProto], list[PartPrecision]]":
-        """(The parts of a mix, what each runs in): neighbours in one precision are one."""
+        """(The parts of a mix, the precision of each). Neighbouring layers of one precision form one part."""
         starts = [i for i in range(1, len(precisions)) if precisions[i] != precisions[i - 1]]
         return cut(self.model, [self.layers[i].first for i in starts]), [precisions[i] for i in (0, *starts)]
 
     def apart(self) -> "list[onnx.ModelProto]":
-        """Each layer as a part of its own."""
+        """Each layer as a separate part."""
         return cut(self.model, [layer.first for layer in self.layers[1:]])
 
     def open(self, precisions: Sequence[PartPrecision]) -> Any:
-        """The session of a mix, one precision a layer."""
+        """The session of a mix, with one precision for each layer."""
         return self.open_parts(*self.parts(precisions))
 
     def open_parts(self, parts: "Sequence[onnx.ModelProto]", precisions: Sequence[PartPrecision]) -> Any:
-        """The session of these parts, each in its precision. Raises ToolError when the backend refuses them."""
+        """The session of these parts, each in its precision. Raises ToolError if the backend refuses them."""
         import onnx
 
         for number, part in enumerate(parts, 1):
@@ -91,7 +91,7 @@ def check_machine() -> None:
 
 
 def _backend() -> Any:
-    """`ort_session` of the backend that serves a mix."""
+    """The module `ort_session` of the backend that serves a mix."""
     if str(BACKENDS / "onnxruntime") not in sys.path:
         sys.path.append(str(BACKENDS / "onnxruntime"))
     try:
@@ -108,7 +108,7 @@ def _plan(backend: Any, precisions: Sequence[PartPrecision]) -> Any:
 
 
 def check_name(name: str, models: Path = MODELS) -> None:
-    """Raises ToolError for what cannot be a configuration's name, or is that of one that no tuning wrote."""
+    """Raises ToolError for an invalid configuration name, or one whose configuration `tune-precision` did not write."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
         raise ToolError(f"--apply {name}: expected lower-case letters, digits and hyphens", exit_code=2)
     if name in config_names(models) and not _is_ours(models, name):
@@ -116,7 +116,7 @@ def check_name(name: str, models: Path = MODELS) -> None:
 
 
 def comment_of(result: dict[str, Any], mix: Mix) -> str:
-    """Where a mix was found and what it is, for the head of its configuration."""
+    """The comment at the top of a mix's configuration: where it was measured, and the result."""
     environment, found = result["environment"], mix.agreement
     return (
         f"on {environment['cpu']}, {environment['cores']} cores, {environment['date'][:10]}.\n"
@@ -126,9 +126,9 @@ def comment_of(result: dict[str, Any], mix: Mix) -> str:
 
 
 def apply(mix: Mix, model_path: Path, weights: Weights, name: str, comment: str, models: Path = MODELS) -> list[Path]:
-    """Write a mix as configs/NAME.pbtxt of clip_onnx, and its parts beside its model; what was written.
+    """Write a mix as configs/NAME.pbtxt of clip_onnx, and its parts beside its model; return the written paths.
 
-    A mix that is BF16 throughout needs no parts.
+    A mix with every layer in BF16 needs no parts.
     """
     import onnx
 
@@ -161,7 +161,7 @@ def _cut_for(model: "onnx.ModelProto", mix: Mix) -> "tuple[list[onnx.ModelProto]
 
 
 def _manifest(draft: Path, weights: Weights, mix: Mix, whole: Path) -> Manifest:
-    """A part's, with what the whole graph takes and gives."""
+    """The manifest of a part, with the inputs and outputs of the whole graph."""
     found, made = mix.agreement, Manifest.read(whole)
     further: dict[str, Any] = {"tensors": made.tensors, "fit": made.fit} if made else {}
     return describe(draft, weights, "bf16", found.worst_cosine, found.max_abs, gate=asdict(found), **further)

@@ -1,4 +1,4 @@
-"""The embeddings that an ONNX file gives on this CPU, with the rounding of its own precision."""
+"""Runs an ONNX file on this CPU, with the rounding of its precision."""
 
 import tempfile
 from collections.abc import Callable
@@ -24,7 +24,7 @@ TWIN = (
 
 @dataclass(frozen=True)
 class OnnxRun:
-    """Embeddings (N, 512) float32, and in words how they were computed."""
+    """Embeddings (N, 512) float32, and a description of how they were computed."""
 
     embeddings: "npt.NDArray[np.float32]"
     how: str
@@ -37,9 +37,9 @@ def run_onnx(
     batch_size: int = 8,
     advance: Callable[[int], None] = lambda images: None,
 ) -> OnnxRun:
-    """Embed (N, 224, 224, 3) uint8 RGB pixels, or (N, context) tokens. `advance` is told how many each batch had.
+    """The embeddings of (N, 224, 224, 3) uint8 RGB pixels, or (N, context) tokens. `advance` gets each batch's size.
 
-    A graph with FP16 or BF16 in it runs as its FP32 `twin`. Raises ToolError for a file that ONNX Runtime refuses.
+    A graph with FP16 or BF16 types runs as its FP32 `twin`. Raises ToolError for a file that ONNX Runtime refuses.
     """
     try:
         import numpy as np
@@ -67,7 +67,7 @@ def run_onnx(
 
 
 def open_session(model: "onnx.ModelProto | Path") -> Any:
-    """An ONNX Runtime session on the CPU that computes the graph as it is written."""
+    """An ONNX Runtime session on the CPU that computes the graph exactly as written."""
     import onnxruntime
 
     if not isinstance(model, Path) and model.ByteSize() > LARGEST_BYTES:
@@ -76,8 +76,8 @@ def open_session(model: "onnx.ModelProto | Path") -> Any:
             return open_session(path)
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it logs it also raises
-    # Q/DQ as the file has it: fused, ONNX Runtime 1.24 gives FP8 to a kernel for INT8 and refuses the model.
+    options.log_severity_level = 4  # it raises what it logs
+    # Q/DQ is not fused: ONNX Runtime 1.24 would give FP8 to a kernel for INT8 and refuse the model.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     source = str(model.resolve()) if isinstance(model, Path) else model.SerializeToString()
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

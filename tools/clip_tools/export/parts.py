@@ -1,4 +1,4 @@
-"""A graph cut into parts that run one after the other, so that each may run in a precision of its own."""
+"""Cuts a graph into parts that run one after the other, so that each can have its own precision."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _OF_A_BLOCK = ("attention", "mlp up", "mlp down")
 
 @dataclass(frozen=True)
 class Layer:
-    """A product with weights, or an attention whole, and what stands around it: nodes [first, end) in file order."""
+    """A product with weights, or a whole attention, with the nodes around it: nodes [first, end) in file order."""
 
     name: str
     first: int
@@ -24,11 +24,11 @@ class Layer:
 
 
 def layers(model: "onnx.ModelProto") -> list[Layer]:
-    """The graph as layers, one for each product with weights; between two of them it is cut where least crosses.
+    """The layers of a graph, one for each product with weights, cut where the fewest numbers cross the border.
 
-    Attention is one layer, from its first product to its last: OpenVINO 2025.4 refuses to compile in BF16 a part that
-    ends before the last one (`BrgemmCPU node has incompatible input element types`). Where a query has a product of its
-    own, beside that of keys and values, both are in it.
+    Attention is one layer, from its first product to its last: OpenVINO 2025.4 does not compile a BF16 part that ends
+    before the last one (`BrgemmCPU node has incompatible input element types`). If queries have a product apart from
+    keys and values, both are in that layer.
     """
     nodes = list(model.graph.node)
     constants = {tensor.name for tensor in model.graph.initializer}
@@ -40,10 +40,10 @@ def layers(model: "onnx.ModelProto") -> list[Layer]:
     cuts, ends = [], []
     for before, after in itertools.pairwise(weighted):
         if any(before < index < after for index in products):
-            continue  # attention's own products
+            continue  # the products inside attention
         if not _follows(nodes, before, after):
-            continue  # a query's, and its keys' and values'
-        # Where as few numbers cross, the later place: a LayerNorm goes with the product that reads it.
+            continue  # queries, and keys and values
+        # Among equal places the last one: a LayerNorm goes with the product that reads it.
         cuts.append(min(range(before + 1, after + 1), key=lambda at: (crossing[at], -at)))
         ends.append(before)
     names = _names([nodes[index].name for index in [*ends, weighted[-1]]])
@@ -51,7 +51,7 @@ def layers(model: "onnx.ModelProto") -> list[Layer]:
 
 
 def cut(model: "onnx.ModelProto", at: Sequence[int]) -> "list[onnx.ModelProto]":
-    """The graph cut before these nodes, ascending. A part takes and gives by the graph's own tensor names."""
+    """The parts of a graph that is cut before these nodes, in ascending order. Parts keep the graph's tensor names."""
     import onnx
     from onnx import helper
 
@@ -82,7 +82,7 @@ def cut(model: "onnx.ModelProto", at: Sequence[int]) -> "list[onnx.ModelProto]":
 
 
 def _follows(nodes: Sequence[Any], before: int, after: int) -> bool:
-    """Whether what node `after` reads depends on what node `before` makes."""
+    """Whether node `after` depends on node `before`."""
     made = set(nodes[before].output)
     for node in nodes[before + 1 : after + 1]:
         if made.intersection(node.input):
@@ -91,7 +91,7 @@ def _follows(nodes: Sequence[Any], before: int, after: int) -> bool:
 
 
 def _values(model: "onnx.ModelProto") -> dict[str, Any]:
-    """Type and shape of every tensor that is computed or given, by name."""
+    """Type and shape of every input, output and computed tensor, by name."""
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(model).graph
@@ -99,7 +99,7 @@ def _values(model: "onnx.ModelProto") -> dict[str, Any]:
 
 
 def _crossing_numbers(model: "onnx.ModelProto") -> list[int]:
-    """How many numbers of one image are made before each node and used by it or behind it."""
+    """For each node, how many numbers of one image are computed before it and used by it or later."""
     nodes = list(model.graph.node)
     sizes = {name: _size(value) for name, value in _values(model).items()}
     end = {name: index + 1 for index, node in enumerate(nodes) for name in node.input}
@@ -113,7 +113,7 @@ def _crossing_numbers(model: "onnx.ModelProto") -> list[int]:
 
 
 def _size(value: Any) -> int:
-    """The numbers of a tensor for one image; a dimension that depends on the batch, `12*batch`, counts its factor."""
+    """How many numbers a tensor has for one image; a dimension such as `12*batch` counts as 12."""
     size = 1
     for dim in value.type.tensor_type.shape.dim:
         factor = dim.dim_param.split("*")[0]
@@ -122,7 +122,7 @@ def _size(value: Any) -> int:
 
 
 def _names(products: Sequence[str]) -> list[str]:
-    """What people call the layers of a ViT; the nodes' own names in another graph."""
+    """Readable names for the layers of a ViT; the nodes' names for any other graph."""
     blocks, rest = divmod(len(products) - 2, len(_OF_A_BLOCK))
     if rest or blocks < 1:
         return list(products)

@@ -1,8 +1,8 @@
-"""The exported FP32 graph rewritten in a lower precision, and the FP32 twin that shows on a CPU what it computes.
+"""Rewrites the exported FP32 graph in a lower precision, or as an FP32 twin that shows on a CPU what that computes.
 
-Strongly typed: the type of every tensor is in the graph, so TensorRT has nothing to choose. Matrix multiplications,
-attention and convolutions run in the low type; LayerNorm, the activation, the residual stream and the final norm stay
-in FP32, with a cast at each border (NVIDIA/TensorRT#2709: in FP16 throughout, this ViT loses its accuracy). Inputs and
+The graph is strongly typed: it states the type of every tensor, so TensorRT chooses none. Matrix multiplications,
+attention and convolutions run in the low type. LayerNorm, the activation, the residual stream and the final norm stay
+in FP32, with a cast at each border: in FP16 throughout, this ViT loses its accuracy (NVIDIA/TensorRT#2709). Inputs and
 outputs do not change.
 """
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 Half = Literal["fp16", "bf16"]
 
 _BF16_OPSET = 22
-_LARGE_BYTES = 1024  # of a constant: smaller ones may be shapes, whose values matter to other types
+_LARGE_BYTES = 1024  # type inference skips larger constants; smaller ones may be shapes, whose values it needs
 MATRIX_OPS = ("MatMul", "Conv", "Attention")
-# They move numbers and compute none, so they take the type that comes; the first input is the data.
+# These only move numbers, so their output has the type of their first input, the data.
 _MOVERS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Gather", "Slice", "Split", "Pad")
 _ARITHMETIC = (
     *MATRIX_OPS,
@@ -43,7 +43,7 @@ _ARITHMETIC = (
 
 @dataclass
 class Graph:
-    """An ONNX graph being rewritten: its nodes in order, its constants by name, and fresh names."""
+    """An ONNX graph being rewritten: its nodes in order, and its constants by name."""
 
     model: "onnx.ModelProto"
 
@@ -52,7 +52,7 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = list(self.model.graph.node)
 
     def array(self, name: str) -> "npt.NDArray[np.float32]":
-        """The constant of this name, as numpy has it."""
+        """The value of this constant."""
         from onnx import numpy_helper
 
         value: npt.NDArray[np.float32] = numpy_helper.to_array(self.constants[name])
@@ -82,9 +82,9 @@ class Graph:
 
 
 def split_gemm(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The same graph with every Gemm as MatMul and Add, so that a linear layer has one form.
+    """The same graph with every Gemm as MatMul and Add, so that all linear layers have one form.
 
-    Gemm takes two dimensions, so the exporter puts a Reshape on both of its sides; those stay.
+    The exporter puts a Reshape before and after each Gemm, which takes two dimensions; those stay.
     """
     from onnx import helper
 
@@ -115,9 +115,9 @@ def split_gemm(model: "onnx.ModelProto") -> "onnx.ModelProto":
 def fold_normalisation(model: "onnx.ModelProto") -> "onnx.ModelProto":
     """The graph with `(x / 255 - mean) / std` moved into the first convolution, which now reads `(x - 128) / 128`.
 
-    FP16 and BF16 hold these inputs exactly, so a lower precision rounds no pixel: with the reshaped B-32 the worst FP16
-    cosine rose from 0.9957 to 0.9997 (with the bias in FP32, as here). What the centre adds is a bias in FP32 behind
-    the convolution. A graph that does not begin like the exported ViT comes back as it is.
+    FP16 and BF16 represent these inputs exactly, so a lower precision rounds no pixel. With the reshaped B-32 this
+    raised the worst FP16 cosine from 0.9957 to 0.9997, with the bias in FP32 as here. The offset becomes an FP32 bias
+    after the convolution. A graph that does not begin like the exported ViT is returned unchanged.
     """
     import numpy as np
     from onnx import helper
@@ -196,7 +196,7 @@ def lower(model: "onnx.ModelProto", half: Half, *, keep: Iterable[str] = ()) -> 
 
     for node in graph.nodes:
         if node.op_type == "DequantizeLinear" and node.name not in kept:
-            # What a scale is, the product is: an FP32 one would make it an FP32 product of eight-bit factors.
+            # The product has the type of the scale: an FP32 scale would multiply eight-bit factors in FP32.
             changed = _copy(node)
             changed.input[1] = _rounded_constant(graph, node.input[1], half)
             types[node.output[0]] = low
@@ -204,7 +204,7 @@ def lower(model: "onnx.ModelProto", half: Half, *, keep: Iterable[str] = ()) -> 
             continue
         computed = [name for name in node.input if name in types]
         if not computed or node.op_type == "Shape":
-            nodes.append(node)  # shapes, and constants that are made to measure
+            nodes.append(node)  # shapes, and constants of a computed size
             continue
         wanted: int = full
         if (node.op_type in MATRIX_OPS or node.name in biases) and node.name not in kept:
@@ -219,16 +219,16 @@ def lower(model: "onnx.ModelProto", half: Half, *, keep: Iterable[str] = ()) -> 
         nodes.append(changed)
     graph.nodes = nodes
     lowered = graph.finish()
-    if half == "bf16":  # the first opset whose Conv takes it; none of these operators changed otherwise
+    if half == "bf16":  # the first opset whose Conv takes it; the other operators here did not change
         lowered.opset_import[0].version = max(lowered.opset_import[0].version, _BF16_OPSET)
     return lowered
 
 
 def _low_biases(graph: Graph) -> set[str]:
-    """The additions of a bias that FP16 may do: those of query, key and value and before the activation.
+    """The bias additions that FP16 may do: those of query, key and value, and those before the activation.
 
-    Measured as 1 - mean cosine of the reshaped B-32 over the gate's 121 photographs: 7e-6 with every bias in FP32, 8e-6
-    with these in FP16, 12e-6 with those that go to the residual stream, 15e-6 with these and the activation.
+    1 - mean cosine of the reshaped B-32 on the gate's 121 photographs was 7e-6 with every bias in FP32, 8e-6 with these
+    in FP16, 12e-6 with those that go to the residual stream, 15e-6 with these and the activation.
     """
     makers = {name: node for node in graph.nodes for name in node.output}
     users: dict[str, list[Any]] = {}
@@ -253,9 +253,9 @@ def _low_biases(graph: Graph) -> set[str]:
 
 
 def naive_half(model: "onnx.ModelProto", half: Half = "fp16") -> "onnx.ModelProto":
-    """Everything after the pixels in `half`, LayerNorm and norms too: the conversion that loses accuracy.
+    """The graph with everything after the pixels in `half`, LayerNorm and norms too: this loses accuracy.
 
-    It is here to be measured and refused.
+    docs/precision.md shows that it fails the gate.
     """
     from onnx import TensorProto, helper
 
@@ -282,7 +282,7 @@ def naive_half(model: "onnx.ModelProto", half: Half = "fp16") -> "onnx.ModelProt
 
 
 def is_low(model: "onnx.ModelProto") -> bool:
-    """Whether anything in the graph is FP16 or BF16: a constant or a cast says so."""
+    """Whether the graph has an FP16 or BF16 constant, or a cast to one of them."""
     from onnx import TensorProto
 
     lows = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -296,12 +296,12 @@ def is_low(model: "onnx.ModelProto") -> bool:
 
 
 def twin(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The same graph in FP32 arithmetic with every value rounded where the graph is FP16 or BF16.
+    """The same graph in FP32 arithmetic, with values rounded to FP16 or BF16 where the graph has these types.
 
-    ONNX Runtime's CPU provider has no BF16 matrix multiplication, and runs FP16 ones in FP32 without rounding between
-    them, so neither would show what a GPU computes. A low-precision product that accumulates in FP32 is exactly this:
-    rounded factors, an FP32 sum, a rounded result. Attention is its two products and a softmax in FP32 whose shares are
-    rounded, as flash kernels compute it. A graph without low types comes back as it is.
+    It shows on a CPU what a GPU computes. ONNX Runtime's CPU provider has no BF16 matrix multiplication, and computes
+    FP16 ones in FP32 without rounding in between. A low-precision product that accumulates in FP32 is exactly this:
+    rounded factors, an FP32 sum, a rounded result. Attention becomes two products and an FP32 softmax with rounded
+    weights, as in flash kernels. A graph without low types is returned unchanged.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -331,7 +331,7 @@ def twin(model: "onnx.ModelProto") -> "onnx.ModelProto":
             source = changed.output[0]
         elif node.op_type == "Cast":
             source = node.input[0]
-        else:  # moves numbers, or a DequantizeLinear's
+        else:  # moves numbers, or dequantises
             nodes.append(changed)
             continue
         nodes.append(helper.make_node("Cast", [source], [f"{output}_rounded"], name=f"{output}_round", to=low))
@@ -343,9 +343,9 @@ def twin(model: "onnx.ModelProto") -> "onnx.ModelProto":
 
 
 def _attention_by_products(graph: Graph, node: Any, low: int) -> list[Any]:
-    """What an Attention node of three (batch, tokens, width) inputs computes, in FP32 with low types between.
+    """The FP32 nodes for an Attention node of three (batch, tokens, width) inputs, with rounding to the low type.
 
-    `scale` must be 1, as in our graphs: it is in the weights of the query.
+    `scale` must be 1, as in our graphs: the query's weights include it.
     """
     import numpy as np
     from onnx import TensorProto, helper
@@ -377,7 +377,7 @@ def _attention_by_products(graph: Graph, node: Any, low: int) -> list[Any]:
 
 
 def _infer(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The graph with the types of its tensors and without large weights, with which a copy may pass protobuf's 2 GB."""
+    """The graph with inferred types, without its large weights: with them a copy could exceed protobuf's 2 GB."""
     import onnx
 
     bare = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
@@ -396,7 +396,7 @@ def _infer(model: "onnx.ModelProto") -> "onnx.ModelProto":
 
 
 def _float_tensors(graph: Graph) -> dict[str, int]:
-    """Every float tensor that is computed from the pixels or from constants, by name."""
+    """The type FLOAT for every computed float tensor, by name."""
     from onnx import TensorProto
 
     inferred = _infer(graph.model).graph
@@ -415,7 +415,7 @@ def _rounded_constant(graph: Graph, name: str, half: Half) -> str:
 
 
 def _round_tensor(value: "npt.NDArray[Any]", name: str, half: Half) -> Any:
-    """The constant as a tensor of the low type. Raises ToolError when FP16 cannot hold it."""
+    """The constant as a tensor of the low type. Raises ToolError if it overflows FP16."""
     import ml_dtypes
     import numpy as np
     from onnx import numpy_helper
@@ -424,7 +424,7 @@ def _round_tensor(value: "npt.NDArray[Any]", name: str, half: Half) -> Any:
         rounded = value.astype(np.float16 if half == "fp16" else ml_dtypes.bfloat16)
     if not np.isfinite(rounded.astype(np.float32)).all():
         plain = name.removesuffix(f".{half}")
-        raise ToolError(f"{plain}: a weight of {np.abs(value).max():.3g} does not fit {half}; take bf16")
+        raise ToolError(f"{plain}: a weight of {np.abs(value).max():.3g} does not fit {half}; use bf16")
     return numpy_helper.from_array(rounded, name)
 
 
@@ -437,10 +437,10 @@ def _copy(node: Any) -> Any:
 
 
 def count_matrices(model: "onnx.ModelProto") -> dict[str, int]:
-    """How many matrix multiplications and convolutions the graph has in each precision, the commonest first.
+    """The number of matrix multiplications and convolutions of the graph in each precision, the most common first.
 
-    A product counts as INT8 or FP8 when both factors were dequantised from it, as TensorRT fuses them, or when it is
-    ONNX Runtime's dynamic MatMulInteger. An Attention node counts as the two products that it is.
+    A product counts as INT8 or FP8 if both factors were dequantised from it, as TensorRT fuses them, or if it is ONNX
+    Runtime's dynamic MatMulInteger. An Attention node counts as two products.
     """
     from onnx import TensorProto
 
@@ -469,7 +469,7 @@ def count_matrices(model: "onnx.ModelProto") -> dict[str, int]:
 
 
 def count_weights(model: "onnx.ModelProto") -> int:
-    """How many numbers the matrix multiplications and convolutions of a graph without Q/DQ have as constant factors."""
+    """The number of weights in the matrix multiplications and convolutions of a graph without Q/DQ."""
     import math
 
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
@@ -477,7 +477,7 @@ def count_weights(model: "onnx.ModelProto") -> int:
 
 
 def precision_of(model: "onnx.ModelProto") -> Precision:
-    """What the graph is called by its matrices: INT8 or FP8 where any is, else the lowest that is there."""
+    """The precision of the graph's matrix multiplications: INT8 or FP8 if any has it, else the lowest."""
     found = count_matrices(model)
     order: tuple[Precision, ...] = ("fp8", "int8", "bf16", "fp16")
     return next((name for name in order if name in found), "fp32")

@@ -1,7 +1,7 @@
-"""The text tower of an open_clip model as an ONNX graph of few nodes, on the blocks of `vit_graph`.
+"""The text tower of an open_clip model as an ONNX graph of few nodes, from the blocks of `vit_graph`.
 
-The mask is causal, and the embedding is made of one token, the end of the text: what stands behind the last end of a
-batch changes nothing, so the graph cuts it off. A text of four words then costs a tenth of one that fills the context.
+The mask is causal and the embedding is made from the end-of-text token alone. Tokens after the last end in a batch
+change nothing, so the graph cuts them off: a text of four words costs a tenth of one that fills the context.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def is_plain_text(model: Any) -> bool:
-    """Whether the model's text tower is open_clip's causal one, pooled at its highest token, and nothing else."""
+    """Whether the text tower is open_clip's plain causal transformer, pooled at the highest token."""
     import torch
 
     tower = text_tower(model)
@@ -32,12 +32,12 @@ def is_plain_text(model: Any) -> bool:
 
 
 def text_tower(model: Any) -> Any:
-    """Where an open_clip model keeps its text tower: in itself, or in `text`."""
+    """The text tower of an open_clip model: its attribute `text`, or the model itself."""
     return getattr(model, "text", model)
 
 
 def text_graph(model: Any, data: DataFile | None = None) -> "onnx.ModelProto":
-    """The FP32 graph of a plain one: `tokens` (batch, context) int64 -> `embedding` (batch, D) float32, L2 norm 1."""
+    """The FP32 graph of a plain tower: `tokens` (batch, context) int64 -> `embedding` (batch, D) float32, L2 norm 1."""
     tower, made = text_tower(model), Tower("portable", data)
     context, made.width = tower.positional_embedding.shape
     end = made.node("ArgMax", ["tokens"], "end", axis=1, keepdims=1)

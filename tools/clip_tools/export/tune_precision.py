@@ -1,9 +1,9 @@
-"""`clip-tools tune-precision`: the fastest mix of FP32 and BF16 layers whose vectors stay open_clip's, on this CPU.
+"""`clip-tools tune-precision`: finds the fastest mix of FP32 and BF16 layers on this CPU that passes an accuracy gate.
 
-Every figure is of the engine that serves: the graph cut into parts, each opened by `backends/onnxruntime` with
-OpenVINO in its own precision. A layer's cost is what it alone in BF16, and all else in FP32, takes from the cosine to
-open_clip in FP32; its gain is the time that BF16 saves. Layers go to BF16 by cost for gain, the cheapest first, as far
-as the gate allows, found by bisection. Neighbours in one precision are one part, for a border costs a conversion.
+It measures what will be served: the graph cut into parts, each opened by `backends/onnxruntime` with OpenVINO in its
+own precision. A layer's cost is the loss of cosine to open_clip with that layer alone in BF16; its gain is the time
+that BF16 saves. Layers move to BF16 in the order of cost for gain, as many as the gate allows, found by bisection.
+Neighbouring layers of one precision form one part, because a border costs a conversion.
 """
 
 import statistics
@@ -37,7 +37,7 @@ _SHARES = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer alone in BF16: the time of a batch in both precisions, and `cost`, 1 - the worst cosine it leaves."""
+    """One layer alone in BF16: a batch's time in both precisions, and `cost`, 1 - worst cosine."""
 
     name: str
     fp32_ms: float
@@ -46,18 +46,18 @@ class LayerCost:
 
     @property
     def saved_ms(self) -> float:
-        """What BF16 saves of a batch's time."""
+        """The time that BF16 saves for a batch."""
         return self.fp32_ms - self.bf16_ms
 
     @property
     def price(self) -> float:
-        """What a saved millisecond costs; infinite where none is saved."""
+        """The cost of each saved millisecond; infinite if none is saved."""
         return self.cost / self.saved_ms if self.saved_ms > 0 else float("inf")
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was measured; `best` is the fastest mix inside the gate that is worth it, None when there is none."""
+    """The measured layers and mixes."""
 
     layers: tuple[LayerCost, ...]
     mixes: tuple[Mix, ...]
@@ -65,7 +65,7 @@ class Tuning:
 
     @property
     def best(self) -> Mix | None:
-        """The fastest that passes and beats FP32 by a quarter."""
+        """The fastest mix that passes the gate and is `WORTH` times as fast as FP32; None if there is none."""
         good = [mix for mix in self.mixes if mix.agreement.worst_cosine >= self.worst_cosine and mix.ratio >= WORTH]
         return max(good, key=lambda mix: mix.ratio, default=None)
 
@@ -94,7 +94,7 @@ def tune(
 ) -> Tuning:
     """Measure the layers and the mixes of an FP32 graph against open_clip's embeddings of `expected.pixels`.
 
-    Raises ToolError when the graph does not agree in FP32: it is then of other weights.
+    Raises ToolError if the graph does not agree in FP32, as with other weights.
     """
     with tempfile.TemporaryDirectory(prefix="clip-tune-") as folder:
         trial = _Trial(Engine(model, Path(folder)), expected, advance)
@@ -105,7 +105,7 @@ def tune(
         costs = _costs(trial.engine, trial.touchy(), advance)
         order = [i for i in sorted(range(count), key=lambda i: costs[i].price) if costs[i].saved_ms > 0]
         if passes:
-            for share in _SHARES:  # nothing is left to find: these are for the curve
+            for share in _SHARES:  # all layers pass; these are for the curve
                 trial.worst_cosine(order[: round(share * len(order))])
         else:
             fits, fails = 0, len(order) + 1
@@ -117,7 +117,7 @@ def tune(
 
 
 class _Trial:
-    """Holds each mix against open_clip once, and times them all at the end; no more than two are open at a time."""
+    """Compares each mix with open_clip once, and times all at the end; at most two sessions are open at a time."""
 
     def __init__(self, engine: Engine, expected: Reference, advance: Advance) -> None:
         self.engine, self.count = engine, len(engine.layers)
@@ -125,7 +125,7 @@ class _Trial:
         self._embeddings: dict[tuple[PartPrecision, ...], Any] = {}
 
     def worst_cosine(self, lowered: Sequence[int]) -> float:
-        """That of the mix that has these layers in BF16."""
+        """The worst cosine of the mix with these layers in BF16."""
         mix = self._precisions(lowered)
         if mix not in self._embeddings:
             self._embeddings[mix] = embed(self.engine.open(mix), self._expected.pixels)
@@ -133,7 +133,7 @@ class _Trial:
         return self._agreement(mix).worst_cosine
 
     def touchy(self) -> Reference:
-        """Those photographs, a batch of them, that BF16 throughout hurts most: a mix fails on them first."""
+        """The batch of photographs with the lowest cosines when every layer is in BF16: a mix fails on these first."""
         import numpy as np
 
         cosine = cosines(self._embeddings[self._precisions(range(self.count))], self._expected.embeddings)
@@ -142,7 +142,7 @@ class _Trial:
         return Reference(names, self._expected.pixels[worst], self._expected.embeddings[worst], "")
 
     def timed(self, rounds: int) -> tuple[Mix, ...]:
-        """Every mix so far with its speed beside FP32, those with the fewest layers in BF16 first."""
+        """Every mix so far with its speed relative to FP32, those with the fewest BF16 layers first."""
         batch = self._expected.pixels[:BATCH]
         plain = self.engine.open(self._precisions([]))
         made = []
@@ -172,7 +172,7 @@ class _Trial:
 
 
 def embed(session: Any, pixels: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.float32]":
-    """(N, 512) float32 of (N, 224, 224, 3) uint8, in batches."""
+    """(N, 512) float32 embeddings of (N, 224, 224, 3) uint8 pixels, in batches."""
     import numpy as np
 
     batches = range(0, len(pixels), BATCH)
@@ -180,7 +180,7 @@ def embed(session: Any, pixels: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.floa
 
 
 def times(one: Any, other: Any, pixels: "npt.NDArray[np.uint8]", rounds: int) -> list[tuple[float, float]]:
-    """The seconds of both for one batch, in turn, so that what else the machine does hits both; a round warms up."""
+    """The seconds of both sessions for one batch, in turn, so that other load affects both. A first round warms up."""
     pairs = []
     for _ in range(rounds + 1):
         pair = []
@@ -193,7 +193,7 @@ def times(one: Any, other: Any, pixels: "npt.NDArray[np.uint8]", rounds: int) ->
 
 
 def _costs(engine: Engine, touchy: Reference, advance: Advance) -> list[LayerCost]:
-    """Every layer alone in BF16, on these photographs as one batch."""
+    """The cost of each layer alone in BF16, on these photographs as one batch."""
     import numpy as np
 
     alone = engine.apart()
@@ -209,12 +209,12 @@ def _costs(engine: Engine, touchy: Reference, advance: Advance) -> list[LayerCos
             tensors |= _run(step, tensors)
         worst = float(np.nan_to_num(cosines(tensors["embedding"], touchy.embeddings), nan=-1.0).min())
         found.append(LayerCost(layer.name, fp32_ms, bf16_ms, float(f"{max(0.0, 1 - worst):.3g}")))
-        advance("weighing the layers", index + 1, len(steps))
+        advance("measuring the layers", index + 1, len(steps))
     return found
 
 
 def _weigh(plain: Any, low: Any, tensors: dict[str, Any]) -> tuple[float, float, dict[str, Any]]:
-    """(ms in FP32, ms in BF16, what BF16 made); the lowest of the rounds, for what else the machine does only adds."""
+    """(ms in FP32, ms in BF16, the outputs in BF16). The lowest time of the rounds, because other load only adds."""
     spent: dict[int, list[float]] = {0: [], 1: []}
     made: dict[str, Any] = {}
     for _ in range(1 + _LAYER_ROUNDS):
@@ -226,7 +226,7 @@ def _weigh(plain: Any, low: Any, tensors: dict[str, Any]) -> tuple[float, float,
 
 
 def _run(session: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """What one part makes of the tensors that it takes, by name."""
+    """The outputs of one part by name, from the tensors that it reads."""
     names = [tensor.name for tensor in session.get_outputs()]
     feeds = {tensor.name: tensors[tensor.name] for tensor in session.get_inputs()}
     return dict(zip(names, session.run(names, feeds), strict=True))
@@ -241,9 +241,9 @@ def tune_precision(
     rounds: int = ROUNDS,
     advance: Advance = lambda what, done, total: None,
 ) -> tuple[Tuning, dict[str, Any]]:
-    """(The tuning of an exported FP32 graph, the same as a result without its environment).
+    """(The tuning of an exported FP32 graph, its fields of the result file).
 
-    Raises ToolError when the file is not the export of these weights.
+    Raises ToolError if the file is not the export of these weights.
     """
     import onnx
 
@@ -253,7 +253,7 @@ def tune_precision(
             f"`clip-tools export-onnx --model {weights.model} --pretrained {weights.pretrained}`"
         )
     if len(files_of(model_path)) > 1:
-        raise ToolError(f"{model_path}: expected a graph in one file, and this one has its weights in a second")
+        raise ToolError(f"{model_path}: expected a graph in one file, came one with external data")
     tuning = tune(onnx.load(str(model_path)), expected, worst_cosine=worst_cosine, rounds=rounds, advance=advance)
     trained = weights.seed is None
     result = {

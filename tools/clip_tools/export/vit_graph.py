@@ -1,14 +1,14 @@
 """The image tower of an open_clip ViT as an ONNX graph of few nodes, written from its weights.
 
-torch.onnx.export gives 602 nodes for ViT-B-32, most of them shapes, slices and reshapes. On a GPU a node costs
-microseconds of launch whatever it computes, and a convolution a search for its algorithm at every new batch size
-(microsoft/onnxruntime#19838). This graph has neither:
+torch.onnx.export gives 602 nodes for ViT-B-32, most of them shapes, slices and reshapes. On a GPU each node costs
+microseconds to launch, and a convolution searches for its algorithm at every new batch size
+(microsoft/onnxruntime#19838). This graph avoids both:
 
 - patches are cut by Reshape and Transpose and embedded by one MatMul, with `(x / 255 - mean) / std` in its weights;
-- the class token is a row of padding, filled by the addition of the position embedding;
+- the class token is a row of padding, to which the position embedding is added;
 - query, key and value come from one product, and `1 / sqrt(head width)` and LayerScale are in the weights;
-- the last block computes the class token alone, which is all that is read after it: keys and values are still those of
-  all tokens, so the answer is the same.
+- the last block computes only the class token, because nothing later reads another. Keys and values are still those of
+  all tokens, so the result is the same.
 """
 
 import math
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-# portable: operators that every engine has, OpenVINO too; tokens of all images in one list, so that a linear layer is
-# one Gemm. gpu: one node for attention, for which CUDA and TensorRT have flash kernels, and a linear layer as MatMul
-# and Add, which may then have types of their own.
+# portable: only operators that every engine supports, including OpenVINO; all images' tokens are one list, so that a
+# linear layer is one Gemm. gpu: attention is one node, for which CUDA and TensorRT have flash kernels, and a linear
+# layer is MatMul and Add, which may have different types.
 Form = Literal["portable", "gpu"]
-# 23 is the first opset with Attention; of 24 ONNX Runtime 1.24 has no CUDA kernel (microsoft/onnxruntime#28025).
+# 23 is the first opset with Attention; ONNX Runtime 1.24 has no CUDA kernel for 24's (microsoft/onnxruntime#28025).
 OPSETS: dict[Form, int] = {"portable": 20, "gpu": 23}
 PATCH_EMBEDDING = "patch_embedding"  # the node
 _QUICK_GELU = 1.702
 
 
 def is_plain_vit(visual: Any) -> bool:
-    """Whether this is open_clip's plain ViT, pooled by its class token, with nothing in it that this graph has not."""
+    """Whether this is open_clip's plain ViT, pooled by its class token, which this graph can represent."""
     from open_clip.transformer import VisionTransformer
 
     return (
@@ -48,7 +48,7 @@ def is_plain_vit(visual: Any) -> bool:
 
 
 def has_plain_blocks(transformer: Any) -> bool:
-    """Whether each of its blocks is one that `Tower.block` writes."""
+    """Whether `Tower.block` can write each of its blocks."""
     import torch
     from open_clip.transformer import QuickGELU, ResidualAttentionBlock, Transformer
 
@@ -65,10 +65,10 @@ def vit_graph(
 ) -> "onnx.ModelProto":
     """The FP32 graph of a plain ViT: `pixels` (batch, H, W, 3) uint8 RGB -> `embedding` (batch, D) float32, L2 norm 1.
 
-    Its weights are written to `data` where that is given.
+    With `data`, large weights are written to it.
 
-    In the gpu form the pixels are multiplied as `(x - 128) / 128`, which FP16 and BF16 hold exactly, so that a lower
-    precision rounds no pixel: with the reshaped B-32 the worst FP16 cosine rose from 0.9957 to 0.9997.
+    The gpu form multiplies pixels as `(x - 128) / 128`, which FP16 and BF16 represent exactly, so a lower precision
+    rounds no pixel. With the reshaped B-32 this raised the worst FP16 cosine from 0.9957 to 0.9997.
     """
     import numpy as np
 
@@ -110,11 +110,12 @@ def vit_graph(
 
 @dataclass
 class Tower:
-    """The nodes and constants so far; each method adds some and gives the name of their result.
+    """A graph under construction. Each method adds nodes and constants, and returns the name of their result.
 
-    `tokens` is how many one image or text has, or the name of the int64 tensor (1,) that says so. What depends on the
-    other two is for texts: `mask` is added to the scores, (tokens, tokens), and `pooled` is which token of each text
-    its embedding is made of, (batch, 1); by default no mask, and the first.
+    `tokens` is the number of tokens of one image or text, or the name of an int64 tensor (1,) that has it. `mask` and
+    `pooled` name tensors of a text tower: `mask` (tokens, tokens) is added to the scores, and `pooled` (batch, 1) is
+    the index of each text's token that becomes its embedding. Without them there is no mask, and the first token is
+    pooled.
     """
 
     form: Form
@@ -177,7 +178,7 @@ class Tower:
         return self.node("Add", [product, offset], f"{name}_sum")
 
     def pooled_token(self, x: str, name: str) -> str:
-        """(batch, width): of each image the class token, which is its first; of each text the one that is `pooled`."""
+        """(batch, width): the class token of each image, which is its first, or the `pooled` token of each text."""
         if self.form == "portable":
             x = self.by_item(x, (self.width,), f"{name}_by_item")
         if self.pooled:
@@ -185,7 +186,7 @@ class Tower:
         return self.node("Gather", [x, self.integers("first", 0)], name, axis=1)
 
     def block(self, x: str, block: Any, name: str, *, last: bool) -> str:
-        """A residual attention block; the last one gives the pooled token alone, (batch, width)."""
+        """A residual attention block; the last one returns the pooled token alone, (batch, width)."""
         attention, mlp = block.attn, block.mlp
         width, heads = attention.embed_dim, attention.num_heads
         weight, bias = array_of(attention.in_proj_weight).T.copy(), array_of(attention.in_proj_bias).copy()
@@ -217,7 +218,7 @@ class Tower:
         return self.node("Add", [x, self.linear(hidden, down, down_bias, f"{name}_down")], f"{name}_done")
 
     def attend(self, both: str, heads: int, name: str) -> str:
-        """Of query, key and value side by side: what every token takes from all."""
+        """Attention of all tokens to all tokens; `both` has query, key and value side by side."""
         if self.form == "gpu":
             return self.attention(self.split(both, 3, -1, name), heads, name)
         x = self.by_item(both, (3, heads, self.width // heads), f"{name}_by_head")
@@ -226,7 +227,7 @@ class Tower:
         return self.multiply(query, key, value, self.mask, name)
 
     def attend_one(self, query: str, both: str, heads: int, name: str) -> str:
-        """(batch, width): what the pooled token takes from all."""
+        """(batch, width): attention of the pooled token to all tokens; `both` has key and value side by side."""
         size = self.width // heads
         if self.form == "gpu":
             query = self.node("Unsqueeze", [query, self.integers("token_axis", (1,))], f"{name}_query_token")
@@ -237,7 +238,7 @@ class Tower:
         x = self.node("Transpose", [x], f"{name}_heads", perm=[2, 0, 3, 1, 4])
         key, value = self.split(x, 2, 0, name)
         mask = None
-        if self.mask and self.pooled:  # its own row: (batch, 1, tokens) -> (batch, 1, 1, tokens)
+        if self.mask and self.pooled:  # the token's row: (batch, 1, tokens) -> (batch, 1, 1, tokens)
             row = self.node("Gather", [self.mask, self.pooled], "pooled_mask_row", axis=0)
             mask = self.node("Unsqueeze", [row, self.integers("second_axis", (1,))], "pooled_mask")
         return self.multiply(query, key, value, mask, name)
@@ -254,7 +255,7 @@ class Tower:
         return self.node("Attention", parts, f"{name}_mixed", name=f"{name}_attention", scale=1.0, **sizes)
 
     def multiply(self, query: str, key: str, value: str, mask: str | None, name: str) -> str:
-        """Attention by products, of (1, batch, heads, tokens, size): (batch x queries, width)."""
+        """Attention as matrix products, of (1, batch, heads, tokens, size): (batch x queries, width)."""
         key = self.node("Transpose", [key], f"{name}_key_turned", perm=[0, 1, 2, 4, 3])
         scores = self.node("MatMul", [query, key], f"{name}_scores")
         if mask:
@@ -267,7 +268,7 @@ class Tower:
     def embedding(
         self, x: str, projection: Any, made: str, taken: "tuple[str, str, tuple[int, ...]]"
     ) -> "onnx.ModelProto":
-        """The whole graph: (batch, width) projected to `made` and to L2 norm 1, of an input's name, type and shape."""
+        """The finished graph: (batch, width) projected to `made`, then to L2 norm 1. `taken` is the input's tensor."""
         from onnx import TensorProto, helper
 
         x = self.node("MatMul", [x, self.constant("projection_weight", array_of(projection))], made, name="projection")
@@ -293,7 +294,7 @@ def array_of(parameter: Any) -> "Array":
 
 
 def _scaled(linear: Any, scale: Any) -> "tuple[Array, Array]":
-    """(in, out) weight and (out,) bias of a linear layer with the LayerScale behind it, which may be an Identity."""
+    """(in, out) weight and (out,) bias of a linear layer and the LayerScale after it, which may be an Identity."""
     weight, bias = array_of(linear.weight).T, array_of(linear.bias)
     if not hasattr(scale, "gamma"):
         return weight, bias
