@@ -84,7 +84,7 @@ def test_the_exported_graph_becomes_an_engine_of_the_precision_asked_for(
     assert EngineManifest.read(plan) == manifest
     assert plan.stat().st_size == manifest.size_bytes
     assert stale_reason(plan, onnx_path=graph) is None
-    assert "was built of another model.fp16.onnx" in (stale_reason(plan, onnx_path=onnx_model) or "")
+    assert "was built from another model.fp16.onnx" in (stale_reason(plan, onnx_path=onnx_model) or "")
 
 
 @rtx
@@ -229,12 +229,12 @@ def test_an_earlier_versions_manifest_is_still_read(tmp_path: Path) -> None:
     [
         ({}, "10.13.3.9", Gpu("NVIDIA L4", "8.9", "13.0"), None),
         ({}, None, None, None),
-        ({}, "10.14.1.48", None, "was built by tensorrt 10.13.3.9, and 10.14.1.48 is here"),
+        ({}, "10.14.1.48", None, "was built by tensorrt 10.13.3.9, but 10.14.1.48 is installed"),
         ({"version_compatible": True}, "10.14.1.48", None, None),
         ({"version_compatible": True}, "11.0.0.1", None, "was built by tensorrt 10.13.3.9"),
         ({}, None, Gpu("NVIDIA A10", "8.6", "13.0"), r"was built on NVIDIA L4 \(compute capability 8.9\)"),
         ({"hardware_compatible": True}, None, Gpu("NVIDIA A10", "8.6", "13.0"), None),
-        ({"targets": ("8.9",)}, None, Gpu("NVIDIA A10", "8.6", "13.0"), "for compute capability 8.9, and NVIDIA A10"),
+        ({"targets": ("8.9",)}, None, Gpu("NVIDIA A10", "8.6", "13.0"), "for compute capability 8.9, but this machine"),
         ({"targets": ("8.6",)}, None, Gpu("NVIDIA A10", "8.6", "13.0"), None),
     ],
 )

@@ -1,1 +1,1 @@
-"""The exported graph in a lower precision. INT8 and FP8 need calibration, a rotation and Q/DQ pairs."""
+"""Exports the graph in a lower precision. INT8 and FP8 need calibration and Q/DQ pairs, INT8 also a rotation."""

@@ -1,8 +1,8 @@
-"""The linear layers of a graph in eight bits, as a set of images has them, and what each costs; kept by content.
+"""Quantises a graph's linear layers to eight bits on a set of images, and measures what each costs; cached by content.
 
-Layer after layer: what comes into one has passed all earlier ones in eight bits, so that it can make up for them. No
-layer is fitted to the last quarter of the images: on it they are weighed, and a mix of eight-bit and FP16 layers is
-chosen (export_variant.py).
+Layers are quantised one after the other: a layer's input has passed all earlier layers in eight bits, so that it can
+correct their errors. The last quarter of the images is held out: on it the costs are measured, and export_variant.py
+chooses the layers that stay in FP16.
 """
 
 import hashlib
@@ -33,32 +33,32 @@ if TYPE_CHECKING:
 
 CALIBRATIONS = CACHE / "calibrations"
 ADVISED_IMAGES, MIN_IMAGES = 500, 100
-_FEWEST_IMAGES = 8  # even when forced: of these, two are left to choose a mix on
-_VERSION = 7  # of what is computed below: an older result is not taken from the cache
-_MOST_IMAGES = 512  # of more than these, every so many: the layers' inputs are held in memory
-_HELD_OUT = 4  # one image in so many
-_ROWS = 12288  # of each layer at random, in all, beside the class tokens: four times the widest layer's channels
+_FEWEST_IMAGES = 8  # even with --force: two of them are held out, to choose a mix
+_VERSION = 7  # of the computation below; the cache ignores results of other versions
+_MOST_IMAGES = 512  # more are sampled evenly, because the layers' inputs stay in memory
+_HELD_OUT = 4  # one image in this many
+_ROWS = 12288  # random ones of each layer, beside the class tokens: four times the widest layer's channels
 _COST_IMAGES = 32
-# Of the graph's weights; with fewer than half of them it would be no eight-bit engine (census.py). The linear layers
-# that can be rounded hold nine tenths.
+# Shares of the graph's weights to try; with less than half it is no eight-bit engine (census.py). The layers that can
+# be quantised have nine tenths of the weights.
 _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
-_PARTS = tuple(part.name for part in fields(QuantisedLayer))  # as they are kept
+_PARTS = tuple(part.name for part in fields(QuantisedLayer))  # a layer's arrays in the cache
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The linear layers in eight bits by node name, and what each alone costs: 1 - mean cosine."""
+    """The linear layers in eight bits by node name, and the cost of each one alone: 1 - mean cosine."""
 
     layers: dict[str, QuantisedLayer]
     costs: dict[str, float]
 
     def mixes(self, weights: int) -> list[dict[str, QuantisedLayer]]:
-        """The layers to quantise, from all of them down to those with half of the graph's so many weights.
+        """Sets of layers to quantise, from all of them down to half of the graph's `weights`, a number.
 
-        Those that cost least for their size come first.
+        The layers with the lowest cost for their size are quantised first.
         """
         by_cost = sorted(self.costs, key=lambda name: self.costs[name] / self.layers[name].levels.size)
         held = list(accumulate((self.layers[name].levels.size for name in by_cost), initial=0))
@@ -67,7 +67,7 @@ class Calibration:
 
 
 def check_count(images: int, *, force: bool) -> str | None:
-    """A note when there are fewer images than advised. Raises ToolError under the least, which `force` lowers to 8."""
+    """A note if there are fewer images than advised. Raises ToolError below the minimum, which `force` lowers to 8."""
     if images < _FEWEST_IMAGES:
         raise ToolError(f"--calibration: expected at least {_FEWEST_IMAGES} images, came {images}", exit_code=2)
     if images < MIN_IMAGES and not force:
@@ -82,10 +82,10 @@ def check_count(images: int, *, force: bool) -> str | None:
 
 
 def split(pixels: "Pixels") -> "tuple[Pixels, Pixels]":
-    """(Images to calibrate on, images to choose on), 512 together at most.
+    """(Images to calibrate on, held-out images), at most 512 together.
 
-    The latter are the last of the folder, so that shots of one moment, which stand together, are on one side. They had
-    better be different photographs: crops of one stay each other's neighbours whatever rounding does to the rest.
+    The last images are held out, so that shots of one moment, which are neighbours in a folder, are on one side. They
+    should be different photographs: crops of one stay each other's neighbours whatever the rounding.
     """
     import numpy as np
 
@@ -103,9 +103,9 @@ def calibrate(
     folder: Path = CALIBRATIONS,
     advance: Advance = lambda what, done, total: None,
 ) -> Calibration:
-    """The calibration of a prepared FP32 graph on (N, 224, 224, 3) uint8 pixels; from the cache when all are known.
+    """The calibration of a prepared FP32 graph on (N, 224, 224, 3) uint8 pixels, cached by graph and images.
 
-    What a layer costs is seen on the held-out images: on those that it was fitted to it costs less.
+    The costs are measured on the held-out images: on images that a layer was fitted to they are lower.
     """
     digest = hashlib.sha256(f"{_VERSION} {kind} {_ROWS} {_COST_IMAGES}".encode())
     digest.update(model.SerializeToString(deterministic=True))
@@ -124,7 +124,10 @@ def calibrate(
 def _quantise_layers(
     model: "onnx.ModelProto", pixels: "Pixels", kind: Eight, advance: Advance
 ) -> dict[str, QuantisedLayer]:
-    """All but those with one row an image, the class token's: too few to fit to, and no work worth rounding."""
+    """All linear layers in eight bits but those with one row for each image, the class token's.
+
+    Those have too few rows to fit to, and too little work to save.
+    """
     graph, nodes, images = Graph(model), linear_layers(model), Stepwise(model, pixels)
     layers: dict[str, QuantisedLayer] = {}
     for done, node in enumerate(nodes):
@@ -136,10 +139,10 @@ def _quantise_layers(
 
 
 def watch(inputs: "list[Floats]", sizes: Sequence[int]) -> LayerStatistics:
-    """Of what came into a layer in each batch; `sizes` are the batches' numbers of images."""
+    """The statistics of a layer's input, given by batch; `sizes` are the numbers of images in the batches."""
     import numpy as np
 
-    # The axis that counts images; of (R, K) rows, which do not say which token they are, the rows'.
+    # The axis of the images. Rows of shape (R, K) do not tell tokens apart, so theirs is the axis of the rows.
     first = inputs[0].ndim < 3 or all(len(value) == size for value, size in zip(inputs, sizes, strict=True))
     axis = 0 if first else 1
     centre = sum(value.sum(axis=axis, keepdims=True) for value in inputs) / sum(value.shape[axis] for value in inputs)
@@ -154,9 +157,9 @@ def watch(inputs: "list[Floats]", sizes: Sequence[int]) -> LayerStatistics:
 
 
 def _class_tokens(value: Any, batch: int) -> Any:
-    """The (batch, K) rows of the class token, of which alone the embedding is made: one in 50 or 197 rows at random.
+    """The (batch, K) rows of the class token, which alone becomes the embedding and is only one row in 50 or 197.
 
-    The layers see (token, image, K), (token x image, K) or (image, token, K), the class token first.
+    The layers' inputs are (token, image, K), (token x image, K) or (image, token, K), with the class token first.
     """
     if value.ndim == 3 and value.shape[0] == batch:
         return value[:, 0]
@@ -166,7 +169,7 @@ def _class_tokens(value: Any, batch: int) -> Any:
 def _costs(
     model: "onnx.ModelProto", layers: dict[str, QuantisedLayer], pixels: "Pixels", kind: Eight, advance: Advance
 ) -> dict[str, float]:
-    """1 - mean cosine of the embeddings with one layer in eight bits and all else as it was, for each layer."""
+    """1 - mean cosine of the embeddings with one layer in eight bits and the others unchanged, for each layer."""
     import numpy as np
 
     images = Stepwise(model, pixels[:: max(1, len(pixels) // _COST_IMAGES)][:_COST_IMAGES])
@@ -176,7 +179,7 @@ def _costs(
         images.run_to(node)
         got = images.finish(partial(quantize, layers={node.name: layers[node.name]}, kind=kind))
         costs[node.name] = float(1 - np.mean((got.astype(np.float64) * exact).sum(axis=1)))
-        advance("weighing the layers", done + 1, len(layers))
+        advance("measuring the layers", done + 1, len(layers))
     return costs
 
 

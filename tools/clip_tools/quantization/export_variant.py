@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     import onnx
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
-# Of the error that the gate allows, what a mix may show on images that no layer was fitted to: other images, those of
-# the gate among them, may show more. Set before any was measured, and by no result.
+# The share of the gate's allowed error that a mix may have on the held-out images; other images, such as the gate's,
+# may have more. Chosen before any measurement.
 _MARGIN = 0.5
-_COMPARED_IN_FP32 = 8  # photographs on which a graph that is only a step on the way meets PyTorch
+_COMPARED_IN_FP32 = 8  # photographs on which the intermediate FP32 graph is compared with PyTorch
 
 
 def export_variant(
@@ -45,10 +45,10 @@ def export_variant(
     advance: Advance = lambda what, done, total: None,
     largest_bytes: int = LARGEST_BYTES,
 ) -> Manifest:
-    """Write the graph of a lower precision to `output`, with its manifest and sample. Raises ToolError under its gate.
+    """Write the graph in a lower precision to `output`, with manifest and sample. Raises ToolError if its gate fails.
 
-    `photographs` are compared with open_clip; the gate counts from `gates.MIN_IMAGES` of them on. INT8 and FP8 need the
-    images of `calibration`.
+    The gate compares the embeddings of `photographs` with open_clip's, and counts with at least `gates.MIN_IMAGES` of
+    them. INT8 and FP8 need the images of `calibration`.
     """
     import onnx
 
@@ -109,7 +109,7 @@ def export_variant(
 
 
 def _fp32_graph(oracle: Oracle, photographs: Sequence[Path], folder: Path, largest_bytes: int) -> "onnx.ModelProto":
-    """The FP32 graph in the form for GPUs, which agrees with PyTorch."""
+    """The FP32 graph in the form for GPUs, compared with PyTorch."""
     path = folder / "fp32.onnx"
     write_graph(oracle, path, "gpu", largest_bytes=largest_bytes)
     compare(oracle, path, [photograph.read_bytes() for photograph in photographs[:_COMPARED_IN_FP32]])
@@ -119,11 +119,10 @@ def _fp32_graph(oracle: Oracle, photographs: Sequence[Path], folder: Path, large
 def _in_precision(
     full: "onnx.ModelProto", precision: Precision, oracle: Oracle, images: Sequence[Path], advance: Advance
 ) -> "tuple[onnx.ModelProto, dict[str, Any]]":
-    """(The graph in that precision, what it was calibrated on).
+    """(The graph in that precision, the manifest's entry on its calibration).
 
-    An eight-bit graph has as many eight-bit layers as hold, with a margin, on calibration images that no layer was
-    fitted to, and never less than half of its weights in them; the rest is FP16. Whether that is enough is for the gate
-    to say.
+    An eight-bit graph has as many eight-bit layers as pass the gate with a margin on the held-out images, and at least
+    half of its weights in them; the rest is FP16. The gate then decides whether that is accurate enough.
     """
     if precision in ("fp16", "bf16"):
         return lower(full, precision), {}
@@ -140,7 +139,7 @@ def _in_precision(
     exact = run_onnx(prepared, np.concatenate([seen, held_out])).embeddings
     weights = count_weights(prepared)
     mixes = calibration.mixes(weights)
-    first, last = 0, len(mixes) - 1  # the first that holds lies between them, or none does and the last must
+    first, last = 0, len(mixes) - 1  # bisects for the first mix that passes, or the last one
     while first < last:
         middle = (first + last) // 2
         got, wanted = run_onnx(quantize(prepared, mixes[middle], precision), held_out).embeddings, exact[len(seen) :]
@@ -165,6 +164,6 @@ def holds_with_margin(found: Agreement, precision: Precision) -> bool:
         for got, least in (
             (found.worst_cosine, gate.worst_cosine),
             (found.mean_cosine, gate.mean_cosine),
-            (found.neighbours_kept, gate.top1_agreement),  # between tied ones no mix can be chosen
+            (found.neighbours_kept, gate.top1_agreement),  # changes among ties must not decide
         )
     )

@@ -1,4 +1,4 @@
-"""Weights for rounded inputs, and rounded themselves: each error is made good by the weights that are still free."""
+"""Fits a layer's weights to rounded inputs, then rounds them so that later ones correct the errors of earlier ones."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
 
-_DAMPING = 0.01  # of the mean curvature, as in the paper: else channels that never stir would take any error
-_BLOCK = 128  # channels whose errors reach the rest in one product: only for speed
+_DAMPING = 0.01  # of the mean curvature, as in the paper: else constant channels would absorb any error
+_BLOCK = 128  # channels whose errors are passed on in one product, for speed
 
 
 def curvature(rows: "Floats") -> "npt.NDArray[np.float64]":
@@ -23,10 +23,10 @@ def curvature(rows: "Floats") -> "npt.NDArray[np.float64]":
 
 
 def fit_weights(weight: "Floats", exact: "Floats", seen: "Floats", curved: "npt.NDArray[np.float64]") -> "Floats":
-    """(K, N) weights for which `seen @ weights` is nearest to `exact @ weight`, by least squares near `weight`.
+    """(K, N) weights for which `seen @ weights` is closest to `exact @ weight`, by least squares near `weight`.
 
-    Both inputs are (R, K), `curved` is the curvature of `seen`. What their difference has in common with `seen` is put
-    right without cost.
+    Both inputs are (R, K), `curved` is the curvature of `seen`. This corrects the part of their difference that is a
+    linear function of `seen`.
     """
     import numpy as np
 
@@ -35,16 +35,16 @@ def fit_weights(weight: "Floats", exact: "Floats", seen: "Floats", curved: "npt.
 
 
 def round_weights(steps: "Floats", curved: "npt.NDArray[np.float64]", to_grid: Callable[[Any], Any]) -> "Floats":
-    """(K, N) weights on the grid for which the product stays nearest to what it was (GPTQ, arXiv:2210.17323).
+    """(K, N) weights on the grid whose product is closest to that of the exact ones (GPTQ, arXiv:2210.17323).
 
-    `steps` are (K, N) weights in multiples of their scale, `curved` is the curvature of the inputs as the layer will
-    see them, and `to_grid` rounds each number by itself. Channels with much energy come first: later ones mend them.
+    `steps` are (K, N) weights in multiples of their scale, `curved` is the curvature of the rounded inputs, and
+    `to_grid` rounds each number alone. Channels with much energy are rounded first, so that later ones correct them.
     """
     import numpy as np
 
     order = np.argsort(-np.diag(curved), kind="stable")
     spread = np.linalg.cholesky(np.linalg.inv(curved[np.ix_(order, order)]))
-    spread = spread.T.astype(np.float32)  # upper: how an error is shared out
+    spread = spread.T.astype(np.float32)  # upper triangular: how an error is shared out
     left = steps[order].astype(np.float32)
     rounded = np.empty_like(left)
     for start in range(0, len(left), _BLOCK):

@@ -1,18 +1,18 @@
-"""An FP32 graph with explicit Q/DQ pairs around its linear layers, in INT8 or FP8.
+"""Puts explicit Q/DQ pairs around the linear layers of an FP32 graph, in INT8 or FP8.
 
-Symmetric, with one constant scale for a layer's activations and, in INT8, one for each output channel of its weights:
-what TensorRT's eight-bit kernels take. Plain INT8 ranges lose this model (cosine 0.63 was seen), so
+Quantisation is symmetric, with one constant scale for a layer's activations and, in INT8, one for each output channel
+of its weights, as TensorRT's eight-bit kernels require. Plain INT8 ranges break this model (cosine 0.63 was seen), so
 
-- in INT8 the residual stream is turned until no channel stands out (rotation.py),
-- each token's mean over the images is taken away first, where a layer's input tells tokens apart, and comes back in the
-  bias: of the class token, of which alone the embedding is made, a quarter to a hundredth is left to be rounded,
-- each row is divided by its largest number before it is rounded and its product multiplied by it, so that every row has
-  all levels and none is clipped, whatever the image,
-- the weights are fitted to the rounded inputs and then rounded so that later ones mend earlier ones (gptq.py), and
-- the mean error that remains goes into the bias (arXiv:1906.04721).
+- in INT8 the residual stream is rotated, so that no channel is an outlier (rotation.py);
+- each token's mean over the images is subtracted first, if a layer's input tells tokens apart, and added in the bias.
+  The class token, which alone becomes the embedding, keeps only a quarter to a hundredth of its size to be rounded;
+- each row is divided by its largest number before rounding and its product multiplied by it, so that every row uses all
+  levels and none is clipped, whatever the image;
+- the weights are fitted to the rounded inputs, then rounded so that later ones correct earlier ones (gptq.py);
+- the mean of the remaining error goes into the bias (arXiv:1906.04721).
 
-The patch embedding, attention's own products, the rotation, the last projection and what is computed for the class
-token alone stay as they are.
+The patch embedding, the products inside attention, the rotation, the last projection and the layers that only the class
+token passes are not quantised.
 """
 
 from collections.abc import Mapping
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 Eight = Literal["int8", "fp8"]
 
 _TOP: dict[Eight, float] = {"int8": 127.0, "fp8": 448.0}
-_LEAST = 1e-6  # that a row is divided by: the first layer's class token is the same in all images, and nothing is left
-_STILL = 1e-4  # of the rows' usual length: shorter ones are rounding noise
+_LEAST = 1e-6  # lowest divisor of a row: the first layer's class token is the same in all images, so its row is zero
+_STILL = 1e-4  # share of the rows' usual length; shorter ones are rounding noise
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What came into a linear layer: the mean of each token over the images, and `x - centre` of some rows, (R, K).
+    """The input of a linear layer: each token's mean over the images, and `x - centre` of some rows, (R, K).
 
-    `centre` broadcasts against the layer's input: (T, 1, K), (1, T, K), or (1, K) where tokens cannot be told apart.
+    `centre` broadcasts against the layer's input: (T, 1, K), (1, T, K), or (1, K) if tokens cannot be told apart.
     """
 
     centre: "Floats"
@@ -54,9 +54,9 @@ class LayerStatistics:
 class QuantisedLayer:
     """A linear layer in eight bits: each row of `x - centre` is divided by its largest number and rounded.
 
-    `centre` (..., K) is that of `LayerStatistics`. The product is multiplied by what its row was divided by, and `bias`
-    (..., N) is added. `weight_scales` are (N,) or (), float32 and exact in FP16. `levels` are the (K, N) weights in
-    multiples of their scale: int8, or float8_e4m3fn's bits as int8.
+    `centre` (..., K) is that of `LayerStatistics`. The product is multiplied by its row's divisor, and `bias` (..., N)
+    is added. `weight_scales` are (N,) or (), float32 and exact in FP16. `levels` are the (K, N) weights in multiples of
+    their scale: int8, or float8_e4m3fn's bits as int8.
     """
 
     centre: "Floats"
@@ -66,27 +66,26 @@ class QuantisedLayer:
 
 
 def prepare(model: "onnx.ModelProto", kind: Eight) -> "onnx.ModelProto":
-    """The graph in the form that is calibrated and quantised: one form of linear layer, pixels folded.
+    """The graph to calibrate and quantise: all linear layers in one form, the normalisation folded.
 
-    For INT8 its stream is turned; FP8 has exponents of its own and does not mind a wide channel.
+    For INT8 its residual stream is rotated; FP8 is floating point and tolerates outlier channels.
     """
     prepared = split_gemm(fold_normalisation(model))
     return rotate(prepared) if kind == "int8" else prepared
 
 
 def linear_layers(model: "onnx.ModelProto") -> list[Any]:
-    """The nodes that multiply by a weight inside the transformer, in order: not the patches' and the projection's."""
+    """The nodes that multiply by a weight inside the transformer, in order: without patch embedding and projection."""
     weights = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     nodes = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights - {ROTATION}]
     return [node for node in nodes[:-1] if node.name != PATCH_EMBEDDING]
 
 
 def fit(statistics: LayerStatistics, weight: "Floats", kind: Eight) -> QuantisedLayer:
-    """One layer in eight bits; `weight` is (K, N). By the squared error of the product, each row against its own size.
+    """One layer in eight bits, fitted by the product's squared error relative to each row's size; `weight` is (K, N).
 
-    Without that a few large rows, tokens that a ViT keeps for itself, would hide the error of all others. Rows of which
-    the centre leaves nothing are left out: the first layer's class token, and what is white in every image.
-    Raises ToolError when no row is left.
+    Otherwise the few tokens that are very large in a ViT would hide the errors of all others. Rows equal to the centre
+    are skipped: the first layer's class token, and what is white in every image. Raises ToolError if no row remains.
     """
     import numpy as np
 
@@ -150,7 +149,7 @@ def quantize(model: "onnx.ModelProto", layers: Mapping[str, QuantisedLayer], kin
 
 
 def _half(value: Any) -> Any:
-    """Rounded to FP16, which the scales are in the finished graph; never zero."""
+    """Rounded to FP16, the type of the scales in the finished graph; never zero."""
     import numpy as np
 
     return np.maximum(value.astype(np.float16), np.float16(1e-7)).astype(np.float32)
@@ -163,14 +162,14 @@ def _weight_scales(weight: Any, kind: Eight) -> Any:
 
 
 def _unit_scale(kind: Eight) -> Any:
-    """What a row whose largest number is one is rounded to multiples of."""
+    """The quantisation step of a row whose largest number is one."""
     import numpy as np
 
     return _half(np.asarray(1 / _TOP[kind]))
 
 
 def _round(rows: Any, kind: Eight) -> Any:
-    """(R, K) rows as the eight-bit type holds them, each against its largest number."""
+    """(R, K) rows rounded to the eight-bit type, each relative to its largest number."""
     import numpy as np
 
     scale = _unit_scale(kind) * np.abs(rows).max(axis=1, keepdims=True).clip(_LEAST)
@@ -178,7 +177,7 @@ def _round(rows: Any, kind: Eight) -> Any:
 
 
 def _to_grid(steps: Any, kind: Eight) -> Any:
-    """Multiples of a scale, rounded to what the eight-bit type has; float32."""
+    """Multiples of a scale, rounded to the values of the eight-bit type; float32."""
     import ml_dtypes
     import numpy as np
 

@@ -1,10 +1,9 @@
-"""The same tower with its residual stream turned, so that no channel stands out where eight bits must hold them all.
+"""Rotates the residual stream of a tower, so that it has no outlier channels when it is rounded to eight bits.
 
-A few channels of a trained ViT are tens of times the others, and one scale for a row of a layer's input spends its
-levels on them. An orthogonal matrix spreads them over all channels (QuaRot, arXiv:2404.00456). Here it costs one
-product behind the first norm: every other norm reads the turned stream and gives the turned result, because the matrix
-also keeps the mean (it maps ones to ones), and its inverse is already in the weights behind the norm. So are the norms'
-own weights.
+A few channels of a trained ViT are tens of times as large as the others, and one scale for a row of a layer's input
+spends its levels on them. An orthogonal matrix spreads them over all channels (QuaRot, arXiv:2404.00456). It costs one
+product after the first norm. The matrix maps ones to ones, so it keeps a row's mean, and every other norm turns the
+rotated stream into the rotated result. The inverse and the norms' weights are folded into the weights after the norms.
 """
 
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float64]
 
-ROTATION = "rotation"  # the constant's name, and its product's
-_PICKERS = ("Slice", "Gather")  # of the class token
-_MOVERS = ("Transpose", "Reshape", *_PICKERS)  # those that an exported tower has beside its linear layers
+ROTATION = "rotation"  # the name of the constant and of its product
+_PICKERS = ("Slice", "Gather")  # of the class token's row
+_MOVERS = ("Transpose", "Reshape", *_PICKERS)  # the ones in an exported tower
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """A product with a weight and the sum behind it; `bias` is None where there is none."""
+    """A product with a weight and the addition of its bias, which may be None."""
 
     product: Any
     bias: Any | None
@@ -34,17 +33,17 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Stream:
-    """Who writes to and reads from the residual stream that begins at tensor `start`."""
+    """The nodes that write to and read from the residual stream, which begins at tensor `start`."""
 
     start: str
     writers: tuple[_Linear, ...]
-    readers: tuple[tuple[Any, tuple[_Linear, ...]], ...]  # (norm, the linear layers behind it)
+    readers: tuple[tuple[Any, tuple[_Linear, ...]], ...]  # (norm, the linear layers after it)
 
 
 def rotate(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """The graph with a turned stream; equal but for FP32's rounding. As it came where it is no plain pre-norm ViT.
+    """The graph with a rotated residual stream, equal but for FP32 rounding; unchanged if it is no plain pre-norm ViT.
 
-    Takes `prepare`d graphs: a linear layer is MatMul and Add.
+    Its linear layers must be MatMul and Add.
     """
     import numpy as np
     import onnx
@@ -60,7 +59,7 @@ def rotate(model: "onnx.ModelProto") -> "onnx.ModelProto":
     turn = mean_keeping_rotation(width)
     ones = graph.add_constant("norm_ones", np.ones(width, np.float32))
     zeros = graph.add_constant("norm_zeros", np.zeros(width, np.float32))
-    added: dict[str, Any] = {}  # by the name of the node that they come behind
+    added: dict[str, Any] = {}  # by the name of the node that they follow
     for norm, layers in stream.readers:
         gain, offset = (graph.array(name).astype(np.float64) for name in norm.input[1:3])
         for layer in layers:
@@ -92,12 +91,12 @@ def rotate(model: "onnx.ModelProto") -> "onnx.ModelProto":
 
 
 def mean_keeping_rotation(width: int) -> "Floats":
-    """(width, width) orthogonal; its rows and columns each sum to 1, so that a row's mean is the same when turned."""
+    """An orthogonal (width, width) matrix whose rows and columns each sum to 1, so that it keeps a row's mean."""
     import numpy as np
 
     random = np.random.default_rng(0)
     basis = random.normal(size=(width, width))
-    basis[:, 0] = 1  # the first direction, which is kept
+    basis[:, 0] = 1  # the direction that is kept
     kept, _ = np.linalg.qr(basis)
     inner, _ = np.linalg.qr(random.normal(size=(width - 1, width - 1)))
     turn: Floats = np.outer(kept[:, 0], kept[:, 0]) + kept[:, 1:] @ inner @ kept[:, 1:].T
@@ -105,14 +104,14 @@ def mean_keeping_rotation(width: int) -> "Floats":
 
 
 def _set(graph: Graph, node: Any, index: int, value: "npt.NDArray[Any]") -> None:
-    """Give the node a constant of its own: others may share the one that it had."""
+    """Give the node a new constant, because others may share its old one."""
     import numpy as np
 
     node.input[index] = graph.add_constant(f"{node.name}.turned", np.asarray(value, np.float32))
 
 
 def _find_stream(graph: Graph) -> _Stream | None:
-    """The residual stream from the first norm on; None unless all that touches it is known."""
+    """The residual stream from the first norm on; None if any node on it is not recognised."""
     makers = {node.output[0]: node for node in graph.nodes}
     users: dict[str, list[Any]] = {}
     for node in graph.nodes:
@@ -151,7 +150,7 @@ def _find_stream(graph: Graph) -> _Stream | None:
 
 
 def _behind(graph: Graph, users: dict[str, list[Any]], norm: Any) -> tuple[_Linear, ...] | None:
-    """The linear layers that read this norm; None when something else does."""
+    """The linear layers that read this norm; None if anything else reads it."""
     layers: list[_Linear] = []
     waiting = [norm.output[0]]
     while waiting:
@@ -169,7 +168,7 @@ def _behind(graph: Graph, users: dict[str, list[Any]], norm: Any) -> tuple[_Line
 
 
 def _before(graph: Graph, makers: dict[str, Any], users: dict[str, list[Any]], tensor: str) -> _Linear | None:
-    """The linear layer whose result this is, for nobody else; None when it is something else."""
+    """The linear layer that computes this tensor, for one reader alone; None if anything else computes it."""
     bias = None
     while node := makers.get(tensor):
         if len(users[tensor]) != 1:
@@ -185,7 +184,7 @@ def _before(graph: Graph, makers: dict[str, Any], users: dict[str, list[Any]], t
 
 
 def _picks_tokens(graph: Graph, node: Any) -> bool:
-    """Whether it picks from axis 1, which is the tokens', so that what comes out has every channel of the stream."""
+    """Whether it selects from axis 1, the tokens, so that its output has every channel of the stream."""
     if node.op_type == "Slice":
         return len(node.input) > 3 and node.input[3] in graph.constants and graph.array(node.input[3]).tolist() == [1]
     return node.op_type == "Gather" and any(a.name == "axis" and a.i == 1 for a in node.attribute)

@@ -1,4 +1,4 @@
-"""A graph run piece by piece over a set of images, so that what is found at one layer can change what follows."""
+"""Runs a graph piece by piece on a set of images, so that the result at one layer can change the layers after it."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,13 @@ _BATCH = 8
 
 
 class Stepwise:
-    """Images on their way through a graph, held before one of its nodes.
+    """Images on their way through a graph, stopped before one of its nodes.
 
     `batches` has one dict for each batch of images: the value of every tensor that a later node reads.
     """
 
     def __init__(self, model: "onnx.ModelProto", pixels: "npt.NDArray[np.uint8]") -> None:
-        """Before the first node; `pixels` are (N, 224, 224, 3) uint8."""
+        """Start before the first node; `pixels` are (N, 224, 224, 3) uint8."""
         self._model = model
         self._nodes = list(model.graph.node)
         self._at = 0
@@ -36,7 +36,7 @@ class Stepwise:
         return self._sizes
 
     def run_to(self, node: Any, rewrite: Rewrite = lambda model: model) -> list[Any]:
-        """Run the nodes up to this one, without it, as `rewrite` makes them; each batch's first input of the node."""
+        """Run the nodes before this one, changed by `rewrite`; return the first input of the node for each batch."""
         end = self._nodes.index(node, self._at)
         later = {name for following in self._nodes[end:] for name in following.input}
         if end > self._at:
@@ -49,7 +49,7 @@ class Stepwise:
         return [batch[node.input[0]] for batch in self.batches]
 
     def finish(self, rewrite: Rewrite = lambda model: model) -> "npt.NDArray[np.float32]":
-        """(N, 512) embeddings by the nodes that are left, as `rewrite` makes them; the images stay where they are."""
+        """(N, 512) embeddings: runs the remaining nodes, changed by `rewrite`, and leaves the images where they are."""
         import numpy as np
 
         session = self._session(self._nodes[self._at :], {"embedding"}, rewrite)
@@ -59,7 +59,7 @@ class Stepwise:
         return found
 
     def _session(self, nodes: Sequence[Any], wanted: set[str], rewrite: Rewrite) -> Any:
-        """A session of these nodes that reads what is there and gives what is wanted and theirs."""
+        """A session of these nodes: it reads the stored tensors and returns the `wanted` ones."""
         import onnx
         from onnx import helper
 

@@ -1,7 +1,7 @@
-"""`clip-tools build-engine`: a TensorRT plan of the exported graph that is what it says it is.
+"""`clip-tools build-engine`: builds a TensorRT plan from the exported graph, and checks its precision.
 
-Precision comes from the graph (strongly typed), so nothing here lowers or raises it; what was built is counted, and a
-plan of another precision than asked for is not written.
+The graph is strongly typed, so it alone decides the precision. The network's matrix multiplications are counted by
+precision, and a plan of another precision than requested is not written.
 """
 
 import datetime
@@ -43,10 +43,10 @@ def default_onnx(precision: str, models: Path = MODELS) -> Path:
 
 
 def build_engine(onnx_path: Path, output: Path, options: EngineOptions) -> EngineManifest:
-    """Build the plan, check what it runs in, then put plan and manifest in place.
+    """Build the plan, check its precision, then put plan and manifest in place.
 
     Raises ToolError for a missing library or file, a graph that the parser refuses, and a network whose matrices do not
-    run in `options.precision`; then nothing is written and what was there stays.
+    run in `options.precision`. It then leaves the existing files alone.
     """
     if not 1 <= options.min_batch <= options.opt_batch <= options.max_batch:
         raise ToolError(
@@ -57,12 +57,12 @@ def build_engine(onnx_path: Path, output: Path, options: EngineOptions) -> Engin
     trt = load_tensorrt(options.runtime)
     if not onnx_path.is_file():
         raise ToolError(
-            f"{onnx_path} is not there: make it with `clip-tools export-onnx --precision {options.precision}`"
+            f"{onnx_path} does not exist: make it with `clip-tools export-onnx --precision {options.precision}`"
         )
     gpu = find_gpu()
     if options.runtime == "tensorrt" and gpu is None:
         raise ToolError(
-            "tensorrt builds on the GPU that will run the plan, and this machine has none that answers; "
+            "tensorrt builds on the GPU that will run the plan, and no GPU was found here; "
             "`--runtime tensorrt-rtx` builds without one, for RTX GPUs"
         )
     log = _log(trt)
@@ -90,7 +90,7 @@ def build_engine(onnx_path: Path, output: Path, options: EngineOptions) -> Engin
 
 
 def _log(trt: Any) -> Any:
-    """A logger that keeps the errors for the message and lets nothing else through."""
+    """A logger that collects the errors for our message and drops everything else."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -109,24 +109,24 @@ def _log(trt: Any) -> Any:
         def explaining(self) -> Iterator[None]:
             try:
                 yield
-            except (RuntimeError, TypeError) as error:  # how pybind11 shows that a C++ object could not be made
+            except (RuntimeError, TypeError) as error:  # pybind11's errors for a C++ object that could not be made
                 raise ToolError(f"TensorRT failed: {error}: {self.reason()}") from error
 
     return Log()
 
 
 def _parse(trt: Any, builder: Any, log: Any, onnx_path: Path) -> tuple[Any, Any]:
-    """(The strongly typed network of the graph, with our tensors alone; its parser, which owns the weights)."""
+    """(The graph's strongly typed network, its parser, which owns the weights). Raises ToolError for other tensors."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(1 << int(flag) if flag is not None else 0)  # where it is gone, all are
+    network = builder.create_network(1 << int(flag) if flag is not None else 0)  # newer versions lack it
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx_path.resolve())):
         found = [parser.get_error(index) for index in range(parser.num_errors)]
         shown = "; ".join(_parser_error(error) for error in found[:_PARSER_ERRORS_SHOWN]) or log.reason()
         more = f" (and {len(found) - _PARSER_ERRORS_SHOWN} more)" if len(found) > _PARSER_ERRORS_SHOWN else ""
         raise ToolError(
-            f"{onnx_path}: TensorRT's parser refuses {shown}{more}. Export it anew with `clip-tools export-onnx`; if "
-            "it is your own graph, replace these nodes or take a newer TensorRT"
+            f"{onnx_path}: TensorRT's parser refuses {shown}{more}. Export it again with `clip-tools export-onnx`; in "
+            "a graph of your own, replace these nodes or use a newer TensorRT"
         )
     _let_attention_be_decomposed(trt, network)
     tensors = {
@@ -145,11 +145,11 @@ def _parse(trt: Any, builder: Any, log: Any, onnx_path: Path) -> tuple[Any, Any]
 
 
 def _let_attention_be_decomposed(trt: Any, network: Any) -> None:
-    """Without this the build fails where a GPU has no attention kernel for the graph's type and head width."""
+    """Allow decomposed attention: else the build fails if the GPU has no kernel for the type and head width."""
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type.name == "ATTENTION_INPUT":
-            layer.__class__ = trt.IAttentionInputLayer  # how one asks a layer of TensorRT's Python API for its own
+            layer.__class__ = trt.IAttentionInputLayer  # TensorRT's Python API has no other cast
             layer.attention.decomposable = True
 
 
@@ -162,13 +162,13 @@ def _parser_error(error: Any) -> str:
 def _configure(
     trt: Any, builder: Any, options: EngineOptions, gpu: Gpu | None, row: tuple[int, ...]
 ) -> tuple[Any, tuple[str, ...]]:
-    """(The builder's configuration, the compute capabilities that it builds for ahead of time; none: this GPU)."""
+    """(The builder's configuration, the compute capabilities to build for ahead of time; none: this GPU)."""
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     profile.set_shape(_INPUT, *((batch, *row) for batch in (options.min_batch, options.opt_batch, options.max_batch)))
     config.add_optimization_profile(profile)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can tell the census
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and FP32 with FP16's mantissa
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector reports no types
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; it is FP32 with FP16's mantissa
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
     if options.version_compatible:
@@ -180,7 +180,7 @@ def _configure(
             )
         return config, _aim(trt, config, options)
     if options.targets:
-        raise ToolError("--target is for tensorrt-rtx; tensorrt builds for the GPU that is here", exit_code=2)
+        raise ToolError("--target is for tensorrt-rtx; tensorrt builds for this machine's GPU", exit_code=2)
     if options.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     path = _timing_path(trt, options, gpu)
@@ -191,7 +191,7 @@ def _configure(
 
 
 def _aim(trt: Any, config: Any, options: EngineOptions) -> tuple[str, ...]:
-    """Set and return the compute capabilities; by default all from Ampere on that have the precision."""
+    """Set and return the compute capabilities to build for; by default all from Ampere on that have the precision."""
     known = {
         f"{name[2:-1]}.{name[-1]}": value
         for name, value in trt.ComputeCapability.__members__.items()
@@ -217,14 +217,14 @@ def _aim(trt: Any, config: Any, options: EngineOptions) -> tuple[str, ...]:
 
 
 def _timing_path(trt: Any, options: EngineOptions, gpu: Gpu | None) -> Path:
-    """Timings hold for one version of the library and one GPU."""
+    """The timing cache of this library version and GPU; timings are valid for no other."""
     where = f"{gpu.name}-{gpu.compute_capability}".replace(" ", "_") if gpu else "no-gpu"
     return TIMING / f"{options.runtime}-{trt.__version__}-{where}.bin"
 
 
 def _keep_timing(trt: Any, config: Any, options: EngineOptions, gpu: Gpu | None) -> None:
     cache = config.get_timing_cache() if options.runtime == "tensorrt" else None
-    if cache is None:  # tensorrt-rtx times nothing before it runs
+    if cache is None:  # tensorrt-rtx times nothing at build time
         return
     path = _timing_path(trt, options, gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ def _keep_timing(trt: Any, config: Any, options: EngineOptions, gpu: Gpu | None)
 
 @contextmanager
 def _progress(trt: Any, config: Any) -> Iterator[None]:
-    """Show the phases of the build on stderr where it is a terminal."""
+    """Show the phases of the build on stderr if it is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -306,7 +306,7 @@ def _write(
 
 
 def _onnx_manifest(onnx_path: Path) -> dict[str, Any]:
-    """What the graph's manifest says; empty for a graph without one."""
+    """The content of the graph's manifest; empty if it has none."""
     from clip_tools.export.manifest import manifest_path
 
     try:
@@ -317,7 +317,7 @@ def _onnx_manifest(onnx_path: Path) -> dict[str, Any]:
 
 
 def _inspect(trt: Any, plan: bytes) -> dict[str, int]:
-    """What the inspector tells of the built engine, on a GPU that can load it; else nothing."""
+    """The inspector's layer types of the built engine; empty if this GPU cannot load it."""
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(plan)
     if engine is None:
         return {}

@@ -1,7 +1,7 @@
-"""What the matrix multiplications of a TensorRT network run in, counted, and whether that is what was asked for.
+"""Counts the matrix multiplications of a TensorRT network by precision, and checks that it has the requested one.
 
-In a strongly typed network the types of the layers are what runs; TensorRT may fuse layers, never change a type. From
-TensorRT 11 on there is no other way, and an FP32 graph becomes an FP32 engine without a word (roboflow/rf-detr#1453).
+In a strongly typed network the types of the layers are those that run; TensorRT may fuse layers but not change a type.
+TensorRT 11 has no other networks, and silently makes an FP32 engine of an FP32 graph (roboflow/rf-detr#1453).
 """
 
 import json
@@ -14,27 +14,28 @@ from typing import Any
 from clip_tools.verification.gates import Precision
 
 _NAMES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8", "FP4": "fp4", "INT4": "int4"}
-# How many products a layer is; an attention is an input layer, which has query and key, and an output layer.
+# The products in a layer. An attention is an input layer, with query and key, and an output layer.
 _MATRIX_LAYERS = {"MATRIX_MULTIPLY": 1, "CONVOLUTION": 1, "DECONVOLUTION": 1, "EINSUM": 1, "ATTENTION_INPUT": 2}
 _MOVING_LAYERS = ("SHUFFLE", "IDENTITY", "CAST", "SLICE", "SQUEEZE", "UNSQUEEZE")
 
 
 @dataclass(frozen=True)
 class Census:
-    """How many matrix multiplications run in each precision, and how many weights; attention is two, a convolution one.
+    """The matrix multiplications in each precision, and their weights. Attention counts as two, a convolution as one.
 
-    A weight is a number of a constant second factor. All but a few meet every token once: they stand for the work.
+    A weight is a number of a constant second factor. Almost all are multiplied with every token once, so their count
+    measures the work.
     """
 
     matrices: Mapping[str, int]
     weights: Mapping[str, int]
 
     def complaint(self, precision: Precision) -> str | None:
-        """Why this is not an engine of that precision, in a sentence; None when it is.
+        """Why this is not an engine of that precision, in a sentence; None if it is.
 
-        FP32, FP16 and BF16 must be what every matrix runs in. INT8 and FP8 mean that at least half of the weights are
-        multiplied in it, and that the rest is FP16 or BF16: attention's own products and the layers that would fail the
-        gate.
+        FP32, FP16 and BF16 require every matrix multiplication in that precision. INT8 and FP8 require at least half of
+        the weights in it and the rest in FP16 or BF16: the products inside attention, and the layers that would fail
+        the gate.
         """
         found = ", ".join(f"{count} in {name}" for name, count in self.matrices.items()) or "none"
         if not self.matrices:
@@ -44,8 +45,8 @@ class Census:
             share = self.weights.get(precision, 0) / max(1, sum(self.weights.values()))
             if strangers or share < 0.5:
                 return (
-                    f"asked for {precision}, and of the matrix multiplications run {found}; {share:.0%} of the weights "
-                    f"are multiplied in {precision}, where half is the least"
+                    f"asked for {precision}, and the matrices run {found}; {share:.0%} of the weights are multiplied "
+                    f"in {precision}, and at least half must be"
                 )
             return None
         return None if set(self.matrices) == {precision} else f"asked for {precision}, and the matrices run {found}"
@@ -65,7 +66,7 @@ def count_network(network: Any, trt: Any) -> Census:
         name = _precision_of(factors, makers)
         matrices[name] += _MATRIX_LAYERS[layer.type.name]
         if len(factors) == 1 and layer.type.name in kernels:
-            layer.__class__ = kernels[layer.type.name]  # how one asks a layer of TensorRT's Python API for its own
+            layer.__class__ = kernels[layer.type.name]  # TensorRT's Python API has no other cast
             weights[name] += int(layer.kernel.size)
         elif len(factors) > 1 and _comes_from_constant(factors[1], makers):
             weights[name] += math.prod(factors[1].shape)
@@ -73,7 +74,7 @@ def count_network(network: Any, trt: Any) -> Census:
 
 
 def count_engine(inspector_json: str) -> dict[str, int]:
-    """How many layers of the built engine write each type, by its inspector; empty where it tells no types."""
+    """How many layers of the built engine write each type, by its inspector; empty if that reports no types."""
     counts: Counter[str] = Counter()
     for layer in json.loads(inspector_json).get("Layers", []):
         for output in layer.get("Outputs", []) if isinstance(layer, dict) else []:
@@ -91,7 +92,7 @@ def _precision_of(factors: list[Any], makers: Mapping[str, Any]) -> str:
 
 
 def _quantised_type(tensor: Any, makers: Mapping[str, Any]) -> str | None:
-    """The type under a tensor that a DequantizeLinear made, looked for behind layers that only move; else None."""
+    """The type that a DequantizeLinear made this tensor from, behind layers that only move numbers; else None."""
     layer = makers.get(tensor.name)
     while layer is not None and layer.type.name in _MOVING_LAYERS:
         layer = makers.get(layer.get_input(0).name)

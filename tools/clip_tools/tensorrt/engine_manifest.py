@@ -1,4 +1,4 @@
-"""What a TensorRT plan was built of, with and for, kept beside it; and whether it still fits what is here."""
+"""The manifest beside a TensorRT plan: its graph, library, GPU and options; and whether the plan still fits those."""
 
 import json
 import shlex
@@ -13,19 +13,19 @@ from clip_tools.verification.gates import Precision
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to build.
+    """How to build a plan.
 
     Args:
         runtime: the library that builds the plan and must run it.
-        precision: what the matrices must run in; the ONNX graph decides, this says what to hold it to.
+        precision: the precision that the matrices must have; the ONNX graph decides it, and the build checks it.
         min_batch: the smallest batch of the one optimisation profile.
         opt_batch: the batch that it is tuned for.
         max_batch: the largest batch, which `max_batch_size` of the configuration may not exceed.
-        workspace_mib: scratch memory that a layer may take; None leaves the library's default, the whole GPU.
+        workspace_mib: scratch memory for a layer; None: the library's default, the whole GPU.
         version_compatible: also runs on later versions of the same major version.
         hardware_compatible: also runs on other GPUs from Ampere on; `tensorrt` only.
-        targets: compute capabilities that `tensorrt-rtx` builds for ahead of time, such as "8.9"; () takes all it knows
-            that have the precision.
+        targets: compute capabilities that `tensorrt-rtx` builds for ahead of time, such as "8.9"; () means all that
+            have the precision.
     """
 
     runtime: Runtime = "tensorrt"
@@ -39,7 +39,7 @@ class EngineOptions:
     targets: tuple[str, ...] = ()
 
     def command(self, onnx: str | None = None) -> str:
-        """The command that builds so, without what is the default anyway."""
+        """The command that builds with these options; it omits defaults."""
         words = ["clip-tools", "build-engine"]
         for name, value in asdict(self).items():
             flag = "--" + name.replace("_", "-")
@@ -54,10 +54,9 @@ class EngineOptions:
 class EngineManifest:
     """`manifest.json` beside a plan.
 
-    `compute_capability` and `gpu` are of the GPU that it was built on, None when it was built without one. `matrices`
-    counts the matrix multiplications by precision, `weights` the numbers that they have as constant factors, and
-    `engine_layers` the engine's layers by the type that they write, where the runtime can tell. `trained` and `model`
-    are the ONNX manifest's; None: it had none.
+    `compute_capability` and `gpu` are those of the GPU that built it, None without one. `matrices` counts the matrix
+    multiplications by precision, `weights` their weights, and `engine_layers` the engine's layers by the type that they
+    write, if the runtime reports it. `trained` and `model` come from the ONNX manifest; None without one.
     """
 
     sha256: str
@@ -87,34 +86,35 @@ class EngineManifest:
 
     @classmethod
     def read(cls, plan_path: Path) -> "EngineManifest | None":
-        """The manifest beside the plan; None when there is none or it is no plan's."""
+        """The manifest beside the plan; None if it is missing or not a plan's."""
         try:
             found = json.loads(engine_manifest_path(plan_path).read_text())
-            known = {one.name: found[one.name] for one in fields(cls) if one.name in found}  # earlier ones had others
+            # Earlier versions had other fields.
+            known = {one.name: found[one.name] for one in fields(cls) if one.name in found}
             return cls(**{**known, "targets": tuple(found["targets"])})
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def to_json(self) -> str:
-        """The manifest as its file holds it."""
+        """The content of the manifest file."""
         return json.dumps(asdict(self), indent=2)
 
     @property
     def options(self) -> EngineOptions:
-        """How to build it again."""
+        """The options that build it again."""
         return EngineOptions(**{one.name: getattr(self, one.name) for one in fields(EngineOptions)})
 
 
 def engine_manifest_path(plan_path: Path) -> Path:
-    """Where the manifest of a plan is: `manifest.json` in its folder."""
+    """The path of a plan's manifest: `manifest.json` in its folder."""
     return plan_path.with_name("manifest.json")
 
 
 def stale_reason(plan_path: Path, *, onnx_path: Path | None = None) -> str | None:
-    """Why the plan does not fit what is here, in one line with the command that builds it again; None when it fits.
+    """Why the plan does not fit, in one line with the command that builds it again; None if it fits.
 
-    Compared is what can be seen: the plan's own bytes, the ONNX file (`onnx_path`, else the one of its name in the same
-    repository), the version of the installed library, and the GPU. What is not here is not compared.
+    It compares the plan's bytes, the ONNX file (`onnx_path`, or the one of its name in the same repository), the
+    version of the installed library, and the GPU. It skips what this machine does not have.
     """
     manifest = EngineManifest.read(plan_path)
     if manifest is None:
@@ -145,7 +145,7 @@ def _other_runtime(manifest: EngineManifest, version: str | None) -> str | None:
         built, here = (tuple(map(int, text.split(".")[:2])) for text in (manifest.runtime_version, version))
         if built[0] == here[0] and here >= built:
             return None
-    return f"was built by {manifest.runtime} {manifest.runtime_version}, and {version} is here"
+    return f"was built by {manifest.runtime} {manifest.runtime_version}, but {version} is installed"
 
 
 def _other_gpu(manifest: EngineManifest, gpu: Gpu | None) -> str | None:
@@ -154,12 +154,15 @@ def _other_gpu(manifest: EngineManifest, gpu: Gpu | None) -> str | None:
     if manifest.targets:
         if gpu.compute_capability in manifest.targets:
             return None
-        return f"was built for compute capability {', '.join(manifest.targets)}, and {_title(gpu)} is here"
+        return f"was built for compute capability {', '.join(manifest.targets)}, but this machine has {_title(gpu)}"
     if manifest.hardware_compatible and tuple(map(int, gpu.compute_capability.split("."))) >= (8, 0):
         return None
     if (gpu.name, gpu.compute_capability) == (manifest.gpu, manifest.compute_capability):
         return None
-    return f"was built on {manifest.gpu} (compute capability {manifest.compute_capability}), and {_title(gpu)} is here"
+    return (
+        f"was built on {manifest.gpu} (compute capability {manifest.compute_capability}), but this machine has "
+        f"{_title(gpu)}"
+    )
 
 
 def _title(gpu: Gpu) -> str:
@@ -169,4 +172,4 @@ def _title(gpu: Gpu) -> str:
 def _other_onnx(manifest: EngineManifest, onnx_path: Path) -> str | None:
     if not onnx_path.is_file() or sha256_of(onnx_path) == manifest.onnx_sha256:
         return None
-    return f"was built of another {manifest.onnx} than {onnx_path} is now"
+    return f"was built from another {manifest.onnx} than {onnx_path}"

@@ -17,7 +17,7 @@ MIN_VERSION: dict[Runtime, tuple[int, ...]] = {"tensorrt": (10, 13), "tensorrt-r
 
 
 def load_tensorrt(runtime: Runtime) -> Any:
-    """The library's Python module. Raises ToolError, one line, when it is missing, broken or too old."""
+    """The library's Python module. Raises ToolError if it is missing, broken or too old."""
     if runtime not in RUNTIMES:
         raise ToolError(f"--runtime {runtime}: expected one of {', '.join(RUNTIMES)}", exit_code=2)
     try:
@@ -32,7 +32,7 @@ def load_tensorrt(runtime: Runtime) -> Any:
 
 
 def installed_version(runtime: Runtime) -> str | None:
-    """The version of the library here; None when it is not installed. Loads no GPU."""
+    """The installed version of the library; None if it is missing. Does not touch the GPU."""
     try:
         return str(load_tensorrt(runtime).__version__)
     except ToolError:

@@ -1,4 +1,4 @@
-"""The embeddings that a TensorRT plan gives on this machine's GPU, with torch for the memory alone."""
+"""Runs a TensorRT plan on this machine's GPU; torch only allocates its memory."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,8 @@ def run_plan(
         raise missing_extra("export", error) from error
     if not torch.cuda.is_available():
         raise ToolError(
-            f"{path}: a plan runs on an NVIDIA GPU, and this machine has none that answers; run the same command on "
-            "the GPU host, or verify the ONNX file that the plan was built of"
+            f"{path}: a plan runs on an NVIDIA GPU, and no GPU was found here; run the same command on the GPU host, "
+            "or verify the ONNX file that the plan was built from"
         )
     trt: Any = load_tensorrt(runtime)
     logger = trt.Logger(trt.Logger.ERROR)
@@ -42,7 +42,7 @@ def run_plan(
         for start in range(0, len(pixels), batch_size):
             batch = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch_size])).cuda()
             count = len(batch)
-            if count < smallest:  # fill up to what the profile takes; the rows are cut off again
+            if count < smallest:  # fill up to the profile's smallest batch; the extra rows are dropped
                 batch = torch.cat([batch, batch[-1:].expand(smallest - count, -1, -1, -1)]).contiguous()
             context.set_input_shape("pixels", tuple(batch.shape))
             output = torch.empty(tuple(context.get_tensor_shape("embedding")), dtype=torch.float32, device="cuda")
