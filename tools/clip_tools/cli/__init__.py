@@ -1,4 +1,4 @@
-"""The command `clip-tools`. `clip_tools.cli.NAME` has the options of the verb NAME, and imports what it does."""
+"""The command `clip-tools`. `clip_tools.cli.NAME` has the options of `clip-tools NAME`, and imports what it runs."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`clip-tools ab`, its options."""
+"""The options of `clip-tools ab`."""
 
 from typing import Annotated
 
@@ -9,14 +9,14 @@ from clip_tools.cli.options import Images, progress
 
 def ab(
     url_a: Annotated[str, typer.Argument(help="A running server, grpc://HOST:8001.")],
-    url_b: Annotated[str, typer.Argument(help="Another one.")],
+    url_b: Annotated[str, typer.Argument(help="The other server, grpc://HOST:8001.")],
     images: Images = "640x480",
-    batch: Annotated[int, typer.Option(min=1, max=64, help="Images a request.")] = 1,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each server is measured, in turn.")] = 3,
-    seconds: Annotated[float, typer.Option(help="The window of one measurement.")] = 8.0,
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Images per request.")] = 1,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to measure each server, in turns.")] = 3,
+    seconds: Annotated[float, typer.Option(help="The duration of one measurement.")] = 8.0,
 ) -> None:
-    """Ask two running servers for the same photographs in turns, and show their speed, times by step and vectors."""
+    """Send the same photographs to two running servers in turns; compare their speed, times by step and vectors."""
     from clip_tools.measuring import ab as verb
 
     urls = (url_a, url_b)

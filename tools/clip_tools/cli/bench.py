@@ -1,4 +1,4 @@
-"""`clip-tools bench`, its options."""
+"""The options of `clip-tools bench`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,48 +13,48 @@ def bench(
     arms: Annotated[
         str,
         typer.Option(
-            help="With commas: KIND[@CONFIG][:INSTANCES]; see measuring/arms.py for the kinds. By default "
+            help="What to compare, with commas: KIND[@CONFIG][:INSTANCES], kinds as in measuring/arms.py. By default "
             "ensemble-grpc,ensemble-http,tensor-grpc,json-http,pytorch, on a GPU with model.fp16.onnx also "
             "ensemble-grpc@ort-fp16,pytorch@fp16."
         ),
     ] = "",
     images: Images = "640x480",
-    image_count: Annotated[int, typer.Option(min=1, help="How many different photographs, at most.")] = 32,
-    batches: Annotated[str, typer.Option(help="Images a request, one request at a time.")] = "1,4,8,16,32",
-    concurrency: Annotated[str, typer.Option(help="Requests of one image at once.")] = "1,4,16",
-    rounds: Annotated[int, typer.Option(min=1, help="How often every arm is measured, in turn.")] = 5,
-    seconds: Annotated[float, typer.Option(help="The window of one measurement.")] = 4.0,
+    image_count: Annotated[int, typer.Option(min=1, help="The most different photographs to use.")] = 32,
+    batches: Annotated[str, typer.Option(help="Images per request, with one request in flight.")] = "1,4,8,16,32",
+    concurrency: Annotated[str, typer.Option(help="Requests in flight, of one image each.")] = "1,4,16",
+    rounds: Annotated[int, typer.Option(min=1, help="How often to measure every arm, in turns.")] = 5,
+    seconds: Annotated[float, typer.Option(help="The duration of one measurement.")] = 4.0,
     cold_starts: Annotated[
-        int, typer.Option(min=0, help="How often each server's start to its first embedding is timed.")
+        int, typer.Option(min=0, help="How often to time each server from its start to its first embedding.")
     ] = 3,
-    targets: Annotated[bool, typer.Option(help="Also measure what the targets need beyond the arms.")] = True,
+    targets: Annotated[bool, typer.Option(help="Also measure what only the targets need.")] = True,
     url: Annotated[
         str | None,
-        typer.Option(help="A server that runs elsewhere with the same weights, grpc://HOST:8001; no targets then."),
+        typer.Option(help="A running server with the same weights, grpc://HOST:8001; skips the targets."),
     ] = None,
-    pytorch_url: Annotated[
-        str | None, typer.Option(help="The PyTorch service, where it runs elsewhere: http://HOST:8010.")
-    ] = None,
+    pytorch_url: Annotated[str | None, typer.Option(help="A running PyTorch service, http://HOST:8010.")] = None,
     soak: Annotated[
-        int, typer.Option(min=0, help="Watch the memory over this many requests; the target needs 20000.")
+        int, typer.Option(min=0, help="Watch the memory for this many requests; the target requires 20000.")
     ] = 0,
     preprocess: Annotated[
-        bool, typer.Option("--preprocess", help="Measure preprocess alone, resizing by its library and by Pillow.")
+        bool, typer.Option("--preprocess", help="Measure preprocess alone, with its C resampler and with Pillow.")
     ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="The shortest run through everything; no figure counts.")] = (
+    quick: Annotated[bool, typer.Option("--quick", help="A minimal run of everything; its figures do not count.")] = (
         False
     ),
-    check: Annotated[bool, typer.Option("--check", help="Exit 1 when a target is missed.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit 1 if a target is missed.")] = False,
     result: Annotated[
-        Path | None, typer.Option(help="With --check: print the targets of this result, and measure nothing.")
+        Path | None, typer.Option(help="With --check: check the targets of this result, and measure nothing.")
     ] = None,
     output: Annotated[
         Path,
-        typer.Option(help="Where the JSON goes, its pictures beside it; an earlier one is kept, named by its time."),
+        typer.Option(
+            help="Where to write the JSON, and its pictures beside it; an earlier one is renamed by its time."
+        ),
     ] = RESULTS / "bench.json",
     models: Models = MODELS,
 ) -> None:
-    """Embed the same photographs through every arm, in rounds, and compare."""
+    """Measure and compare the arms: several ways to embed the same photographs, in rounds."""
     from clip_tools.measuring import bench as verb
     from clip_tools.measuring import preprocess as alone
     from clip_tools.measuring import results

@@ -1,4 +1,4 @@
-"""`clip-tools build-engine`, its options."""
+"""The options of `clip-tools build-engine`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`clip-tools compare`, its options."""
+"""The options of `clip-tools compare`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,9 +8,9 @@ import typer
 
 def compare(
     before: Annotated[Path, typer.Argument(help="A result of clip-tools bench.")],
-    after: Annotated[Path, typer.Argument(help="Another one.")],
+    after: Annotated[Path, typer.Argument(help="The result to compare with it.")],
 ) -> None:
-    """Say what changed between two results of bench, and whether it is more than noise."""
+    """Show what changed between two results of bench, and whether it exceeds the noise."""
     from clip_tools.measuring import compare as verb
     from clip_tools.measuring import results
 

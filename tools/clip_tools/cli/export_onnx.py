@@ -1,4 +1,4 @@
-"""`clip-tools export-onnx`, its options."""
+"""The options of `clip-tools export-onnx`."""
 
 import sys
 from pathlib import Path
@@ -73,7 +73,7 @@ def export_onnx(
     manifests = []
     with progress(f"exporting {model}, {pretrained}") as advance:
         if exports_text:
-            load_tokenizer(model)  # one that is refused, before anything is written
+            load_tokenizer(model)  # refuses an unsupported one before anything is written
         oracle = load_oracle(weights) if wanted == "fp32" else None
         ours = photos.demo_photos if wanted == "fp32" else photos.gate_photos
         paths = photos.images_in(photographs) if photographs else ours()
@@ -88,6 +88,6 @@ def export_onnx(
     if reason := manifests[0].gate.get("counts_for_nothing"):
         sys.stderr.write(f"its gate counts for nothing: {reason}\n")
     if not manifests[0].trained:
-        sys.stderr.write("untrained weights: good for trying things out, worth nothing as embeddings\n")
+        sys.stderr.write("untrained weights: for trying things out; the embeddings mean nothing\n")
     for manifest in manifests:
         typer.echo(manifest.to_json())

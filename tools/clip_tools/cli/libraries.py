@@ -1,4 +1,4 @@
-"""`clip-tools libraries`, its options."""
+"""The options of `clip-tools libraries`."""
 
 from typing import Annotated
 
@@ -13,7 +13,7 @@ def libraries(
     output: Output = RESULTS / "libraries.json",
     models: Models = MODELS,
 ) -> None:
-    """How fast `clip-embed search` and `duplicates` are, and which edits are found at which threshold."""
+    """Measure how fast `clip-embed search` and `duplicates` are, and which edits they find at which threshold."""
     from clip_tools.measuring import libraries as verb
 
     with progress() as tell:

@@ -1,4 +1,4 @@
-"""`clip-tools onnx-profile`, its options."""
+"""The options of `clip-tools onnx-profile`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,16 +11,17 @@ from clip_tools.paths import MODELS, RESULTS
 
 def onnx_profile(
     config_name: ConfigName = None,
-    batches: Annotated[str, typer.Option(help="The batch sizes that are timed.")] = "1,2,4,8,16,32,64",
-    operator_batch: Annotated[int, typer.Option(min=1, help="The batch size at which the operators are timed.")] = 8,
-    seconds: Annotated[float, typer.Option(help="For each batch size.")] = 2.0,
+    batches: Annotated[str, typer.Option(help="The batch sizes to time.")] = "1,2,4,8,16,32,64",
+    operator_batch: Annotated[int, typer.Option(min=1, help="The batch size for timing the operators.")] = 8,
+    seconds: Annotated[float, typer.Option(help="How long to time each batch size.")] = 2.0,
     beside: Annotated[
-        Path | None, typer.Option(help="Another ONNX file of the same tensors, timed in turn with the served one.")
+        Path | None,
+        typer.Option(help="Another ONNX file with the same inputs and outputs, timed in turns with the served one."),
     ] = None,
     output: Output = RESULTS / "onnx-profile.json",
     models: Models = MODELS,
 ) -> None:
-    """Where the engine's time goes: session creation, operators, providers of the nodes, scaling by batch."""
+    """Show where the engine spends its time: session creation, operators, execution providers, scaling by batch."""
     from clip_tools.measuring import onnx_profile as verb
 
     with progress("onnxruntime") as tell:

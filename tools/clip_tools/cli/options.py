@@ -41,12 +41,12 @@ def one_of(option: str, name: str, choices: tuple[ChoiceT, ...]) -> ChoiceT:
 Images = Annotated[
     str, typer.Option(help="640x480 (real photographs of that size), phone (12 MP originals), or a folder of images.")
 ]
-Output = Annotated[Path, typer.Option(help="Where the JSON goes, its pictures beside it.")]
+Output = Annotated[Path, typer.Option(help="Where to write the JSON, and its pictures beside it.")]
 Apply = Annotated[
     str | None, typer.Option(help="Write the best setting as configs/NAME.pbtxt of the models that it changes.")
 ]
 Window = Annotated[int, typer.Option(min=100, help="perf_analyzer's measurement window, ms.")]
-Stability = Annotated[int, typer.Option(min=1, help="By how many percent three windows may differ.")]
+Stability = Annotated[int, typer.Option(min=1, help="How much three windows may differ, in percent.")]
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -81,7 +81,7 @@ def finish(result: dict[str, Any], output: Path, *, err: bool = False) -> None:
 
 
 def apply_best(result: dict[str, Any], name: str, models: Path) -> None:
-    """Write the best of a search as the configuration `name`; say on stderr what was written, and how it is served."""
+    """Write the best of a search as the configuration `name`; say on stderr what was written and how to serve it."""
     from clip_tools.measuring.sweep import apply
 
     paths = apply(result, name, models)

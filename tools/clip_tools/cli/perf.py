@@ -1,4 +1,4 @@
-"""`clip-tools perf`, its options."""
+"""The options of `clip-tools perf`."""
 
 import contextlib
 from dataclasses import replace
@@ -20,25 +20,27 @@ def perf(
     serve: Annotated[bool, typer.Option("--serve", help="Start the embedded server for the run.")] = False,
     config_name: ConfigName = None,
     protocol: Annotated[str, typer.Option(help="grpc or http.")] = "grpc",
-    concurrency: Annotated[str, typer.Option(help="Requests in flight, each measured; empty for none.")] = "1,4,16",
-    request_rate: Annotated[str, typer.Option(help="Requests a second, each measured; empty for none.")] = "",
-    batch: Annotated[int, typer.Option(min=1, max=64, help="Images a request.")] = 1,
+    concurrency: Annotated[
+        str, typer.Option(help="The numbers of requests in flight to measure; empty for none.")
+    ] = "1,4,16",
+    request_rate: Annotated[str, typer.Option(help="The requests per second to measure; empty for none.")] = "",
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Images per request.")] = 1,
     window_ms: Window = 5000,
-    max_trials: Annotated[int, typer.Option(min=1, help="Windows at most; three that agree are enough.")] = 10,
+    max_trials: Annotated[int, typer.Option(min=1, help="The most windows; three that agree are enough.")] = 10,
     stability_percent: Stability = 10,
     output: Output = RESULTS / "perf.json",
     write_input: Annotated[
         Path | None,
         typer.Option(
-            help="Only write perf_analyzer's input JSON to this file, and run nothing. docs/container.md says what "
-            "plain perf_analyzer needs of a server that other machines reach."
+            help="Only write perf_analyzer's input JSON to this file. docs/container.md shows how to run perf_analyzer "
+            "with it from another machine."
         ),
     ] = None,
     models: Models = MODELS,
 ) -> None:
     """Run the real perf_analyzer against a running server, with many different photographs.
 
-    stdout has the levels as JSON, stderr a table of them.
+    Prints the levels as JSON on stdout and as a table on stderr.
     """
     import json
 

@@ -1,4 +1,4 @@
-"""`clip-tools profile`, its options."""
+"""The options of `clip-tools profile`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ def profile(
     apply: Apply = None,
     images: Images = "640x480",
     folder: Annotated[
-        Path, typer.Option(help="Everything that Model Analyzer writes; an interrupted run goes on from here.")
+        Path, typer.Option(help="The folder for Model Analyzer's files; an interrupted run continues from it.")
     ] = RESULTS / "model-analyzer",
     config: Annotated[Path, typer.Option(help="Model Analyzer's configuration.")] = (
         ROOT / "tools" / "model_analyzer" / "ensemble.yaml"
@@ -26,13 +26,13 @@ def profile(
     grpc_port: Port = 8001,
     metrics_port: Port = 8002,
     docker_image: Annotated[str | None, typer.Option(help="The server image in mode docker.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two configurations, a few requests; no figure counts.")] = (
-        False
-    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two configurations, a few requests; the figures do not count.")
+    ] = (False),
     output: Output = RESULTS / "profile.json",
     models: Models = MODELS,
 ) -> None:
-    """Search the ensemble's best configuration with the real Model Analyzer."""
+    """Search the best configuration of the ensemble with the real Model Analyzer."""
     from clip_tools.measuring import profile as verb
 
     options = verb.ProfileOptions(

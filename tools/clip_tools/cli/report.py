@@ -1,4 +1,4 @@
-"""`clip-tools report`, its options."""
+"""The options of `clip-tools report`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +9,9 @@ from clip_tools.paths import RESULTS
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Where the results are; the report goes there too.")] = RESULTS,
+    folder: Annotated[Path, typer.Argument(help="The folder with the results, also for the report.")] = RESULTS,
 ) -> None:
-    """Write benchmarks.md and its pictures from the results of a folder."""
+    """Write benchmarks.md and its pictures from the results in a folder."""
     from clip_tools.measuring import report as verb
 
     for path in verb.report(folder):

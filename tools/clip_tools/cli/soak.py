@@ -1,4 +1,4 @@
-"""`clip-tools soak`, its options."""
+"""The options of `clip-tools soak`."""
 
 from typing import Annotated
 
@@ -10,10 +10,10 @@ from clip_tools.paths import MODELS, RESULTS
 
 def soak(
     minutes: Annotated[float, typer.Option(min=0.1, help="How long the traffic lasts.")] = 60.0,
-    clients: Annotated[int, typer.Option(min=1, help="Clients at once, each over its own connection.")] = 8,
-    bad_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="The share of the calls that are bad.")] = 0.1,
+    clients: Annotated[int, typer.Option(min=1, help="The number of clients, each with its own connection.")] = 8,
+    bad_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="The share of bad calls.")] = 0.1,
     url: Annotated[
-        str | None, typer.Option(help="A running server of this machine, grpc://HOST:PORT; else one is started.")
+        str | None, typer.Option(help="A running server on this machine, grpc://HOST:PORT; by default one is started.")
     ] = None,
     config_name: ConfigName = None,
     images: Images = "640x480",
@@ -21,7 +21,7 @@ def soak(
     output: Output = RESULTS / "soak.json",
     models: Models = MODELS,
 ) -> None:
-    """Send good and bad traffic for an hour and watch the server; exit 1 when something was lost or grew."""
+    """Send good and bad traffic for an hour and watch the server. Exit 1 if a request was lost or a resource grew."""
     from clip_tools.measuring import soak as verb
 
     options = verb.SoakOptions(

@@ -1,4 +1,4 @@
-"""`clip-tools sweep`, its options."""
+"""The options of `clip-tools sweep`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,11 +30,11 @@ def sweep(
     stability_percent: Stability = 10,
     config_name: ConfigName = None,
     also: Annotated[
-        Path | None, typer.Option(help="A result of clip-tools profile, whose best setting is measured here too.")
+        Path | None, typer.Option(help="A result of clip-tools profile; its best setting is measured too.")
     ] = None,
     apply: Apply = None,
     log: Annotated[
-        Path, typer.Option(help="Each point, a line of JSON; an interrupted run goes on from here.")
+        Path, typer.Option(help="The log of points, one JSON per line; an interrupted run continues from it.")
     ] = RESULTS / "sweep.jsonl",
     output: Output = RESULTS / "sweep.json",
     models: Models = MODELS,

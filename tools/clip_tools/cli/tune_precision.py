@@ -1,4 +1,4 @@
-"""`clip-tools tune-precision`, its options."""
+"""The options of `clip-tools tune-precision`."""
 
 import sys
 from pathlib import Path
@@ -17,20 +17,22 @@ def tune_precision(
         str, typer.Option(help="The weights of the graph: a tag or a checkpoint's path.", envvar="CLIP_CHECKPOINT")
     ] = "laion2b_s34b_b79k",
     onnx: Annotated[
-        Path | None, typer.Option(help="Its FP32 graph; by default what export-onnx wrote for clip_onnx.")
+        Path | None, typer.Option(help="The FP32 graph; by default the one that export-onnx wrote for clip_onnx.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="A folder of 100 or more images; by default 121 photographs of ours.")
+        Path | None, typer.Option(help="A folder of 100 or more images; by default this project's 121 photographs.")
     ] = None,
-    worst_cosine: Annotated[float, typer.Option(min=0, max=1, help="The gate: the least worst cosine.")] = 0.999,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each mix and FP32 are timed, in turn.")] = 15,
+    worst_cosine: Annotated[
+        float, typer.Option(min=0, max=1, help="The gate: the lowest worst cosine that passes.")
+    ] = 0.999,
+    rounds: Annotated[int, typer.Option(min=1, help="How often to time each mix and FP32, in turns.")] = 15,
     apply: Annotated[
         str | None, typer.Option(help="Write the best mix as the named configuration NAME, and its parts.")
     ] = None,
     output: Output = RESULTS / "tune-precision.json",
     models: Models = MODELS,
 ) -> None:
-    """Find the fastest mix of FP32 and BF16 layers on this CPU whose worst cosine to open_clip stays above the gate."""
+    """Find the fastest mix of FP32 and BF16 layers on this CPU whose worst cosine to open_clip passes the gate."""
     from clip_tools import photos
     from clip_tools.export import mix
     from clip_tools.export import tune_precision as verb
@@ -55,7 +57,9 @@ def tune_precision(
     if result["counts_for_nothing"]:
         raise ToolError(f"--apply {apply}: nothing was written: {result['counts_for_nothing']}")
     if tuning.best is None:
-        raise ToolError(f"--apply {apply}: nothing was written: no mix inside the gate is {verb.WORTH:g} times FP32")
+        raise ToolError(
+            f"--apply {apply}: nothing was written: no mix that passes the gate is {verb.WORTH:g} times as fast as FP32"
+        )
     for path in mix.apply(tuning.best, graph, weights, apply, mix.comment_of(result, tuning.best), models):
         sys.stderr.write(f"written: {path}\n")
     sys.stderr.write(f"serve it with --model-config-name={apply}\n")

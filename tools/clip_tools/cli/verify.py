@@ -1,4 +1,4 @@
-"""`clip-tools verify`, its options."""
+"""The options of `clip-tools verify`."""
 
 import sys
 from pathlib import Path
@@ -60,7 +60,7 @@ def verify(
     turned = one_of("--orientation", orientation, ORIENTATIONS) if orientation else None
     if text and (images or held_to or turned):
         raise ToolError(
-            "--text takes neither --images, --precision nor --orientation: its texts are ours, its tower is FP32",
+            "--text takes no --images, --precision or --orientation: the texts are this project's, the tower is FP32",
             exit_code=2,
         )
     with progress("reading the images") as advance:

@@ -1,4 +1,4 @@
-"""What is known of an engine without running it: its file, its graph and manifest, its precision, its pixels."""
+"""Describes an engine without running it: its file, graph, manifest, precision and preprocessing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +27,14 @@ class Engine:
 
     @property
     def title(self) -> str:
-        """How it is called in the report."""
+        """Its name in reports."""
         if self.file:
             return self.file.name
         return self.url or f"clip_ensemble, configuration {self.config_name or 'by default'}"
 
     @property
     def runs(self) -> Path | None:
-        """The file that it runs; None where a running server does not say."""
+        """The file that it runs; None for a running server that does not say."""
         if self.file or self.url:
             return self.file
         files = [m.file for m in deployment(self.models, self.config_name) if m.config.backend != "python"]
@@ -42,7 +42,7 @@ class Engine:
 
 
 def find_engine(name: str | None, url: str | None, models: Path = MODELS) -> Engine:
-    """The engine that `--engine` or `--url` names. Raises ToolError when there is none, or not exactly one is given."""
+    """The engine of `--engine` or `--url`. Raises ToolError if it is missing, or if both or none are given."""
     if (name is None) == (url is None):
         raise ToolError("expected either --engine or --url", exit_code=2)
     if name is None:
@@ -62,9 +62,9 @@ def find_engine(name: str | None, url: str | None, models: Path = MODELS) -> Eng
 
 
 def precision_of_engine(engine: Engine, graph: Manifest | None = None) -> Precision:
-    """What its matrices run in: by the configuration, a plan's manifest, or the graph, if its manifest is not given.
+    """The precision of its matrices: by its configuration, its plan's manifest, or its graph's manifest or types.
 
-    A running server is taken for FP32. Raises ToolError for a plan without a manifest, and a file that is no graph.
+    A running server counts as FP32. Raises ToolError for a plan without a manifest, and a file that is no graph.
     """
     file = engine.runs
     if file is None:
@@ -91,7 +91,7 @@ def has_exact_pixels(engine: Engine) -> bool:
 
 
 def orientation_of(engine: Engine) -> Orientation:
-    """Which way up its preprocess is to make images; a running server, which does not say, leaves them as they lie."""
+    """The orientation of its `preprocess`; "ignore" for a running server, which does not say."""
     if engine.file or engine.url:
         return "ignore"
     parameters = [model.config.parameters for model in deployment(engine.models, engine.config_name)]
@@ -99,7 +99,7 @@ def orientation_of(engine: Engine) -> Orientation:
 
 
 def graph_of(file: Path) -> tuple[Path, Manifest] | None:
-    """The exported graph that this file is or that this plan was built of, and its manifest; None where not known."""
+    """(The exported graph, its manifest): this file, or the graph that this plan was built from; None if unknown."""
     plan = EngineManifest.read(file) if file.suffix == ".plan" else None
     if plan:
         file = file.absolute().parents[2] / "clip_onnx" / "1" / plan.onnx
@@ -110,7 +110,7 @@ def graph_of(file: Path) -> tuple[Path, Manifest] | None:
 
 
 def unchanged_graph_of(file: Path) -> tuple[Path, Manifest] | None:
-    """The same; None also for a graph that is not there or not as its manifest describes it."""
+    """The same; None also if the graph is missing or differs from its manifest."""
     known = graph_of(file)
     return known if known and known[0].is_file() and sha256_of(known[0]) == known[1].sha256 else None
 

@@ -8,7 +8,7 @@ from clip_tools.serving.probe import ImageProbe, probe_image
 
 
 def check_health(url: str, timeout_s: float, metrics_url: str | None = None) -> None:
-    """Return if the server embeds an image, is too busy for one, or by its metrics embeds others meanwhile.
+    """Return if the server embeds an image, is too busy for one, or embeds for others according to its metrics.
 
     Raises ToolError with the reason. Exit code 2: the URL or the certificates are invalid.
     """

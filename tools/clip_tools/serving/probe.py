@@ -1,4 +1,4 @@
-"""Probes of a server: an image and a text that it has to embed, and questions that wait for room in its queues."""
+"""Probes of a server: an image and a text that it must embed, and requests that are retried while it is full."""
 
 import re
 import time
@@ -17,7 +17,7 @@ PROBE_TEXT = "a photograph"
 BUSY_SHARE = 0.1  # of a core: a process that decodes may wait for its turn on it
 STUCK_S = 30.0  # without a batch, while the queue is full: one batch of 64 took 5 s on two busy cores
 _POLL_S = 0.1
-# Of the image engine: `preprocess` goes on while the engine is stuck, and texts have their own.
+# Counts the image engine only: `preprocess` continues while the engine is stuck, and texts have their own engine.
 _BATCHES = re.compile(r'^nv_inference_exec_count\{model="(?!preprocess|tokenize|clip_text).*\} (\d+)', re.MULTILINE)
 
 AnswerT = TypeVar("AnswerT")
@@ -41,9 +41,9 @@ def ask_when_there_is_room(
     limit_s: float,
     before_retry: Callable[[], None] = lambda: None,
 ) -> AnswerT:
-    """The answer of `ask`, which is tried again while it raises one of `full`, for `limit_s`.
+    """The answer of `ask`, called again for up to `limit_s` while it raises one of `full`.
 
-    `before_retry` may raise to end that.
+    `before_retry` may raise to give up earlier.
     """
     deadline = time.monotonic() + limit_s
     while True:

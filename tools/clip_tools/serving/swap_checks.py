@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# No gate of precision, which `clip-tools verify` has: on the probe BF16 reads 0.9998 to FP32 (ViT-B-32 shape, OpenAI's
-# weights), and other weights -0.07.
+# Tells other weights, not precision, for which `clip-tools verify` has gates. On the probe, BF16 has cosine 0.9998 to
+# FP32 (ViT-B-32 shape, OpenAI's weights), and other weights -0.07.
 MIN_COSINE_OF_SAME_WEIGHTS = 0.8
 _ROOM_LIMIT_S = 60.0  # for each request to a busy server
 
@@ -100,7 +100,7 @@ def _check_answer(model: str, ask: "Callable[[], npt.NDArray[np.float32]]") -> N
 
 
 def _answers(questions: "Iterable[Callable[[], npt.NDArray[np.float32]]]") -> "npt.NDArray[np.float32]":
-    """All answers, to one image or text at a time: an engine may take no batch. Waits for room in a full server."""
+    """All answers, to one image or text at a time: an engine may have no batches. Retries while the server is full."""
     import numpy as np
 
     return np.concatenate([ask_when_there_is_room(ask, (ServerFullError,), limit_s=_ROOM_LIMIT_S) for ask in questions])

@@ -1,4 +1,4 @@
-"""Writes the model repository that is served: links to `models/`, and configurations adapted to machine and towers."""
+"""Writes the repository that is served: links to the files of `models/`, and configurations adapted to the machine."""
 
 from collections.abc import Callable
 from pathlib import Path
