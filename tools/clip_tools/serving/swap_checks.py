@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# Tells other weights, not precision, for which `clip-tools verify` has gates. On the probe, BF16 has cosine 0.9998 to
+# Detects other weights; the gates of `clip-tools verify` check the precision. On the probe, BF16 has cosine 0.9998 to
 # FP32 (ViT-B-32 shape, OpenAI's weights), and other weights -0.07.
 MIN_COSINE_OF_SAME_WEIGHTS = 0.8
 _ROOM_LIMIT_S = 60.0  # for each request to a busy server
