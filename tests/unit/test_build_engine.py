@@ -137,7 +137,7 @@ def test_a_node_that_the_parser_refuses_is_named(small: "onnx.ModelProto", tmp_p
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"min_batch": 8}, "1 <= --min-batch <= --opt-batch <= --max-batch, came 8, 2, 4"),
+        ({"min_batch": 8}, "1 <= --min-batch <= --opt-batch <= --max-batch, got 8, 2, 4"),
         ({"targets": ("9.0",)}, "--target 9.0: .* builds fp16 for 7.5, 8.0"),
         ({"hardware_compatible": True}, "--hardware-compatible is for tensorrt"),
     ],

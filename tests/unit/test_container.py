@@ -780,7 +780,7 @@ def test_the_gpu_is_still_there_in_the_fork_that_builds(tmp_path):
 
 @pytest.mark.parametrize("flags", [["--http-port=abc"], ["--http-port"], ["--grpc-port=-1"]])
 def test_a_port_that_is_none_is_a_wrong_use(flags):
-    with pytest.raises(ToolError, match=r"-port: expected a whole number, came '") as caught:
+    with pytest.raises(ToolError, match=r"-port: expected a whole number, got '") as caught:
         options_in(flags)
     assert caught.value.exit_code == 2
 

@@ -81,7 +81,7 @@ def test_another_sha256_is_refused(cache: Path, no_download: None) -> None:
         photos.fetch("demo", cache, sources=[source_of(artefact, *CAT_AND_DOG, sha256="0" * 64)])
     message = str(refusal.value)
     assert f"expected sha256 {'0' * 64}" in message
-    assert f"came {came}" in message
+    assert f"got {came}" in message
     assert f"delete {artefact}" in message
     assert "\n" not in message
     assert not (cache / "demo").exists()
@@ -163,7 +163,7 @@ def test_a_failure_half_way_leaves_what_was_there(cache: Path, no_download: None
     good = source_of(zip_of(cache / "artefacts" / "pets-1.0.zip", MEMBERS), *CAT_AND_DOG)
     empty = source_of(zip_of(cache / "artefacts" / "empty-1.0.zip", {}), Pick("demo", "*.jpg"))
     before = photos.fetch("demo", cache, sources=[good])
-    with pytest.raises(ToolError, match=r"empty-1\.0\.zip: expected members like \*\.jpg, came none"):
+    with pytest.raises(ToolError, match=r"empty-1\.0\.zip: expected members like \*\.jpg, got none"):
         photos.fetch("demo", cache, sources=[good, empty])
     assert photos.fetch("demo", cache, sources=[good]) == before
     assert {path.name for path in cache.iterdir()} == {"artefacts", "demo", ".lock"}

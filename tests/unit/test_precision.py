@@ -529,7 +529,7 @@ def test_how_many_images_a_calibration_wants(count: int, force: bool, note: str 
     assert said is None if note is None else note in (said or "")
     with pytest.raises(ToolError, match=r"at least 100 images, better 500.*--force"):
         check_count(99, force=False)
-    with pytest.raises(ToolError, match="at least 8 images, came 7") as caught:
+    with pytest.raises(ToolError, match="at least 8 images, got 7") as caught:
         check_count(7, force=True)
     assert caught.value.exit_code == 2
 
@@ -555,7 +555,7 @@ def test_neighbours_are_compared_as_sets_of_the_nearest() -> None:
     found = agreement(mixed, rows)
     assert found.worst_cosine < 0.2
     assert found.top5_agreement < 0.5
-    with pytest.raises(ToolError, match=r"shape \(40, 512\), came \(39, 512\)"):
+    with pytest.raises(ToolError, match=r"shape \(40, 512\), got \(39, 512\)"):
         agreement(rows[:39], rows)
 
 

@@ -37,7 +37,7 @@ def build(source: Path = SOURCE, compiler: Sequence[str] = (sys.executable, "-m"
     if path.is_file():
         return path
     if platform.machine() not in _PROCESSORS:
-        raise ToolError(f"expected one of the processors {', '.join(_PROCESSORS)}, came {platform.machine()}")
+        raise ToolError(f"expected one of the processors {', '.join(_PROCESSORS)}, got {platform.machine()}")
     target = ("-target", f"{platform.machine()}-linux-gnu.2.17", "-mcpu=baseline")
     built = path.with_name(f".{os.getpid()}.so")
     command = [*compiler, *target, *_FLAGS, str(source), "-o", str(built), "-lm"]

@@ -380,14 +380,14 @@ def _in_parquet(job: Job, file: ImageFile, path: str) -> Iterator[tuple[ImageFil
     with job.source.files.open_input_file(path) as opened, pq.ParquetFile(opened) as table:
         if job.image_column not in table.schema_arrow.names:
             columns = ", ".join(table.schema_arrow.names)
-            raise OSError(f"expected a column {job.image_column} (--image-column), came {columns}")
+            raise OSError(f"expected a column {job.image_column} (--image-column), got {columns}")
         number = 0
         for batch in table.iter_batches(batch_size=64, columns=[job.image_column]):
             for value in batch.column(0).to_pylist():
                 content = value.get("bytes") if isinstance(value, dict) else value
                 size_bytes = len(content) if isinstance(content, bytes) else None
-                came = content if size_bytes is not None else _Unreadable(f"expected bytes, came {type(content)}")
-                yield ImageFile(f"{file.path}#{number}", size_bytes, file.mtime_ns), came
+                image = content if size_bytes is not None else _Unreadable(f"expected bytes, got {type(content)}")
+                yield ImageFile(f"{file.path}#{number}", size_bytes, file.mtime_ns), image
                 number += 1
 
 

@@ -2,7 +2,7 @@
 
 
 class ToolError(Exception):
-    """What was expected, what came and what to do, in one line. The command prints it and exits with `exit_code`."""
+    """What was expected, what it got and what to do, in one line. The command prints it and exits with `exit_code`."""
 
     def __init__(self, message: str, *, exit_code: int = 1) -> None:
         super().__init__(message)

@@ -314,10 +314,10 @@ def _artefact(source: PhotoSource, folder: Path, tell: Callable[[str], None]) ->
 
 def _check(path: Path, source: PhotoSource, advice: str) -> None:
     """Raises ToolError unless the file has the pinned sha256."""
-    came = sha256_of(path)
-    if came != source.sha256:
+    got = sha256_of(path)
+    if got != source.sha256:
         size = f"{path.stat().st_size} bytes where {source.size_bytes} were expected"
-        raise ToolError(f"{source.filename}: expected sha256 {source.sha256}, came {came} ({size}); {advice}")
+        raise ToolError(f"{source.filename}: expected sha256 {source.sha256}, got {got} ({size}); {advice}")
 
 
 def _extract(artefact: Path, picks: Sequence[Pick], folder: Path) -> list[str]:
@@ -326,20 +326,20 @@ def _extract(artefact: Path, picks: Sequence[Pick], folder: Path) -> list[str]:
     for member, pick, data in _members(artefact, picks):
         name = PurePosixPath(member.removeprefix(pick.keep_folders_below))
         if name.is_absolute() or ".." in name.parts or "\\" in member:
-            raise ToolError(f"{artefact.name}: expected members inside the archive, came {member}; do not use the file")
+            raise ToolError(f"{artefact.name}: expected members inside the archive, got {member}; do not use the file")
         content = data
         if not pick.keep_folders_below:
             content = _as_jpeg(data) if name.suffix == ".png" else data
             name = PurePosixPath((pick.save_as or name.stem) + ".jpg")
         target = folder / name
         if target.exists():
-            raise ToolError(f"{artefact.name}: expected one member for {name}, came also {member}; narrow the pick")
+            raise ToolError(f"{artefact.name}: expected one member for {name}, also got {member}; narrow the pick")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
         names[pick].append(str(name))
     for pick in picks:
         if not names[pick]:
-            raise ToolError(f"{artefact.name}: expected members like {pick.pattern}, came none; correct the pick")
+            raise ToolError(f"{artefact.name}: expected members like {pick.pattern}, got none; correct the pick")
     return [name for pick in picks for name in sorted(names[pick])]
 
 

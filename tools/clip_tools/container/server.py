@@ -37,7 +37,7 @@ def options_in(command: Sequence[str], keys: Mapping[str, str] | None = None) ->
     ports = {name: flags.get(f"{name}-port", default) for name, default in _PORTS.items()}
     for name, port in ports.items():
         if not (port.isascii() and port.isdigit()):
-            raise ToolError(f"--{name}-port: expected a whole number, came '{port}'", exit_code=USAGE)
+            raise ToolError(f"--{name}-port: expected a whole number, got '{port}'", exit_code=USAGE)
     for name in ("grpc-use-ssl", "grpc-use-ssl-mutual"):
         if name in flags:
             raise ToolError(

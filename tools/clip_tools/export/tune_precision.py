@@ -253,7 +253,7 @@ def tune_precision(
             f"`clip-tools export-onnx --model {weights.model} --pretrained {weights.pretrained}`"
         )
     if len(files_of(model_path)) > 1:
-        raise ToolError(f"{model_path}: expected a graph in one file, came one with external data")
+        raise ToolError(f"{model_path}: expected a graph in one file, got one with external data")
     tuning = tune(onnx.load(str(model_path)), expected, worst_cosine=worst_cosine, rounds=rounds, advance=advance)
     trained = weights.seed is None
     result = {

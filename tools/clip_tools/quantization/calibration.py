@@ -69,11 +69,11 @@ class Calibration:
 def check_count(images: int, *, force: bool) -> str | None:
     """A note if there are fewer images than advised. Raises ToolError below the minimum, which `force` lowers to 8."""
     if images < _FEWEST_IMAGES:
-        raise ToolError(f"--calibration: expected at least {_FEWEST_IMAGES} images, came {images}", exit_code=2)
+        raise ToolError(f"--calibration: expected at least {_FEWEST_IMAGES} images, got {images}", exit_code=2)
     if images < MIN_IMAGES and not force:
         raise ToolError(
             f"--calibration: expected at least {MIN_IMAGES} images, better {ADVISED_IMAGES}, of the kind that will be "
-            f"embedded, came {images}; --force goes on with them",
+            f"embedded, got {images}; --force goes on with them",
             exit_code=2,
         )
     if images < ADVISED_IMAGES:

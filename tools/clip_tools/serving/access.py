@@ -103,7 +103,7 @@ def keys_in(environment: Mapping[str, str]) -> dict[str, str]:
         if value := environment.get(variable):
             if not is_key(value) or len(value) < MIN_KEY_LENGTH:
                 raise ToolError(
-                    f"{variable}: expected {MIN_KEY_LENGTH} or more letters, digits and . _ ~ -, came "
+                    f"{variable}: expected {MIN_KEY_LENGTH} or more letters, digits and . _ ~ -, got "
                     f"{len(value)} characters; `openssl rand -hex 32` makes one",
                     exit_code=_USAGE,
                 )

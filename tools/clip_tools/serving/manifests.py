@@ -24,7 +24,7 @@ def wrong_file(file: Path) -> str | None:
         return f"{path}: expected the sha256 of {file}, found none"
     if (got := sha256_of(file)) == expected:
         return None
-    return f"{file} is not the file that {path.name} describes: expected sha256 {expected}, came {got}"
+    return f"{file} is not the file that {path.name} describes: expected sha256 {expected}, got {got}"
 
 
 def check_manifests(

@@ -12,7 +12,7 @@ def check_ports(options: ServeOptions) -> None:
     """Raises ToolError if two ports are equal, a port is in use, or the address is not of this machine."""
     if len({options.http_port, options.grpc_port, options.metrics_port}) < 3:
         raise ToolError(
-            f"expected three different ports, came --http-port {options.http_port}, --grpc-port {options.grpc_port}, "
+            f"expected three different ports, got --http-port {options.http_port}, --grpc-port {options.grpc_port}, "
             f"--metrics-port {options.metrics_port}",
             exit_code=2,
         )

@@ -45,7 +45,7 @@ def check_engine(control: ModelControl, engine: str, like: "npt.NDArray[np.float
 
     got = embed_probe(control, engine)
     if got.ndim != 2 or len(got) != 2 or not np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-2):
-        raise ToolError(f"{engine}: expected two unit vectors, came {got.shape}, norm {np.linalg.norm(got):.3f}")
+        raise ToolError(f"{engine}: expected two unit vectors, got {got.shape}, norm {np.linalg.norm(got):.3f}")
     cosine = 1.0 if like is None else float((got * like).sum(axis=1).min()) if got.shape == like.shape else 0.0
     if cosine < MIN_COSINE_OF_SAME_WEIGHTS:
         raise ToolError(
@@ -96,7 +96,7 @@ def _check_answer(model: str, ask: "Callable[[], npt.NDArray[np.float32]]") -> N
 
     got = _answers([ask])
     if got.ndim != 2 or len(got) != 1 or not np.isclose(np.linalg.norm(got), 1, atol=1e-2):
-        raise ToolError(f"{model}: expected a unit vector, came {got.shape}, norm {np.linalg.norm(got):.3f}")
+        raise ToolError(f"{model}: expected a unit vector, got {got.shape}, norm {np.linalg.norm(got):.3f}")
 
 
 def _answers(questions: "Iterable[Callable[[], npt.NDArray[np.float32]]]") -> "npt.NDArray[np.float32]":

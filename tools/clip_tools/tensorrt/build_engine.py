@@ -50,7 +50,7 @@ def build_engine(onnx_path: Path, output: Path, options: EngineOptions) -> Engin
     """
     if not 1 <= options.min_batch <= options.opt_batch <= options.max_batch:
         raise ToolError(
-            f"expected 1 <= --min-batch <= --opt-batch <= --max-batch, came {options.min_batch}, {options.opt_batch}, "
+            f"expected 1 <= --min-batch <= --opt-batch <= --max-batch, got {options.min_batch}, {options.opt_batch}, "
             f"{options.max_batch}",
             exit_code=2,
         )
@@ -135,12 +135,12 @@ def _parse(trt: Any, builder: Any, log: Any, onnx_path: Path) -> tuple[Any, Any]
     }
     wanted = {"input": (_INPUT, "UINT8"), "output": (_OUTPUT, "FLOAT")}
     for title, found in tensors.items():
-        came = [(tensor.name, tensor.dtype.name) for tensor in found]
-        if came != [wanted[title]]:
-            raise ToolError(f"{onnx_path}: expected the one {title} {wanted[title]}, came {came}")
+        got = [(tensor.name, tensor.dtype.name) for tensor in found]
+        if got != [wanted[title]]:
+            raise ToolError(f"{onnx_path}: expected the one {title} {wanted[title]}, got {got}")
     shape = tuple(tensors["input"][0].shape)
     if len(shape) != 4 or min(shape[1:]) < 1 or shape[3] != 3:
-        raise ToolError(f"{onnx_path}: expected pixels of shape (N, side, side, 3), came {shape}")
+        raise ToolError(f"{onnx_path}: expected pixels of shape (N, side, side, 3), got {shape}")
     return network, parser
 
 

@@ -77,7 +77,7 @@ def cosines(got: "npt.NDArray[np.float32]", reference: "npt.NDArray[np.float32]"
     import numpy as np
 
     if got.shape != reference.shape:
-        raise ToolError(f"expected embeddings of shape {reference.shape}, came {got.shape}")
+        raise ToolError(f"expected embeddings of shape {reference.shape}, got {got.shape}")
     a, b = got.astype(np.float64), reference.astype(np.float64)
     with np.errstate(all="ignore"):
         cosine: npt.NDArray[np.float64] = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)

@@ -84,7 +84,7 @@ def _pixels(oracle: Oracle, path: Path, data: bytes) -> "npt.NDArray[np.uint8]":
         return oracle.pixels(data)
     except (UnidentifiedImageError, OSError) as error:
         why = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-        raise ToolError(f"{path}: expected an image, came {why}; take it out of the folder") from error
+        raise ToolError(f"{path}: expected an image, got {why}; take it out of the folder") from error
 
 
 def _digest(images: Sequence[bytes]) -> str:
