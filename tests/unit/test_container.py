@@ -23,10 +23,10 @@ from tests.small_graph import write_small_graph
 from clip_tools.container import build as container_build
 from clip_tools.container import entrypoint
 from clip_tools.container.build import export, plan_path, served_tensorrt_version
+from clip_tools.container.container_repository import limit_batches, write_container_repository
 from clip_tools.container.server import READY_TIMEOUT_S, options_in
 from clip_tools.container.settings import Settings
 from clip_tools.container.start import Available, Start, decide_start, find_available
-from clip_tools.container.write_repository import limit_batches, write_container_repository
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import config_names, deployment, read_config

@@ -8,7 +8,7 @@ import pytest
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, read_config
 from clip_tools.serving.machine import Machine, available_cores
-from clip_tools.serving.write_repository import write_repository
+from clip_tools.serving.served_repository import write_served_repository
 
 GPU_HOST = Machine(cores=16, has_gpu=True)
 
@@ -69,7 +69,7 @@ def count(models: Path, config_name: str | None = None) -> int:
 
 @pytest.mark.parametrize("config_name", [None, "fast", "upright"])
 def test_every_configuration_that_is_served_has_the_machines_processes(tmp_path, config_name):
-    write_repository(MODELS, tmp_path / "models", GPU_HOST)
+    write_served_repository(MODELS, tmp_path / "models", GPU_HOST)
     assert count(tmp_path / "models", config_name) == 14
     assert count(MODELS, config_name) == 2
     assert GPU_HOST.describe_preprocess(MODELS, config_name) == "14 processes for preprocess on 16 cores"
@@ -77,9 +77,9 @@ def test_every_configuration_that_is_served_has_the_machines_processes(tmp_path,
 
 def test_in_mode_gpu_the_processes_are_those_of_the_configuration_unless_the_user_says_another(tmp_path):
     """Each has a context and memory on the GPU: fourteen would fill it."""
-    write_repository(MODELS, tmp_path / "models", GPU_HOST)
+    write_served_repository(MODELS, tmp_path / "models", GPU_HOST)
     assert count(tmp_path / "models", "gpu") == 4
-    write_repository(MODELS, tmp_path / "others", Machine(16, has_gpu=True, instances=2))
+    write_served_repository(MODELS, tmp_path / "others", Machine(16, has_gpu=True, instances=2))
     assert count(tmp_path / "others", "gpu") == 2
 
 
@@ -89,7 +89,7 @@ def test_the_committed_repository_is_linked_also_what_comes_later(tmp_path):
     for name in ("preprocess", "clip_onnx"):
         (models / name / "1").mkdir(parents=True)
         (models / name / "config.pbtxt").write_text((MODELS / name / "config.pbtxt").read_text())
-    write_repository(models, served, Machine(cores=3, has_gpu=False))
+    write_served_repository(models, served, Machine(cores=3, has_gpu=False))
     (models / "clip_onnx" / "1" / "model.onnx").write_text("built later")
     assert (served / "clip_onnx" / "1" / "model.onnx").read_text() == "built later"
     assert (served / "clip_onnx" / "config.pbtxt").resolve() == models / "clip_onnx" / "config.pbtxt"

@@ -1,7 +1,7 @@
 """The container's first process: it builds what the server needs, then keeps tritonserver running.
 
-`settings` reads the environment, `start` decides what to do, `build` exports and builds, `write_repository` writes the
-model repository, `server` runs it. Flags of the command line go to tritonserver.
+`settings` reads the environment, `start` decides what to do, `build` exports and builds, `container_repository` writes
+the model repository, `server` runs it. Flags of the command line go to tritonserver.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from pathlib import Path
 
 from clip_tools import proxy
 from clip_tools.container.build import Say, ensure_plan, export
+from clip_tools.container.container_repository import write_container_repository
 from clip_tools.container.server import ContainerServer, flags_in, options_in
 from clip_tools.container.settings import Settings
 from clip_tools.container.start import Available, Start, decide_start, find_available
-from clip_tools.container.write_repository import write_container_repository
 from clip_tools.digest import files_of
 from clip_tools.errors import ToolError
 from clip_tools.export.export_text import MERGES

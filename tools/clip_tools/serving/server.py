@@ -21,11 +21,11 @@ from clip_tools.serving.probe import PROBE_TEXT, ImageProbe, ask_when_there_is_r
 from clip_tools.serving.process import DRAIN_S, EXIT_TIMEOUT_S, TritonProcess
 from clip_tools.serving.provenance import write_provenance
 from clip_tools.serving.serve_options import ServeOptions
+from clip_tools.serving.served_repository import write_served_repository
 from clip_tools.serving.towers import Towers
 from clip_tools.serving.tritonserver import command, find_installation
 from clip_tools.serving.vector_check import NOT_VERIFIED, WrongVectors, check_text_vectors, check_vectors
 from clip_tools.serving.watchdog import PROBE_DEADLINE_S, Watchdog, decoding_cpu_s
-from clip_tools.serving.write_repository import write_repository
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +75,7 @@ class EmbeddedServer:
         self._save_keys()
         self._served = tempfile.TemporaryDirectory(prefix="clip-tools-served-")
         towers = Towers.of(options.models, options.config_name)
-        write_repository(options.models, self.served, Machine.here(options.preprocess_instances), towers)
+        write_served_repository(options.models, self.served, Machine.here(options.preprocess_instances), towers)
         write_provenance(self.served, options.config_name)
         flags = [*repository_flags(self.served, options.config_name), *self._flags(), *options.arguments]
         self._process = TritonProcess(

@@ -16,8 +16,8 @@ from clip_tools.serving.machine import Machine
 from clip_tools.serving.manifests import check_towers
 from clip_tools.serving.model_control import ModelControl
 from clip_tools.serving.provenance import set_provenance
+from clip_tools.serving.served_repository import adapt_config
 from clip_tools.serving.towers import Towers
-from clip_tools.serving.write_repository import adapt_config
 
 _IDLE_LIMIT_S = 60.0
 _POLL_S = 0.1

@@ -9,7 +9,7 @@ from clip_tools.serving.machine import Machine
 from clip_tools.serving.towers import Towers
 
 
-def write_repository(models: Path, folder: Path, machine: Machine, towers: Towers | None = None) -> None:
+def write_served_repository(models: Path, folder: Path, machine: Machine, towers: Towers | None = None) -> None:
     """Write the repository that is served to `folder`.
 
     Its files are links into `models`, so models that are exported later are served too. Adapted configurations are
