@@ -23,7 +23,7 @@ from tests.small_graph import write_small_graph
 from clip_tools.container import build as container_build
 from clip_tools.container import entrypoint
 from clip_tools.container.build import export, plan_path, served_tensorrt_version
-from clip_tools.container.container_repository import limit_batches, write_container_repository
+from clip_tools.container.container_repository import set_max_batch, write_container_repository
 from clip_tools.container.server import READY_TIMEOUT_S, options_in
 from clip_tools.container.settings import Settings
 from clip_tools.container.start import Available, Start, decide_start, find_available
@@ -426,7 +426,7 @@ def test_the_committed_batches_are_served_as_they_are_written(tmp_path):
     write_container_repository(MODELS, tmp_path / "models", files={}, max_batch=64, machine=CPU)
     for path in MODELS.glob("*/config.pbtxt"):
         assert (tmp_path / "models" / path.relative_to(MODELS)).read_text() == path.read_text()
-    assert not limit_batches(read_config(MODELS, "preprocess"), 100)
+    assert not set_max_batch(read_config(MODELS, "preprocess"), 100)
 
 
 @pytest.mark.parametrize("max_batch", [None, 8])

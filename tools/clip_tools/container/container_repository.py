@@ -27,7 +27,7 @@ def write_container_repository(
 
     Args:
         files: by their path in the repository, such as "clip_trt/1/model.plan".
-        max_batch: see `limit_batches`; None changes nothing.
+        max_batch: see `set_max_batch`; None changes nothing.
         config_name: the configuration whose towers decide the tensor dimensions.
     """
     shutil.copytree(models, folder, ignore=shutil.ignore_patterns(*_BUILT))
@@ -38,12 +38,12 @@ def write_container_repository(
 
     def change(config: Any) -> bool:
         is_adapted = adapt_config(config, towers, machine)
-        return (max_batch is not None and limit_batches(config, max_batch)) or is_adapted
+        return (max_batch is not None and set_max_batch(config, max_batch)) or is_adapted
 
     rewrite_configs(folder, change)
 
 
-def limit_batches(config: Any, max_batch: int) -> bool:
+def set_max_batch(config: Any, max_batch: int) -> bool:
     """Set the largest batch of a `ModelConfig`; whether that changed it.
 
     A request is never allowed to be larger than before, so only `clip_trt` may get a larger batch, of several requests.
