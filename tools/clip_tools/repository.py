@@ -32,15 +32,20 @@ def config_names(models: Path) -> list[str]:
     return sorted({path.stem for path in models.glob("*/configs/*.pbtxt")})
 
 
+def config_path(models: Path, name: str, config_name: str | None = None) -> Path:
+    """The file of model `name`'s configuration: the named one if it has one, else config.pbtxt."""
+    named = models / name / "configs" / f"{config_name}.pbtxt"
+    return named if config_name and named.is_file() else models / name / "config.pbtxt"
+
+
 def read_config(models: Path, name: str, config_name: str | None = None) -> Any:
-    """The `ModelConfig` of model `name`, from its named configuration if it has one, else from its config.pbtxt."""
+    """The `ModelConfig` in the file of `config_path`. Raises ToolError if it is missing or invalid."""
     try:
         from google.protobuf import text_format
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
         raise missing_extra("server", error) from error
-    named = models / name / "configs" / f"{config_name}.pbtxt"
-    path = named if config_name and named.is_file() else models / name / "config.pbtxt"
+    path = config_path(models, name, config_name)
     try:
         return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
     except FileNotFoundError as error:
@@ -53,14 +58,20 @@ def read_config(models: Path, name: str, config_name: str | None = None) -> Any:
 
 def write_config(models: Path, name: str, config: Any, config_name: str | None, *, comment: str = "") -> Path:
     """Write a model's configuration, named or plain, below a comment; return its path."""
-    from google.protobuf import text_format
-
     folder = models / name
     path = folder / "configs" / f"{config_name}.pbtxt" if config_name else folder / "config.pbtxt"
     path.parent.mkdir(exist_ok=True)
-    head = "".join(f"# {line}\n" for line in comment.splitlines())
-    path.write_text(head + text_format.MessageToString(config))
+    replace_config(path, config, comment=comment)
     return path
+
+
+def replace_config(path: Path, config: Any, *, comment: str = "") -> None:
+    """Write a configuration file, below a comment. A link is replaced: its target may be in another repository."""
+    from google.protobuf import text_format
+
+    head = "".join(f"# {line}\n" for line in comment.splitlines())
+    path.unlink(missing_ok=True)
+    path.write_text(head + text_format.MessageToString(config))
 
 
 def deployment(models: Path, config_name: str | None = None, *, root: str = ENSEMBLE) -> list[Model]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from clip_embed.server_info import CHECKPOINT, MODEL, PREPROCESS, SUFFIXES
 from clip_tools.errors import missing_extra
 from clip_tools.oracle import open_heif_too
-from clip_tools.repository import ENSEMBLE, Model, deployment
+from clip_tools.repository import ENSEMBLE, Model, config_path, deployment, replace_config
 from clip_tools.serving.engine import manifest_of
 
 
@@ -25,14 +25,9 @@ def set_provenance(models: Sequence[Model]) -> None:
 
 def write_provenance(folder: Path, config_name: str | None) -> None:
     """Write them to the ensemble's configuration file in the repository that is served."""
-    from google.protobuf import text_format
-
     models = deployment(folder, config_name)
     set_provenance(models)
-    named = folder / ENSEMBLE / "configs" / f"{config_name}.pbtxt"
-    path = named if config_name and named.is_file() else folder / ENSEMBLE / "config.pbtxt"
-    path.unlink()  # it may be a link into models/
-    path.write_text(text_format.MessageToString(models[-1].config))
+    replace_config(config_path(folder, ENSEMBLE, config_name), models[-1].config)
 
 
 def _weights(models: Sequence[Model]) -> dict[str, str]:

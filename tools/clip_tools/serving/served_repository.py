@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from clip_tools.repository import read_config
+from clip_tools.repository import read_config, replace_config
 from clip_tools.serving.machine import Machine
 from clip_tools.serving.towers import Towers
 
@@ -31,11 +31,8 @@ def adapt_config(config: Any, towers: Towers, machine: Machine, running: Any | N
 
 def rewrite_configs(folder: Path, change: Callable[[Any], bool]) -> None:
     """Write the configurations of a repository again that `change` changes."""
-    from google.protobuf import text_format
-
     for path in sorted([*folder.glob("*/config.pbtxt"), *folder.glob("*/configs/*.pbtxt")]):
         name = path.stem if path.parent.name == "configs" else None
         config = read_config(folder, path.relative_to(folder).parts[0], name)
         if change(config):
-            path.unlink()
-            path.write_text(text_format.MessageToString(config))
+            replace_config(path, config)
