@@ -153,7 +153,7 @@ class EmbeddedServer:
                     try:
                         probe.ask()
                         self.is_ready = True
-                        return self._check_vectors(client) if self.options.check_vectors else None
+                        return self._verify_sample(client) if self.options.check_vectors else None
                     except WrongVectors:
                         self.is_ready = False
                         raise
@@ -168,7 +168,7 @@ class EmbeddedServer:
             + process.last_words()
         )
 
-    def _check_vectors(self, client: "EmbeddingClient") -> str:
+    def _verify_sample(self, client: "EmbeddingClient") -> str:
         """One line: how close its vectors are to open_clip's. Raises WrongVectors."""
         import numpy as np
 
