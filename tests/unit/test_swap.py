@@ -408,7 +408,7 @@ def test_files_of_other_weights_than_those_served_are_refused_before_anything_is
     parameters = server.models["clip_ensemble"].parameters
     for name, value in ((MODEL, "ViT-B-16"), (CHECKPOINT, "random:1")):
         parameters[name].string_value = value
-    monkeypatch.setattr(provenance, "_weights", lambda _: {MODEL: "ViT-B-32", CHECKPOINT: "random:0"})
+    monkeypatch.setattr(provenance, "_weight_parameters", lambda _: {MODEL: "ViT-B-32", CHECKPOINT: "random:0"})
     with pytest.raises(
         ToolError, match=r"expected the weights that are served, ViT-B-16, random:1.*ViT-B-32, random:0"
     ):

@@ -16,7 +16,7 @@ from clip_tools.serving.engine import manifest_of
 def set_provenance(models: Sequence[Model]) -> None:
     """Set the parameters of a deployment's ensemble, its last model. What is unknown is left out."""
     parameters = models[-1].config.parameters
-    found = {**_weights(models), **_preprocessing(models)}
+    found = {**_weight_parameters(models), **_preprocess_parameters(models)}
     for name in (MODEL, CHECKPOINT, PREPROCESS, SUFFIXES):
         parameters.pop(name, None)
         if found.get(name):
@@ -30,13 +30,13 @@ def write_provenance(folder: Path, config_name: str | None) -> None:
     replace_config(config_path(folder, ENSEMBLE, config_name), models[-1].config)
 
 
-def _weights(models: Sequence[Model]) -> dict[str, str]:
+def _weight_parameters(models: Sequence[Model]) -> dict[str, str]:
     file = next((model.file for model in models if model.file and model.config.backend != "python"), None)
     manifest = manifest_of(file)
     return dict(zip((MODEL, CHECKPOINT), manifest.identity, strict=True)) if manifest else {}
 
 
-def _preprocessing(models: Sequence[Model]) -> dict[str, str]:
+def _preprocess_parameters(models: Sequence[Model]) -> dict[str, str]:
     found = [model.config.parameters for model in models if "formats" in model.config.parameters]
     if not found:
         return {}
