@@ -21,7 +21,7 @@ from clip_tools.serving.model_control import GrpcModelControl
 from clip_tools.serving.server import EmbeddedServer
 from clip_tools.serving.swap import check_deployment, swap
 from clip_tools.serving.swap_steps import SwapOptions
-from clip_tools.tensorrt.build_engine import EngineOptions, build_engine
+from clip_tools.tensorrt.build_engine import PlanOptions, build_engine
 
 CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
 
@@ -40,7 +40,7 @@ def models(repository, tmp_path_factory) -> Path:
     pytest.importorskip("tensorrt_rtx", reason="pip install 'clip-embed[rtx]'")
     plan = folder / "clip_trt" / "1" / "model.plan"
     graph = write_small_graph(tmp_path_factory.mktemp("small") / "small.onnx")
-    build_engine(graph, plan, EngineOptions(runtime="tensorrt-rtx", precision="fp32"))
+    build_engine(graph, plan, PlanOptions(runtime="tensorrt-rtx", precision="fp32"))
     return folder
 
 

@@ -8,7 +8,7 @@ from tests.conftest import options_for
 from clip_embed import EmbeddingClient
 from clip_tools.gpu import find_gpu
 from clip_tools.serving.server import EmbeddedServer
-from clip_tools.tensorrt.build_engine import EngineOptions, build_engine
+from clip_tools.tensorrt.build_engine import PlanOptions, build_engine
 from clip_tools.tensorrt.library import RUNTIMES, installed_version
 from clip_tools.verification.gates import GATES
 
@@ -24,7 +24,7 @@ RUNTIME = next((name for name in RUNTIMES if installed_version(name)), None)
 def test_a_plan_serves_what_onnx_serves(repository, onnx_model, server, demo_photos, tmp_path):
     models = tmp_path / "models"
     shutil.copytree(repository, models, symlinks=True)
-    build_engine(onnx_model, models / "clip_trt" / "1" / "model.plan", EngineOptions(RUNTIME, precision="fp32"))
+    build_engine(onnx_model, models / "clip_trt" / "1" / "model.plan", PlanOptions(RUNTIME, precision="fp32"))
     images = [path.read_bytes() for path in demo_photos]
     with EmbeddingClient(server.options.grpc_url) as client:
         expected = client.embed(images)

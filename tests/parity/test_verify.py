@@ -22,8 +22,8 @@ from clip_tools.quantization import export_variant as exporting
 from clip_tools.quantization.export_variant import export_variant
 from clip_tools.serving.engine import Engine, find_engine
 from clip_tools.serving.server import EmbeddedServer
-from clip_tools.tensorrt.build_engine import EngineOptions
-from clip_tools.tensorrt.engine_manifest import stale_reason
+from clip_tools.tensorrt.build_engine import PlanOptions
+from clip_tools.tensorrt.plan_manifest import stale_reason
 from clip_tools.verification.gates import cosines
 from clip_tools.verification.sample import Sample
 from clip_tools.verification.texts import texts
@@ -208,7 +208,7 @@ def test_a_plan_without_a_gpu_is_one_sentence(tmp_path: Path, weights: Weights, 
         verify(Engine(file=plan), weights, demo_photos, precision="fp16")
     with pytest.raises(ToolError, match="no manifest that says its precision"):
         verify(Engine(file=plan), weights, demo_photos)
-    assert EngineOptions().command() in (stale_reason(plan) or "")
+    assert PlanOptions().command() in (stale_reason(plan) or "")
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from clip_tools.export.precision import count_weights, lower
 from clip_tools.gpu import Gpu
 from clip_tools.repository import deployment
 from clip_tools.serving.manifests import check_plans
-from clip_tools.tensorrt import engine_manifest
-from clip_tools.tensorrt.build_engine import EngineManifest, EngineOptions, _configure, build_engine, stale_reason
+from clip_tools.tensorrt import plan_manifest
+from clip_tools.tensorrt.build_engine import PlanManifest, PlanOptions, _configure, build_engine, stale_reason
 from clip_tools.tensorrt.census import Census, count_engine
 from clip_tools.tensorrt.library import load_tensorrt
 
@@ -27,7 +27,7 @@ rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
     reason="tensorrt-rtx is not installed: pip install 'clip-embed[rtx]'",
 )
-RTX = EngineOptions(runtime="tensorrt-rtx", precision="fp16", max_batch=4, opt_batch=2)
+RTX = PlanOptions(runtime="tensorrt-rtx", precision="fp16", max_batch=4, opt_batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +78,10 @@ def test_the_exported_graph_becomes_an_engine_of_the_precision_asked_for(
     graph = tmp_path / "model.fp16.onnx"
     onnx.save(lower(onnx.load(str(gpu_model)), "fp16"), str(graph))
     plan = tmp_path / "model.plan"
-    manifest = build_engine(graph, plan, EngineOptions(runtime="tensorrt-rtx", precision="fp16"))
+    manifest = build_engine(graph, plan, PlanOptions(runtime="tensorrt-rtx", precision="fp16"))
     assert manifest.matrices == {"fp16": 75}  # 12 x (4 linear, 2 of attention), the last query, patches, projection
     assert manifest.weights == {"fp16": count_weights(onnx.load(str(onnx_model)))}
-    assert EngineManifest.read(plan) == manifest
+    assert PlanManifest.read(plan) == manifest
     assert plan.stat().st_size == manifest.size_bytes
     assert stale_reason(plan, onnx_path=graph) is None
     assert "was built from another model.fp16.onnx" in (stale_reason(plan, onnx_path=onnx_model) or "")
@@ -92,7 +92,7 @@ def test_fp32_is_not_tf32() -> None:
     """Which TensorRT takes by default: FP32 with FP16's mantissa."""
     trt = load_tensorrt("tensorrt-rtx")
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    config, _ = _configure(trt, builder, EngineOptions(runtime="tensorrt-rtx"), None, (224, 224, 3))
+    config, _ = _configure(trt, builder, PlanOptions(runtime="tensorrt-rtx"), None, (224, 224, 3))
     assert not config.get_flag(trt.BuilderFlag.TF32)
 
 
@@ -157,7 +157,7 @@ def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
     """It says what to install."""
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(ToolError, match=r"tensorrt is not installed .*: make setup-trt"):
-        build_engine(tmp_path / "model.onnx", tmp_path / "model.plan", EngineOptions())
+        build_engine(tmp_path / "model.onnx", tmp_path / "model.plan", PlanOptions())
 
 
 @rtx
@@ -192,7 +192,7 @@ def deployment_of_trt() -> list:
     return [model for model in deployment(MODELS, "trt") if model.config.backend == "tensorrt"]
 
 
-BUILT = EngineManifest(
+BUILT = PlanManifest(
     sha256="",
     onnx="model.fp16.onnx",
     onnx_sha256="",
@@ -221,7 +221,7 @@ def test_an_earlier_versions_manifest_is_still_read(tmp_path: Path) -> None:
     """It has a field that is no more and lacks one: its plan is as good as it was."""
     fields = {name: value for name, value in json.loads(BUILT.to_json()).items() if name != "weights"}
     (tmp_path / "manifest.json").write_text(json.dumps({**fields, "matrices_with_weights": {"fp16": 51}}))
-    assert EngineManifest.read(tmp_path / "model.plan") == dataclasses.replace(BUILT, weights={})
+    assert PlanManifest.read(tmp_path / "model.plan") == dataclasses.replace(BUILT, weights={})
 
 
 @pytest.mark.parametrize(
@@ -250,10 +250,10 @@ def test_a_plan_of_another_version_or_gpu_is_stale(
     plan = tmp_path / "clip_trt" / "1" / "model.plan"
     plan.parent.mkdir(parents=True)
     plan.write_bytes(b"plan")
-    manifest = dataclasses.replace(BUILT, sha256=engine_manifest.sha256_of(plan), **changes)
+    manifest = dataclasses.replace(BUILT, sha256=plan_manifest.sha256_of(plan), **changes)
     plan.with_name("manifest.json").write_text(manifest.to_json())
-    monkeypatch.setattr(engine_manifest, "installed_version", lambda runtime: version)
-    monkeypatch.setattr(engine_manifest, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(plan_manifest, "installed_version", lambda runtime: version)
+    monkeypatch.setattr(plan_manifest, "find_gpu", lambda: gpu)
     found = stale_reason(plan)
     if reason is None:
         assert found is None
@@ -268,7 +268,7 @@ def test_a_plan_without_a_manifest_is_stale(tmp_path: Path) -> None:
 
 def test_the_command_that_builds_again_says_what_is_not_the_default() -> None:
     """It can be pasted."""
-    options = EngineOptions(runtime="tensorrt-rtx", max_batch=32, version_compatible=True, targets=("8.9", "12.0"))
+    options = PlanOptions(runtime="tensorrt-rtx", max_batch=32, version_compatible=True, targets=("8.9", "12.0"))
     assert options.command() == (
         "clip-tools build-engine --runtime tensorrt-rtx --precision fp16 --max-batch 32 --version-compatible "
         "--target 8.9 --target 12.0"

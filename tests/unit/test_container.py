@@ -191,7 +191,7 @@ def engines(build=None, stale=lambda _plan, **_: None) -> SimpleNamespace:
     return SimpleNamespace(
         build_engine=build_engine,
         stale_reason=stale,
-        EngineOptions=lambda **options: options,
+        PlanOptions=lambda **options: options,
         built=built,
         manager=manager,
     )

@@ -16,7 +16,7 @@ from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
 from clip_tools.serving.engine import Engine, unchanged_graph_of
 from clip_tools.serving.vector_check import WrongVectors, check_vectors
-from clip_tools.tensorrt.engine_manifest import EngineManifest
+from clip_tools.tensorrt.plan_manifest import PlanManifest
 from clip_tools.verification.sample import FILE, Sample, keep_sample
 
 NPY = b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }".ljust(128) + b"\n1"
@@ -184,7 +184,7 @@ def test_a_plan_is_held_to_the_sample_of_its_graph(models):
         "precision": "fp16",
         "targets": [],
     }
-    unknown = {field.name: None for field in dataclasses.fields(EngineManifest) if field.name not in fields}
+    unknown = {field.name: None for field in dataclasses.fields(PlanManifest) if field.name not in fields}
     plan.with_name("manifest.json").write_text(json.dumps({**unknown, **fields}))
     engine = Engine(models=models, config_name="trt")
     with pytest.raises(WrongVectors, match=r"under 0.999, the gate of fp16"):

@@ -48,7 +48,7 @@ def build_engine(
     from clip_tools.tensorrt import build_engine as verb
 
     wanted = one_of("--precision", precision, PRECISIONS)
-    options = verb.EngineOptions(
+    options = verb.PlanOptions(
         runtime=one_of("--runtime", runtime, RUNTIMES),
         precision=wanted,
         min_batch=min_batch,

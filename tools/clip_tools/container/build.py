@@ -40,7 +40,7 @@ def plan_path(settings: Settings, graph: Path, gpu: str | None, runtime_version:
 
 def ensure_plan(settings: Settings, graph: Path, gpu: str | None, say: Say) -> Path:
     """The plan of this graph from the volume, built if missing or stale. Raises ToolError with the reason."""
-    from clip_tools.tensorrt.build_engine import EngineOptions, build_engine, stale_reason
+    from clip_tools.tensorrt.build_engine import PlanOptions, build_engine, stale_reason
 
     version = _runtime_version(settings.runtime)
     plan = plan_path(settings, graph, gpu, version)
@@ -57,7 +57,7 @@ def ensure_plan(settings: Settings, graph: Path, gpu: str | None, say: Say) -> P
                 f"{gpu or 'no GPU, ahead of time'} with {settings.runtime} {version}; once, some minutes"
             )
             plan.parent.mkdir(parents=True, exist_ok=True)
-            options = EngineOptions(
+            options = PlanOptions(
                 runtime=settings.runtime,
                 precision=settings.precision,
                 min_batch=1,

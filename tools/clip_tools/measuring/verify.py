@@ -14,7 +14,7 @@ from clip_tools.export.onnx_runner import run_onnx
 from clip_tools.oracle import Orientation, Weights, load_oracle, load_tokenizer
 from clip_tools.repository import text_deployment
 from clip_tools.serving.engine import Engine, has_exact_pixels, orientation_of, precision_of_engine, unchanged_graph_of
-from clip_tools.tensorrt.engine_manifest import EngineManifest
+from clip_tools.tensorrt.plan_manifest import PlanManifest
 from clip_tools.verification.gates import (
     TIE,
     Agreement,
@@ -228,7 +228,7 @@ def _embed(
     if engine.file.suffix == ".plan":
         from clip_tools.tensorrt.plan_runner import run_plan
 
-        manifest = EngineManifest.read(engine.file)
+        manifest = PlanManifest.read(engine.file)
         runtime = manifest.runtime if manifest else "tensorrt"
         return run_plan(engine.file, expected.pixels, runtime=runtime), f"{runtime} on the GPU"
     done = 0

@@ -1,4 +1,4 @@
-"""Describes an engine without running it: its file, graph, manifest, precision and preprocessing."""
+"""What is known of an engine without running it: its file, graph, manifest, precision and preprocessing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,13 @@ from clip_tools.export.precision import precision_of
 from clip_tools.oracle import Orientation
 from clip_tools.paths import MODELS
 from clip_tools.repository import config_names, deployment
-from clip_tools.tensorrt.engine_manifest import EngineManifest
+from clip_tools.tensorrt.plan_manifest import PlanManifest
 from clip_tools.verification.gates import Precision
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A file (.onnx, .plan), a configuration to serve here by its name (None: the default), or a running server."""
+    """What embeds images: a .onnx or .plan file, a named configuration to serve here (None: default), or a server."""
 
     file: Path | None = None
     config_name: str | None = None
@@ -75,7 +75,7 @@ def precision_of_engine(engine: Engine, graph: Manifest | None = None) -> Precis
             if any(accelerator.name == "openvino_bf16" for accelerator in accelerators):
                 return "bf16"
     if file.suffix == ".plan":
-        manifest = EngineManifest.read(file)
+        manifest = PlanManifest.read(file)
         if manifest is None:
             raise ToolError(f"{file} has no manifest that says its precision: give it with --precision", exit_code=2)
         return manifest.precision
@@ -100,7 +100,7 @@ def orientation_of(engine: Engine) -> Orientation:
 
 def graph_of(file: Path) -> tuple[Path, Manifest] | None:
     """(The exported graph, its manifest): this file, or the graph that this plan was built from; None if unknown."""
-    plan = EngineManifest.read(file) if file.suffix == ".plan" else None
+    plan = PlanManifest.read(file) if file.suffix == ".plan" else None
     if plan:
         file = file.absolute().parents[2] / "clip_onnx" / "1" / plan.onnx
     manifest = Manifest.read(file) if file.suffix != ".plan" else None

@@ -10,7 +10,7 @@ from clip_tools.errors import ToolError
 from clip_tools.export.manifest import GRAPH, Manifest, manifest_path
 from clip_tools.repository import Model, build_command
 from clip_tools.serving.engine import manifest_of
-from clip_tools.tensorrt.engine_manifest import EngineManifest
+from clip_tools.tensorrt.plan_manifest import PlanManifest
 
 
 def wrong_file(file: Path) -> str | None:
@@ -53,7 +53,7 @@ def check_manifests(
 def check_plans(models: Sequence[Model], *, rebuild: bool = False) -> None:
     """Raises ToolError for a plan that does not fit this graph, GPU or TensorRT; `rebuild` builds it again instead."""
     from clip_tools.tensorrt.build_engine import build_engine, stale_reason
-    from clip_tools.tensorrt.engine_manifest import EngineOptions
+    from clip_tools.tensorrt.plan_manifest import PlanOptions
 
     for model in models:
         plan = model.file
@@ -62,8 +62,8 @@ def check_plans(models: Sequence[Model], *, rebuild: bool = False) -> None:
         if not rebuild:
             raise ToolError(f"{model.name}: {reason}, or run `clip-tools serve --rebuild-stale`")
         sys.stderr.write(f"{model.name}: {reason}; building it now\n")
-        manifest = EngineManifest.read(plan)
-        options = manifest.options if manifest else EngineOptions()
+        manifest = PlanManifest.read(plan)
+        options = manifest.options if manifest else PlanOptions()
         onnx = manifest.onnx if manifest else "model.fp16.onnx"
         build_engine(plan.parents[2] / "clip_onnx" / "1" / onnx, plan, options)
 

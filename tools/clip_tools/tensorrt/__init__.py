@@ -1,1 +1,1 @@
-"""TensorRT engines: built from the exported graph, described by a manifest, run on this machine's GPU."""
+"""TensorRT plans: built from the exported graph, described by a manifest, run on this machine's GPU."""

@@ -20,15 +20,15 @@ from clip_tools.gpu import Gpu, find_gpu
 from clip_tools.paths import CACHE, MODELS
 from clip_tools.repository import graph_name
 from clip_tools.tensorrt.census import Census, count_engine, count_network
-from clip_tools.tensorrt.engine_manifest import (
-    EngineManifest,
-    EngineOptions,
-    engine_manifest_path,
+from clip_tools.tensorrt.library import load_tensorrt
+from clip_tools.tensorrt.plan_manifest import (
+    PlanManifest,
+    PlanOptions,
+    plan_manifest_path,
     stale_reason,
 )
-from clip_tools.tensorrt.library import load_tensorrt
 
-__all__ = ["PLAN_PATH", "EngineManifest", "EngineOptions", "build_engine", "default_onnx", "stale_reason"]
+__all__ = ["PLAN_PATH", "PlanManifest", "PlanOptions", "build_engine", "default_onnx", "stale_reason"]
 
 PLAN_PATH = MODELS / "clip_trt" / "1" / "model.plan"
 TIMING = CACHE / "timing"
@@ -42,7 +42,7 @@ def default_onnx(precision: str, models: Path = MODELS) -> Path:
     return models / "clip_onnx" / "1" / graph_name(precision)
 
 
-def build_engine(onnx_path: Path, output: Path, options: EngineOptions) -> EngineManifest:
+def build_engine(onnx_path: Path, output: Path, options: PlanOptions) -> PlanManifest:
     """Build the plan, check its precision, then put plan and manifest in place.
 
     Raises ToolError for a missing library or file, a graph that the parser refuses, and a network whose matrices do not
@@ -160,7 +160,7 @@ def _parser_error(error: Any) -> str:
 
 
 def _configure(
-    trt: Any, builder: Any, options: EngineOptions, gpu: Gpu | None, row: tuple[int, ...]
+    trt: Any, builder: Any, options: PlanOptions, gpu: Gpu | None, row: tuple[int, ...]
 ) -> tuple[Any, tuple[str, ...]]:
     """(The builder's configuration, the compute capabilities to build for ahead of time; none: this GPU)."""
     config = builder.create_builder_config()
@@ -190,7 +190,7 @@ def _configure(
     return config, ()
 
 
-def _aim(trt: Any, config: Any, options: EngineOptions) -> tuple[str, ...]:
+def _aim(trt: Any, config: Any, options: PlanOptions) -> tuple[str, ...]:
     """Set and return the compute capabilities to build for; by default all from Ampere on that have the precision."""
     known = {
         f"{name[2:-1]}.{name[-1]}": value
@@ -216,13 +216,13 @@ def _aim(trt: Any, config: Any, options: EngineOptions) -> tuple[str, ...]:
     return targets
 
 
-def _timing_path(trt: Any, options: EngineOptions, gpu: Gpu | None) -> Path:
+def _timing_path(trt: Any, options: PlanOptions, gpu: Gpu | None) -> Path:
     """The timing cache of this library version and GPU; timings are valid for no other."""
     where = f"{gpu.name}-{gpu.compute_capability}".replace(" ", "_") if gpu else "no-gpu"
     return TIMING / f"{options.runtime}-{trt.__version__}-{where}.bin"
 
 
-def _keep_timing(trt: Any, config: Any, options: EngineOptions, gpu: Gpu | None) -> None:
+def _keep_timing(trt: Any, config: Any, options: PlanOptions, gpu: Gpu | None) -> None:
     cache = config.get_timing_cache() if options.runtime == "tensorrt" else None
     if cache is None:  # tensorrt-rtx times nothing at build time
         return
@@ -268,14 +268,14 @@ def _write(
     plan: bytes,
     onnx_path: Path,
     output: Path,
-    options: EngineOptions,
+    options: PlanOptions,
     *,
     trt: Any,
     gpu: Gpu | None,
     targets: tuple[str, ...],
     census: Census,
     build_s: float,
-) -> EngineManifest:
+) -> PlanManifest:
     from clip_tools.export.manifest import put_in_place
 
     source = _onnx_manifest(onnx_path)
@@ -283,7 +283,7 @@ def _write(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".build-") as folder:
         draft = Path(folder) / output.name
         draft.write_bytes(plan)
-        manifest = EngineManifest(
+        manifest = PlanManifest(
             sha256=sha256_of(draft),
             onnx=onnx_path.name,
             onnx_sha256=sha256_of(onnx_path),
@@ -301,7 +301,7 @@ def _write(
             model=source.get("model"),
             trained=source.get("trained"),
         )
-        put_in_place(draft, manifest, output, engine_manifest_path(output))
+        put_in_place(draft, manifest, output, plan_manifest_path(output))
     return manifest
 
 
@@ -324,7 +324,7 @@ def _inspect(trt: Any, plan: bytes) -> dict[str, int]:
     return count_engine(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def census_table(manifest: EngineManifest) -> Any:
+def census_table(manifest: PlanManifest) -> Any:
     """The matrix multiplications by precision, as a rich table."""
     from rich.table import Table
 

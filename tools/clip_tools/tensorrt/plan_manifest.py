@@ -12,7 +12,7 @@ from clip_tools.verification.gates import Precision
 
 
 @dataclass(frozen=True)
-class EngineOptions:
+class PlanOptions:
     """How to build a plan.
 
     Args:
@@ -45,13 +45,13 @@ class EngineOptions:
             flag = "--" + name.replace("_", "-")
             if name == "targets":
                 words += [word for target in value for word in ("--target", target)]
-            elif name in ("runtime", "precision") or value != getattr(EngineOptions(), name):
+            elif name in ("runtime", "precision") or value != getattr(PlanOptions(), name):
                 words += [flag] if value is True else [flag, str(value)]
         return shlex.join([*words, *(["--onnx", onnx] if onnx else [])])
 
 
 @dataclass(frozen=True)
-class EngineManifest:
+class PlanManifest:
     """`manifest.json` beside a plan.
 
     `compute_capability` and `gpu` are those of the GPU that built it, None without one. `matrices` counts the matrix
@@ -85,10 +85,10 @@ class EngineManifest:
     trained: bool | None = None
 
     @classmethod
-    def read(cls, plan_path: Path) -> "EngineManifest | None":
+    def read(cls, plan_path: Path) -> "PlanManifest | None":
         """The manifest beside the plan; None if it is missing or not a plan's."""
         try:
-            found = json.loads(engine_manifest_path(plan_path).read_text())
+            found = json.loads(plan_manifest_path(plan_path).read_text())
             # Earlier versions had other fields.
             known = {one.name: found[one.name] for one in fields(cls) if one.name in found}
             return cls(**{**known, "targets": tuple(found["targets"])})
@@ -100,12 +100,12 @@ class EngineManifest:
         return json.dumps(asdict(self), indent=2)
 
     @property
-    def options(self) -> EngineOptions:
+    def options(self) -> PlanOptions:
         """The options that build it again."""
-        return EngineOptions(**{one.name: getattr(self, one.name) for one in fields(EngineOptions)})
+        return PlanOptions(**{one.name: getattr(self, one.name) for one in fields(PlanOptions)})
 
 
-def engine_manifest_path(plan_path: Path) -> Path:
+def plan_manifest_path(plan_path: Path) -> Path:
     """The path of a plan's manifest: `manifest.json` in its folder."""
     return plan_path.with_name("manifest.json")
 
@@ -116,11 +116,11 @@ def stale_reason(plan_path: Path, *, onnx_path: Path | None = None) -> str | Non
     It compares the plan's bytes, the ONNX file (`onnx_path`, or the one of its name in the same repository), the
     version of the installed library, and the GPU. It skips what this machine does not have.
     """
-    manifest = EngineManifest.read(plan_path)
+    manifest = PlanManifest.read(plan_path)
     if manifest is None:
         return (
-            f"{plan_path} has no {engine_manifest_path(plan_path).name} beside it that says what it was built for: "
-            f"build it again with `{EngineOptions().command()}`"
+            f"{plan_path} has no {plan_manifest_path(plan_path).name} beside it that says what it was built for: "
+            f"build it again with `{PlanOptions().command()}`"
         )
     onnx_path = onnx_path or plan_path.parents[2] / "clip_onnx" / "1" / manifest.onnx
     found = (
@@ -132,13 +132,13 @@ def stale_reason(plan_path: Path, *, onnx_path: Path | None = None) -> str | Non
     return found and f"{plan_path} {found}: build it again with `{manifest.options.command()}`"
 
 
-def _other_bytes(plan: Path, manifest: EngineManifest) -> str | None:
+def _other_bytes(plan: Path, manifest: PlanManifest) -> str | None:
     if plan.is_file() and plan.stat().st_size == manifest.size_bytes and sha256_of(plan) == manifest.sha256:
         return None
     return "is not the file that its manifest describes"
 
 
-def _other_runtime(manifest: EngineManifest, version: str | None) -> str | None:
+def _other_runtime(manifest: PlanManifest, version: str | None) -> str | None:
     if version is None or version == manifest.runtime_version:
         return None
     if manifest.version_compatible:
@@ -148,7 +148,7 @@ def _other_runtime(manifest: EngineManifest, version: str | None) -> str | None:
     return f"was built by {manifest.runtime} {manifest.runtime_version}, but {version} is installed"
 
 
-def _other_gpu(manifest: EngineManifest, gpu: Gpu | None) -> str | None:
+def _other_gpu(manifest: PlanManifest, gpu: Gpu | None) -> str | None:
     if gpu is None:
         return None
     if manifest.targets:
@@ -169,7 +169,7 @@ def _title(gpu: Gpu) -> str:
     return f"{gpu.name} ({gpu.compute_capability})"
 
 
-def _other_onnx(manifest: EngineManifest, onnx_path: Path) -> str | None:
+def _other_onnx(manifest: PlanManifest, onnx_path: Path) -> str | None:
     if not onnx_path.is_file() or sha256_of(onnx_path) == manifest.onnx_sha256:
         return None
     return f"was built from another {manifest.onnx} than {onnx_path}"
