@@ -10,7 +10,7 @@ from tests.conftest import options_for
 from tests.small_graph import write_small_transformer
 
 from clip_embed import EmbeddingClient
-from clip_tools.export.mix import Engine, Mix, apply
+from clip_tools.export.mix import LayeredGraph, Mix, apply
 from clip_tools.export.tune_precision import embed
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
@@ -41,7 +41,7 @@ def test_an_applied_mix_is_served_under_its_name(tmp_path):
         with EmbeddingClient(server.options.grpc_url, timeout_s=60) as client:
             served = client.embed(files)
         assert "in 3 parts, 1 of them in BF16" in (tmp_path / "log").read_text()
-    engine = Engine(onnx.load(str(graph)), tmp_path)
-    bare, plain = (embed(engine.open(precisions), pixels) for precisions in (MIX, ("fp32",) * 5))
+    layered = LayeredGraph(onnx.load(str(graph)), tmp_path)
+    bare, plain = (embed(layered.open(precisions), pixels) for precisions in (MIX, ("fp32",) * 5))
     assert np.abs(served - bare).max() < 1e-5  # the same sessions; another batch may sum in another order
     assert cosines(served, plain).max() < 0.99999999 and np.abs(served - plain).max() > 1e-5

@@ -12,7 +12,7 @@ from tests.conftest import Lazily
 from clip_tools.digest import data_path
 from clip_tools.export.export_onnx import compare, write_graph
 from clip_tools.export.external_data import load_graph, save_graph
-from clip_tools.export.mix import Engine
+from clip_tools.export.mix import LayeredGraph
 from clip_tools.export.onnx_runner import run_onnx
 from clip_tools.export.precision import count_matrices, lower, twin
 from clip_tools.export.tune_precision import embed
@@ -201,19 +201,19 @@ def test_fp16_adds_no_bias_to_the_residual_stream(gpu):
 
 def test_attention_with_a_separate_query_is_one_layer(portable, tmp_path):
     """OpenVINO refuses in BF16 what ends inside an attention; what passes between two blocks is the stream alone."""
-    engine = Engine(portable, tmp_path)
+    layered = LayeredGraph(portable, tmp_path)
     blocks = [f"block {block}, {part}" for block in (0, 1) for part in BLOCK]
-    assert [layer.name for layer in engine.layers] == ["patches", *blocks, "projection"]
-    last_block = engine.apart()[4:7]
+    assert [layer.name for layer in layered.layers] == ["patches", *blocks, "projection"]
+    last_block = layered.single_layers()[4:7]
     assert [len(part.graph.input) for part in last_block] == [1, 1, 2]  # the MLP's middle goes beside the stream
 
 
 @pytest.mark.usefixtures("bf16")
 def test_each_layer_may_be_bf16(portable, tmp_path):
-    engine, pixels = Engine(portable, tmp_path), coarse_noise(4)
-    plain = embed(engine.open(["fp32"] * 8), pixels)
+    layered, pixels = LayeredGraph(portable, tmp_path), coarse_noise(4)
+    plain = embed(layered.open(["fp32"] * 8), pixels)
     for lowered in (range(0, 8, 2), range(1, 8, 2)):
-        mixed = embed(engine.open(["bf16" if index in lowered else "fp32" for index in range(8)]), pixels)
+        mixed = embed(layered.open(["bf16" if index in lowered else "fp32" for index in range(8)]), pixels)
         assert cosines(mixed, plain).min() > 0.99 and np.abs(mixed - plain).max() > 1e-6
 
 

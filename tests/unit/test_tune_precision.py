@@ -14,7 +14,7 @@ from clip_tools.errors import ToolError
 from clip_tools.export import tune_precision as verb
 from clip_tools.export.export_onnx import describe
 from clip_tools.export.manifest import manifest_path
-from clip_tools.export.mix import Engine, Mix, apply, check_name
+from clip_tools.export.mix import LayeredGraph, Mix, apply, check_name
 from clip_tools.export.parts import cut, layers
 from clip_tools.export.tune_precision import LayerCost, Tuning, embed
 from clip_tools.measuring.onnx_profile import onnx_profile
@@ -81,8 +81,8 @@ def test_a_layer_is_a_product_with_weights_and_attention_is_one(model):
 @pytest.mark.usefixtures("bf16")
 def test_the_parts_give_what_the_whole_gives(model, expected, tmp_path):
     """In FP32; and one layer in BF16 changes it, but not by much."""
-    whole = embed(Engine(model, tmp_path).open(["fp32"] * 5), expected.pixels)
-    alternating = Engine(model, tmp_path).open(["fp32", "bf16", "fp32", "bf16", "fp32"])
+    whole = embed(LayeredGraph(model, tmp_path).open(["fp32"] * 5), expected.pixels)
+    alternating = LayeredGraph(model, tmp_path).open(["fp32", "bf16", "fp32", "bf16", "fp32"])
     assert isinstance(alternating, SessionChain)
     assert cosines(whole, expected.embeddings).min() > 0.999999
     mixed = cosines(embed(alternating, expected.pixels), whole)

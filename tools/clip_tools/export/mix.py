@@ -47,7 +47,7 @@ class Mix:
         return self.precisions.count("bf16")
 
 
-class Engine:
+class LayeredGraph:
     """Opens a graph in any mix of precisions, as `backends/onnxruntime` serves it; `folder` is for temporary files."""
 
     def __init__(self, model: "onnx.ModelProto", folder: Path) -> None:
@@ -60,7 +60,7 @@ class Engine:
         starts = [i for i in range(1, len(precisions)) if precisions[i] != precisions[i - 1]]
         return cut(self.model, [self.layers[i].first for i in starts]), [precisions[i] for i in (0, *starts)]
 
-    def apart(self) -> "list[onnx.ModelProto]":
+    def single_layers(self) -> "list[onnx.ModelProto]":
         """Each layer as a separate part."""
         return cut(self.model, [layer.first for layer in self.layers[1:]])
 
@@ -154,10 +154,10 @@ def apply(mix: Mix, model_path: Path, weights: Weights, name: str, comment: str,
 
 
 def _cut_for(model: "onnx.ModelProto", mix: Mix) -> "tuple[list[onnx.ModelProto], list[PartPrecision]]":
-    engine = Engine(model, Path())
-    if len(engine.layers) != len(mix.precisions):
-        raise ToolError(f"the mix is of {len(mix.precisions)} layers, the graph has {len(engine.layers)}")
-    return engine.parts(mix.precisions)
+    graph = LayeredGraph(model, Path())
+    if len(graph.layers) != len(mix.precisions):
+        raise ToolError(f"the mix is of {len(mix.precisions)} layers, the graph has {len(graph.layers)}")
+    return graph.parts(mix.precisions)
 
 
 def _manifest(draft: Path, weights: Weights, mix: Mix, whole: Path) -> Manifest:

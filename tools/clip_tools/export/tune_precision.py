@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from clip_tools.digest import files_of
 from clip_tools.errors import ToolError
 from clip_tools.export.manifest import is_exported
-from clip_tools.export.mix import BATCH, Engine, Mix, PartPrecision
+from clip_tools.export.mix import BATCH, LayeredGraph, Mix, PartPrecision
 from clip_tools.oracle import Weights
 from clip_tools.verification.gates import Agreement, agreement, cosines, counts_for_nothing
 from clip_tools.verification.reference import Reference
@@ -97,12 +97,12 @@ def tune(
     Raises ToolError if the graph does not agree in FP32, as with other weights.
     """
     with tempfile.TemporaryDirectory(prefix="clip-tune-") as folder:
-        trial = _Trial(Engine(model, Path(folder)), expected, advance)
+        trial = _Trial(LayeredGraph(model, Path(folder)), expected, advance)
         count = trial.count
         if not (as_it_is := trial.worst_cosine([])) >= worst_cosine:
             raise ToolError(f"the graph's worst cosine to open_clip is {as_it_is:.5f} in FP32: is it of these weights?")
         passes = trial.worst_cosine(range(count)) >= worst_cosine
-        costs = _costs(trial.engine, trial.touchy(), advance)
+        costs = _costs(trial.graph, trial.most_sensitive(), advance)
         order = [i for i in sorted(range(count), key=lambda i: costs[i].price) if costs[i].saved_ms > 0]
         if passes:
             for share in _SHARES:  # all layers pass; these are for the curve
@@ -119,8 +119,8 @@ def tune(
 class _Trial:
     """Compares each mix with open_clip once, and times all at the end; at most two sessions are open at a time."""
 
-    def __init__(self, engine: Engine, expected: Reference, advance: Advance) -> None:
-        self.engine, self.count = engine, len(engine.layers)
+    def __init__(self, graph: LayeredGraph, expected: Reference, advance: Advance) -> None:
+        self.graph, self.count = graph, len(graph.layers)
         self._expected, self._advance = expected, advance
         self._embeddings: dict[tuple[PartPrecision, ...], Any] = {}
 
@@ -128,11 +128,11 @@ class _Trial:
         """The worst cosine of the mix with these layers in BF16."""
         mix = self._precisions(lowered)
         if mix not in self._embeddings:
-            self._embeddings[mix] = embed(self.engine.open(mix), self._expected.pixels)
+            self._embeddings[mix] = embed(self.graph.open(mix), self._expected.pixels)
         self._advance("comparing mixes", len(self._embeddings), 2 + max(len(_SHARES), self.count.bit_length()))
         return self._agreement(mix).worst_cosine
 
-    def touchy(self) -> Reference:
+    def most_sensitive(self) -> Reference:
         """The batch of photographs with the lowest cosines when every layer is in BF16: a mix fails on these first."""
         import numpy as np
 
@@ -144,15 +144,15 @@ class _Trial:
     def timed(self, rounds: int) -> tuple[Mix, ...]:
         """Every mix so far with its speed relative to FP32, those with the fewest BF16 layers first."""
         batch = self._expected.pixels[:BATCH]
-        plain = self.engine.open(self._precisions([]))
+        plain = self.graph.open(self._precisions([]))
         made = []
         for mix in sorted(self._embeddings, key=lambda mix: mix.count("bf16")):
-            pairs = times(plain, self.engine.open(mix), batch, rounds)
+            pairs = times(plain, self.graph.open(mix), batch, rounds)
             ratios = [slow / fast for slow, fast in pairs]
             made.append(
                 Mix(
                     precisions=mix,
-                    parts=len(self.engine.parts(mix)[1]),
+                    parts=len(self.graph.parts(mix)[1]),
                     agreement=self._agreement(mix),
                     ratio=round(statistics.median(ratios), 3),
                     ratio_lowest=round(min(ratios), 3),
@@ -192,28 +192,28 @@ def times(one: Any, other: Any, pixels: "npt.NDArray[np.uint8]", rounds: int) ->
     return pairs[1:]
 
 
-def _costs(engine: Engine, touchy: Reference, advance: Advance) -> list[LayerCost]:
+def _costs(graph: LayeredGraph, most_sensitive: Reference, advance: Advance) -> list[LayerCost]:
     """The cost of each layer alone in BF16, on these photographs as one batch."""
     import numpy as np
 
-    alone = engine.apart()
-    steps = [engine.open_parts([part], ["fp32"]) for part in alone]
-    exact: dict[str, Any] = {"pixels": touchy.pixels}
+    alone = graph.single_layers()
+    steps = [graph.open_parts([part], ["fp32"]) for part in alone]
+    exact: dict[str, Any] = {"pixels": most_sensitive.pixels}
     for step in steps:
         exact |= _run(step, exact)
     found = []
-    for index, (layer, part) in enumerate(zip(engine.layers, alone, strict=True)):
-        fp32_ms, bf16_ms, made = _weigh(steps[index], engine.open_parts([part], ["bf16"]), exact)
+    for index, (layer, part) in enumerate(zip(graph.layers, alone, strict=True)):
+        fp32_ms, bf16_ms, made = _time_both(steps[index], graph.open_parts([part], ["bf16"]), exact)
         tensors = exact | made
         for step in steps[index + 1 :]:
             tensors |= _run(step, tensors)
-        worst = float(np.nan_to_num(cosines(tensors["embedding"], touchy.embeddings), nan=-1.0).min())
+        worst = float(np.nan_to_num(cosines(tensors["embedding"], most_sensitive.embeddings), nan=-1.0).min())
         found.append(LayerCost(layer.name, fp32_ms, bf16_ms, float(f"{max(0.0, 1 - worst):.3g}")))
         advance("measuring the layers", index + 1, len(steps))
     return found
 
 
-def _weigh(plain: Any, low: Any, tensors: dict[str, Any]) -> tuple[float, float, dict[str, Any]]:
+def _time_both(plain: Any, low: Any, tensors: dict[str, Any]) -> tuple[float, float, dict[str, Any]]:
     """(ms in FP32, ms in BF16, the outputs in BF16). The lowest time of the rounds, because other load only adds."""
     spent: dict[int, list[float]] = {0: [], 1: []}
     made: dict[str, Any] = {}
