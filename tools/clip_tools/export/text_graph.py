@@ -7,7 +7,7 @@ change nothing, so the graph cuts them off: a text of four words costs a tenth o
 from typing import TYPE_CHECKING, Any
 
 from clip_tools.export.external_data import DataFile
-from clip_tools.export.vit_graph import Tower, array_of, has_plain_blocks
+from clip_tools.export.vit_graph import GraphBuilder, array_of, has_plain_blocks
 
 if TYPE_CHECKING:
     import onnx
@@ -38,26 +38,26 @@ def text_tower(model: Any) -> Any:
 
 def text_graph(model: Any, data: DataFile | None = None) -> "onnx.ModelProto":
     """The FP32 graph of a plain tower: `tokens` (batch, context) int64 -> `embedding` (batch, D) float32, L2 norm 1."""
-    tower, made = text_tower(model), Tower("portable", data)
-    context, made.width = tower.positional_embedding.shape
-    end = made.node("ArgMax", ["tokens"], "end", axis=1, keepdims=1)
-    last = made.node("ReduceMax", [end, made.integers("first_axis", (0,))], "last_end", keepdims=0)
-    length = made.node("Add", [last, made.integers("one", (1,))], "tokens_kept")
-    begin = made.integers("begin", (0,))
-    x = made.node("Slice", ["tokens", begin, length, made.integers("second_axis", (1,))], "tokens_cut")
-    x = made.node(
-        "Gather", [made.constant("token_embedding", array_of(tower.token_embedding.weight)), x], "token_vectors"
+    tower, builder = text_tower(model), GraphBuilder("portable", data)
+    context, builder.width = tower.positional_embedding.shape
+    end = builder.node("ArgMax", ["tokens"], "end", axis=1, keepdims=1)
+    last = builder.node("ReduceMax", [end, builder.integers("first_axis", (0,))], "last_end", keepdims=0)
+    length = builder.node("Add", [last, builder.integers("one", (1,))], "tokens_kept")
+    begin = builder.integers("begin", (0,))
+    x = builder.node("Slice", ["tokens", begin, length, builder.integers("second_axis", (1,))], "tokens_cut")
+    x = builder.node(
+        "Gather", [builder.constant("token_embedding", array_of(tower.token_embedding.weight)), x], "token_vectors"
     )
-    position = made.constant("position_embedding", array_of(tower.positional_embedding))
-    position = made.node("Slice", [position, begin, length, "first_axis"], "position")
-    x = made.node("Add", [x, position], "embedded")
-    mask = made.constant("mask", array_of(tower.attn_mask))
-    mask = made.node("Slice", [mask, begin, length, "first_axis"], "mask_rows")
-    made.mask = made.node("Slice", [mask, begin, length, "second_axis"], "mask_cut")
-    made.tokens, made.pooled = length, end
-    x = made.reshape(x, (-1, made.width), "vectors")
+    position = builder.constant("position_embedding", array_of(tower.positional_embedding))
+    position = builder.node("Slice", [position, begin, length, "first_axis"], "position")
+    x = builder.node("Add", [x, position], "embedded")
+    mask = builder.constant("mask", array_of(tower.attn_mask))
+    mask = builder.node("Slice", [mask, begin, length, "first_axis"], "mask_rows")
+    builder.mask = builder.node("Slice", [mask, begin, length, "second_axis"], "mask_cut")
+    builder.tokens, builder.pooled = length, end
+    x = builder.reshape(x, (-1, builder.width), "vectors")
     blocks = tower.transformer.resblocks
     for index, block in enumerate(blocks):
-        x = made.block(x, block, f"block_{index}", last=index == len(blocks) - 1)
-    x = made.norm(x, tower.ln_final, "ln_final")
-    return made.embedding(x, tower.text_projection, "text_features", ("tokens", "INT64", (context,)))
+        x = builder.block(x, block, f"block_{index}", last=index == len(blocks) - 1)
+    x = builder.norm(x, tower.ln_final, "ln_final")
+    return builder.embedding(x, tower.text_projection, "text_features", ("tokens", "INT64", (context,)))

@@ -48,7 +48,7 @@ def is_plain_vit(visual: Any) -> bool:
 
 
 def has_plain_blocks(transformer: Any) -> bool:
-    """Whether `Tower.block` can write each of its blocks."""
+    """Whether `GraphBuilder.block` can write each of its blocks."""
     import torch
     from open_clip.transformer import QuickGELU, ResidualAttentionBlock, Transformer
 
@@ -72,44 +72,44 @@ def vit_graph(
     """
     import numpy as np
 
-    tower = Tower(form, data)
+    builder = GraphBuilder(form, data)
     (patch_h, patch_w), (grid_h, grid_w) = visual.patch_size, visual.grid_size
     kernel = array_of(visual.conv1.weight).astype(np.float64)  # (width, 3, patch_h, patch_w)
     width, tokens = len(kernel), grid_h * grid_w + 1
-    tower.tokens, tower.width = tokens, width
+    builder.tokens, builder.width = tokens, width
     patch = 3 * patch_h * patch_w
 
-    x = tower.node("Cast", ["pixels"], "pixels_float", to=1)
+    x = builder.node("Cast", ["pixels"], "pixels_float", to=1)
     scale, centre = 255.0, 0.0
     if form == "gpu":
-        x = tower.node("Sub", [x, tower.constant("pixel_centre", 128.0)], "pixels_centred")
-        x = tower.node("Mul", [x, tower.constant("pixel_scale", 1 / 128)], "pixels_scaled")
+        x = builder.node("Sub", [x, builder.constant("pixel_centre", 128.0)], "pixels_centred")
+        x = builder.node("Mul", [x, builder.constant("pixel_scale", 1 / 128)], "pixels_scaled")
         scale, centre = 255.0 / 128, 128.0
-    x = tower.reshape(x, (-1, grid_h, patch_h, grid_w, patch_w, 3), "pixels_cut")
-    x = tower.node("Transpose", [x], "pixels_by_patch", perm=[0, 1, 3, 2, 4, 5])
-    x = tower.reshape(x, (-1, grid_h * grid_w, patch), "patches")
+    x = builder.reshape(x, (-1, grid_h, patch_h, grid_w, patch_w, 3), "pixels_cut")
+    x = builder.node("Transpose", [x], "pixels_by_patch", perm=[0, 1, 3, 2, 4, 5])
+    x = builder.reshape(x, (-1, grid_h * grid_w, patch), "patches")
     means, stds = (np.array(value, np.float64)[:, None, None] for value in (mean, std))
     weight = (kernel / (scale * stds)).transpose(2, 3, 1, 0).reshape(patch, width)
     offset = (kernel * ((centre / 255 - means) / stds)).sum(axis=(1, 2, 3))
     position = array_of(visual.positional_embedding).astype(np.float64)
     position[0] += array_of(visual.class_embedding)
     position[1:] += offset
-    x = tower.node("MatMul", [x, tower.constant("patch_weight", weight)], "patch_products", name=PATCH_EMBEDDING)
-    x = tower.node("Pad", [x, tower.integers("one_token_before", (0, 1, 0, 0, 0, 0))], "patch_products_padded")
-    x = tower.node("Add", [x, tower.constant("position", position)], "embedded")
+    x = builder.node("MatMul", [x, builder.constant("patch_weight", weight)], "patch_products", name=PATCH_EMBEDDING)
+    x = builder.node("Pad", [x, builder.integers("one_token_before", (0, 1, 0, 0, 0, 0))], "patch_products_padded")
+    x = builder.node("Add", [x, builder.constant("position", position)], "embedded")
     if form == "portable":
-        x = tower.reshape(x, (-1, width), "tokens")
+        x = builder.reshape(x, (-1, width), "tokens")
     if visual.ln_pre._parameters:  # an Identity has none
-        x = tower.norm(x, visual.ln_pre, "ln_pre")
+        x = builder.norm(x, visual.ln_pre, "ln_pre")
     blocks = visual.transformer.resblocks
     for index, block in enumerate(blocks):
-        x = tower.block(x, block, f"block_{index}", last=index == len(blocks) - 1)
-    x = tower.norm(x, visual.ln_post, "ln_post")
-    return tower.embedding(x, visual.proj, "image_features", ("pixels", "UINT8", (*visual.image_size, 3)))
+        x = builder.block(x, block, f"block_{index}", last=index == len(blocks) - 1)
+    x = builder.norm(x, visual.ln_post, "ln_post")
+    return builder.embedding(x, visual.proj, "image_features", ("pixels", "UINT8", (*visual.image_size, 3)))
 
 
 @dataclass
-class Tower:
+class GraphBuilder:
     """A graph under construction. Each method adds nodes and constants, and returns the name of their result.
 
     `tokens` is the number of tokens of one image or text, or the name of an int64 tensor (1,) that has it. `mask` and
