@@ -19,7 +19,7 @@ from clip_tools.serving.manifests import check_plans
 from clip_tools.tensorrt import plan_manifest
 from clip_tools.tensorrt.build_engine import PlanManifest, PlanOptions, _configure, build_engine, stale_reason
 from clip_tools.tensorrt.census import Census, count_engine
-from clip_tools.tensorrt.library import load_tensorrt
+from clip_tools.tensorrt.runtime import load_tensorrt
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 

@@ -7,7 +7,7 @@ import typer
 
 from clip_tools.cli.options import one_of
 from clip_tools.tensorrt.build_engine import PLAN_PATH, default_onnx
-from clip_tools.tensorrt.library import RUNTIMES
+from clip_tools.tensorrt.runtime import RUNTIMES
 from clip_tools.verification.gates import PRECISIONS
 
 

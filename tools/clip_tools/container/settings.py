@@ -9,7 +9,7 @@ from clip_tools.errors import ToolError
 from clip_tools.serving.access import OPEN_METADATA_VARIABLE, keys_in
 from clip_tools.serving.machine import INSTANCES_VARIABLE
 from clip_tools.serving.vector_check import CHECK_VECTORS_VARIABLE
-from clip_tools.tensorrt.library import RUNTIMES, Runtime
+from clip_tools.tensorrt.runtime import RUNTIMES, Runtime
 from clip_tools.verification.gates import Precision
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

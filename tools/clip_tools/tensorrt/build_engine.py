@@ -20,13 +20,13 @@ from clip_tools.gpu import Gpu, find_gpu
 from clip_tools.paths import CACHE, MODELS
 from clip_tools.repository import graph_name
 from clip_tools.tensorrt.census import Census, count_engine, count_network
-from clip_tools.tensorrt.library import load_tensorrt
 from clip_tools.tensorrt.plan_manifest import (
     PlanManifest,
     PlanOptions,
     plan_manifest_path,
     stale_reason,
 )
+from clip_tools.tensorrt.runtime import load_tensorrt
 
 __all__ = ["PLAN_PATH", "PlanManifest", "PlanOptions", "build_engine", "default_onnx", "stale_reason"]
 

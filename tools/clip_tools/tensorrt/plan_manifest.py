@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clip_tools.digest import sha256_of
 from clip_tools.gpu import Gpu, find_gpu
-from clip_tools.tensorrt.library import Runtime, installed_version
+from clip_tools.tensorrt.runtime import Runtime, installed_version
 from clip_tools.verification.gates import Precision
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools.errors import ToolError, missing_extra
-from clip_tools.tensorrt.library import Runtime, load_tensorrt
+from clip_tools.tensorrt.runtime import Runtime, load_tensorrt
 
 if TYPE_CHECKING:
     import numpy as np
