@@ -307,7 +307,7 @@ def test_a_storm_of_calls_that_are_given_up_costs_others_nothing(served, demo_ph
 UNPROTECTED = """
 from pathlib import Path
 from clip_tools import c_libraries
-c_libraries.library = lambda source: Path("/none")
+c_libraries.library_path = lambda source: Path("/none")
 from clip_tools.cli import main
 main()
 """

@@ -193,8 +193,8 @@ def test_the_library_of_another_source_is_never_used(tmp_path, monkeypatch):
     source = tmp_path / "clip_resample.c"
     source.write_bytes(clip_resample.SOURCE.read_bytes())
     monkeypatch.setattr(clip_resample, "SOURCE", source)
-    assert clip_resample.library() == built.library(source)
-    shutil.copy(built.library(), clip_resample.library())
+    assert clip_resample.library() == built.library_path(source)
+    shutil.copy(built.library_path(), clip_resample.library())
     assert clip_resample.kernel.__wrapped__().form in clip_resample.FORMS
     source.write_text(source.read_text() + "/* changed */\n")
     with pytest.raises(clip_resample.NoKernel, match="was not built; `make setup` builds it"):

@@ -42,7 +42,7 @@ ANSWER = frame(HEADERS, 1, b"trailers", END_STREAM)
 
 def run(*steps_of: list[tuple], preload: bool = True) -> list[list[bytes | None]]:
     """What the server read at each step of each connection."""
-    library = c_libraries.library(c_libraries.IGNORE_CANCELLATION)
+    library = c_libraries.library_path(c_libraries.IGNORE_CANCELLATION)
     if not library.is_file():
         pytest.skip("ignore_cancellation.c is not built: `make setup` says why")
     steps = [[[what, *(piece.hex() for piece in pieces)] for what, *pieces in steps] for steps in steps_of]

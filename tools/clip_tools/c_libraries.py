@@ -26,14 +26,14 @@ _PROCESSORS = ("x86_64", "aarch64")
 _FLAGS = ("-O3", "-s", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
 
 
-def library(source: Path = SOURCE) -> Path:
+def library_path(source: Path = SOURCE) -> Path:
     """The path of the library built from this source."""
     return source.with_suffix(f".{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so")
 
 
 def build(source: Path = SOURCE, compiler: Sequence[str] = (sys.executable, "-m", "ziglang", "cc")) -> Path:
     """The library of the source, built if missing; libraries of earlier sources are removed. Raises ToolError."""
-    path = library(source)
+    path = library_path(source)
     if path.is_file():
         return path
     if platform.machine() not in _PROCESSORS:

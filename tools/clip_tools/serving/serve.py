@@ -21,7 +21,7 @@ def serve(options: ServeOptions) -> None:
     ).strip()
     if warning := exposure_warning(options.host, options.access):
         _say(warning)
-    if not c_libraries.library(source := c_libraries.IGNORE_CANCELLATION).is_file():
+    if not c_libraries.library_path(source := c_libraries.IGNORE_CANCELLATION).is_file():
         _say(f"{c_libraries.WITHOUT[source]}: {source.name} is not built; run `make setup`")
     supervisor = Supervisor(lambda: EmbeddedServer(options), _say, ready_line)
     with supervisor.stopping_on_signals():

@@ -51,7 +51,7 @@ def find_installation() -> Installation:
             part for part in (str(libraries), str(libpython), os.environ.get("LD_LIBRARY_PATH", "")) if part
         ),
     }
-    library = c_libraries.library(c_libraries.IGNORE_CANCELLATION)
+    library = c_libraries.library_path(c_libraries.IGNORE_CANCELLATION)
     if library.is_file():
         environment["LD_PRELOAD"] = os.pathsep.join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
     return Installation(
