@@ -34,7 +34,7 @@ def probe_image() -> bytes:
     return buffer.getvalue()
 
 
-def ask_when_there_is_room(
+def retry_while_full(
     ask: Callable[[], AnswerT],
     full: tuple[type[Exception], ...],
     *,

@@ -17,7 +17,7 @@ from clip_tools.serving.engine import Engine
 from clip_tools.serving.machine import Machine
 from clip_tools.serving.manifests import check_manifests, check_plans, check_towers
 from clip_tools.serving.ports import check_ports
-from clip_tools.serving.probe import PROBE_TEXT, ImageProbe, ask_when_there_is_room, probe_image
+from clip_tools.serving.probe import PROBE_TEXT, ImageProbe, probe_image, retry_while_full
 from clip_tools.serving.process import DRAIN_S, EXIT_TIMEOUT_S, TritonProcess
 from clip_tools.serving.provenance import write_provenance
 from clip_tools.serving.serve_options import ServeOptions
@@ -184,7 +184,7 @@ class EmbeddedServer:
         def embed_each(embed: "Callable[[list[Any]], npt.NDArray[np.float32]]", each: Iterable[Any]) -> Any:
             return np.concatenate(
                 [
-                    ask_when_there_is_room(
+                    retry_while_full(
                         partial(embed, [one]),
                         full,
                         limit_s=deadline - time.monotonic(),

@@ -9,7 +9,7 @@ from clip_tools.errors import ToolError
 from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, Model
 from clip_tools.serving.engine import Engine
 from clip_tools.serving.model_control import ModelControl, ServerFullError
-from clip_tools.serving.probe import PROBE_TEXT, ask_when_there_is_room, probe_image
+from clip_tools.serving.probe import PROBE_TEXT, probe_image, retry_while_full
 from clip_tools.serving.vector_check import check_text_vectors, check_vectors
 from clip_tools.verification.sample import Sample
 
@@ -103,4 +103,4 @@ def _answers(questions: "Iterable[Callable[[], npt.NDArray[np.float32]]]") -> "n
     """All answers, to one image or text at a time: an engine may have no batches. Retries while the server is full."""
     import numpy as np
 
-    return np.concatenate([ask_when_there_is_room(ask, (ServerFullError,), limit_s=_ROOM_LIMIT_S) for ask in questions])
+    return np.concatenate([retry_while_full(ask, (ServerFullError,), limit_s=_ROOM_LIMIT_S) for ask in questions])
