@@ -147,7 +147,7 @@ def load_tokenizer(model: str) -> Any:
     return open_clip.get_tokenizer(model)
 
 
-def open_heif_too() -> None:
+def register_heif() -> None:
     """Let Pillow open HEIC and HEIF by pillow_heif, as in `preprocess`, if it is installed."""
     with contextlib.suppress(ImportError):
         import pillow_heif
@@ -172,7 +172,7 @@ def load_oracle(weights: Weights, *, device: str = "cpu", precision: Literal["fp
         import torch
     except ImportError as error:
         raise missing_extra("export", error) from error
-    open_heif_too()
+    register_heif()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     config = open_clip.get_model_config(weights.model)
     if config is None:
@@ -185,7 +185,7 @@ def load_oracle(weights: Weights, *, device: str = "cpu", precision: Literal["fp
         torch.manual_seed(seed)
     elif is_tag:
         _check_tag(weights, open_clip.list_pretrained_tags_by_model(weights.model))
-        _use_the_cache_unless_a_hub_answers()
+        _go_offline_without_a_hub()
     log = logging.getLogger()
     level = log.level
     log.setLevel(logging.CRITICAL)  # open_clip logs what our error says
@@ -227,7 +227,7 @@ def _transform_of_a_tag(model: str) -> dict[str, Any]:
     return {f"image_{name}": known[name] for name in names if known.get(name)}
 
 
-def _use_the_cache_unless_a_hub_answers(timeout_s: float = 10.0) -> None:
+def _go_offline_without_a_hub(timeout_s: float = 10.0) -> None:
     """Ask the hub once; if it does not answer, use only the local cache. Its client would retry for a minute."""
     import huggingface_hub
 

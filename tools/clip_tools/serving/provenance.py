@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clip_embed.server_info import CHECKPOINT, MODEL, PREPROCESS, SUFFIXES
 from clip_tools.errors import missing_extra
-from clip_tools.oracle import open_heif_too
+from clip_tools.oracle import register_heif
 from clip_tools.repository import ENSEMBLE, Model, config_path, deployment, replace_config
 from clip_tools.serving.engine import manifest_of
 
@@ -54,6 +54,6 @@ def suffixes_of(formats: Sequence[str]) -> list[str]:
         from PIL import Image
     except ImportError as error:
         raise missing_extra("server", error) from error
-    open_heif_too()
+    register_heif()
     accepted = {"MPO", *formats} if "JPEG" in formats else set(formats)  # an MPO starts as a JPEG
     return sorted({suffix for suffix, name in Image.registered_extensions().items() if name in accepted})
