@@ -71,7 +71,7 @@ def test_the_exported_graph_passes_as_fp32(onnx_model: Path, weights: Weights, d
 
 
 def test_the_fp16_graph_passes_its_gate(fp16_model: Path, weights: Weights, demo_photos: list[Path]) -> None:
-    """By its FP32 twin, with every product rounded to FP16; and it is no FP32 engine."""
+    """Emulated in FP32, with every product rounded to FP16; and it is no FP32 engine."""
     verdict = verify(Engine(file=fp16_model), weights, demo_photos)
     assert verdict.precision == "fp16"
     assert "rounded to FP16" in verdict.how

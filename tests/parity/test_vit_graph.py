@@ -14,7 +14,7 @@ from clip_tools.export.export_onnx import compare, write_graph
 from clip_tools.export.external_data import load_graph, save_graph
 from clip_tools.export.mix import LayeredGraph
 from clip_tools.export.onnx_runner import run_onnx
-from clip_tools.export.precision import count_matrices, lower, twin
+from clip_tools.export.precision import count_matrices, emulate_in_fp32, lower
 from clip_tools.export.tune_precision import embed
 from clip_tools.export.vit_graph import OPSETS, is_plain_vit
 from clip_tools.oracle import Oracle
@@ -180,10 +180,10 @@ def test_another_tower_is_exported_by_torch_with_every_token(tmp_path):
 
 @pytest.mark.parametrize(("half", "off"), [("fp16", 2e-3), ("bf16", 2e-2)])
 def test_a_low_attention_is_its_two_products_with_rounded_shares(gpu, half, off):
-    """The twin has no Attention in a low type, counts the same products, and is near the FP32 graph and not equal."""
+    """The emulation has no Attention in a low type, counts the same products, and is near the FP32 graph, not equal."""
     lowered = lower(gpu, half)
     assert count_matrices(lowered) == {half: 2 * (4 + 2) + 1 + 2}
-    assert "Attention" not in {node.op_type for node in twin(lowered).graph.node}
+    assert "Attention" not in {node.op_type for node in emulate_in_fp32(lowered).graph.node}
     pixels = coarse_noise(4)
     difference = np.abs(run_onnx(lowered, pixels).embeddings - run_onnx(gpu, pixels).embeddings).max()
     assert 1e-6 < difference < off

@@ -1,4 +1,4 @@
-"""The graph passes: what is lowered, what stays in FP32, what a twin shows; the gates and the calibration."""
+"""The graph passes: what is lowered, what stays in FP32, what an emulation shows; the gates and the calibration."""
 
 from pathlib import Path
 
@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from clip_tools.errors import ToolError
-from clip_tools.export.onnx_runner import NATIVE, TWIN, run_onnx
+from clip_tools.export.onnx_runner import EMULATED, NATIVE, run_onnx
 from clip_tools.export.precision import (
     count_matrices,
+    emulate_in_fp32,
     fold_normalisation,
     lower,
     naive_half,
     precision_of,
     split_gemm,
-    twin,
 )
 from clip_tools.paths import ROOT
 from clip_tools.precision_results import results_table
@@ -213,12 +213,12 @@ def test_a_padded_convolution_is_not_folded(block: "onnx.ModelProto") -> None:
 
 
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
-def test_the_twin_computes_what_the_low_types_would(block: "onnx.ModelProto", pixels: np.ndarray, half: str) -> None:
+def test_the_emulation_computes_as_the_low_types_would(block: "onnx.ModelProto", pixels: np.ndarray, half: str) -> None:
     """Against numpy, rounding by hand: the same bits after the first convolution's rounding and the first product."""
     ml_dtypes = pytest.importorskip("ml_dtypes")
     low = np.float16 if half == "fp16" else ml_dtypes.bfloat16
     lowered = lower(block, half)
-    watched = twin(lowered)
+    watched = emulate_in_fp32(lowered)
     watched.graph.output.append(onnx.helper.make_tensor_value_info("even", onnx.TensorProto.FLOAT, None))
     watched.graph.output.append(onnx.helper.make_tensor_value_info("qk", onnx.TensorProto.FLOAT, None))
     import onnxruntime
@@ -230,7 +230,7 @@ def test_the_twin_computes_what_the_low_types_would(block: "onnx.ModelProto", pi
     same = by_hand.astype(np.float32) == product
     assert same.mean() > 0.99  # the sum's order may turn a tie
     run = run_onnx(lowered, pixels)
-    assert run.how == TWIN
+    assert run.how == EMULATED
     assert run_onnx(block, pixels).how == NATIVE
     assert 0 < np.abs(run.embeddings - run_onnx(block, pixels).embeddings).max() < 0.05
 

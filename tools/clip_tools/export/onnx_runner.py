@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.export.external_data import LARGEST_BYTES, load_graph, load_nodes, save_graph
-from clip_tools.export.precision import is_low, twin
+from clip_tools.export.precision import emulate_in_fp32, is_low
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import onnx
 
 NATIVE = "ONNX Runtime's CPU provider, as the file is"
-TWIN = (
+EMULATED = (
     "ONNX Runtime's CPU provider in FP32 arithmetic, every value rounded to FP16 or BF16 where the graph is; "
     "Q/DQ pairs as they are"
 )
@@ -39,7 +39,7 @@ def run_onnx(
 ) -> OnnxRun:
     """The embeddings of (N, 224, 224, 3) uint8 RGB pixels, or (N, context) tokens. `advance` gets each batch's size.
 
-    A graph with FP16 or BF16 types runs as its FP32 `twin`. Raises ToolError for a file that ONNX Runtime refuses.
+    A graph with FP16 or BF16 types is emulated in FP32. Raises ToolError for a file that ONNX Runtime refuses.
     """
     try:
         import numpy as np
@@ -50,7 +50,7 @@ def run_onnx(
     try:
         graph = load_nodes(model) if isinstance(model, Path) else model
         if low := is_low(graph):
-            session = open_session(twin(load_graph(model) if isinstance(model, Path) else model))
+            session = open_session(emulate_in_fp32(load_graph(model) if isinstance(model, Path) else model))
         else:
             session = open_session(model)
         rows = []
@@ -63,7 +63,7 @@ def run_onnx(
     except Exception as error:  # protobuf's and ONNX Runtime's errors have many types
         line = " ".join(str(error).split())[:300]
         raise ToolError(f"{title}: ONNX Runtime cannot run it: {line}") from error
-    return OnnxRun(np.concatenate(rows), TWIN if low else NATIVE)
+    return OnnxRun(np.concatenate(rows), EMULATED if low else NATIVE)
 
 
 def open_session(model: "onnx.ModelProto | Path") -> Any:

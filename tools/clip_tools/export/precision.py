@@ -1,4 +1,4 @@
-"""Rewrites the exported FP32 graph in a lower precision, or as an FP32 twin that shows on a CPU what that computes.
+"""Rewrites the exported FP32 graph in a lower precision, or emulates that precision in FP32 on a CPU.
 
 The graph is strongly typed: it states the type of every tensor, so TensorRT chooses none. Matrix multiplications,
 attention and convolutions run in the low type. LayerNorm, the activation, the residual stream and the final norm stay
@@ -295,7 +295,7 @@ def is_low(model: "onnx.ModelProto") -> bool:
     )
 
 
-def twin(model: "onnx.ModelProto") -> "onnx.ModelProto":
+def emulate_in_fp32(model: "onnx.ModelProto") -> "onnx.ModelProto":
     """The same graph in FP32 arithmetic, with values rounded to FP16 or BF16 where the graph has these types.
 
     It shows on a CPU what a GPU computes. ONNX Runtime's CPU provider has no BF16 matrix multiplication, and computes
