@@ -255,8 +255,8 @@ def fetch(
     `tell` gets one line for each download. The folder is either complete or missing. If two processes fetch, one waits.
     """
     folder = cache_dir / kind
-    wanted = [source for source in sources if any(pick.kind == kind for pick in source.picks)]
-    manifest = json.dumps([JPEG_QUALITY, *map(asdict, wanted)], sort_keys=True)
+    needed = [source for source in sources if any(pick.kind == kind for pick in source.picks)]
+    manifest = json.dumps([JPEG_QUALITY, *map(asdict, needed)], sort_keys=True)
     digest = hashlib.sha256(manifest.encode()).hexdigest()
     if files := _complete(folder, digest):
         return files
@@ -267,7 +267,7 @@ def fetch(
         fresh = Path(temporary) / kind
         fresh.mkdir()
         names: list[str] = []
-        for source in wanted:
+        for source in needed:
             artefact = _artefact(source, cache_dir / "artefacts", tell)
             names += _extract(artefact, [pick for pick in source.picks if pick.kind == kind], fresh)
         (fresh / STAMP).write_text(json.dumps({"digest": digest, "files": names}))

@@ -95,8 +95,8 @@ def bench(
             )
         finish(measured, output)
     if check:
-        wanted = alone.TARGETS if measured["kind"] == "preprocess" else promises.TARGETS
-        verdicts = promises.check(measured, wanted)
+        chosen = alone.TARGETS if measured["kind"] == "preprocess" else promises.TARGETS
+        verdicts = promises.check(measured, chosen)
         if result is not None:
             typer.echo(promises.verdicts_text(verdicts))
         if not all(verdict.is_met for verdict in verdicts):

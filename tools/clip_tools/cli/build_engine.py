@@ -47,10 +47,10 @@ def build_engine(
 
     from clip_tools.tensorrt import build_engine as verb
 
-    wanted = one_of("--precision", precision, PRECISIONS)
+    chosen = one_of("--precision", precision, PRECISIONS)
     options = verb.PlanOptions(
         runtime=one_of("--runtime", runtime, RUNTIMES),
-        precision=wanted,
+        precision=chosen,
         min_batch=min_batch,
         opt_batch=opt_batch,
         max_batch=max_batch,
@@ -59,6 +59,6 @@ def build_engine(
         hardware_compatible=hardware_compatible,
         targets=tuple(target or ()),
     )
-    manifest = verb.build_engine(onnx or default_onnx(wanted), output, options)
+    manifest = verb.build_engine(onnx or default_onnx(chosen), output, options)
     Console(stderr=True).print(verb.census_table(manifest))
     typer.echo(manifest.to_json())

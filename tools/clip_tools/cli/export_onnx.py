@@ -57,14 +57,14 @@ def export_onnx(
     from clip_tools.quantization.calibration import check_count
     from clip_tools.quantization.export_variant import export_variant
 
-    weights, wanted = Weights(model, pretrained), one_of("--precision", precision, PRECISIONS)
-    if text and (wanted != "fp32" or (image and output)):
+    weights, chosen = Weights(model, pretrained), one_of("--precision", precision, PRECISIONS)
+    if text and (chosen != "fp32" or (image and output)):
         raise ToolError("--text: expected without --precision, and with --output without --image", exit_code=2)
-    exports_text = text or (wanted == "fp32" and not image and output is None)
+    exports_text = text or (chosen == "fp32" and not image and output is None)
     exports_image = image or not text
-    if (wanted in ("int8", "fp8")) != (calibration is not None):
+    if (chosen in ("int8", "fp8")) != (calibration is not None):
         expected = "needs --calibration with a folder of images" if calibration is None else "takes no --calibration"
-        raise ToolError(f"--precision {wanted} {expected}", exit_code=2)
+        raise ToolError(f"--precision {chosen} {expected}", exit_code=2)
     images: list[Path] = []
     if calibration is not None:
         images = photos.images_in(calibration)
@@ -74,15 +74,15 @@ def export_onnx(
     with progress(f"exporting {model}, {pretrained}") as advance:
         if exports_text:
             load_tokenizer(model)  # refuses an unsupported one before anything is written
-        oracle = load_oracle(weights) if wanted == "fp32" else None
-        ours = photos.demo_photos if wanted == "fp32" else photos.gate_photos
+        oracle = load_oracle(weights) if chosen == "fp32" else None
+        ours = photos.demo_photos if chosen == "fp32" else photos.gate_photos
         paths = photos.images_in(photographs) if photographs else ours()
-        if exports_image and wanted == "fp32":
+        if exports_image and chosen == "fp32":
             files = [path.read_bytes() for path in paths]
             manifests.append(verb.export_onnx(weights, files, output or verb.MODEL_PATH, oracle=oracle))
         elif exports_image:
-            target = output or default_onnx(wanted)
-            manifests.append(export_variant(weights, wanted, paths, target, calibration=images, advance=advance))
+            target = output or default_onnx(chosen)
+            manifests.append(export_variant(weights, chosen, paths, target, calibration=images, advance=advance))
         if exports_text:
             manifests.append(export_text(weights, output or TEXT_MODEL_PATH, oracle=oracle))
     if reason := manifests[0].gate.get("counts_for_nothing"):

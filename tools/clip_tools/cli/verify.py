@@ -56,9 +56,9 @@ def verify(
     found = find_engine(engine, url, models)
     given = Weights()
     weights = Weights(model or given.model, pretrained or given.pretrained) if model or pretrained else None
-    held_to = one_of("--precision", precision, PRECISIONS) if precision else None
-    turned = one_of("--orientation", orientation, ORIENTATIONS) if orientation else None
-    if text and (images or held_to or turned):
+    gate_precision = one_of("--precision", precision, PRECISIONS) if precision else None
+    image_orientation = one_of("--orientation", orientation, ORIENTATIONS) if orientation else None
+    if text and (images or gate_precision or image_orientation):
         raise ToolError(
             "--text takes no --images, --precision or --orientation: the texts are this project's, the tower is FP32",
             exit_code=2,
@@ -68,7 +68,9 @@ def verify(
             verdict = verb.verify_text(found, weights, advance=advance)
         else:
             paths = photos.images_in(images) if images else photos.gate_photos()
-            verdict = verb.verify(found, weights, paths, precision=held_to, orientation=turned, advance=advance)
+            verdict = verb.verify(
+                found, weights, paths, precision=gate_precision, orientation=image_orientation, advance=advance
+            )
     Console(stderr=True).print(verb.verdict_table(verdict))
     result = json.dumps({"kind": "verify", "environment": fingerprint(), **verdict.to_dict()}, indent=2)
     if output:

@@ -58,14 +58,14 @@ def cut(model: "onnx.ModelProto", at: Sequence[int]) -> "list[onnx.ModelProto]":
     values = _values(model)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = list(model.graph.node)
-    wanted = {value.name for value in model.graph.output}
+    graph_outputs = {value.name for value in model.graph.output}
     edges = [0, *at, len(nodes)]
     found = []
     for first, end in itertools.pairwise(edges):
         own = nodes[first:end]
         made = {name for node in own for name in node.output}
         used = {name: None for node in own for name in node.input if name}
-        later = {name for node in nodes[end:] for name in node.input} | wanted
+        later = {name for node in nodes[end:] for name in node.input} | graph_outputs
         inputs = [name for name in used if name not in made and name not in constants]
         outputs = [name for node in own for name in node.output if name in later]
         graph = helper.make_graph(

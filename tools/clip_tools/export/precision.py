@@ -180,19 +180,19 @@ def lower(model: "onnx.ModelProto", half: Half, *, keep: Iterable[str] = ()) -> 
     casts: dict[tuple[str, int], str] = {}
     nodes: list[onnx.NodeProto] = []
 
-    def in_type(name: str, wanted: int) -> str:
+    def in_type(name: str, target: int) -> str:
         if name in graph.constants:
-            if wanted == full or graph.constants[name].data_type != full:
+            if target == full or graph.constants[name].data_type != full:
                 return name
             return _rounded_constant(graph, name, half)
-        if name not in types or types[name] == wanted:
+        if name not in types or types[name] == target:
             return name
-        if (name, wanted) not in casts:
-            casts[name, wanted] = f"{name}_{'fp32' if wanted == full else half}"
+        if (name, target) not in casts:
+            casts[name, target] = f"{name}_{'fp32' if target == full else half}"
             nodes.append(
-                helper.make_node("Cast", [name], [casts[name, wanted]], name=f"cast_{casts[name, wanted]}", to=wanted)
+                helper.make_node("Cast", [name], [casts[name, target]], name=f"cast_{casts[name, target]}", to=target)
             )
-        return casts[name, wanted]
+        return casts[name, target]
 
     for node in graph.nodes:
         if node.op_type == "DequantizeLinear" and node.name not in kept:
@@ -206,16 +206,16 @@ def lower(model: "onnx.ModelProto", half: Half, *, keep: Iterable[str] = ()) -> 
         if not computed or node.op_type == "Shape":
             nodes.append(node)  # shapes, and constants of a computed size
             continue
-        wanted: int = full
+        target: int = full
         if (node.op_type in MATRIX_OPS or node.name in biases) and node.name not in kept:
-            wanted = low
+            target = low
         elif node.op_type in _MOVERS:
-            wanted = types[computed[0]]
+            target = types[computed[0]]
         changed = _copy(node)
         data = list(node.input[:1]) if node.op_type in _MOVERS else list(node.input)
         for index, name in enumerate(data):
-            changed.input[index] = in_type(name, wanted)
-        types |= {name: wanted for name in node.output if name in types}  # not the integers of a QuantizeLinear
+            changed.input[index] = in_type(name, target)
+        types |= {name: target for name in node.output if name in types}  # not the integers of a QuantizeLinear
         nodes.append(changed)
     graph.nodes = nodes
     lowered = graph.finish()

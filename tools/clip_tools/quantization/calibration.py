@@ -61,8 +61,8 @@ class Calibration:
         The layers with the lowest cost for their size are quantised first.
         """
         by_cost = sorted(self.costs, key=lambda name: self.costs[name] / self.layers[name].levels.size)
-        held = list(accumulate((self.layers[name].levels.size for name in by_cost), initial=0))
-        counts = dict.fromkeys(min(bisect_left(held, share * weights), len(by_cost)) for share in _SHARES)
+        cumulative = list(accumulate((self.layers[name].levels.size for name in by_cost), initial=0))
+        counts = dict.fromkeys(min(bisect_left(cumulative, share * weights), len(by_cost)) for share in _SHARES)
         return [{name: self.layers[name] for name in self.layers if name in by_cost[:count]} for count in counts]
 
 
@@ -151,8 +151,8 @@ def watch(inputs: "list[Floats]", sizes: Sequence[int]) -> LayerStatistics:
     for value, size in zip(inputs, sizes, strict=True):
         varying = value - centre
         flat = varying.reshape(-1, value.shape[-1])
-        wanted = min(len(flat), round(_ROWS * size / sum(sizes)))
-        rows += [flat[random.choice(len(flat), wanted, replace=False)], _class_tokens(varying, size)]
+        count = min(len(flat), round(_ROWS * size / sum(sizes)))
+        rows += [flat[random.choice(len(flat), count, replace=False)], _class_tokens(varying, size)]
     return LayerStatistics(centre, np.concatenate(rows))
 
 

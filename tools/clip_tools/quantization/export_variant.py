@@ -142,8 +142,8 @@ def _in_precision(
     first, last = 0, len(mixes) - 1  # bisects for the first mix that passes, or the last one
     while first < last:
         middle = (first + last) // 2
-        got, wanted = run_onnx(quantize(prepared, mixes[middle], precision), held_out).embeddings, exact[len(seen) :]
-        found = replace(agreement(got, wanted), neighbours_kept=likely_neighbours_kept(got, wanted, exact))
+        got, expected = run_onnx(quantize(prepared, mixes[middle], precision), held_out).embeddings, exact[len(seen) :]
+        found = replace(agreement(got, expected), neighbours_kept=likely_neighbours_kept(got, expected, exact))
         first, last = (first, middle) if holds_with_margin(found, precision) else (middle + 1, last)
         advance("choosing the layers", len(mixes) - 1 - (last - first), len(mixes) - 1)
     graph = lower(quantize(prepared, mixes[first], precision), "fp16")

@@ -45,16 +45,16 @@ def round_weights(steps: "Floats", curved: "npt.NDArray[np.float64]", to_grid: C
     order = np.argsort(-np.diag(curved), kind="stable")
     spread = np.linalg.cholesky(np.linalg.inv(curved[np.ix_(order, order)]))
     spread = spread.T.astype(np.float32)  # upper triangular: how an error is shared out
-    left = steps[order].astype(np.float32)
-    rounded = np.empty_like(left)
-    for start in range(0, len(left), _BLOCK):
-        end = min(start + _BLOCK, len(left))
-        errors = np.empty_like(left[start:end])
+    remaining = steps[order].astype(np.float32)
+    rounded = np.empty_like(remaining)
+    for start in range(0, len(remaining), _BLOCK):
+        end = min(start + _BLOCK, len(remaining))
+        errors = np.empty_like(remaining[start:end])
         for channel in range(start, end):
-            rounded[channel] = to_grid(left[channel])
-            errors[channel - start] = (left[channel] - rounded[channel]) / spread[channel, channel]
-            left[channel:end] -= np.outer(spread[channel, channel:end], errors[channel - start])
-        left[end:] -= spread[start:end, end:].T @ errors
+            rounded[channel] = to_grid(remaining[channel])
+            errors[channel - start] = (remaining[channel] - rounded[channel]) / spread[channel, channel]
+            remaining[channel:end] -= np.outer(spread[channel, channel:end], errors[channel - start])
+        remaining[end:] -= spread[start:end, end:].T @ errors
     back = np.empty_like(rounded)
     back[order] = rounded
     return back

@@ -58,8 +58,8 @@ class Stepwise:
         )
         return found
 
-    def _session(self, nodes: Sequence[Any], wanted: set[str], rewrite: Rewrite) -> Any:
-        """A session of these nodes: it reads the stored tensors and returns the `wanted` ones."""
+    def _session(self, nodes: Sequence[Any], outputs: set[str], rewrite: Rewrite) -> Any:
+        """A session of these nodes: it reads the stored tensors and returns those of `outputs` that it computes."""
         import onnx
         from onnx import helper
 
@@ -73,7 +73,7 @@ class Stepwise:
             if name in read:
                 kind = helper.np_dtype_to_tensor_dtype(value.dtype)
                 piece.graph.input.append(helper.make_tensor_value_info(name, kind, None))
-        piece.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(made & wanted))
+        piece.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(made & outputs))
         return open_session(rewrite(piece))
 
     @staticmethod

@@ -133,11 +133,11 @@ def _parse(trt: Any, builder: Any, log: Any, onnx_path: Path) -> tuple[Any, Any]
         "input": [network.get_input(index) for index in range(network.num_inputs)],
         "output": [network.get_output(index) for index in range(network.num_outputs)],
     }
-    wanted = {"input": (_INPUT, "UINT8"), "output": (_OUTPUT, "FLOAT")}
+    expected = {"input": (_INPUT, "UINT8"), "output": (_OUTPUT, "FLOAT")}
     for title, found in tensors.items():
         got = [(tensor.name, tensor.dtype.name) for tensor in found]
-        if got != [wanted[title]]:
-            raise ToolError(f"{onnx_path}: expected the one {title} {wanted[title]}, got {got}")
+        if got != [expected[title]]:
+            raise ToolError(f"{onnx_path}: expected the one {title} {expected[title]}, got {got}")
     shape = tuple(tensors["input"][0].shape)
     if len(shape) != 4 or min(shape[1:]) < 1 or shape[3] != 3:
         raise ToolError(f"{onnx_path}: expected pixels of shape (N, side, side, 3), got {shape}")
