@@ -18,7 +18,7 @@ from clip_tools.export.precision import (
 )
 from clip_tools.paths import ROOT
 from clip_tools.precision_results import results_table
-from clip_tools.quantization.calibration import Calibration, calibrate, check_count, split, watch
+from clip_tools.quantization.calibration import Calibration, calibrate, check_count, layer_statistics, split
 from clip_tools.quantization.export_variant import holds_with_margin
 from clip_tools.quantization.gptq import curvature, fit_weights, round_weights
 from clip_tools.quantization.quantize import QuantisedLayer, fit, linear_layers, prepare, quantize
@@ -306,7 +306,7 @@ def test_an_outlier_channel_does_not_take_the_others_along() -> None:
     data = random.normal(size=(256, 64)).astype(np.float32)
     data[:, 7] = 100 + 10 * random.normal(size=256)
     weight = random.normal(size=(64, 32)).astype(np.float32)
-    layer = fit(watch([data], [256]), weight, "int8")
+    layer = fit(layer_statistics([data], [256]), weight, "int8")
     exact = data @ weight
     plain = np.abs(data).max() / 127
     naive = np.rint(data / plain) * plain @ weight
@@ -323,7 +323,7 @@ def test_a_token_that_hardly_varies_keeps_what_varies(images_axis: int) -> None:
     data[:, 0] = 5 + data[:, 0] / 100
     weight = random.normal(size=(32, 24)).astype(np.float32)
     given = data if images_axis == 0 else data.transpose(1, 0, 2)
-    layer = fit(watch(np.split(given, 2, axis=images_axis), [48, 48]), weight, "int8")
+    layer = fit(layer_statistics(np.split(given, 2, axis=images_axis), [48, 48]), weight, "int8")
     token = np.s_[:, 0] if images_axis == 0 else np.s_[0]
     off = (product_in_eight_bits(layer, given) - given @ weight)[token]
     assert off.std() < 0.01 * (given @ weight)[token].std(axis=0).mean()
@@ -337,19 +337,19 @@ def test_rows_that_never_change_are_not_fitted_to() -> None:
     still = data.copy()
     still[:, 5:] = 1
     off, off_beside = (
-        np.abs(product_in_eight_bits(fit(watch([x], [64]), weight, "int8"), x) - x @ weight)[:, :5].mean()
+        np.abs(product_in_eight_bits(fit(layer_statistics([x], [64]), weight, "int8"), x) - x @ weight)[:, :5].mean()
         for x in (data[:, :5], still)
     )
     assert off_beside < 1.2 * off
     with pytest.raises(ToolError, match="all the same"):
-        fit(watch([np.ones((8, 20, 32), np.float32)], [8]), weight, "int8")
+        fit(layer_statistics([np.ones((8, 20, 32), np.float32)], [8]), weight, "int8")
 
 
 def test_no_row_is_clipped_whatever_its_size() -> None:
     """A row ten times those that the layer was fitted to is as near, for its size, as they are."""
     random = np.random.default_rng(0)
     data, weight = random.normal(size=(256, 32)).astype(np.float32), random.normal(size=(32, 24)).astype(np.float32)
-    layer = fit(watch([data], [256]), weight, "int8")
+    layer = fit(layer_statistics([data], [256]), weight, "int8")
     rows = layer.centre + (data - layer.centre) * 10
     off, off_large = (np.abs(product_in_eight_bits(layer, x) - x @ weight).mean() for x in (data, rows))
     assert off_large < 11 * off

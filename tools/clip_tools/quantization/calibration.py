@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from clip_tools.errors import ToolError
 from clip_tools.export.precision import Graph
 from clip_tools.paths import CACHE
-from clip_tools.quantization.quantize import Eight, LayerStatistics, QuantisedLayer, fit, linear_layers, quantize
+from clip_tools.quantization.quantize import EightBit, LayerStatistics, QuantisedLayer, fit, linear_layers, quantize
 from clip_tools.quantization.stepwise import Stepwise
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def calibrate(
     model: "onnx.ModelProto",
     pixels: "Pixels",
     held_out: "Pixels",
-    kind: Eight,
+    kind: EightBit,
     *,
     folder: Path = CALIBRATIONS,
     advance: Advance = lambda what, done, total: None,
@@ -122,7 +122,7 @@ def calibrate(
 
 
 def _quantise_layers(
-    model: "onnx.ModelProto", pixels: "Pixels", kind: Eight, advance: Advance
+    model: "onnx.ModelProto", pixels: "Pixels", kind: EightBit, advance: Advance
 ) -> dict[str, QuantisedLayer]:
     """All linear layers in eight bits but those with one row for each image, the class token's.
 
@@ -133,12 +133,12 @@ def _quantise_layers(
     for done, node in enumerate(nodes):
         inputs = images.run_to(node, partial(quantize, layers=layers, kind=kind))
         if any(value.size != size * value.shape[-1] for value, size in zip(inputs, images.sizes, strict=True)):
-            layers[node.name] = fit(watch(inputs, images.sizes), graph.array(node.input[1]), kind)
+            layers[node.name] = fit(layer_statistics(inputs, images.sizes), graph.array(node.input[1]), kind)
         advance("quantising the layers", done + 1, len(nodes))
     return layers
 
 
-def watch(inputs: "list[Floats]", sizes: Sequence[int]) -> LayerStatistics:
+def layer_statistics(inputs: "list[Floats]", sizes: Sequence[int]) -> LayerStatistics:
     """The statistics of a layer's input, given by batch; `sizes` are the numbers of images in the batches."""
     import numpy as np
 
@@ -167,7 +167,7 @@ def _class_tokens(value: Any, batch: int) -> Any:
 
 
 def _costs(
-    model: "onnx.ModelProto", layers: dict[str, QuantisedLayer], pixels: "Pixels", kind: Eight, advance: Advance
+    model: "onnx.ModelProto", layers: dict[str, QuantisedLayer], pixels: "Pixels", kind: EightBit, advance: Advance
 ) -> dict[str, float]:
     """1 - mean cosine of the embeddings with one layer in eight bits and the others unchanged, for each layer."""
     import numpy as np

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
 
-Eight = Literal["int8", "fp8"]
+EightBit = Literal["int8", "fp8"]
 
-_TOP: dict[Eight, float] = {"int8": 127.0, "fp8": 448.0}
+_TOP: dict[EightBit, float] = {"int8": 127.0, "fp8": 448.0}
 _LEAST = 1e-6  # lowest divisor of a row: the first layer's class token is the same in all images, so its row is zero
-_STILL = 1e-4  # share of the rows' usual length; shorter ones are rounding noise
+_NEGLIGIBLE = 1e-4  # share of the rows' usual length; shorter ones are rounding noise
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class QuantisedLayer:
     bias: "Floats"
 
 
-def prepare(model: "onnx.ModelProto", kind: Eight) -> "onnx.ModelProto":
+def prepare(model: "onnx.ModelProto", kind: EightBit) -> "onnx.ModelProto":
     """The graph to calibrate and quantise: all linear layers in one form, the normalisation folded.
 
     For INT8 its residual stream is rotated; FP8 is floating point and tolerates outlier channels.
@@ -81,7 +81,7 @@ def linear_layers(model: "onnx.ModelProto") -> list[Any]:
     return [node for node in nodes[:-1] if node.name != PATCH_EMBEDDING]
 
 
-def fit(statistics: LayerStatistics, weight: "Floats", kind: Eight) -> QuantisedLayer:
+def fit(statistics: LayerStatistics, weight: "Floats", kind: EightBit) -> QuantisedLayer:
     """One layer in eight bits, fitted by the product's squared error relative to each row's size; `weight` is (K, N).
 
     Otherwise the few tokens that are very large in a ViT would hide the errors of all others. Rows equal to the centre
@@ -91,7 +91,7 @@ def fit(statistics: LayerStatistics, weight: "Floats", kind: Eight) -> Quantised
 
     wide, rows = weight.astype(np.float32), statistics.rows
     length = np.linalg.norm(rows, axis=1)
-    rows = rows[length > _STILL * np.sqrt(np.mean(length**2))]
+    rows = rows[length > _NEGLIGIBLE * np.sqrt(np.mean(length**2))]
     if not len(rows):
         raise ToolError("the images to calibrate on are all the same: give different ones")
     size = np.linalg.norm(rows @ wide, axis=1)
@@ -106,7 +106,7 @@ def fit(statistics: LayerStatistics, weight: "Floats", kind: Eight) -> Quantised
     return QuantisedLayer(statistics.centre, weight_scales, _bits(levels, kind), bias)
 
 
-def quantize(model: "onnx.ModelProto", layers: Mapping[str, QuantisedLayer], kind: Eight) -> "onnx.ModelProto":
+def quantize(model: "onnx.ModelProto", layers: Mapping[str, QuantisedLayer], kind: EightBit) -> "onnx.ModelProto":
     """A prepared FP32 graph with Q/DQ pairs in FP32 at these layers; `precision.lower` makes the rest FP16."""
     import numpy as np
     from onnx import TensorProto, helper
@@ -155,20 +155,20 @@ def _half(value: Any) -> Any:
     return np.maximum(value.astype(np.float16), np.float16(1e-7)).astype(np.float32)
 
 
-def _weight_scales(weight: Any, kind: Eight) -> Any:
+def _weight_scales(weight: Any, kind: EightBit) -> Any:
     import numpy as np
 
     return _half(np.abs(weight).max(axis=0 if kind == "int8" else None).clip(1e-7) / _TOP[kind])
 
 
-def _unit_scale(kind: Eight) -> Any:
+def _unit_scale(kind: EightBit) -> Any:
     """The quantisation step of a row whose largest number is one."""
     import numpy as np
 
     return _half(np.asarray(1 / _TOP[kind]))
 
 
-def _round(rows: Any, kind: Eight) -> Any:
+def _round(rows: Any, kind: EightBit) -> Any:
     """(R, K) rows rounded to the eight-bit type, each relative to its largest number."""
     import numpy as np
 
@@ -176,7 +176,7 @@ def _round(rows: Any, kind: Eight) -> Any:
     return _to_grid(rows / scale, kind) * scale
 
 
-def _to_grid(steps: Any, kind: Eight) -> Any:
+def _to_grid(steps: Any, kind: EightBit) -> Any:
     """Multiples of a scale, rounded to the values of the eight-bit type; float32."""
     import ml_dtypes
     import numpy as np
@@ -185,14 +185,14 @@ def _to_grid(steps: Any, kind: Eight) -> Any:
     return np.rint(within) if kind == "int8" else within.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
-def _bits(levels: Any, kind: Eight) -> Any:
+def _bits(levels: Any, kind: EightBit) -> Any:
     import ml_dtypes
     import numpy as np
 
     return levels.astype(np.int8) if kind == "int8" else levels.astype(ml_dtypes.float8_e4m3fn).view(np.int8)
 
 
-def _eight_bit_tensor(name: str, levels: Any, kind: Eight) -> Any:
+def _eight_bit_tensor(name: str, levels: Any, kind: EightBit) -> Any:
     from onnx import TensorProto, helper, numpy_helper
 
     if kind == "int8":

@@ -56,7 +56,7 @@ def rotate(model: "onnx.ModelProto") -> "onnx.ModelProto":
     if stream is None:
         return model
     width = len(graph.array(stream.readers[0][0].input[1]))
-    turn = mean_keeping_rotation(width)
+    rotation = mean_keeping_rotation(width)
     ones = graph.add_constant("norm_ones", np.ones(width, np.float32))
     zeros = graph.add_constant("norm_zeros", np.zeros(width, np.float32))
     added: dict[str, Any] = {}  # by the name of the node that they follow
@@ -64,7 +64,7 @@ def rotate(model: "onnx.ModelProto") -> "onnx.ModelProto":
         gain, offset = (graph.array(name).astype(np.float64) for name in norm.input[1:3])
         for layer in layers:
             weight = graph.array(layer.product.input[1]).astype(np.float64)
-            _set(graph, layer.product, 1, turn.T @ (gain[:, None] * weight))
+            _set(graph, layer.product, 1, rotation.T @ (gain[:, None] * weight))
             if layer.bias is not None:
                 _set(graph, layer.bias, 1, graph.array(layer.bias.input[1]) + offset @ weight)
                 continue
@@ -76,12 +76,12 @@ def rotate(model: "onnx.ModelProto") -> "onnx.ModelProto":
             )
         norm.input[1], norm.input[2] = ones, zeros
     for layer in stream.writers:
-        _set(graph, layer.product, 1, graph.array(layer.product.input[1]).astype(np.float64) @ turn)
+        _set(graph, layer.product, 1, graph.array(layer.product.input[1]).astype(np.float64) @ rotation)
         if layer.bias is not None:
-            _set(graph, layer.bias, 1, graph.array(layer.bias.input[1]).astype(np.float64) @ turn)
+            _set(graph, layer.bias, 1, graph.array(layer.bias.input[1]).astype(np.float64) @ rotation)
     start = next(node for node in graph.nodes if node.output[0] == stream.start)
     start.output[0] = f"{stream.start}.straight"
-    graph.add_constant(ROTATION, turn.astype(np.float32))
+    graph.add_constant(ROTATION, rotation.astype(np.float32))
     added[start.name] = helper.make_node("MatMul", [start.output[0], ROTATION], [stream.start], name=ROTATION)
     nodes = []
     for node in graph.nodes:
@@ -99,8 +99,8 @@ def mean_keeping_rotation(width: int) -> "Floats":
     basis[:, 0] = 1  # the direction that is kept
     kept, _ = np.linalg.qr(basis)
     inner, _ = np.linalg.qr(random.normal(size=(width - 1, width - 1)))
-    turn: Floats = np.outer(kept[:, 0], kept[:, 0]) + kept[:, 1:] @ inner @ kept[:, 1:].T
-    return turn
+    rotation: Floats = np.outer(kept[:, 0], kept[:, 0]) + kept[:, 1:] @ inner @ kept[:, 1:].T
+    return rotation
 
 
 def _set(graph: Graph, node: Any, index: int, value: "npt.NDArray[Any]") -> None:
@@ -131,13 +131,13 @@ def _find_stream(graph: Graph) -> _Stream | None:
         seen.add(tensor)
         for node in users.get(tensor, []):
             if node.op_type == "LayerNormalization" and node.input[0] == tensor:
-                layers = _behind(graph, users, node)
+                layers = _layers_after(graph, users, node)
                 if layers is None:
                     return None
                 readers.append((node, layers))
             elif node.op_type == "Add":
                 branch = next(name for name in node.input if name != tensor) if len(set(node.input)) == 2 else ""
-                writer = _before(graph, makers, users, branch)
+                writer = _layer_before(graph, makers, users, branch)
                 if writer is None:
                     return None
                 writers.append(writer)
@@ -149,7 +149,7 @@ def _find_stream(graph: Graph) -> _Stream | None:
     return _Stream(first.output[0], tuple(writers), tuple(readers)) if readers else None
 
 
-def _behind(graph: Graph, users: dict[str, list[Any]], norm: Any) -> tuple[_Linear, ...] | None:
+def _layers_after(graph: Graph, users: dict[str, list[Any]], norm: Any) -> tuple[_Linear, ...] | None:
     """The linear layers that read this norm; None if anything else reads it."""
     layers: list[_Linear] = []
     waiting = [norm.output[0]]
@@ -167,7 +167,7 @@ def _behind(graph: Graph, users: dict[str, list[Any]], norm: Any) -> tuple[_Line
     return tuple(layers)
 
 
-def _before(graph: Graph, makers: dict[str, Any], users: dict[str, list[Any]], tensor: str) -> _Linear | None:
+def _layer_before(graph: Graph, makers: dict[str, Any], users: dict[str, list[Any]], tensor: str) -> _Linear | None:
     """The linear layer that computes this tensor, for one reader alone; None if anything else computes it."""
     bias = None
     while node := makers.get(tensor):
