@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from clip_tools import cli, digest
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError
-from clip_tools.export.export_onnx import describe
+from clip_tools.export.export_onnx import make_manifest
 from clip_tools.export.manifest import GRAPH
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
@@ -76,7 +76,7 @@ def test_a_file_without_a_manifest_is_said_to_be_unchecked(models):
 @pytest.mark.parametrize(("graph", "lines"), [(GRAPH, 0), (GRAPH - 1, 1)])
 def test_an_earlier_versions_graph_is_served_and_said_to_be_slower(models, graph, lines):
     file = models / "clip_onnx" / "1" / "model.onnx"
-    manifest = describe(file, Weights("ViT-B-32", "random:0"), "fp32", 1.0, 0.0)
+    manifest = make_manifest(file, Weights("ViT-B-32", "random:0"), "fp32", 1.0, 0.0)
     file.with_name("manifest.json").write_text(replace(manifest, graph=graph).to_json())
     said = []
     check_manifests(deployment(models), said.append)
@@ -100,7 +100,7 @@ def test_an_image_and_a_text_tower_of_different_weights_do_not_serve_together(mo
         file.write_text("graph")
         file.with_name("manifest.json").unlink(missing_ok=True)
         if pretrained:
-            manifest = describe(file, Weights("ViT-B-32", pretrained), "fp32", 1.0, 0.0)
+            manifest = make_manifest(file, Weights("ViT-B-32", pretrained), "fp32", 1.0, 0.0)
             file.with_name("manifest.json").write_text(manifest.to_json())
     towers = deployment(models), text_deployment(models)
     if not refused:

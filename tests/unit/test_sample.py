@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from clip_tools.digest import sha256_of
-from clip_tools.export.export_onnx import describe
+from clip_tools.export.export_onnx import make_manifest
 from clip_tools.export.manifest import manifest_path
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
@@ -27,7 +27,7 @@ def write_graph(folder, name="model.onnx", precision="fp32", weights=WEIGHTS):
     """A file that its manifest calls an exported graph."""
     path = folder / "clip_onnx" / "1" / name
     path.write_bytes(name.encode())
-    manifest_path(path).write_text(describe(path, weights, precision, 1.0, 0.0).to_json())
+    manifest_path(path).write_text(make_manifest(path, weights, precision, 1.0, 0.0).to_json())
     return path
 
 

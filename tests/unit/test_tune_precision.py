@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from clip_tools.cli import app
 from clip_tools.errors import ToolError
 from clip_tools.export import tune_precision as verb
-from clip_tools.export.export_onnx import describe
+from clip_tools.export.export_onnx import make_manifest
 from clip_tools.export.manifest import manifest_path
 from clip_tools.export.mix import LayeredGraph, Mix, apply, check_name
 from clip_tools.export.parts import cut, layers
@@ -178,7 +178,7 @@ def test_the_verb_writes_the_result_and_its_curve_and_applies_nothing_untrained(
     path, expected, repository_copy, monkeypatch
 ):
     weights = Weights("ViT-B-32", "random:0")
-    manifest_path(path).write_text(describe(path, weights, "fp32", 1.0, 0.0).to_json())
+    manifest_path(path).write_text(make_manifest(path, weights, "fp32", 1.0, 0.0).to_json())
     monkeypatch.setattr("clip_tools.verification.reference.reference", lambda *_: expected)
     output = repository_copy / "tuned.json"
     arguments = ["--onnx", str(path), "--output", str(output), "--models", str(repository_copy), "--rounds", "1"]

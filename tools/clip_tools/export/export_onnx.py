@@ -59,7 +59,7 @@ def export_onnx(
         draft = Path(folder) / output.name
         write_graph(oracle, draft, largest_bytes=largest_bytes)
         worst_cosine, max_abs_difference = compare(oracle, draft, photographs)
-        manifest = describe(
+        manifest = make_manifest(
             draft, weights, "fp32", worst_cosine, max_abs_difference, tensors=tensors_of(draft), fit=dict(oracle.fit)
         )
         put_in_place(draft, manifest, output)
@@ -67,7 +67,7 @@ def export_onnx(
     return manifest
 
 
-def describe(
+def make_manifest(
     draft: Path,
     weights: Weights,
     precision: Precision,

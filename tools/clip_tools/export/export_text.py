@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from clip_tools.export.export_onnx import check_drift, describe, tensors_of, trace, write
+from clip_tools.export.export_onnx import check_drift, make_manifest, tensors_of, trace, write
 from clip_tools.export.external_data import LARGEST_BYTES, is_large
 from clip_tools.export.manifest import Manifest, put_in_place
 from clip_tools.export.text_graph import is_plain_text, text_graph, text_tower
@@ -43,7 +43,7 @@ def export_text(weights: Weights, output: Path = TEXT_MODEL_PATH, *, oracle: Ora
         draft = Path(folder) / output.name
         write_text_graph(oracle.model, tokens[:2], draft)
         worst_cosine, max_abs_difference = check_drift(draft, "tokens", tokens, expected)
-        manifest = describe(draft, weights, "fp32", worst_cosine, max_abs_difference, tensors=tensors_of(draft))
+        manifest = make_manifest(draft, weights, "fp32", worst_cosine, max_abs_difference, tensors=tensors_of(draft))
         (draft_merges := Path(folder) / MERGES).write_text(merges_text(tokenizer), "utf-8")
         draft_merges.replace(merges)
         put_in_place(draft, manifest, output)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_tools.errors import ToolError, missing_extra
-from clip_tools.export.export_onnx import describe
+from clip_tools.export.export_onnx import make_manifest
 from clip_tools.export.manifest import Manifest, put_in_place
 from clip_tools.export.parts import Layer, cut, layers
 from clip_tools.oracle import Weights
@@ -164,7 +164,7 @@ def _manifest(draft: Path, weights: Weights, mix: Mix, whole: Path) -> Manifest:
     """The manifest of a part, with the inputs and outputs of the whole graph."""
     found, made = mix.agreement, Manifest.read(whole)
     further: dict[str, Any] = {"tensors": made.tensors, "fit": made.fit} if made else {}
-    return describe(draft, weights, "bf16", found.worst_cosine, found.max_abs, gate=asdict(found), **further)
+    return make_manifest(draft, weights, "bf16", found.worst_cosine, found.max_abs, gate=asdict(found), **further)
 
 
 def _is_ours(models: Path, name: str) -> bool:

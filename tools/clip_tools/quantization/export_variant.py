@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools.errors import ToolError
-from clip_tools.export.export_onnx import compare, describe, tensors_of, write_graph
+from clip_tools.export.export_onnx import compare, make_manifest, tensors_of, write_graph
 from clip_tools.export.external_data import LARGEST_BYTES, is_large, load_graph, save_graph
 from clip_tools.export.manifest import Manifest, put_in_place
 from clip_tools.export.onnx_runner import OnnxRun, run_onnx
@@ -85,7 +85,7 @@ def export_variant(
                 f"the {precision} graph of {weights.model}{mix} fails its gate on {found.images} photographs: "
                 f"{'; '.join(under)}; nothing was written"
             )
-        manifest = describe(
+        manifest = make_manifest(
             draft,
             weights,
             precision,
