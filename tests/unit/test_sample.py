@@ -17,7 +17,7 @@ from clip_tools.paths import MODELS
 from clip_tools.serving.engine import Engine, unchanged_graph_of
 from clip_tools.serving.vector_check import WrongVectors, check_vectors
 from clip_tools.tensorrt.plan_manifest import PlanManifest
-from clip_tools.verification.sample import FILE, Sample, keep_sample
+from clip_tools.verification.sample import FILE, Sample, write_sample
 
 NPY = b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }".ljust(128) + b"\n1"
 WEIGHTS = Weights("ViT-B-32", "laion2b_s34b_b79k")
@@ -143,9 +143,9 @@ def test_photographs_far_larger_than_others_are_not_kept(tmp_path, monkeypatch, 
     small = [png(30, 30 + number) for number in range(11)]
     large = [png(8000, 8000), png(30, 30, 9_000_000)]
     graph = tmp_path / "model.onnx"
-    keep_sample(graph, WEIGHTS, large, Oracle())
+    write_sample(graph, WEIGHTS, large, Oracle())
     assert Sample.read(graph) is None
-    keep_sample(graph, WEIGHTS, [large[0], *small[:3], large[1], *small[3:]], Oracle())
+    write_sample(graph, WEIGHTS, [large[0], *small[:3], large[1], *small[3:]], Oracle())
     assert Sample.read(graph).files == tuple(small[:10])
 
 

@@ -19,7 +19,7 @@ from clip_tools.export.vit_graph import OPSETS, Form, is_plain_vit, vit_graph
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import MODELS
 from clip_tools.verification.gates import Precision
-from clip_tools.verification.sample import keep_sample
+from clip_tools.verification.sample import write_sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +63,7 @@ def export_onnx(
             draft, weights, "fp32", worst_cosine, max_abs_difference, tensors=tensors_of(draft), fit=dict(oracle.fit)
         )
         put_in_place(draft, manifest, output)
-    keep_sample(output, weights, photographs, oracle)
+    write_sample(output, weights, photographs, oracle)
     return manifest
 
 

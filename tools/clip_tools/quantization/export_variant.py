@@ -23,7 +23,7 @@ from clip_tools.verification.gates import (
     likely_neighbours_kept,
 )
 from clip_tools.verification.reference import image_pixels, reference
-from clip_tools.verification.sample import keep_sample
+from clip_tools.verification.sample import write_sample
 
 if TYPE_CHECKING:
     import onnx
@@ -104,7 +104,7 @@ def export_variant(
             calibration=calibrated,
         )
         put_in_place(draft, manifest, output)
-    keep_sample(output, weights, (photograph.read_bytes() for photograph in photographs), oracle)
+    write_sample(output, weights, (photograph.read_bytes() for photograph in photographs), oracle)
     return manifest
 
 

@@ -81,7 +81,7 @@ class Sample:
             draft.replace(graph.with_name(FILE))
 
 
-def keep_sample(graph: Path, weights: Weights, photographs: Iterable[bytes], oracle: Oracle) -> None:
+def write_sample(graph: Path, weights: Weights, photographs: Iterable[bytes], oracle: Oracle) -> None:
     """Write the first of these photographs beside the graph, with the oracle's pixels and embeddings of them.
 
     Very large ones are skipped: every server accepts the rest. If the last one is a JPEG, it is marked as rotated.
