@@ -276,7 +276,7 @@ def test_the_command_that_builds_again_says_what_is_not_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("matrices", "weights", "precision", "complaint"),
+    ("matrices", "weights", "precision", "mismatch"),
     [
         ({"fp16": 75}, {"fp16": 51}, "fp16", None),
         ({"fp16": 73, "fp32": 1}, {"fp16": 49, "fp32": 1}, "fp16", "73 in fp16, 1 in fp32"),
@@ -287,11 +287,11 @@ def test_the_command_that_builds_again_says_what_is_not_the_default() -> None:
     ],
 )
 def test_the_census_finds_what_was_not_asked_for(
-    matrices: dict[str, int], weights: dict[str, int], precision: str, complaint: str | None
+    matrices: dict[str, int], weights: dict[str, int], precision: str, mismatch: str | None
 ) -> None:
     """A few matrices of another precision are another engine; an eight-bit one may leave attention in FP16."""
-    found = Census(matrices, weights).complaint(precision)
-    assert found is None if complaint is None else complaint in (found or "")
+    found = Census(matrices, weights).mismatch(precision)
+    assert found is None if mismatch is None else mismatch in (found or "")
 
 
 def test_the_inspectors_layers_are_counted_by_what_they_write() -> None:

@@ -70,9 +70,9 @@ def build_engine(onnx_path: Path, output: Path, options: PlanOptions) -> PlanMan
         builder = trt.Builder(log)
         network, _parser = _parse(trt, builder, log, onnx_path)
         census = count_network(network, trt)
-        if complaint := census.complaint(options.precision):
+        if mismatch := census.mismatch(options.precision):
             raise ToolError(
-                f"{onnx_path}: {complaint}; nothing was written. The graph decides the precision: "
+                f"{onnx_path}: {mismatch}; nothing was written. The graph decides the precision: "
                 f"`clip-tools export-onnx --precision {options.precision}` makes one"
             )
         row = tuple(network.get_input(0).shape)[1:]

@@ -30,7 +30,7 @@ class Census:
     matrices: Mapping[str, int]
     weights: Mapping[str, int]
 
-    def complaint(self, precision: Precision) -> str | None:
+    def mismatch(self, precision: Precision) -> str | None:
         """Why this is not an engine of that precision, in a sentence; None if it is.
 
         FP32, FP16 and BF16 require every matrix multiplication in that precision. INT8 and FP8 require at least half of
