@@ -96,7 +96,7 @@ def verify(
     URL), `orientation` from its configuration ("ignore" for a URL). Raises ToolError if the engine cannot run, or has
     other weights than given.
     """
-    file = engine.runs
+    file = engine.model_file
     held_to = precision or precision_of_engine(engine)
     if weights is None and file is None:  # a running server's are taken for this checkout's; others fail by far
         weights = _weights(None, engine.models / "clip_onnx" / "1" / "model.onnx")

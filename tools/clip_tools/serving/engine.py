@@ -33,7 +33,7 @@ class Engine:
         return self.url or f"clip_ensemble, configuration {self.config_name or 'by default'}"
 
     @property
-    def runs(self) -> Path | None:
+    def model_file(self) -> Path | None:
         """The file that it runs; None for a running server that does not say."""
         if self.file or self.url:
             return self.file
@@ -66,7 +66,7 @@ def precision_of_engine(engine: Engine, graph: Manifest | None = None) -> Precis
 
     A running server counts as FP32. Raises ToolError for a plan without a manifest, and a file that is no graph.
     """
-    file = engine.runs
+    file = engine.model_file
     if file is None:
         return "fp32"
     if engine.file is None:  # as served: the same graph may run in BF16

@@ -36,7 +36,7 @@ def check_vectors(
     exact = on_pixels or has_exact_pixels(engine)
     orientation: Orientation = "ignore" if on_pixels else orientation_of(engine)
     precision_in = partial(precision_of_engine, engine)
-    return _check(engine.runs, engine.title, precision_in, embed, exact_pixels=exact, orientation=orientation)
+    return _check(engine.model_file, engine.title, precision_in, embed, exact_pixels=exact, orientation=orientation)
 
 
 def check_text_vectors(texts: Sequence[Model], embed: "Callable[[Sample], npt.NDArray[np.float32]]") -> str:
