@@ -19,7 +19,7 @@ def bench(
         ),
     ] = "",
     images: Images = "640x480",
-    image_count: Annotated[int, typer.Option(min=1, help="The most different photographs to use.")] = 32,
+    image_count: Annotated[int, typer.Option(min=1, help="The maximum number of different photographs.")] = 32,
     batches: Annotated[str, typer.Option(help="Images per request, with one request in flight.")] = "1,4,8,16,32",
     concurrency: Annotated[str, typer.Option(help="Requests in flight, of one image each.")] = "1,4,16",
     rounds: Annotated[int, typer.Option(min=1, help="How often to measure every arm, in turns.")] = 5,

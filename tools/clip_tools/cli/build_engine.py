@@ -42,7 +42,7 @@ def build_engine(
         typer.Option(help="tensorrt-rtx: a compute capability such as 8.9; repeatable. By default all."),
     ] = None,
 ) -> None:
-    """Build a TensorRT plan from the exported graph. Fails if its matrices run in another precision than asked for."""
+    """Build a TensorRT plan from the exported graph. Fails if its matrices run in another precision than requested."""
     from rich.console import Console
 
     from clip_tools.tensorrt import build_engine as verb

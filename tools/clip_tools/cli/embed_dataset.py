@@ -30,7 +30,7 @@ def embed_dataset(
     actors: Annotated[
         int | None, typer.Option(min=1, help="How many parts are embedded at once; by default one for each node.")
     ] = None,
-    part_images: Annotated[int, typer.Option(min=1, help="The most image files in a part.")] = 1000,
+    part_images: Annotated[int, typer.Option(min=1, help="The maximum number of image files in a part.")] = 1000,
     image_column: Annotated[str, typer.Option(help="The column of images in Parquet files.")] = "image",
     timeout_s: Annotated[
         float, typer.Option(min=1, help="How long to wait for a server that is busy or gone.")

@@ -26,7 +26,9 @@ def perf(
     request_rate: Annotated[str, typer.Option(help="The requests per second to measure; empty for none.")] = "",
     batch: Annotated[int, typer.Option(min=1, max=64, help="Images per request.")] = 1,
     window_ms: Window = 5000,
-    max_trials: Annotated[int, typer.Option(min=1, help="The most windows; three that agree are enough.")] = 10,
+    max_trials: Annotated[
+        int, typer.Option(min=1, help="The maximum number of windows; three that agree are enough.")
+    ] = 10,
     stability_percent: Stability = 10,
     output: Output = RESULTS / "perf.json",
     write_input: Annotated[

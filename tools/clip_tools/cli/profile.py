@@ -32,7 +32,7 @@ def profile(
     output: Output = RESULTS / "profile.json",
     models: Models = MODELS,
 ) -> None:
-    """Search the best configuration of the ensemble with the real Model Analyzer."""
+    """Search for the best configuration of the ensemble with the real Model Analyzer."""
     from clip_tools.measuring import profile as verb
 
     options = verb.ProfileOptions(

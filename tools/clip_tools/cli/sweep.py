@@ -39,7 +39,7 @@ def sweep(
     output: Output = RESULTS / "sweep.json",
     models: Models = MODELS,
 ) -> None:
-    """Search batch limit, queue delay, instances and threads with perf_analyzer: a cross-check of Model Analyzer."""
+    """Search for the best batch limit, queue delay, instances and threads with perf_analyzer; checks Model Analyzer."""
     from clip_tools.measuring import sweep as verb
     from clip_tools.measuring.results import read
 
