@@ -18,8 +18,8 @@ from clip_tools.export.precision import lower
 from clip_tools.measuring import verify as verifying
 from clip_tools.measuring.verify import verify, verify_text
 from clip_tools.oracle import Oracle, Weights
-from clip_tools.quantization import export_variant as exporting
-from clip_tools.quantization.export_variant import export_variant
+from clip_tools.quantization import lower_precision as exporting
+from clip_tools.quantization.lower_precision import export_lower_precision
 from clip_tools.serving.engine import Engine, find_engine
 from clip_tools.serving.server import EmbeddedServer
 from clip_tools.tensorrt.build_engine import PlanOptions
@@ -221,7 +221,7 @@ def beside(onnx_model: Path, tmp_path: Path) -> Path:
 
 def test_a_variant_is_written_with_its_manifest(beside: Path, weights: Weights, demo_photos: list[Path]) -> None:
     """`model.fp16.onnx` and `manifest.fp16.json`, and the FP32 graph beside them stays."""
-    manifest = export_variant(weights, "fp16", demo_photos, beside / "model.fp16.onnx")
+    manifest = export_lower_precision(weights, "fp16", demo_photos, beside / "model.fp16.onnx")
     assert Manifest.read(beside / "model.fp16.onnx").sha256 == manifest.sha256
     assert (beside / "manifest.fp16.json").is_file()
     assert manifest.precision == "fp16"
@@ -245,7 +245,7 @@ def test_a_variant_under_its_gate_is_not_written(
     monkeypatch.setattr(exporting, "lower", lower_wrongly)
     before = sorted(beside.iterdir())
     with pytest.raises(ToolError, match=r"the fp16 graph of .* fails its gate on 10 photographs: worst cosine"):
-        export_variant(weights, "fp16", demo_photos, beside / "model.fp16.onnx")
+        export_lower_precision(weights, "fp16", demo_photos, beside / "model.fp16.onnx")
     assert sorted(beside.iterdir()) == before
 
 

@@ -19,8 +19,8 @@ from clip_tools.export.precision import (
 from clip_tools.paths import ROOT
 from clip_tools.precision_results import results_table
 from clip_tools.quantization.calibration import Calibration, calibrate, check_count, layer_statistics, split
-from clip_tools.quantization.export_variant import holds_with_margin
 from clip_tools.quantization.gptq import curvature, fit_weights, round_weights
+from clip_tools.quantization.lower_precision import holds_with_margin
 from clip_tools.quantization.quantize import QuantisedLayer, fit, linear_layers, prepare, quantize
 from clip_tools.quantization.rotation import mean_keeping_rotation, rotate
 from clip_tools.quantization.stepwise import Stepwise

@@ -55,7 +55,7 @@ def export_onnx(
     from clip_tools.export.export_text import TEXT_MODEL_PATH, export_text
     from clip_tools.oracle import Weights, load_oracle, load_tokenizer
     from clip_tools.quantization.calibration import check_count
-    from clip_tools.quantization.export_variant import export_variant
+    from clip_tools.quantization.lower_precision import export_lower_precision
 
     weights, chosen = Weights(model, pretrained), one_of("--precision", precision, PRECISIONS)
     if text and (chosen != "fp32" or (image and output)):
@@ -82,7 +82,9 @@ def export_onnx(
             manifests.append(verb.export_onnx(weights, files, output or verb.MODEL_PATH, oracle=oracle))
         elif exports_image:
             target = output or default_onnx(chosen)
-            manifests.append(export_variant(weights, chosen, paths, target, calibration=images, advance=advance))
+            manifests.append(
+                export_lower_precision(weights, chosen, paths, target, calibration=images, advance=advance)
+            )
         if exports_text:
             manifests.append(export_text(weights, output or TEXT_MODEL_PATH, oracle=oracle))
     if reason := manifests[0].gate.get("counts_for_nothing"):

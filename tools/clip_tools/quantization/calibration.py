@@ -1,7 +1,7 @@
 """Quantises a graph's linear layers to eight bits on a set of images, and measures what each costs; cached by content.
 
 Layers are quantised one after the other: a layer's input has passed all earlier layers in eight bits, so that it can
-correct their errors. The last quarter of the images is held out: on it the costs are measured, and export_variant.py
+correct their errors. The last quarter of the images is held out: on it the costs are measured, and lower_precision.py
 chooses the layers that stay in FP16.
 """
 

@@ -35,7 +35,7 @@ _MARGIN = 0.5
 _COMPARED_IN_FP32 = 8  # photographs on which the intermediate FP32 graph is compared with PyTorch
 
 
-def export_variant(
+def export_lower_precision(
     weights: Weights,
     precision: Precision,
     photographs: Sequence[Path],
@@ -127,7 +127,7 @@ def _in_precision(
     if precision in ("fp16", "bf16"):
         return lower(full, precision), {}
     if precision not in ("int8", "fp8"):
-        raise ToolError(f"--precision {precision}: the FP32 graph is no variant", exit_code=2)
+        raise ToolError(f"--precision {precision}: expected a lower precision than FP32", exit_code=2)
     import numpy as np
 
     from clip_tools.quantization.calibration import calibrate, split
