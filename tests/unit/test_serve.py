@@ -50,7 +50,7 @@ class Process:
     def raise_if_ended(self):
         pass
 
-    def last_words(self):
+    def log_reason(self):
         return "none"
 
 

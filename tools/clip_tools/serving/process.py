@@ -121,7 +121,7 @@ class TritonProcess:
         if code == -signal.SIGSEGV:  # the log does not say
             return "tritonserver ended by SIGSEGV: clients that cancel gRPC calls cause it before 25.04 (SECURITY.md)"
         end = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return f"tritonserver ended {end}: {self.last_words()}"
+        return f"tritonserver ended {end}: {self.log_reason()}"
 
     def raise_if_ended(self) -> None:
         """Raises ToolError if it ended by itself."""
@@ -181,7 +181,7 @@ class TritonProcess:
             self._guard.kill()
             self._guard.communicate()
 
-    def last_words(self) -> str:
+    def log_reason(self) -> str:
         """The log's most likely reason, and where the log is."""
         return self._reason() + (f" (its log: {self._log})" if self._log else "")
 

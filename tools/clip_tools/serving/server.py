@@ -164,8 +164,8 @@ class EmbeddedServer:
                         raise ToolError(f"{ENSEMBLE} is loaded but does not embed: {error}") from error
                 time.sleep(0.1)
         raise ToolError(
-            f"{wrong}the server was not ready after {self.options.ready_timeout_s:.0f} s; its last words: "
-            + process.last_words()
+            f"{wrong}the server was not ready after {self.options.ready_timeout_s:.0f} s; its log says: "
+            + process.log_reason()
         )
 
     def _verify_sample(self, client: "EmbeddingClient") -> str:
