@@ -9,7 +9,7 @@ Neighbouring layers of one precision form one part, because a border costs a con
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from clip_tools.errors import ToolError
 from clip_tools.export.manifest import is_exported
 from clip_tools.export.mix import BATCH, LayeredGraph, Mix, PartPrecision
 from clip_tools.oracle import Weights
+from clip_tools.progress import Advance, silent
 from clip_tools.verification.gates import Agreement, agreement, cosines, counts_for_nothing
 from clip_tools.verification.reference import Reference
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import onnx
 
-Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 WORST_COSINE = 0.999
 WORTH = 1.25  # times FP32: below it a mix is not worth another configuration
 ROUNDS = 15
@@ -90,7 +90,7 @@ def tune(
     *,
     worst_cosine: float = WORST_COSINE,
     rounds: int = ROUNDS,
-    advance: Advance = lambda what, done, total: None,
+    advance: Advance = silent,
 ) -> Tuning:
     """Measure the layers and the mixes of an FP32 graph against open_clip's embeddings of `expected.pixels`.
 
@@ -239,7 +239,7 @@ def tune_precision(
     *,
     worst_cosine: float = WORST_COSINE,
     rounds: int = ROUNDS,
-    advance: Advance = lambda what, done, total: None,
+    advance: Advance = silent,
 ) -> tuple[Tuning, dict[str, Any]]:
     """(The tuning of an exported FP32 graph, its fields of the result file).
 

@@ -10,7 +10,7 @@ import json
 import tempfile
 import zipfile
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import accumulate
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from clip_tools.errors import ToolError
 from clip_tools.export.precision import Graph
 from clip_tools.paths import CACHE
+from clip_tools.progress import Advance, silent
 from clip_tools.quantization.quantize import EightBit, LayerStatistics, QuantisedLayer, fit, linear_layers, quantize
 from clip_tools.quantization.stepwise import Stepwise
 
@@ -44,8 +45,6 @@ _COST_IMAGES = 32
 _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 _PARTS = tuple(part.name for part in fields(QuantisedLayer))  # a layer's arrays in the cache
-
-Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def calibrate(
     kind: EightBit,
     *,
     folder: Path = CALIBRATIONS,
-    advance: Advance = lambda what, done, total: None,
+    advance: Advance = silent,
 ) -> Calibration:
     """The calibration of a prepared FP32 graph on (N, 224, 224, 3) uint8 pixels, cached by graph and images.
 

@@ -1,7 +1,7 @@
 """`clip-tools export-onnx --precision`: the graph in a lower precision, written only if it passes its gate."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from clip_tools.export.manifest import Manifest, put_in_place
 from clip_tools.export.onnx_runner import OnnxRun, run_onnx
 from clip_tools.export.precision import count_matrices, count_weights, lower
 from clip_tools.oracle import Oracle, Weights, load_oracle
+from clip_tools.progress import Advance, silent
 from clip_tools.verification.gates import (
     GATES,
     Agreement,
@@ -28,7 +29,6 @@ from clip_tools.verification.sample import write_sample
 if TYPE_CHECKING:
     import onnx
 
-Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 # The share of the gate's allowed error that a mix may have on the held-out images; other images, such as the gate's,
 # may have more. Chosen before any measurement.
 _MARGIN = 0.5
@@ -42,7 +42,7 @@ def export_lower_precision(
     output: Path,
     *,
     calibration: Sequence[Path] = (),
-    advance: Advance = lambda what, done, total: None,
+    advance: Advance = silent,
     largest_bytes: int = LARGEST_BYTES,
 ) -> Manifest:
     """Write the graph in a lower precision to `output`, with manifest and sample. Raises ToolError if its gate fails.
