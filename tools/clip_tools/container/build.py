@@ -21,8 +21,7 @@ from clip_tools.container.start import exported_dir
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError
 from clip_tools.repository import graph_name
-
-Say = Callable[[str], None]
+from clip_tools.serving.supervisor import Say
 
 
 def plan_path(settings: Settings, graph: Path, gpu: str | None, runtime_version: str) -> Path:

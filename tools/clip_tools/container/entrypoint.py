@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_tools import proxy
-from clip_tools.container.build import Say, ensure_plan, export
+from clip_tools.container.build import ensure_plan, export
 from clip_tools.container.container_repository import write_container_repository
 from clip_tools.container.server import ContainerServer, flags_in, options_in
 from clip_tools.container.settings import Settings
@@ -33,7 +33,7 @@ from clip_tools.serving.provenance import write_provenance
 from clip_tools.serving.serve import warning_if_untrained
 from clip_tools.serving.serve_options import ServeOptions
 from clip_tools.serving.server import repository_flags
-from clip_tools.serving.supervisor import Supervisor
+from clip_tools.serving.supervisor import Say, Supervisor
 from clip_tools.serving.vector_check import WrongVectors
 from clip_tools.verification.sample import FILE as SAMPLE
 
