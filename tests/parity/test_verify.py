@@ -204,7 +204,7 @@ def test_a_plan_without_a_gpu_is_one_sentence(tmp_path: Path, weights: Weights, 
         pytest.skip("this machine has a GPU")
     plan = tmp_path / "model.plan"
     plan.write_bytes(b"plan")
-    with pytest.raises(ToolError, match="a plan runs on an NVIDIA GPU, and this machine has none"):
+    with pytest.raises(ToolError, match="a plan runs on an NVIDIA GPU, and no GPU was found here"):
         verify(Engine(file=plan), weights, demo_photos, precision="fp16")
     with pytest.raises(ToolError, match="no manifest that says its precision"):
         verify(Engine(file=plan), weights, demo_photos)
