@@ -121,10 +121,10 @@ def odd_images() -> Path:
 
 
 @pytest.fixture(scope="session")
-def limits() -> clip_preprocess.Limits:
+def limits() -> clip_preprocess.ImageLimits:
     """The limits that are served."""
     value = {key: entry.string_value for key, entry in read_config(MODELS, "preprocess").parameters.items()}
-    return clip_preprocess.Limits.of(value)
+    return clip_preprocess.ImageLimits.of(value)
 
 
 class Lazily:

@@ -138,10 +138,12 @@ def _made_apart(name: str) -> bytes:
 def main() -> None:
     """Answer each name with what came of its case."""
     sys.path.append(str(MODELS / "preprocess" / "1"))
-    from clip_preprocess import Limits, RefusedImage, pixels_of
+    from clip_preprocess import ImageLimits, RefusedImage, pixels_of
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
-    limits = Limits.of({key: one.string_value for key, one in read_config(MODELS, "preprocess").parameters.items()})
+    limits = ImageLimits.of(
+        {key: one.string_value for key, one in read_config(MODELS, "preprocess").parameters.items()}
+    )
     fuzz_files.whole_files()
     process = psutil.Process()
     for line in sys.stdin:

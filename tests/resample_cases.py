@@ -117,7 +117,7 @@ def main(library: str, seed: str, count: str, files: str) -> None:
         raise AssertionError(found)
     clip_preprocess.find_kernel = lambda: kernels[-1]
     parameters = {key: one.string_value for key, one in read_config(MODELS, "preprocess").parameters.items()}
-    limits, pixels = clip_preprocess.Limits.of(parameters), 0
+    limits, pixels = clip_preprocess.ImageLimits.of(parameters), 0
     for name in fuzz_files.names(int(seed), int(files)) if int(files) else ():
         try:
             clip_preprocess.pixels_of(fuzz_files.make(name), limits, upright=True)

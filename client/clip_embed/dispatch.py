@@ -25,7 +25,7 @@ _LONGEST_PAUSE_S = 0.1  # how soon a call sees that a server changed or the clie
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestLimits:
     """The limits on a call's requests. Times are in seconds; None means no limit.
 
     Args:
@@ -86,7 +86,7 @@ class Dispatch(Generic[TransportT]):
         self,
         batches: Batches,
         servers: Servers[TransportT],
-        limits: Limits,
+        limits: RequestLimits,
         retry: Retry | None,
         *,
         now_s: Callable[[], float],

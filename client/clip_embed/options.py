@@ -9,7 +9,7 @@ from typing import Any, Generic, NoReturn, Self
 
 from clip_embed.batches import MAX_REQUEST_BYTES, Batches, ImageSource, require_sequence
 from clip_embed.credentials import Credentials, environment_options
-from clip_embed.dispatch import Dispatch, Limits
+from clip_embed.dispatch import Dispatch, RequestLimits
 from clip_embed.endpoint import BACKEND_VARIABLE, DEFAULT_URL, URL_VARIABLE, Backend, Endpoint, parse_urls
 from clip_embed.errors import ServerUnavailableError
 from clip_embed.retry import Retry
@@ -190,7 +190,7 @@ class ClientOptions(Generic[TransportT]):
             read_ahead=4 * self._max_in_flight * self._batch_size,  # so that one slow request does not idle the others
             keep_going=keep_going,
         )
-        limits = Limits(
+        limits = RequestLimits(
             self._max_in_flight,
             self._timeout_s,
             is_per_request=keep_going,  # the images may be endless

@@ -9,7 +9,7 @@ from tests.conftest import Lazily
 
 from clip_fit import Fit
 from clip_orientation import TURNS
-from clip_preprocess import Limits, centre_of, lent_memory
+from clip_preprocess import ImageLimits, centre_of, lent_memory
 
 open_clip = Lazily("open_clip")
 
@@ -59,4 +59,4 @@ def test_parameters_that_say_nothing_known_are_refused(limits):
     with pytest.raises(ValueError, match="resize_mode is fit, not one of shortest, squash, longest"):
         Fit.of({"resize_mode": "fit"})
     assert limits.fit == Fit()
-    assert isinstance(limits, Limits)
+    assert isinstance(limits, ImageLimits)

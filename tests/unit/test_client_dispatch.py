@@ -21,7 +21,7 @@ from clip_embed import (
     ServerUnavailableError,
 )
 from clip_embed.batches import Batches
-from clip_embed.dispatch import Attempt, Dispatch, Limits, Probe
+from clip_embed.dispatch import Attempt, Dispatch, Probe, RequestLimits
 from clip_embed.servers import MOST_MISSED_DEADLINES, Server, Servers
 
 ALWAYS_LONGEST = Retry(random=lambda: 1.0)
@@ -66,7 +66,7 @@ class World:
             read_ahead=4 * max_in_flight * batch_size,
             keep_going=keep_going,
         )
-        limits = Limits(max_in_flight, timeout_s, is_per_request=keep_going, attempt_timeout_s=attempt_timeout_s)
+        limits = RequestLimits(max_in_flight, timeout_s, is_per_request=keep_going, attempt_timeout_s=attempt_timeout_s)
         dispatch = Dispatch(batches, self.fleet, limits, self.retry, now_s=lambda: self.now)
         started, results = [], []
         try:

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import clip_heif
-from clip_preprocess import Limits, PixelBudget, RefusedImage, open_pixels, pixels_of
+from clip_preprocess import ImageLimits, PixelBudget, RefusedImage, open_pixels, pixels_of
 
-LIMITS = Limits(
+LIMITS = ImageLimits(
     max_image_bytes=1 << 20,
     max_image_pixels=4_000_000,
     max_jpeg_scans=20,
@@ -26,7 +26,7 @@ def encoded(image: Image.Image, image_format: str = "PNG", **options: object) ->
     return buffer.getvalue()
 
 
-def refusal(image_bytes: bytes, limits: Limits = LIMITS) -> RefusedImage:
+def refusal(image_bytes: bytes, limits: ImageLimits = LIMITS) -> RefusedImage:
     with pytest.raises(RefusedImage) as caught:
         pixels_of(image_bytes, limits)
     return caught.value
@@ -286,10 +286,10 @@ PARAMETERS = {
 def test_without_its_package_heif_is_off_and_the_rest_goes_on(monkeypatch):
     heic = ftyp(b"heic") + b"\0" * 50
     with pytest.raises(RefusedImage, match="corrupt: it begins as HEIC"):
-        pixels_of(heic, Limits.of(PARAMETERS))
+        pixels_of(heic, ImageLimits.of(PARAMETERS))
     monkeypatch.setattr("clip_preprocess.missing_opener", clip_heif.missing_opener.__wrapped__)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    limits = Limits.of(PARAMETERS)
+    limits = ImageLimits.of(PARAMETERS)
     assert limits.formats == ("JPEG", "PNG")
     with pytest.raises(RefusedImage, match="HEIC is not accepted; send JPEG"):
         pixels_of(heic, limits)

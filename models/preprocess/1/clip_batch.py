@@ -13,7 +13,7 @@ import numpy as np
 import clip_resample
 from clip_fit import Fit
 from clip_orientation import Turn, turn_of
-from clip_preprocess import Limits, PixelBudget, opened
+from clip_preprocess import ImageLimits, PixelBudget, opened
 
 # Decoded at once: 64 photographs of 12 megapixels, 2.4 GB.
 _MAX_PIXELS_AT_ONCE = 800_000_000
@@ -79,7 +79,7 @@ OnCpu = Callable[[bytes, PixelBudget | None], np.ndarray]
 
 
 def pixels_of_batch(
-    images: Iterable[tuple[bytes, PixelBudget]], limits: Limits, gpu: Gpu, on_cpu: OnCpu, *, upright: bool
+    images: Iterable[tuple[bytes, PixelBudget]], limits: ImageLimits, gpu: Gpu, on_cpu: OnCpu, *, upright: bool
 ) -> Batch:
     """The pixels of encoded images, each given with its request's budget.
 
@@ -124,7 +124,7 @@ def pixels_of_batch(
     return Batch(memory, failed)
 
 
-def _job_of(slot: int, image_bytes: bytes, budget: PixelBudget, limits: Limits, upright: bool) -> Job | None:
+def _job_of(slot: int, image_bytes: bytes, budget: PixelBudget, limits: ImageLimits, upright: bool) -> Job | None:
     """The job for an image; None if Pillow should decode it. Raises RefusedImage."""
     if not image_bytes.startswith(b"\xff\xd8") or not image_bytes.endswith(b"\xff\xd9"):
         return None  # truncated, or with trailing data: Pillow tells which

@@ -11,7 +11,7 @@ import numpy as np
 import clip_dlpack
 from clip_batch import Batch, OnCpu, Picture, pixels_of_batch
 from clip_fit import Fit
-from clip_preprocess import Limits, PixelBudget, find_kernel, open_pixels
+from clip_preprocess import ImageLimits, PixelBudget, find_kernel, open_pixels
 
 SOURCE = Path(__file__).resolve().with_name("clip_gpu.cu")
 _THREADS = 128  # in a block; not measured
@@ -116,7 +116,7 @@ class Batches:
     """`clip_batch.pixels_of_batch` on this GPU, with the parameters of `config.pbtxt`."""
 
     def __init__(self, parameters: Mapping[str, str], gpu: Any) -> None:
-        self._gpu, self._limits = gpu, Limits.of(parameters)
+        self._gpu, self._limits = gpu, ImageLimits.of(parameters)
         self._shape = self._limits.fit.side_px, self._limits.fit.side_px, 3
         self._upright = parameters.get("orientation", "ignore") == "exif"
         self._on_cpu = open_pixels({**parameters, "mode": "exact"})

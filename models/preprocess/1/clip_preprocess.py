@@ -39,7 +39,7 @@ _MISTAKES = {
 
 
 @dataclass(frozen=True)
-class Limits:
+class ImageLimits:
     """The limits on one image, checked before its pixels are decoded; `fit` says how it is resized."""
 
     max_image_bytes: int
@@ -50,7 +50,7 @@ class Limits:
     fit: Fit = DEFAULT
 
     @classmethod
-    def of(cls, parameters: Mapping[str, str]) -> "Limits":
+    def of(cls, parameters: Mapping[str, str]) -> "ImageLimits":
         """The limits in the parameters of `config.pbtxt`, without HEIF if its opener is missing.
 
         Raises ValueError for an invalid parameter.
@@ -106,7 +106,7 @@ def lent_memory() -> AbstractContextManager[None]:
 
 def open_pixels(parameters: Mapping[str, str]) -> Callable[..., np.ndarray]:
     """`pixels_of` with the parameters of `config.pbtxt`. Raises ValueError for a mode that is unknown or cannot run."""
-    limits = Limits.of(parameters)
+    limits = ImageLimits.of(parameters)
     orientation = parameters.get("orientation", "ignore")
     if orientation not in ("ignore", "exif"):
         raise ValueError(f"parameter orientation is {orientation}, not ignore or exif")
@@ -125,7 +125,7 @@ def open_pixels(parameters: Mapping[str, str]) -> Callable[..., np.ndarray]:
 
 def pixels_of(
     image_bytes: bytes,
-    limits: Limits,
+    limits: ImageLimits,
     *,
     upright: bool = False,
     fast: bool = False,
@@ -206,7 +206,7 @@ def _cropped(
     return np.asarray(resized.crop((left, top, left + fit.side_px, top + fit.side_px)).convert("RGB"))
 
 
-def opened(image_bytes: bytes, limits: Limits) -> Image.Image:
+def opened(image_bytes: bytes, limits: ImageLimits) -> Image.Image:
     """The image with only its header read. Raises RefusedImage over a limit."""
     size_bytes = len(image_bytes)
     if size_bytes == 0:
@@ -244,7 +244,7 @@ def opened(image_bytes: bytes, limits: Limits) -> Image.Image:
     return image
 
 
-def _check_pixels(image: Image.Image, limits: Limits) -> None:
+def _check_pixels(image: Image.Image, limits: ImageLimits) -> None:
     """Raises RefusedImage if the image needs more pixels in memory than the limit."""
     for what, (width, height) in _sizes(image, limits.fit).items():
         if width * height > limits.max_image_pixels:
@@ -265,7 +265,7 @@ def _sizes(image: Image.Image, fit: Fit) -> dict[str, tuple[int, int]]:
     return {"": image.size, " when resized": resized}
 
 
-def _unidentified(image_bytes: bytes, limits: Limits) -> RefusedImage:
+def _unidentified(image_bytes: bytes, limits: ImageLimits) -> RefusedImage:
     """The refusal for bytes that no decoder accepts; a guess from their beginning."""
     if name := format_of(image_bytes):
         if name in limits.formats or (name == "HEIC" and HEIF in limits.formats):
