@@ -82,14 +82,14 @@ class Done:
     parts: int = 0
     images: int = 0
     failed: int = 0
-    not_taken: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     files: dict[str, ImageFile] = field(default_factory=dict)
 
     def add(self, notes: Mapping[str, Any]) -> None:
         self.parts += 1
         self.images += notes["images"]
         self.failed += notes["failed"]
-        self.not_taken.update(notes["not_taken"])
+        self.skipped.update(notes["not_taken"])
         self.files.update((one[0], ImageFile(*one)) for one in notes["files"])
 
 
@@ -137,8 +137,8 @@ def embed_dataset(
             f"destination, or remove the parts of {destination} that hold them",
             exit_code=USAGE,
         )
-    done.not_taken.update(listing.skipped)
-    done.not_taken.update({"litter": listing.litter.total(), "links to folders": listing.linked_folders})
+    done.skipped.update(listing.skipped)
+    done.skipped.update({"litter": listing.litter.total(), "links to folders": listing.linked_folders})
     if done.parts:
         say(f"{done.images:,} images in {done.parts:,} parts exist already")
     parts = _parts([file for file in found if file.path not in done.files], part_images)
@@ -320,10 +320,10 @@ class _Embedder:
 
     def _write(self, files: tuple[ImageFile, ...], path: str) -> None:
         """Write a part under another name, then rename it."""
-        job, not_taken = self._job, Counter[str]()
+        job, skipped = self._job, Counter[str]()
         if job.source.files.get_file_info(job.source.path).type.name == "NotFound":
             raise OSError(f"{job.source.path} is not on this machine: the machines must share it")
-        to_embed, to_name = tee(_images(job, files, not_taken))
+        to_embed, to_name = tee(_images(job, files, skipped))
         images, results = [], []
         answers = self._client.embed_many(image for _, image in to_embed)
         for (image, _), result in zip(to_name, answers, strict=True):
@@ -332,7 +332,7 @@ class _Embedder:
             images.append(image)
             results.append(_reason(result) if isinstance(result, EmbeddingError) else result)
         failed = sum(isinstance(result, str) for result in results)
-        notes = {"images": len(images), "failed": failed, "not_taken": not_taken, "files": files}
+        notes = {"images": len(images), "failed": failed, "not_taken": skipped, "files": files}
         unfinished = f"{path}.{os.uname().nodename}.{os.getpid()}{_UNFINISHED}"
         with job.destination.files.open_output_stream(unfinished) as file:
             parquet.write_part(file, images, results, job.size, job.provenance, json.dumps(notes))
@@ -345,7 +345,7 @@ def _reason(error: object) -> str:
     return ": ".join(filter(None, (error.failures[0].code, one_line(error.failures[0].reason))))
 
 
-def _images(job: Job, files: Iterable[ImageFile], not_taken: Counter[str]) -> Iterator[tuple[ImageFile, Any]]:
+def _images(job: Job, files: Iterable[ImageFile], skipped: Counter[str]) -> Iterator[tuple[ImageFile, Any]]:
     """The images of these files, each with its source. A broken container ends with an unreadable image."""
     from pyarrow import ArrowException
 
@@ -353,7 +353,7 @@ def _images(job: Job, files: Iterable[ImageFile], not_taken: Counter[str]) -> It
         path = file.path.removeprefix(job.source.prefix)
         try:
             if _suffix(path) == ".tar":
-                yield from _in_shard(job, file, path, not_taken)
+                yield from _in_shard(job, file, path, skipped)
             elif _suffix(path) == ".parquet":
                 yield from _in_parquet(job, file, path)
             else:
@@ -362,7 +362,7 @@ def _images(job: Job, files: Iterable[ImageFile], not_taken: Counter[str]) -> It
             yield file, _Unreadable(one_line(error))
 
 
-def _in_shard(job: Job, file: ImageFile, path: str, not_taken: Counter[str]) -> Iterator[tuple[ImageFile, Any]]:
+def _in_shard(job: Job, file: ImageFile, path: str, skipped: Counter[str]) -> Iterator[tuple[ImageFile, Any]]:
     with job.source.files.open_input_stream(path) as opened, tarfile.open(fileobj=opened, mode="r|") as shard:
         for member in shard:
             suffix = _suffix(member.name)
@@ -370,7 +370,7 @@ def _in_shard(job: Job, file: ImageFile, path: str, not_taken: Counter[str]) -> 
                 content = shard.extractfile(member).read(MAX_IMAGE_BYTES + 1)  # type: ignore[union-attr]
                 yield ImageFile(f"{file.path}/{member.name}", member.size, file.mtime_ns), content
             elif member.isfile():
-                not_taken[suffix or "without an ending"] += 1
+                skipped[suffix or "without an ending"] += 1
 
 
 def _in_parquet(job: Job, file: ImageFile, path: str) -> Iterator[tuple[ImageFile, Any]]:
@@ -417,6 +417,6 @@ class _File:
 
 def summary(done: Done, destination: str) -> str:
     """The last line of the output."""
-    left_out = ", ".join(f"{count:,} {ending}" for ending, count in done.not_taken.most_common() if count)
-    not_taken = f"; skipped: {left_out}" if left_out else ""
-    return f"{done.images:,} images in {done.parts:,} parts of {Path(destination)}, {done.failed:,} failed{not_taken}"
+    left_out = ", ".join(f"{count:,} {ending}" for ending, count in done.skipped.most_common() if count)
+    skipped = f"; skipped: {left_out}" if left_out else ""
+    return f"{done.images:,} images in {done.parts:,} parts of {Path(destination)}, {done.failed:,} failed{skipped}"
