@@ -183,6 +183,8 @@ def embed(
     else:
         work = pool.submit(_run, clients[0], listing, images, destination)
     try:
+        while not work.done():
+            wait([work], timeout=0.2)  # Python can miss a signal that arrives just as an unlimited wait begins
         some_failed = work.result()
     except KeyboardInterrupt:
         for client in clients:
