@@ -692,7 +692,7 @@ def test_what_the_dockerfile_copies_is_enough_to_start(tmp_path):
         check=False,
     )
     said = [line for line in done.stderr.splitlines() if "shm-region-prefix-name" not in line]
-    closed = [said.pop(7).partition(":clip-admin-key=") for _ in range(2)]
+    closed = [said.pop(8).partition(":clip-admin-key=") for _ in range(2)]
     assert [flag.partition("=")[0] for flag, _, _ in closed] == ["--grpc-restricted-protocol", "--http-restricted-api"]
     assert all(len(key) >= 32 for _, _, key in closed)
     assert done.returncode == 1, done.stderr
@@ -702,6 +702,7 @@ def test_what_the_dockerfile_copies_is_enough_to_start(tmp_path):
         f"--model-repository={served}",
         "--model-control-mode=explicit",
         "--load-model=clip_ensemble",
+        "--disable-auto-complete-config",
         "--exit-timeout-secs=30",
         "--metrics-config=summary_latencies=true",
         "--log-verbose=1",

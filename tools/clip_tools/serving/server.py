@@ -251,6 +251,8 @@ def repository_flags(models: Path, config_name: str | None) -> list[str]:
         # Loads only the models of the ensembles, and lets `clip-tools swap` load others.
         "--model-control-mode=explicit",
         f"--load-model={ENSEMBLE}",
+        # The configurations are complete. To complete one, Triton would start each Python model twice.
+        "--disable-auto-complete-config",
         *([f"--load-model={TEXT_ENSEMBLE}"] if text_deployment(models, config_name) else []),
         f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         "--metrics-config=summary_latencies=true",  # percentiles in /metrics
