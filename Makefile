@@ -60,9 +60,9 @@ bench: setup ## measure the speed and write JSON, tables and pictures to results
 	@$(BIN)/clip-tools report
 	@$(BIN)/clip-tools bench --check --result results/bench.json
 
-# Two processes: one runs the tests with servers, the other the rest (tests/conftest.py). One process with ARGS.
+# Three processes, as tests often wait; tests/conftest.py says which of them runs what. One process with ARGS.
 test: setup ## run every test that this machine can run
-	@$(BIN)/python -m pytest $(or $(ARGS),-n 2 --no-loadscope-reorder)
+	@$(BIN)/python -m pytest $(or $(ARGS),-n 3 --no-loadscope-reorder)
 
 check: setup ## run lint, types, and the unit tests that need neither a server nor an export
 	@$(MAKE) --no-print-directory --output-sync --jobs 2 lint test-quick

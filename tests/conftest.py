@@ -1,5 +1,7 @@
 """What the tests share: photographs, weights, the oracle, a model repository and the real server."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +23,7 @@ from clip_tools.measuring.services import free_ports
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import BACKENDS, CACHE, MODELS, RESULTS
 from clip_tools.repository import read_config
+from clip_tools.serving import process
 from clip_tools.serving.serve_options import ServeOptions
 from clip_tools.serving.server import EmbeddedServer
 from clip_tools.verification.sample import FILE as SAMPLE
@@ -37,8 +40,9 @@ import clip_preprocess
 from ort_session import computes_bf16
 
 ARCHITECTURES = Path(__file__).with_name("architectures")
-EXPORTS = {"oracle", "onnx_model", "text_model", "gpu_model", "light_model"}
+EXPORTS = {"oracle", "onnx_model", "text_model", "gpu_model", "light_model", "light_text_model"}
 TINY = Weights("tiny-vit", "random:0")
+WITH_VIT_SERVER = ("test_embeddings.py", "test_measuring.py", "test_overload.py", "test_soak.py", "test_text.py")
 
 proxy.bypass_for_localhost()
 
@@ -53,15 +57,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Gives tests/e2e to one process, since each of its servers wants both cores, and the others out by file."""
+    """Gives the tests out by file, but those that share `vit_server` together, so that one process alone starts it."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ServersInOneProcess(LoadScopeScheduling):
+    class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "e2e" if "e2e" in Path(file).parts else file
+            return "vit_server" if Path(file).name in WITH_VIT_SERVER else file
 
-    return ServersInOneProcess(config, log)
+    return ByFile(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _servers_end_at_once(request: pytest.FixtureRequest) -> None:
+    """Once nothing is in flight: a server takes 3 s to unload its models. Those of `clip-tools serve` still do."""
+    if is_short_run(request.config):
+        process.UNLOAD_S = 0.2
 
 
 @pytest.fixture(scope="session")
@@ -173,13 +184,24 @@ def onnx_model(weights: Weights, demo_photos: list[Path]) -> Path:
     return exported(weights, demo_photos)
 
 
+@contextlib.contextmanager
+def one_process_at_a_time() -> Iterator[None]:
+    """The processes of `make test` share what they export."""
+    lock = CACHE / "models" / "lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def exported(weights: Weights, photographs: list[Path], oracle: Oracle | None = None) -> Path:
     """The image tower of these weights, kept between runs."""
     path = kept_model(weights, "model.onnx")
-    kept = Sample.read(path)
-    if not is_exported(path, weights) or kept is None or kept.upright_embeddings is None:
-        know_our_architectures()
-        export_onnx(weights, [photo.read_bytes() for photo in photographs], path, oracle=oracle)
+    with one_process_at_a_time():
+        kept = Sample.read(path)
+        if not is_exported(path, weights) or kept is None or kept.upright_embeddings is None:
+            know_our_architectures()
+            export_onnx(weights, [photo.read_bytes() for photo in photographs], path, oracle=oracle)
     return path
 
 
@@ -192,9 +214,10 @@ def text_model(weights: Weights) -> Path:
 def exported_text(weights: Weights, oracle: Oracle | None = None) -> Path:
     """The text tower of these weights, kept between runs."""
     path = kept_model(weights, "text_tower/model.onnx")
-    if not is_exported(path, weights) or Sample.read(path) is None:
-        know_our_architectures()
-        export_text(weights, path, oracle=oracle)
+    with one_process_at_a_time():
+        if not is_exported(path, weights) or Sample.read(path) is None:
+            know_our_architectures()
+            export_text(weights, path, oracle=oracle)
     return path
 
 
@@ -229,13 +252,17 @@ def light_repository(light_model: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
+def light_text_model(request: pytest.FixtureRequest) -> Path:
+    """The text tower that belongs to `light_model`."""
+    return exported_text(TINY) if is_short_run(request.config) else request.getfixturevalue("text_model")
+
+
+@pytest.fixture(scope="session")
 def light_text_repository(
-    request: pytest.FixtureRequest, light_repository: Path, tmp_path_factory: pytest.TempPathFactory
+    light_repository: Path, light_text_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The same with both towers."""
-    is_short = is_short_run(request.config)
-    model = exported_text(TINY) if is_short else request.getfixturevalue("text_model")
-    return with_text(light_repository, tmp_path_factory.mktemp("light_text") / "models", model)
+    """`light_repository` with both towers."""
+    return with_text(light_repository, tmp_path_factory.mktemp("light_text") / "models", light_text_model)
 
 
 def with_image(folder: Path, onnx_model: Path) -> Path:
@@ -275,18 +302,20 @@ def options_for(models: Path, log: Path, **changes: object) -> ServeOptions:
 
 
 @pytest.fixture(scope="session")
-def server(repository: Path, text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """The real tritonserver with both towers, started once for all tests that only ask it things."""
-    folder = tmp_path_factory.mktemp("server")
+def vit_server(
+    repository: Path, text_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EmbeddedServer]:
+    """The real tritonserver with both towers of the tests' weights, started once for tests that only ask it things."""
+    folder = tmp_path_factory.mktemp("vit")
     models = with_text(repository, folder / "models", text_model)
     with EmbeddedServer(options_for(models, folder / "log", check_vectors=True)) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
-def light_server(light_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """One with `light_repository`, started once, for tests of what asks it: its vectors are those of no weights."""
-    with EmbeddedServer(options_for(light_repository, tmp_path_factory.mktemp("light") / "log")) as running:
+def server(light_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The real tritonserver with `light_repository`, started once for all tests that only ask it things."""
+    with EmbeddedServer(options_for(light_repository, tmp_path_factory.mktemp("server") / "log")) as running:
         yield running
 
 

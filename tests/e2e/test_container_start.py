@@ -20,7 +20,7 @@ from clip_tools.serving.watchdog import stubs
 
 
 @pytest.fixture
-def start(onnx_model, tmp_path):
+def start(light_model, tmp_path):
     """start(**variables) -> (process, gRPC URL, HTTP URL, log); what was started is ended."""
     processes = []
 
@@ -31,7 +31,7 @@ def start(onnx_model, tmp_path):
         own = {
             "PATH": path,
             "TMPDIR": str(tmp_path),
-            "CLIP_ONNX_DIR": str(onnx_model.parent),
+            "CLIP_ONNX_DIR": str(light_model.parent),
             "CLIP_CACHE_DIR": str(tmp_path / "cache"),
         }
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRT_", "CLIP_", "SKIP_"))}
@@ -70,12 +70,12 @@ def wait_for(log: Path, words: str) -> None:
 
 
 def test_onnx_only_serves_what_is_mounted_and_ends_on_sigterm(
-    start, server, demo_photos, onnx_model, text_model, tmp_path
+    start, server, demo_photos, light_model, light_text_model, tmp_path
 ):
     """The text tower too."""
     mounted = tmp_path / "mounted"
     mounted.mkdir()
-    for path in (*onnx_model.parent.glob("*.*"), text_model.parent):
+    for path in (*light_model.parent.glob("*.*"), light_text_model.parent):
         (mounted / (path.name if path.is_file() else "text")).symlink_to(path)
     images = [path.read_bytes() for path in demo_photos[:3]]
     process, grpc, http, log = start(SKIP_TRT_BUILD="1", CLIP_PREPROCESS_INSTANCES="3", CLIP_ONNX_DIR=str(mounted))
@@ -92,10 +92,10 @@ def test_onnx_only_serves_what_is_mounted_and_ends_on_sigterm(
     assert process.wait(timeout=60) == 0
 
 
-def test_the_server_is_started_anew_when_a_models_process_is_lost(start, light_model, demo_photos):
+def test_the_server_is_started_anew_when_a_models_process_is_lost(start, demo_photos):
     """And the health check, which is the image's, says what is so."""
     images = [demo_photos[0].read_bytes()]
-    process, grpc, _, log = start(SKIP_TRT_BUILD="1", CLIP_ONNX_DIR=str(light_model.parent))
+    process, grpc, _, log = start(SKIP_TRT_BUILD="1")
     expected = embed_when_ready(process, grpc, images, log)
     wait_for(log, "ready after")
     health = [sys.executable, "-m", "clip_tools", "health", f"--url={grpc}"]
@@ -115,7 +115,7 @@ def test_the_server_is_started_anew_when_a_models_process_is_lost(start, light_m
     assert process.wait(timeout=60) == 0
 
 
-def test_without_a_gpu_it_stops_with_the_reason(start, onnx_model):
+def test_without_a_gpu_it_stops_with_the_reason(start):
     process, _, _, log = start(TRT_PRECISION="fp32")
     code = process.wait(timeout=60)
     if "no GPU was found" not in log.read_text():
@@ -139,9 +139,9 @@ def test_a_plan_is_built_and_handed_to_the_server_which_needs_a_gpu(start, tmp_p
     assert "clip_trt: a plan needs an NVIDIA GPU, and this server sees none" in log.read_text()
 
 
-def test_with_the_fallback_it_says_so_and_serves_onnx(start, light_model, demo_photos):
+def test_with_the_fallback_it_says_so_and_serves_onnx(start, demo_photos):
     variables = {"TRT_PRECISION": "fp32", "TRT_FALLBACK": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process, grpc, _, log = start(**variables, CLIP_ONNX_DIR=str(light_model.parent))
+    process, grpc, _, log = start(**variables)
     assert embed_when_ready(process, grpc, [demo_photos[0].read_bytes()], log).shape == (1, 512)
     assert "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead" in log.read_text()
 

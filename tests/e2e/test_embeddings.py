@@ -20,7 +20,9 @@ from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from clip_embed import EmbeddingClient, InvalidImageError
+from clip_tools.measuring.verify import verify
 from clip_tools.repository import read_config
+from clip_tools.serving.engine import Engine
 
 # FP32 arithmetic in another order; the gate. The worst of 121 photographs read 0.9999999 (docs/results/precision).
 MIN_COSINE = 0.99999
@@ -30,8 +32,8 @@ SAME_IMAGE_MAX_ABS = 2e-4
 
 
 @pytest.fixture(scope="module")
-def client(server):
-    with EmbeddingClient(server.options.grpc_url) as one:
+def client(vit_server):
+    with EmbeddingClient(vit_server.options.grpc_url) as one:
         yield one
 
 
@@ -60,12 +62,18 @@ def test_all_photographs_in_one_batch_are_open_clips(client, images, expected):
     assert_equal_open_clip(client.embed(images), expected)
 
 
-def test_paths_over_http_are_open_clips(server, demo_photos, expected):
-    with EmbeddingClient(server.options.http_url) as client:
+def test_clip_tools_verify_passes_it_through_the_client(vit_server, weights, demo_photos):
+    verdict = verify(Engine(url=vit_server.options.grpc_url), weights, demo_photos)
+    assert verdict.passed, verdict.failures
+    assert "served" in verdict.how
+
+
+def test_paths_over_http_are_open_clips(vit_server, demo_photos, expected):
+    with EmbeddingClient(vit_server.options.http_url) as client:
         assert_equal_open_clip(client.embed(demo_photos), expected)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=9), min_size=2, max_size=6))
 def test_ragged_batches_from_concurrent_clients_come_back_whole_and_in_order(client, images, expected, batches):
     with ThreadPoolExecutor(len(batches)) as pool:
@@ -75,8 +83,8 @@ def test_ragged_batches_from_concurrent_clients_come_back_whole_and_in_order(cli
         assert np.abs(answer - expected[batch]).max() < SAME_IMAGE_MAX_ABS
 
 
-def test_a_request_of_the_largest_batch(server, images, expected):
-    with EmbeddingClient(server.options.grpc_url, batch_size=64) as client:
+def test_a_request_of_the_largest_batch(vit_server, images, expected):
+    with EmbeddingClient(vit_server.options.grpc_url, batch_size=64) as client:
         which = [i % len(images) for i in range(64)]
         assert_equal_open_clip(client.embed([images[i] for i in which]), expected[which])
 
@@ -111,54 +119,60 @@ def test_a_heic_gives_the_embedding_of_its_pixels(client, images):
     assert np.array_equal(client.embed([heic.getvalue()]), client.embed([png.getvalue()]))
 
 
-def test_a_preprocess_without_its_library_and_heif_says_so_and_gives_the_same_pixels(server, repository, images):
+def test_a_preprocess_without_its_library_and_heif_says_so_and_gives_the_same_pixels(vit_server, repository, images):
     name = "preprocess_pillow"
-    shutil.copytree(repository / "preprocess", server.served / name, ignore=shutil.ignore_patterns("*.so"))
-    opener = server.served / name / "1" / "clip_heif.py"
+    shutil.copytree(repository / "preprocess", vit_server.served / name, ignore=shutil.ignore_patterns("*.so"))
+    opener = vit_server.served / name / "1" / "clip_heif.py"
     opener.write_text(opener.read_text().replace("import pillow_heif", "import not_installed as pillow_heif"))
-    admin = server.options.access.grpc_headers()
-    with triton.InferenceServerClient(server.options.grpc_url.removeprefix("grpc://")) as client:
+    admin = vit_server.options.access.grpc_headers()
+    with triton.InferenceServerClient(vit_server.options.grpc_url.removeprefix("grpc://")) as client:
         client.load_model(name, headers=admin)
         pixels = [ask_at_once(client, model, images[:1])[0][0].as_numpy("pixels") for model in ("preprocess", name)]
         client.unload_model(name, headers=admin)
     assert np.array_equal(*pixels)
-    before, after = server.options.log.read_text().split(f"loading: {name}", 1)
+    before, after = vit_server.options.log.read_text().split(f"loading: {name}", 1)
     assert "resamples with Pillow" not in before
     assert re.search(r"resamples with Pillow.*`make setup` builds it", after)
     assert "does not accept HEIC and HEIF" not in before
     assert "does not accept HEIC and HEIF: No module named 'not_installed'; install pillow-heif" in after
 
 
-def test_64_bad_images_are_all_named_in_one_message(server):
-    with EmbeddingClient(server.options.grpc_url, batch_size=64) as client, pytest.raises(InvalidImageError) as caught:
+def test_64_bad_images_are_all_named_in_one_message(vit_server):
+    with (
+        EmbeddingClient(vit_server.options.grpc_url, batch_size=64) as client,
+        pytest.raises(InvalidImageError) as caught,
+    ):
         client.embed([b"no image " + b"x" * 99] * 64)
     assert [failure.index for failure in caught.value.failures] == list(range(64))
 
 
-def test_a_request_of_more_pixels_than_one_may_have_names_those_beyond(server):
+def test_a_request_of_more_pixels_than_one_may_have_names_those_beyond(vit_server):
     """1000 million together; each image alone is within its own limit."""
     buffer = io.BytesIO()
     Image.new("RGB", (1, 1)).save(buffer, "BMP")
     no_pixels = bytearray(buffer.getvalue()[:54])
     no_pixels[18:26] = (9900).to_bytes(4, "little") * 2
-    with EmbeddingClient(server.options.grpc_url, batch_size=64) as client, pytest.raises(InvalidImageError) as caught:
+    with (
+        EmbeddingClient(vit_server.options.grpc_url, batch_size=64) as client,
+        pytest.raises(InvalidImageError) as caught,
+    ):
         client.embed([bytes(no_pixels)] * 12)
     assert [failure.code for failure in caught.value.failures] == ["truncated"] * 10 + ["too_many_pixels"] * 2
     assert "send fewer images" in caught.value.failures[-1].reason
 
 
-def test_one_bad_image_among_many_in_the_same_dynamic_batch_fails_alone(server, repository, images, oracle):
+def test_one_bad_image_among_many_in_the_same_dynamic_batch_fails_alone(vit_server, repository, images, oracle):
     """Its neighbours get exactly what they would have got alone. Statistics show that they shared the batch."""
     name = "preprocess_batched"
-    shutil.copytree(repository / "preprocess", server.served / name)
+    shutil.copytree(repository / "preprocess", vit_server.served / name)
     config = read_config(repository, "preprocess")
     config.dynamic_batching.preferred_batch_size[:] = [8]
     config.dynamic_batching.max_queue_delay_microseconds = 20_000_000  # it goes as soon as the eighth is there
     config.instance_group[0].count = 1
-    (server.served / name / "config.pbtxt").write_text(str(config))
+    (vit_server.served / name / "config.pbtxt").write_text(str(config))
     contents = [images[0], images[1], b"broken", *images[2:7]]
-    address = server.options.grpc_url.removeprefix("grpc://")
-    admin = server.options.access.grpc_headers()
+    address = vit_server.options.grpc_url.removeprefix("grpc://")
+    admin = vit_server.options.access.grpc_headers()
     with triton.InferenceServerClient(address) as client:
         client.load_model(name, headers=admin)
         answers = ask_at_once(client, name, contents)
@@ -200,10 +214,10 @@ def ask_at_once(client, model, contents):
     return answers
 
 
-def test_curls_raw_bytes_with_its_exact_headers(server, images, expected):
+def test_curls_raw_bytes_with_its_exact_headers(vit_server, images, expected):
     """`curl --data-binary @photo.jpg -H 'Inference-Header-Content-Length: 0'`, as the README shows."""
     answer = httpx.post(
-        f"{server.options.http_url}/v2/models/clip_ensemble/infer",
+        f"{vit_server.options.http_url}/v2/models/clip_ensemble/infer",
         content=images[0],
         headers={"Inference-Header-Content-Length": "0", "Content-Type": "application/x-www-form-urlencoded"},
         timeout=60,
@@ -214,9 +228,9 @@ def test_curls_raw_bytes_with_its_exact_headers(server, images, expected):
     assert_equal_open_clip(np.frombuffer(answer.content[split:], np.float32)[None], expected[:1])
 
 
-def test_curls_raw_bytes_of_something_else_are_a_400_that_says_why(server):
+def test_curls_raw_bytes_of_something_else_are_a_400_that_says_why(vit_server):
     answer = httpx.post(
-        f"{server.options.http_url}/v2/models/clip_ensemble/infer",
+        f"{vit_server.options.http_url}/v2/models/clip_ensemble/infer",
         content=b"<html>not found</html>",
         headers={"Inference-Header-Content-Length": "0"},
         timeout=60,
@@ -239,16 +253,16 @@ def test_similarities_make_sense_to_a_person(trained, client, demo_photos):
         assert other == max((name for name in names if name != one), key=lambda name, one=one: alike(one, name))
 
 
-def test_the_metrics_port_is_no_server(server):
+def test_the_metrics_port_is_no_server(vit_server):
     """It finds every path."""
-    with EmbeddingClient(f"http://localhost:{server.options.metrics_port}") as metrics:
+    with EmbeddingClient(f"http://localhost:{vit_server.options.metrics_port}") as metrics:
         assert not metrics.is_ready()
-    with EmbeddingClient(server.options.http_url) as client:
+    with EmbeddingClient(vit_server.options.http_url) as client:
         assert client.is_ready()
 
 
 @pytest.mark.parametrize("batch", [0, 1 << 32])
-def test_an_image_in_a_batch_of_none(server, images, expected, batch):
+def test_an_image_in_a_batch_of_none(vit_server, images, expected, batch):
     """Triton counts a batch in 32 bits and takes one of 0 for a request without that dimension.
 
     `preprocess` refuses it. Of the ensemble's request it sees a batch of one, so the answer is one vector.
@@ -256,7 +270,7 @@ def test_an_image_in_a_batch_of_none(server, images, expected, batch):
     request = service_pb2.ModelInferRequest(model_name="preprocess")
     request.inputs.add(name="image_bytes", datatype="BYTES", shape=[batch, 1])
     request.raw_input_contents.append(len(images[0]).to_bytes(4, "little") + images[0])
-    with grpc.insecure_channel(f"localhost:{server.options.grpc_port}") as channel:
+    with grpc.insecure_channel(f"localhost:{vit_server.options.grpc_port}") as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         with pytest.raises(grpc.RpcError, match=r"expected the shape \[N, 1\] with N of 1 or more") as caught:
             stub.ModelInfer(request, timeout=60)

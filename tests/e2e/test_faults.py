@@ -55,9 +55,9 @@ def photographs(demo_photos, tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def embeddings(light_server, photographs) -> np.ndarray:
+def embeddings(server, photographs) -> np.ndarray:
     """What an untroubled server gives for them."""
-    with EmbeddingClient(light_server.options.grpc_url) as client:
+    with EmbeddingClient(server.options.grpc_url) as client:
         return client.embed(photographs)
 
 
@@ -355,11 +355,11 @@ def slow_answer(options, image: bytes) -> bytes:
     [(100, 10), pytest.param(400, 600, marks=pytest.mark.long)],
 )
 def test_slow_and_half_open_clients_keep_nobody_waiting(
-    light_server, photographs, embeddings, half_open, requests, record_reliability
+    server, photographs, embeddings, half_open, requests, record_reliability
 ):
     """Half of the half-open ones speak gRPC and half HTTP; the slow one gets its answer too."""
-    options = light_server.options
-    open_files = psutil.Process(light_server.pid).num_fds
+    options = server.options
+    open_files = psutil.Process(server.pid).num_fds
     before, latencies_ms = open_files(), []
     with (
         EmbeddingClient(options.grpc_url, timeout_s=TIMEOUT_S, retry=None) as client,
@@ -400,14 +400,14 @@ def namespace() -> list[str]:
 
 @pytest.mark.promise
 def test_a_full_disk_keeps_what_is_written_and_is_gone_on_from(
-    light_server, library, namespace, tmp_path, record_reliability
+    server, library, namespace, tmp_path, record_reliability
 ):
     """A run that fits, one that meets the end of the disk, and with more room one that embeds only the rest."""
     images, disk, kept = library(24), tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     kept.mkdir()
     output = disk / "vectors.jsonl"
-    run = f"{CLIP_EMBED} --url {light_server.options.grpc_url} --out {output} --resume"
+    run = f"{CLIP_EMBED} --url {server.options.grpc_url} --out {output} --resume"
     script = f"""
         mount -t tmpfs -o size=160k tmpfs {disk}
         {run} {" ".join(map(str, images.paths[:4]))}
@@ -434,10 +434,10 @@ def test_a_full_disk_keeps_what_is_written_and_is_gone_on_from(
     record_reliability("faults_full_disk", faults=1, lost=images.lost, twice=images.twice)
 
 
-def test_a_full_disk_behind_stdout_is_said(light_server, photographs):
+def test_a_full_disk_behind_stdout_is_said(server, photographs):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [CLIP_EMBED, "--url", light_server.options.grpc_url, *map(str, photographs)],
+            [CLIP_EMBED, "--url", server.options.grpc_url, *map(str, photographs)],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

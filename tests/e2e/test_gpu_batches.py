@@ -20,9 +20,9 @@ CudaGpu = lambda _: HostGpu(SOURCE.with_name("on_cpu.so"))
 
 
 @pytest.fixture(scope="module")
-def by_batches(repository, tmp_path_factory):
+def by_batches(light_repository, tmp_path_factory):
     folder = tmp_path_factory.mktemp("batches")
-    shutil.copytree(repository, folder / "models", symlinks=True)
+    shutil.copytree(light_repository, folder / "models", symlinks=True)
     version = folder / "models" / "preprocess" / "1"
     host_gpu.build(version)
     shutil.copy(host_gpu.__file__, version)
@@ -56,7 +56,7 @@ def test_photographs_in_batches_get_their_own_vectors_and_a_bad_one_a_refusal(se
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
-def test_without_a_gpu_the_load_says_what_to_do(repository, tmp_path):
-    options = options_for(repository, tmp_path / "log", config_name="gpu")
+def test_without_a_gpu_the_load_says_what_to_do(light_repository, tmp_path):
+    options = options_for(light_repository, tmp_path / "log", config_name="gpu")
     with pytest.raises(Exception, match=r"mode gpu needs .*use mode exact or fast"), EmbeddedServer(options):
         pass

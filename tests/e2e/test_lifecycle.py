@@ -114,14 +114,14 @@ def test_when_serve_is_killed_the_server_and_its_models_processes_go_too(light_r
 
 
 @pytest.mark.usefixtures("bf16")
-def test_bf16_is_served_by_name_and_is_not_fp32(repository, server, demo_photos, tmp_path):
+def test_bf16_is_served_by_name_and_is_not_fp32(light_repository, server, demo_photos, tmp_path):
     """The precision asked for is the one that runs: its vectors are FP32's, but not to the bit.
 
     How exact it is, `clip-tools verify` says; here ten photographs with these weights may read 0.96.
     """
     with EmbeddingClient(server.options.grpc_url) as client:
         fp32 = client.embed(demo_photos)
-    options = options_for(repository, tmp_path / "log", config_name="cpu-bf16")
+    options = options_for(light_repository, tmp_path / "log", config_name="cpu-bf16")
     with EmbeddedServer(options), EmbeddingClient(options.grpc_url) as client:
         bf16 = client.embed(demo_photos)
     assert "OpenVINO BF16" in options.log.read_text()
@@ -129,9 +129,9 @@ def test_bf16_is_served_by_name_and_is_not_fp32(repository, server, demo_photos,
 
 
 @pytest.mark.usefixtures("no_bf16")
-def test_a_cpu_without_bf16_serves_no_fp32_under_its_name(repository, tmp_path):
+def test_a_cpu_without_bf16_serves_no_fp32_under_its_name(light_repository, tmp_path):
     """OpenVINO itself would compute in FP32 and say nothing."""
-    options = options_for(repository, tmp_path / "log", config_name="cpu-bf16")
+    options = options_for(light_repository, tmp_path / "log", config_name="cpu-bf16")
     with pytest.raises(ToolError, match=r"OpenVINO has no BF16 on this CPU.*serve the default configuration"):
         EmbeddedServer(options).__enter__()
 

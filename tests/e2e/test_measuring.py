@@ -65,9 +65,9 @@ def test_bench_sends_the_same_photographs_through_every_arm(repository, pytorch,
     assert any(name.startswith("nv_inference_count") for name in result["servers"]["triton"]["metrics"])
 
 
-def test_bench_asks_servers_that_run_elsewhere(repository, server, pytorch, tmp_path):
+def test_bench_asks_servers_that_run_elsewhere(repository, vit_server, pytorch, tmp_path):
     """It starts none, and says on what each of them computes."""
-    urls = ["--url", server.options.grpc_url, "--pytorch-url", pytorch.url]
+    urls = ["--url", vit_server.options.grpc_url, "--pytorch-url", pytorch.url]
     printed = run(CLIP_TOOLS, "bench", "--quick", *urls, "--models", repository, "--output", tmp_path / "bench.json")
     result = read(tmp_path / "bench.json")
     device = "GPU" if find_gpu() else "CPU"
@@ -76,13 +76,13 @@ def test_bench_asks_servers_that_run_elsewhere(repository, server, pytorch, tmp_
     assert {row["arm"] for row in result["cells"]} == {"ensemble-grpc", "pytorch"}
     assert all(row["agreement"] >= 0.99999 and row["throughput"] > 0 for row in result["cells"])
     assert result["servers"] == {}
-    server.process.raise_if_ended()
+    vit_server.process.raise_if_ended()
 
 
-def test_ab_shows_two_running_servers_and_where_their_time_goes(light_repository, light_server, tmp_path):
+def test_ab_shows_two_running_servers_and_where_their_time_goes(light_repository, server, tmp_path):
     """The second with the fast mode of preprocess: nearly the same vectors, and its own times by step."""
     with EmbeddedServer(options_for(light_repository, tmp_path / "log", config_name="fast")) as other:
-        urls = (light_server.options.grpc_url, other.options.grpc_url)
+        urls = (server.options.grpc_url, other.options.grpc_url)
         printed = run(CLIP_TOOLS, "ab", *urls, "--rounds", 2, "--seconds", 0.5, "--concurrency", 2)
         same = run(CLIP_TOOLS, "ab", urls[0], urls[0], "--rounds", 1, "--seconds", 0.3)
     for side, url in zip("AB", urls, strict=True):
@@ -105,10 +105,12 @@ def test_bench_measures_preprocess_with_its_library_against_pillow(repository, r
     assert resize["library"] < resize["Pillow"]  # nine times faster: the one was not mistaken for the other
 
 
-def test_one_variable_moves_a_client_to_the_pytorch_service_and_back(server, oracle, pytorch, demo_photos, monkeypatch):
+def test_one_variable_moves_a_client_to_the_pytorch_service_and_back(
+    vit_server, oracle, pytorch, demo_photos, monkeypatch
+):
     """The same call and the same vectors from both, and a bad image is named by both."""
     images = [path.read_bytes() for path in demo_photos[:3]]
-    for url, backend in ((server.options.grpc_url, "triton"), (pytorch.url, "pytorch")):
+    for url, backend in ((vit_server.options.grpc_url, "triton"), (pytorch.url, "pytorch")):
         monkeypatch.setenv("INFERENCE_SERVICE_URL", url)
         monkeypatch.setenv("INFERENCE_BACKEND", backend)
         with EmbeddingClient.from_env() as client:
@@ -118,8 +120,8 @@ def test_one_variable_moves_a_client_to_the_pytorch_service_and_back(server, ora
         assert [(failure.index, failure.code) for failure in caught.value.failures] == [(1, "not_an_image")]
 
 
-def test_perf_runs_the_real_perf_analyzer(light_server, light_repository, results):
-    address = light_server.options.grpc_url.removeprefix("grpc://")
+def test_perf_runs_the_real_perf_analyzer(server, light_repository, results):
+    address = server.options.grpc_url.removeprefix("grpc://")
     options = ["--url", address, "--models", light_repository, "--window-ms", 500, "--stability-percent", 999]
     levels = ["--concurrency", 2, "--request-rate", 4]
     printed = run(CLIP_TOOLS, "perf", *options, *levels, "--output", results / "perf.json")
@@ -137,11 +139,9 @@ def perf_input(light_repository, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_plain_perf_analyzer_needs_no_key_on_this_machine(light_server, perf_input, protocol):
+def test_plain_perf_analyzer_needs_no_key_on_this_machine(server, perf_input, protocol):
     """With the flags of its own documentation, and the photographs that `clip-tools perf` wrote."""
-    address = (light_server.options.grpc_url if protocol == "grpc" else light_server.options.http_url).partition("://")[
-        2
-    ]
+    address = (server.options.grpc_url if protocol == "grpc" else server.options.http_url).partition("://")[2]
     photographs = ["--shape", "image_bytes:1", "--input-data", perf_input]
     printed = run(
         PERF_ANALYZER, "-m", "clip_ensemble", "-i", protocol, "-u", address, *photographs, "--request-count", 10
@@ -150,13 +150,14 @@ def test_plain_perf_analyzer_needs_no_key_on_this_machine(light_server, perf_inp
     assert "Composing models" in printed  # which it knows by the statistics
 
 
-def test_model_analyzer_measures_a_running_server(light_server, perf_input, tmp_path):
+@pytest.mark.long
+def test_model_analyzer_measures_a_running_server(server, perf_input, tmp_path):
     """In its remote mode, with its own flags; the keys are found for it."""
     config = tmp_path / "config.yaml"
     flags = {"input-data": str(perf_input), "shape": "image_bytes:1"}
     flags |= {"measurement-request-count": 3, "stability-percentage": 999}
     config.write_text(json.dumps({"profile_models": {"clip_ensemble": {"perf_analyzer_flags": flags}}}))
-    options = light_server.options
+    options = server.options
     command = [sys.executable, "-m", "clip_tools.measuring.model_analyzer", "profile", "-f", config]
     command += ["--triton-launch-mode=remote", "--reload-model-disable", "--client-protocol=grpc"]
     command += [f"--triton-http-endpoint={options.http_url.partition('://')[2]}"]

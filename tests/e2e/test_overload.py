@@ -37,9 +37,9 @@ def kinds(answers: list) -> Counter:
     return Counter(type(answer) for answer in answers)
 
 
-def test_what_is_too_much_is_refused_and_nothing_hangs(server):
-    answers = ask_at_once(server.options, [probe_image()], TOO_MANY)
-    with EmbeddingClient(server.options.grpc_url, retry=None, timeout_s=GENEROUS_S) as client:
+def test_what_is_too_much_is_refused_and_nothing_hangs(vit_server):
+    answers = ask_at_once(vit_server.options, [probe_image()], TOO_MANY)
+    with EmbeddingClient(vit_server.options.grpc_url, retry=None, timeout_s=GENEROUS_S) as client:
         (expected,) = client.embed([probe_image()])
     assert set(kinds(answers)) == {np.ndarray, ServerOverloadedError}
     assert kinds(answers)[np.ndarray] >= 128
@@ -48,17 +48,17 @@ def test_what_is_too_much_is_refused_and_nothing_hangs(server):
 
 
 @pytest.mark.long
-def test_a_client_that_waits_and_asks_again_gets_all(server):
+def test_a_client_that_waits_and_asks_again_gets_all(vit_server):
     """What is refused is sent again later, by the client itself."""
     with EmbeddingClient(
-        server.options.grpc_url, batch_size=1, max_in_flight=TOO_MANY, timeout_s=3 * GENEROUS_S
+        vit_server.options.grpc_url, batch_size=1, max_in_flight=TOO_MANY, timeout_s=3 * GENEROUS_S
     ) as client:
         results = list(client.embed_many([probe_image()] * TOO_MANY))
     assert kinds(results) == {np.ndarray: TOO_MANY}
 
 
-def test_a_request_that_is_too_large_says_so(server):
-    with EmbeddingClient(server.options.grpc_url, batch_size=65, retry=None) as client:
+def test_a_request_that_is_too_large_says_so(vit_server):
+    with EmbeddingClient(vit_server.options.grpc_url, batch_size=65, retry=None) as client:
         with pytest.raises(RequestTooLargeError, match="batch-size must be <= 64"):
             client.embed([probe_image()] * 65)
         with pytest.raises(InvalidImageError, match="too_large"):

@@ -16,9 +16,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 from tests.e2e.test_library import COMMAND as CLIP_EMBED
+from typer.testing import CliRunner
 
 from clip_embed import EmbeddingClient
 from clip_embed.library import read_library
+from clip_tools.cli import app
+from clip_tools.errors import ToolError
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'clip-embed[ray]'")
 
@@ -133,19 +136,27 @@ def test_local_actors_give_the_vectors_of_the_server(start, server, repository, 
     ("arguments", "code", "message"),
     [
         (("nowhere", "out"), 2, "nowhere: no such file or folder"),
-        (("library", "out", "--address", "localhost:1"), 1, "no Ray cluster at localhost:1"),
         (("what://is/this", "out"), 2, "what://is/this"),
         (("empty", "out"), 2, "no images, .tar or .parquet files found"),
         ((".", "out", "--url", "grpc://localhost:1"), 3, "no server at grpc://localhost:1"),
     ],
 )
-def test_what_cannot_be_is_one_line(start, tmp_path, demo_photos, arguments, code, message):
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_users_mistake_is_a_sentence(server, tmp_path, demo_photos, monkeypatch, arguments, code, message):
     make_folder(tmp_path / "library", demo_photos, 1)
     (tmp_path / "empty").mkdir()
-    process = start(*arguments)
-    stderr = finish(process)
-    assert process.returncode == code
-    assert message in stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INFERENCE_SERVICE_URL", server.options.grpc_url)
+    error = CliRunner().invoke(app, ["embed-dataset", *arguments]).exception
+    assert isinstance(error, ToolError)
+    assert (error.exit_code, message in str(error)) == (code, True)
+
+
+def test_a_cluster_that_is_not_there_is_one_line(start, tmp_path, demo_photos):
+    make_folder(tmp_path / "library", demo_photos, 1)
+    process = start("library", "out", "--address", "localhost:1")
+    assert "no Ray cluster at localhost:1" in finish(process)
+    assert process.returncode == 1
 
 
 @pytest.mark.long

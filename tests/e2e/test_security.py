@@ -345,12 +345,12 @@ def guarded(light_repository, certificates, tmp_path_factory):
         yield running
 
 
-def test_mutual_tls_and_the_key_let_a_client_in(guarded, certificates, light_server):
+def test_mutual_tls_and_the_key_let_a_client_in(guarded, certificates, server):
     url, image = guarded.options.grpc_url, probe_image()
     assert url.startswith("grpcs://")
     with EmbeddingClient(url, api_key=API_KEY, **certificates.of_a_client) as client:
         got = client.embed([image])
-    with EmbeddingClient(light_server.options.grpc_url) as client:
+    with EmbeddingClient(server.options.grpc_url) as client:
         assert (got * client.embed([image])).sum() >= 0.99999  # FP32 in another process
 
     async def embed() -> np.ndarray:

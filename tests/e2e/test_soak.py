@@ -22,9 +22,9 @@ def soak(output: Path, *options: object) -> dict:
     return read(output)
 
 
-def test_some_seconds_of_everything(server, tmp_path):
+def test_some_seconds_of_everything(vit_server, tmp_path):
     """On a server that already runs, whose process is found by its port."""
-    result = soak(tmp_path / "soak.json", "--minutes", 0.15, "--clients", 3, "--url", server.options.grpc_url)
+    result = soak(tmp_path / "soak.json", "--minutes", 0.15, "--clients", 3, "--url", vit_server.options.grpc_url)
     assert {row["kind"] for row in result["calls"]} == {*REQUESTS, *BAD_REQUESTS}
     assert all(point["private_mib"] > 100 and point["regions"] > 0 for point in result["points"])
 

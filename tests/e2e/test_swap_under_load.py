@@ -33,9 +33,9 @@ MIN_COSINE_BF16 = 0.9
 
 
 @pytest.fixture(scope="module")
-def models(repository, tmp_path_factory) -> Path:
+def models(light_repository, tmp_path_factory) -> Path:
     """The repository with a second ONNX model, `clip_copy`, to which the configuration `copy` leads."""
-    folder = with_second_model(repository, tmp_path_factory.mktemp("swap") / "models", "copy")
+    folder = with_second_model(light_repository, tmp_path_factory.mktemp("swap") / "models", "copy")
     # A real plan, which no machine without a GPU can run; of a small graph, since it is never asked.
     pytest.importorskip("tensorrt_rtx", reason="pip install 'clip-embed[rtx]'")
     plan = folder / "clip_trt" / "1" / "model.plan"

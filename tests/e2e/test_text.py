@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.conftest import options_for
 
 from clip_embed import AsyncEmbeddingClient, EmbeddingClient, InvalidTextError, ModelNotReadyError, wire
 from clip_tools.oracle import load_tokenizer
 from clip_tools.serving.model_control import GrpcModelControl
+from clip_tools.serving.server import EmbeddedServer
 from clip_tools.serving.swap import swap
 from clip_tools.serving.swap_steps import SwapOptions
 from clip_tools.verification.texts import texts
@@ -21,8 +23,8 @@ MIN_COSINE = 0.99999  # as in test_embeddings
 
 
 @pytest.fixture(scope="module")
-def client(server):
-    with EmbeddingClient(server.options.grpc_url) as one:
+def client(vit_server):
+    with EmbeddingClient(vit_server.options.grpc_url) as one:
         yield one
 
 
@@ -36,24 +38,24 @@ def assert_equal_open_clip(got: np.ndarray, expected: np.ndarray) -> None:
     assert (got * expected).sum(axis=1).min() >= MIN_COSINE
 
 
-def test_texts_alone_in_a_batch_and_over_http_are_open_clips(server, client, expected):
+def test_texts_alone_in_a_batch_and_over_http_are_open_clips(vit_server, client, expected):
     """Short and over-long ones in one batch, the empty one among them."""
     some = texts()[-40:]
     assert_equal_open_clip(client.embed_text(some), expected)
     assert_equal_open_clip(np.concatenate([client.embed_text([text]) for text in some[-10:]]), expected[-10:])
-    with EmbeddingClient(server.options.http_url, batch_size=64) as over_http:
+    with EmbeddingClient(vit_server.options.http_url, batch_size=64) as over_http:
         assert_equal_open_clip(over_http.embed_text(some), expected)
 
     async def ask() -> np.ndarray:
-        async with AsyncEmbeddingClient(server.options.grpc_url) as one:
+        async with AsyncEmbeddingClient(vit_server.options.grpc_url) as one:
             return await one.embed_text(some)
 
     assert_equal_open_clip(asyncio.run(ask()), expected)
     assert client.embed_text([]).shape == (0, expected.shape[1])
 
 
-def test_the_command_embeds_texts_of_options_and_of_stdin(server, client, tmp_path):
-    command = [str(Path(sys.executable).with_name("clip-embed")), f"--url={server.options.grpc_url}"]
+def test_the_command_embeds_texts_of_options_and_of_stdin(vit_server, client, tmp_path):
+    command = [str(Path(sys.executable).with_name("clip-embed")), f"--url={vit_server.options.grpc_url}"]
     made = tmp_path / "texts.npy"
     done = subprocess.run(
         [*command, "--text", "a dog", "--text=-"], check=False, input="eine Katze\n犬\n", capture_output=True, text=True
@@ -71,24 +73,29 @@ def test_the_command_embeds_texts_of_options_and_of_stdin(server, client, tmp_pa
     assert b"[1] not_text" in bad.stderr
 
 
-def test_the_same_client_embeds_images_and_the_start_held_both_to_open_clip(server, client, demo_photos):
+def test_the_same_client_embeds_images_and_the_start_held_both_to_open_clip(vit_server, client, demo_photos):
     assert client.embed(demo_photos[:1]).shape == (1, 512)
     assert re.fullmatch(
-        r".* photographs .*; for texts, the vectors match open_clip's: .* texts .*", server.check_result
+        r".* photographs .*; for texts, the vectors match open_clip's: .* texts .*", vit_server.check_result
     )
 
 
-def test_a_swap_takes_the_text_tower_along_where_its_configuration_changes(server, client, expected):
-    options, said = server.options, []
-    with GrpcModelControl(options.grpc_url) as control:
+def test_a_swap_takes_the_text_tower_along_where_its_configuration_changes(light_text_repository, tmp_path):
+    options, said = options_for(light_text_repository, tmp_path / "log"), []
+    with (
+        EmbeddedServer(options),
+        EmbeddingClient(options.grpc_url) as client,
+        GrpcModelControl(options.grpc_url) as control,
+    ):
+        before = client.embed_text(["a dog"])
         for name in ("onnx", "cpu-fp32", "onnx"):
             swap(control, SwapOptions(name, options.models, check_vectors=True, settle_s=0.1), said.append)
+        assert np.array_equal(client.embed_text(["a dog"]), before)
     assert said[0] == "the server runs onnx already"
     (held,) = {line.split(": ", 1)[1].split(" (")[0] for line in said if "clip_text_ensemble verified" in line}
     assert held.startswith("the vectors match open_clip's")
     assert sum("clip_text_onnx loaded again" in line for line in said) == 2
     assert not any("tokenize" in line for line in said)
-    assert_equal_open_clip(client.embed_text(texts()[-40:]), expected)
 
 
 def test_one_bad_text_is_one_failed_request_with_its_index_and_code(client):
@@ -105,13 +112,13 @@ def test_one_bad_text_is_one_failed_request_with_its_index_and_code(client):
         client.embed_text("a dog")
 
 
-def test_a_server_without_a_text_tower_loads_nothing_for_texts_and_says_so(light_server):
-    assert "tokenize" not in light_server.options.log.read_text()
+def test_a_server_without_a_text_tower_loads_nothing_for_texts_and_says_so(server):
+    assert "tokenize" not in server.options.log.read_text()
     with (
-        EmbeddingClient(light_server.options.grpc_url, timeout_s=1) as client,
+        EmbeddingClient(server.options.grpc_url, timeout_s=1) as client,
         pytest.raises(ModelNotReadyError) as caught,
     ):
         client.embed_text(["a dog"])
     assert "export-onnx --text" in str(caught.value)
-    with EmbeddingClient(light_server.options.grpc_url, model=wire.TEXT_MODEL) as client:
+    with EmbeddingClient(server.options.grpc_url, model=wire.TEXT_MODEL) as client:
         assert not client.is_ready()

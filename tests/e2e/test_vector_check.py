@@ -37,9 +37,9 @@ def models(light_repository, tmp_path_factory):
     return folder
 
 
-def test_serve_says_how_near_its_vectors_are(repository, tmp_path):
+def test_serve_says_how_near_its_vectors_are(light_repository, tmp_path):
     with subprocess.Popen(
-        serve_command(options_for(repository, tmp_path / "log")), stderr=subprocess.PIPE, text=True
+        serve_command(options_for(light_repository, tmp_path / "log")), stderr=subprocess.PIPE, text=True
     ) as process:
         line = wait_for(process.stderr, "open_clip's")
         process.terminate()

@@ -1,4 +1,4 @@
-"""The command `clip-embed`, run as a process against a server on a loopback socket."""
+"""The command `clip-embed`, against a server on a loopback socket."""
 
 import json
 import os
@@ -14,11 +14,7 @@ from test_client_loopback import Brain, serve, vector_of
 pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
 pytest.importorskip("rich", reason="pip install 'clip-embed[cli]'")
 
-from typer.testing import CliRunner
-
-from clip_embed.cli import app
-
-COMMAND = [sys.executable, "-W", "error", "-c", "from clip_embed.cli import main; main()"]
+from tests.clip_embed_command import COMMAND, run_here
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +29,18 @@ def url(brain):
 
 
 @pytest.fixture
-def run(url, tmp_path):
+def run(url, tmp_path, monkeypatch):
     """Runs the command in tmp_path, where a.jpg, b.jpg and the bad c.jpg lie."""
     for name, content in {"a.jpg": b"a", "b.jpg": b"b", "c.jpg": b"bad:truncated:ends; [0] early"}.items():
         (tmp_path / name).write_bytes(content)
-
-    def run(*arguments, stdin=b"", **env):
-        env = {**os.environ, "INFERENCE_SERVICE_URL": url, **env}
-        return subprocess.run(
-            [*COMMAND, *arguments], check=False, capture_output=True, cwd=tmp_path, env=env, input=stdin
-        )
-
-    return run
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INFERENCE_SERVICE_URL", url)
+    return run_here
 
 
 def test_lines_are_in_order_and_floats_read_back_exactly(run):
     """Data on stdout and nothing on stderr; each number is the shortest text of its float32."""
-    done = run("b.jpg", "a.jpg", "b.jpg", "--batch-size", "1")
+    done = subprocess.run([*COMMAND, "b.jpg", "a.jpg", "b.jpg", "--batch-size", "1"], check=False, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["path"] for line in lines] == ["b.jpg", "a.jpg", "b.jpg"]
@@ -198,15 +189,11 @@ def test_the_backend_is_that_of_the_environment(run):
         (["a.jpg", "-0"], {}, "-0 is for paths on stdin"),
     ],
 )
-def test_a_users_mistake_is_a_sentence(url, tmp_path, monkeypatch, arguments, env, says):
-    """In this process, since each of its own would take two seconds."""
+def test_a_users_mistake_is_a_sentence(run, tmp_path, arguments, env, says):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.jpg").write_bytes(b"a")
-    monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(app, arguments, env={"INFERENCE_SERVICE_URL": url, **env})
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert isinstance(done.exception, SystemExit)
-    assert says in done.stderr
+    done = run(*arguments, **env)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert says in done.stderr.decode()
 
 
 def test_no_server_is_one_line_that_says_what_to_do(run):
@@ -290,16 +277,10 @@ def test_ctrl_c_leaves_no_part_of_a_file(url, brain, tmp_path):
     assert (tmp_path / "out.npy").read_text() == "old"
 
 
-def test_a_server_that_goes_ends_the_run(url, brain, tmp_path):
+def test_a_server_that_goes_ends_the_run(run, tmp_path):
     """What was finished is on stdout; then one line, not one for each image that is left."""
-    (tmp_path / "a.jpg").write_bytes(b"a")
     (tmp_path / "gone.jpg").write_bytes(b"fail:UNAVAILABLE:Socket closed")
-    done = subprocess.run(
-        [*COMMAND, "a.jpg", *["gone.jpg"] * 9, "--batch-size", "1", "--url", url, "--timeout-s", "2"],
-        check=False,
-        capture_output=True,
-        cwd=tmp_path,
-    )
+    done = run("a.jpg", *["gone.jpg"] * 9, "--batch-size", "1", "--timeout-s", "2")
     assert done.returncode == 3
     assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == ["a.jpg"]
     *log, line = done.stderr.decode().splitlines()

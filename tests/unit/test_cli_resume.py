@@ -17,6 +17,8 @@ from test_client_loopback import Brain, serve, vector_of
 pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
 pytest.importorskip("rich", reason="pip install 'clip-embed[cli]'")
 
+from tests.clip_embed_command import run_here
+
 from clip_embed import jsonl, parquet, resume
 from clip_embed.provenance import Provenance
 from clip_embed.resume import open_resumed
@@ -240,9 +242,14 @@ from test_client_loopback import vector_of
 
 folder, name, moments = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 table = {"jsonl": jsonl, "parquet": parquet}[name]
-table.open_rows(open(os.devnull, "wb")).finish()  # what is imported late is imported now
 resume.PART_ROWS = 4
 photos = sorted(map(str, (folder / "photos").iterdir()))
+
+
+def embed(out):
+    with resume.open_resumed(out, table) as output:
+        for image in output.unfinished(photos):
+            output.add(image, vector_of(Path(image.path).read_bytes()))
 
 
 def run(out, kill_at=0, report=None):
@@ -259,15 +266,14 @@ def run(out, kill_at=0, report=None):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.setprofile(step)
-    with resume.open_resumed(out, table) as output:
-        for image in output.unfinished(photos):
-            output.add(image, vector_of(Path(image.path).read_bytes()))
+    embed(out)
     sys.setprofile(None)
     if report is not None:
         os.write(report, b"%d" % steps)
     os._exit(0)
 
 
+embed(folder / f"first.{name}")  # what is imported late is imported now
 reader, writer = os.pipe()
 assert run(folder / f"vectors.{name}", report=writer) == 0
 steps = int(os.read(reader, 99))
@@ -318,34 +324,34 @@ def url(brain):
 
 
 @pytest.fixture
-def start(url, brain, tmp_path):
-    """Starts the command in tmp_path; its parts hold five images each."""
+def here(url, brain, tmp_path, monkeypatch):
+    """Where the command runs; its parts hold five images each."""
     brain.reset()
-
-    def start(*arguments, command=COMMAND, **options):
-        return subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", command, *arguments, "--url", url],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
-
-    return start
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INFERENCE_SERVICE_URL", url)
+    monkeypatch.setattr(resume, "PART_ROWS", 5)
 
 
 @pytest.fixture
-def run(start):
-    """The exit code and what was said."""
+def run(here):
+    """Runs the command: its exit code, stdout and stderr."""
 
-    def run(*arguments, **options):
-        with start(*arguments, **options) as process:
-            said = process.communicate(timeout=120)
-            assert "Traceback" not in said[1]
-            return process.returncode, *said
+    def run(*arguments):
+        done = run_here(*arguments, text=True)
+        return done.returncode, done.stdout, done.stderr
 
     return run
+
+
+@pytest.fixture
+def start(here):
+    """Starts the command as a process."""
+
+    def start(*arguments, command=COMMAND, **options):
+        command = [sys.executable, "-W", "error", "-c", command, *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+    return start
 
 
 @pytest.mark.parametrize(
@@ -354,9 +360,8 @@ def run(start):
     indirect=["table"],
 )
 @pytest.mark.usefixtures("ctrl_c")
-def test_the_command_goes_on_after_a_signal(start, run, brain, out, table, photos, monkeypatch, number):
+def test_the_command_goes_on_after_a_signal(start, run, brain, out, table, photos, number):
     """The eighth image waits at the server: the first five are a part by then, and are not asked for again."""
-    monkeypatch.chdir(out.parent)
     photos[7].write_bytes(b"wait")
     arguments = ("photos", "--out", out.name, "--resume", "--batch-size=1", "--max-in-flight=1")
     with start(*arguments) as process:
@@ -379,8 +384,7 @@ def test_the_command_goes_on_after_a_signal(start, run, brain, out, table, photo
 
 
 @pytest.mark.parametrize("table", ["parquet"], indirect=True)
-def test_a_failed_image_is_reported_each_time_until_it_is_mended(run, brain, out, table, photos, monkeypatch):
-    monkeypatch.chdir(out.parent)
+def test_a_failed_image_is_reported_each_time_until_it_is_mended(run, brain, out, table, photos):
     photos[3].write_bytes(b"bad:corrupt:no image")
     photos[5].write_bytes(b"bad:empty:0 bytes")
     arguments = ("photos", "-o", out.name, "--resume")
@@ -408,15 +412,16 @@ def test_a_server_that_goes_leaves_what_was_finished(run, out, table, photos):
     assert (code, stderr) == (0, "8 of the images were there already\n")
 
 
-def test_a_limit_of_the_disk_is_a_sentence_and_nothing_is_lost(run, out, table, photos):
+def test_a_limit_of_the_disk_is_a_sentence_and_nothing_is_lost(start, run, out, table, photos):
     """Files of at most 40 KB: the parts fit, what they make together does not."""
     limit_bytes = {"jsonl": 40_000, "parquet": 22_000}[out.suffix.removeprefix(".")]
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
-    code, _, stderr = run("photos", "-o", out.name, "--resume", preexec_fn=limit)
-    assert code == 2
+    with start("photos", "-o", out.name, "--resume", preexec_fn=limit) as process:
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2
     assert f"cannot write {out.name}: File too large; finished rows are kept in {out.name}.parts" in stderr
     code, _, stderr = run("photos", "-o", out.name, "--resume")
     assert (code, stderr) == (0, "12 of the images were there already\n")
@@ -466,8 +471,9 @@ def test_the_format_follows_the_name(run, tmp_path, photos):
     assert np.load(tmp_path / "v.npy").shape == (12, 512)
 
 
-def test_parquet_without_its_extra_says_what_to_install(run, photos):
-    code, _, stderr = run("photos", "-o", "v.parquet", command="import sys; sys.modules['pyarrow'] = None; " + COMMAND)
+def test_parquet_without_its_extra_says_what_to_install(run, photos, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    code, _, stderr = run("photos", "-o", "v.parquet")
     assert (code, stderr) == (2, "clip-embed: parquet needs pyarrow: pip install 'clip-embed[parquet]'\n")
 
 

@@ -1,9 +1,7 @@
 """`clip-embed search`: the nearest images of a library, and a library of other weights refused."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +11,14 @@ from test_client_loopback import Brain, serve, vector_of
 
 pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
 
+from tests.clip_embed_command import run_here
+
 from clip_embed import parquet
 from clip_embed.cli import is_library_command
 from clip_embed.output import Format, open_output
 from clip_embed.provenance import Provenance, read_sidecar
 from clip_embed.table import stat_image
 
-COMMAND = [sys.executable, "-W", "error", "-c", "from clip_embed.cli import main; main()"]
 HERE = Provenance("ViT-B-32", "a" * 64, "exact")
 
 
@@ -40,18 +39,13 @@ def url(brain):
 def run(url, tmp_path, monkeypatch):
     """Runs the command in tmp_path, where 20 images lie whose vectors are in v.npy, and one again as same.jpg."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INFERENCE_SERVICE_URL", url)
     for number in range(20):
         Path(f"{number:02d}.jpg").write_bytes(b"image %d" % number)
     Path("same.jpg").write_bytes(b"image 7")
     library("v.npy", HERE)
 
-    def run(*arguments):
-        env = {**os.environ, "INFERENCE_SERVICE_URL": url}
-        done = subprocess.run([*COMMAND, *arguments], check=False, capture_output=True, text=True, env=env)
-        assert "Traceback" not in done.stderr
-        return done
-
-    return run
+    return partial(run_here, text=True)
 
 
 def library(name: str, provenance: Provenance | None) -> None:

@@ -3,8 +3,7 @@
 import csv
 import json
 import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,14 @@ from PIL import Image
 
 pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
 
+from tests.clip_embed_command import run_here
+
 from clip_embed.names import printable
 from clip_embed.output import Format, open_output
 from clip_embed.provenance import Provenance
 from clip_embed.table import stat_image
 
-COMMAND = [sys.executable, "-W", "error", "-c", "from clip_embed.cli import main; main()"]
+run = partial(run_here, text=True)
 
 
 def vector(angle: float) -> np.ndarray:
@@ -44,12 +45,6 @@ def library(name: str, angles: dict[str, float | None], provenance: Provenance |
     with open_output(Path(name), Format(name.rpartition(".")[2]), provenance) as out:
         for path, angle in angles.items():
             out.add(stat_image(path), None if angle is None else vector(angle))
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*COMMAND, *arguments], check=False, capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
-    return done
 
 
 def groups_of(name: str) -> list[list[str]]:
