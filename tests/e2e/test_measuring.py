@@ -15,7 +15,7 @@ from tests.conftest import options_for
 from clip_embed import EmbeddingClient, InvalidImageError
 from clip_tools.gpu import find_gpu
 from clip_tools.measuring.results import read
-from clip_tools.measuring.services import PyTorchService, free_ports
+from clip_tools.measuring.services import Service, free_ports, pytorch_service
 from clip_tools.measuring.variants import Variant, write_repository
 from clip_tools.serving.server import EmbeddedServer
 
@@ -31,11 +31,10 @@ def run(*command: object, expected: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def pytorch(weights) -> Iterator[PyTorchService]:
+def pytorch(weights) -> Iterator[Service]:
     """The PyTorch service, for all tests of this file that only ask it things."""
-    service = PyTorchService(weights)
-    yield service
-    service.stop()
+    with pytorch_service(weights) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from clip_tools.measuring.bench import (
     target_configs,
 )
 from clip_tools.measuring.load import run_closed_loop, summarise
-from clip_tools.measuring.services import RemoteTriton
+from clip_tools.measuring.services import remote_triton
 from clip_tools.measuring.targets import TARGETS, Cell, check, throughput_bound, verdicts_text
 from clip_tools.measuring.watch import gpu_figures, read_gpu
 from clip_tools.paths import MODELS
@@ -185,7 +185,7 @@ def test_the_memory_of_a_server_elsewhere_cannot_be_watched():
 @pytest.mark.parametrize("url", ["far:8001", "http://far:8000", "grpc://", "grpc://far:8001/v2"])
 def test_a_url_that_is_not_a_grpc_servers_is_refused(url):
     with pytest.raises(ToolError, match="expected grpc://HOST:PORT"):
-        RemoteTriton(url)
+        remote_triton(url)
 
 
 def test_a_ratio_across_devices_keeps_no_promise_and_says_so():
@@ -310,7 +310,7 @@ def test_every_server_of_the_arms_is_started_cold_once_a_round(monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(bench_module, "Deployment", Alone)
+    monkeypatch.setattr(bench_module, "deployed", Alone)
     for arms, servers in (
         (ARMS, ["ensemble-grpc", "pytorch"]),
         (("pytorch", "ensemble-grpc", "ensemble-grpc@ort-fp16", "ensemble-grpc@trt"), None),

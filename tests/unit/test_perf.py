@@ -120,7 +120,7 @@ def test_a_window_in_which_no_request_ended_is_zero(perf_analyzer, tmp_path):
 def test_bench_goes_on_with_the_mean_of_all_windows(perf_analyzer):
     """An hour of other arms is not lost for it; what is not known is None."""
     perf_analyzer(NOT_SETTLED)
-    service = SimpleNamespace(options=SimpleNamespace(grpc_url="grpc://localhost:1"))
+    service = SimpleNamespace(url="grpc://localhost:1")
     workload = SimpleNamespace(images=(probe_image(),))
     row = _by_perf_analyzer(service, Cell("perf-analyzer", concurrency=64), workload, BenchOptions())
     assert row["throughput"] == pytest.approx((548.2 + 645 + 1031.4 + 1153.6) / 4)

@@ -47,7 +47,7 @@ def perf(
     import json
 
     from clip_tools.measuring import perf as verb
-    from clip_tools.measuring.services import TritonService
+    from clip_tools.measuring.services import triton_service
     from clip_tools.measuring.variants import Variant
 
     options = verb.PerfOptions(
@@ -70,8 +70,8 @@ def perf(
     with contextlib.ExitStack() as stack:
         tell = stack.enter_context(progress("perf_analyzer"))
         if serve:
-            served = stack.enter_context(TritonService(Variant(config_name), models)).options
-            address = served.grpc_url if protocol == "grpc" else served.http_url
+            served = stack.enter_context(triton_service(Variant(config_name), models))
+            address = served.url if protocol == "grpc" else served.http_url
             options = replace(options, url=address.split("://")[1])
         result = verb.perf(options, output.parent, tell=tell)
     finish(result, output, err=True)

@@ -10,7 +10,7 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring.load import measure
 from clip_tools.measuring.noise import paired_ratio
 from clip_tools.measuring.results import Tell, silent
-from clip_tools.measuring.services import RemoteTriton
+from clip_tools.measuring.services import remote_triton
 from clip_tools.measuring.steps import STEP_HEAD, step_texts
 from clip_tools.measuring.tables import table
 from clip_tools.measuring.workload import VGA, load_images
@@ -40,7 +40,7 @@ def ab(
     with ExitStack() as stack:
         clients, references = [], []
         for url in urls:
-            given = RemoteTriton(url).client_options
+            given = remote_triton(url).client_options
             clients.append(stack.enter_context(EmbeddingClient(url, retry=None, timeout_s=60, **given)))
             try:
                 references.append(clients[-1].embed(photographs))

@@ -99,19 +99,15 @@ def open_caller(arm: Arm, service: Any, workload: Workload) -> Caller:
 def _open(arm: Arm, service: Any) -> tuple[Callable[[list[bytes]], Any], Callable[[], None]]:
     """What sends images and gives the rows of the answer, and what closes it."""
     if arm.kind == "json-http":
-        return _open_json(service.options.http_url)
+        return _open_json(service.http_url)
     if arm.kind in ("tensor-grpc", "preprocess"):
-        return _open_grpc(arm, service.options.grpc_url)
+        return _open_grpc(arm, service.url)
     from clip_embed import EmbeddingClient
 
-    options: dict[str, Any] = {"backend": "triton", **getattr(service, "client_options", {})}
-    if arm.kind == "pytorch":
-        url, options = service.url, {"backend": "pytorch"}
-    elif arm.kind == "ensemble-http":
-        url = service.options.http_url
-    else:
-        url = service.options.grpc_url
-    client = EmbeddingClient(url, batch_size=64, timeout_s=TIMEOUT_S, retry=None, **options)
+    url = service.http_url if arm.kind == "ensemble-http" else service.url
+    backend = "pytorch" if arm.kind == "pytorch" else "triton"
+    options = {"batch_size": 64, "timeout_s": TIMEOUT_S, "retry": None, **service.client_options}
+    client = EmbeddingClient(url, backend=backend, **options)
     return client.embed, client.close
 
 

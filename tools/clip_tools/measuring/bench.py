@@ -17,7 +17,7 @@ from clip_tools.measuring.load import measure, rounded
 from clip_tools.measuring.perf import PerfOptions, perf_input, run_level
 from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.sections import not_settled
-from clip_tools.measuring.services import Deployment
+from clip_tools.measuring.services import Deployment, Service, deployed
 from clip_tools.measuring.targets import BUSY, TARGETS, Cell
 from clip_tools.measuring.timing import OwnProcess
 from clip_tools.measuring.watch import resident_mib
@@ -160,9 +160,9 @@ def bench(
     with ExitStack() as stack:
         tell("starting the servers", 0, total)
         deployment = stack.enter_context(
-            Deployment(arms, weights, options.models, options.url, options.pytorch_url),
+            deployed(arms, weights, options.models, url=options.url, pytorch_url=options.pytorch_url)
         )
-        result["devices"] = deployment.devices
+        result["devices"] = {arm.name: deployment.device(arm) for arm in arms}
         bare = None
         if options.for_targets:
             bare = stack.enter_context(OwnProcess(Worker, options.models, workloads[options.images].images))
@@ -176,8 +176,7 @@ def bench(
             result["cells"].append({**asdict(cell), "round": number, **row})
             if (done + 1) % len(cells) == 0:
                 save(result)
-        started = {name: one for name, one in deployment.services.items() if hasattr(one, "pid")}
-        result["servers"] = {name: _state(service) for name, service in started.items()}
+        result["servers"] = {name: _state(one) for name, one in deployment.services.items() if one.pid}
     if options.soak_requests:
         result["soak"] = list(_soak(options, weights, workloads[options.images], tell))
     return result
@@ -209,18 +208,18 @@ def _measure(deployment: Deployment, cell: Cell, workload: Workload, options: Be
         seconds=options.seconds,
         warmup_s=options.warmup_s,
         at_least=options.at_least,
-        triton_url=None if arm.kind == "pytorch" else service.options.grpc_url,
-        pid=getattr(service, "pid", None),
+        triton_url=None if arm.kind == "pytorch" else service.url,
+        pid=service.pid,
     )
 
 
-def _by_perf_analyzer(service: Any, cell: Cell, workload: Workload, options: BenchOptions) -> dict[str, Any]:
+def _by_perf_analyzer(service: Service, cell: Cell, workload: Workload, options: BenchOptions) -> dict[str, Any]:
     """perf_analyzer over three windows that add up to `seconds`, whatever they differ by, as the other arms' are."""
     with tempfile.TemporaryDirectory() as folder:
         input_file = Path(folder) / "input.json"
         input_file.write_text(perf_input(workload.images, "clip_ensemble", options.models))
         asked = PerfOptions(
-            url=service.options.grpc_url.removeprefix("grpc://"),
+            url=service.url.removeprefix("grpc://"),
             batch=cell.batch,
             window_ms=max(1000, int(1000 * options.seconds / 3)),  # shorter ones can see no request end
             max_trials=10,  # three that hold any request at all are enough; on a busy machine a window can be empty
@@ -246,16 +245,16 @@ def _cold_starts(options: BenchOptions, weights: Weights, tell: Tell) -> Iterato
     for number in range(options.cold_starts):
         for arm in servers.values():
             tell(f"cold start {number + 1} of {options.cold_starts}: {arm.name}")
-            with Deployment((arm,), weights, options.models) as deployment:
+            with deployed((arm,), weights, options.models) as deployment:
                 start_s = deployment.services[arm.server].start_s
                 yield {"arm": arm.name, "round": number, "start_s": rounded(start_s)}
 
 
-def _state(service: Any) -> dict[str, Any]:
+def _state(service: Service) -> dict[str, Any]:
     """A server's memory at the end, and its Prometheus metrics where it has any."""
     state: dict[str, Any] = {"memory_mib": round(resident_mib(service.pid), 1)}
-    if triton := getattr(service, "options", None):
-        state["metrics"] = steps.metrics(triton.host, triton.metrics_port)
+    if service.metrics_url:
+        state["metrics"] = steps.metrics(service.metrics_url)
     return state
 
 
@@ -264,7 +263,7 @@ def _soak(options: BenchOptions, weights: Weights, workload: Workload, tell: Tel
     from concurrent.futures import ThreadPoolExecutor
 
     arm, total = Arm("ensemble-grpc"), options.soak_requests
-    with Deployment((arm,), weights, options.models) as deployment, ThreadPoolExecutor(16) as pool:
+    with deployed((arm,), weights, options.models) as deployment, ThreadPoolExecutor(16) as pool:
         caller, service = deployment.caller(arm, workload), deployment.services[arm.server]
         for done in range(0, total, SOAK_STEP):
             tell("soak: requests", done, total)

@@ -12,7 +12,7 @@ from clip_tools import photos
 from clip_tools.edits import edits
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.measuring.results import Tell, begin
-from clip_tools.measuring.services import TritonService
+from clip_tools.measuring.services import triton_service
 from clip_tools.measuring.tables import Section, table
 from clip_tools.measuring.timing import alone, times_of
 from clip_tools.measuring.variants import Variant
@@ -138,7 +138,7 @@ def _measure_edits(paths: Sequence[Path], models: Path, tell: Tell) -> dict[str,
     if manifest is None:
         raise ToolError(f"{models}: expected an exported model with its manifest, found none: clip-tools export-onnx")
     made, vectors = edits(), []  # vectors of each photograph, then of its edits
-    with TritonService(Variant(), models) as server, EmbeddingClient(server.options.grpc_url, timeout_s=600) as client:
+    with triton_service(Variant(), models) as server, EmbeddingClient(server.url, timeout_s=600) as client:
         for number, path in enumerate(paths, 1):
             tell("photographs and their edits", number, len(paths))
             with Image.open(path) as image:

@@ -45,12 +45,12 @@ class _Loop:
 
 
 def measure(
-    ask: Ask, check: Check, image_count: int, *, triton_url: str | None, pid: int | None = None, **loop: Any
+    ask: Ask, check: Check, image_count: int, *, triton_url: str | None, pid: int = 0, **loop: Any
 ) -> dict[str, Any]:
     """A window of `run_closed_loop` as JSON-able data, with what the server and the GPU did in it.
 
     `steps` are Triton's own times, where the server at `triton_url` lets us read them. `server_cores_busy` and `gpu`
-    need a `pid`: a server of this machine.
+    need a `pid`: a server that was started here.
     """
     before = _counters(triton_url)
     cpu_before_s, begin_s = cpu_seconds(pid) if pid else 0.0, time.perf_counter()

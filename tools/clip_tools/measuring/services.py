@@ -1,15 +1,16 @@
 """The servers that are measured: each in processes of its own, on free ports, started once."""
 
-import contextlib
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from clip_tools.errors import ToolError, missing_extra
@@ -23,118 +24,104 @@ from clip_tools.serving.serve_options import ServeOptions
 from clip_tools.serving.server import EmbeddedServer
 
 
-class _Service:
-    """A context manager that ends what was started."""
+@dataclass(frozen=True)
+class Service:
+    """A running server: Triton by its gRPC URL, or the PyTorch service.
 
-    def __enter__(self) -> Self:
-        return self
+    `pid` and `start_s`, the seconds until it was ready, are 0 for a server that others run. `client_options` are what a
+    client needs for it.
+    """
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    url: str
+    http_url: str = ""
+    metrics_url: str = ""
+    pid: int = 0
+    start_s: float = 0.0
+    client_options: dict[str, Any] = field(default_factory=dict)
 
-    def stop(self) -> None:
-        """End it; nothing for a server that others run."""
 
-
-class TritonService(_Service):
+@contextmanager
+def triton_service(variant: Variant, models: Path = MODELS) -> Iterator[Service]:
     """The embedded server of one variant, on free ports."""
-
-    def __init__(self, variant: Variant, models: Path = MODELS) -> None:
-        self._resources = contextlib.ExitStack()
-        try:
-            folder = self._resources.enter_context(tempfile.TemporaryDirectory(prefix="clip-bench-"))
-            http, grpc, metrics = free_ports(3)
-            log = CACHE / "bench" / f"tritonserver-{grpc}.log"
-            self._resources.callback(log.unlink, missing_ok=True)
-            self.options = ServeOptions(
-                models=write_repository(variant, Path(folder) / "models", models),
-                config_name=variant.config_name,
-                http_port=http,
-                grpc_port=grpc,
-                metrics_port=metrics,
-                log=log,
-                arguments=(f"--load-model={TENSOR_MODEL}",) if variant.with_tensor_model else (),
-            )
-            begin_s = time.perf_counter()
-            self.pid = self._resources.enter_context(EmbeddedServer(self.options)).pid
-            self.start_s = time.perf_counter() - begin_s
-        except BaseException:
-            self._resources.close()
-            raise
-
-    def stop(self) -> None:
-        """End the server and remove its repository and its log."""
-        self._resources.close()
-
-
-class PyTorchService(_Service):
-    """The service of `clip_tools.measuring.baseline` in a process of its own, once it has embedded an image."""
-
-    def __init__(self, weights: Weights, precision: str = "fp32") -> None:
-        (port,) = free_ports(1)
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "clip_tools.measuring.baseline", "--model", weights.model]
-        command += ["--pretrained", weights.pretrained, "--precision", precision, "--port", str(port)]
-        begin_s = time.perf_counter()
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, text=True
+    http, grpc, metrics = free_ports(3)
+    log = CACHE / "bench" / f"tritonserver-{grpc}.log"
+    with ExitStack() as stack:
+        stack.callback(log.unlink, missing_ok=True)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="clip-bench-"))
+        options = ServeOptions(
+            models=write_repository(variant, Path(folder) / "models", models),
+            config_name=variant.config_name,
+            http_port=http,
+            grpc_port=grpc,
+            metrics_port=metrics,
+            log=log,
+            arguments=(f"--load-model={TENSOR_MODEL}",) if variant.with_tensor_model else (),
         )
-        self.pid = self._process.pid
+        begin_s = time.perf_counter()
+        pid = stack.enter_context(EmbeddedServer(options)).pid
+        start_s = time.perf_counter() - begin_s
+        yield Service(options.grpc_url, options.http_url, options.metrics_url, pid, start_s)
+
+
+@contextmanager
+def pytorch_service(weights: Weights, precision: str = "fp32") -> Iterator[Service]:
+    """The service of `clip_tools.measuring.baseline` in its own process, once it has embedded an image."""
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "clip_tools.measuring.baseline", "--model", weights.model]
+    command += ["--pretrained", weights.pretrained, "--precision", precision, "--port", str(port)]
+    begin_s = time.perf_counter()
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT) as process,
+    ):
         try:
-            self._wait(begin_s + 180)
-            self.start_s = time.perf_counter() - begin_s
-            self.device = pytorch_health(self.url)["device"]
-        except BaseException:
-            self.stop()
-            raise
-
-    def _wait(self, deadline_s: float) -> None:
-        from clip_embed import EmbeddingClient
-        from clip_tools.serving.probe import probe_image
-
-        with EmbeddingClient(self.url, backend="pytorch", timeout_s=60, retry=None) as client:
-            while not client.is_ready():
-                if self._process.poll() is not None or time.perf_counter() > deadline_s:
-                    self._log.seek(0)
-                    last = (self._log.read().strip().splitlines() or ["it said nothing"])[-1]
-                    raise ToolError(f"the PyTorch service did not start: {last}")
-                time.sleep(0.1)
-            client.embed([probe_image()])
-
-    def stop(self) -> None:
-        """End the service."""
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
+            _wait(url, process, log, begin_s + 180)
+            yield Service(url, url, pid=process.pid, start_s=time.perf_counter() - begin_s)
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
-class RemoteTriton(_Service):
-    """A server that others run, by its gRPC URL, asked with the keys of the environment (CLIP_API_KEY)."""
+def _wait(url: str, process: subprocess.Popen[bytes], log: IO[str], deadline_s: float) -> None:
+    from clip_embed import EmbeddingClient
+    from clip_tools.serving.probe import probe_image
 
-    def __init__(self, url: str) -> None:
-        from clip_embed.credentials import environment_options
+    with EmbeddingClient(url, backend="pytorch", timeout_s=60, retry=None) as client:
+        while not client.is_ready():
+            if process.poll() is not None or time.perf_counter() > deadline_s:
+                log.seek(0)
+                last = (log.read().strip().splitlines() or ["it said nothing"])[-1]
+                raise ToolError(f"the PyTorch service did not start: {last}")
+            time.sleep(0.1)
+        client.embed([probe_image()])
 
-        parts = urlsplit(url)
-        if parts.scheme != "grpc" or not parts.hostname or parts.path:
-            raise ToolError(f"--url {url}: expected grpc://HOST:PORT", exit_code=2)
-        self.options = ServeOptions(host=parts.hostname, grpc_port=parts.port or 8001)
-        self.client_options = environment_options(os.environ)
+
+def remote_triton(url: str) -> Service:
+    """A server that others run, asked with the keys of the environment (CLIP_API_KEY)."""
+    from clip_embed.credentials import environment_options
+
+    parts = urlsplit(url)
+    if parts.scheme != "grpc" or not parts.hostname or parts.path:
+        raise ToolError(f"--url {url}: expected grpc://HOST:PORT", exit_code=2)
+    url = ServeOptions(host=parts.hostname, grpc_port=parts.port or 8001).grpc_url
+    return Service(url, client_options=environment_options(os.environ))
 
 
-class RemotePyTorch(_Service):
+def remote_pytorch(url: str, precision: str) -> Service:
     """A service of `clip_tools.measuring.baseline` that others run. Raises ToolError for one in another precision."""
+    url = url.rstrip("/")
+    if (found := pytorch_health(url)["precision"]) != precision:
+        raise ToolError(f"--pytorch-url {url}: expected a service in {precision}, came {found}")
+    return Service(url, url)
 
-    def __init__(self, url: str, precision: str) -> None:
-        self.url = url.rstrip("/")
-        health = pytorch_health(self.url)
-        if health["precision"] != precision:
-            raise ToolError(f"--pytorch-url {url}: expected a service in {precision}, came {health['precision']}")
-        self.device = _at(health["device"], urlsplit(url).hostname)
+
+def served(url: str | None, variant: Variant, models: Path = MODELS) -> AbstractContextManager[Service]:
+    """The Triton server at a URL, or one that is started for the variant."""
+    return nullcontext(remote_triton(url)) if url else triton_service(variant, models)
 
 
 def pytorch_health(url: str) -> dict[str, str]:
@@ -153,67 +140,29 @@ def pytorch_health(url: str) -> dict[str, str]:
         ) from error
 
 
-def _at(device: str, host: str | None) -> str:
-    """A device, with its machine where that is another one."""
-    return device if host in ("localhost", "127.0.0.1", "::1") else f"{device} of {host}"
-
-
 def free_ports(count: int) -> list[int]:
     """Ports of this machine that nothing listens on."""
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Deployment:
-    """The running servers of a set of arms, one for each variant, as a context manager.
+    """The running servers of a set of arms, by `Arm.server`, and the clients that were opened for them."""
 
-    Those of `url` and `pytorch_url` run elsewhere already. `services` are the servers by name; `devices` says for each
-    arm where its model computes: "GPU", "CPU", or "?" where a server elsewhere does not tell us.
-    """
+    services: dict[str, Service]
+    _stack: ExitStack
+    _callers: dict[tuple[Arm, str], Caller] = field(default_factory=dict)
 
-    arms: tuple[Arm, ...]
-    weights: Weights
-    models: Path = MODELS
-    url: str | None = None
-    pytorch_url: str | None = None
-
-    def __enter__(self) -> Self:
-        self.services: dict[str, Any] = {}
-        self.devices: dict[str, str] = {}
-        self._callers: dict[tuple[Arm, str], Caller] = {}
-        with contextlib.ExitStack() as stack:
-            for arm in self.arms:
-                if arm.server not in self.services:
-                    self.services[arm.server] = stack.enter_context(self._start(arm))
-                self.devices[arm.name] = self._device(arm)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _start(self, arm: Arm) -> _Service:
-        if arm.kind == "pytorch":
-            precision = arm.config_name or "fp32"
-            return (
-                RemotePyTorch(self.pytorch_url, precision)
-                if self.pytorch_url
-                else PyTorchService(self.weights, precision)
-            )
-        if self.url:
-            return RemoteTriton(self.url)
-        tensors = any(one.server == arm.server and one.model == TENSOR_MODEL for one in self.arms)
-        return TritonService(Variant(arm.config_name, arm.preprocess_instances, with_tensor_model=tensors), self.models)
-
-    def _device(self, arm: Arm) -> str:
-        service = self.services[arm.server]
-        if arm.kind == "pytorch":
-            return str(service.device)
-        return _at(steps.device_of(service.options.grpc_url, arm.model), service.options.host)
+    def device(self, arm: Arm) -> str:
+        """Where the arm's model computes: "GPU", "CPU", or "?" where a server elsewhere does not tell us."""
+        url = self.services[arm.server].url
+        device = pytorch_health(url)["device"] if arm.kind == "pytorch" else steps.device_of(url, arm.model)
+        host = urlsplit(url).hostname
+        return device if host in ("localhost", "127.0.0.1", "::1") else f"{device} of {host}"
 
     def caller(self, arm: Arm, workload: Workload) -> Caller:
         """What asks the arm for a workload's images; opened once."""
@@ -222,3 +171,31 @@ class Deployment:
             self._callers[key] = open_caller(arm, self.services[arm.server], workload)
             self._stack.callback(self._callers[key].close)
         return self._callers[key]
+
+
+@contextmanager
+def deployed(
+    arms: Sequence[Arm],
+    weights: Weights,
+    models: Path = MODELS,
+    *,
+    url: str | None = None,
+    pytorch_url: str | None = None,
+) -> Iterator[Deployment]:
+    """Start the servers of these arms, one for each variant; those at `url` and `pytorch_url` run already."""
+
+    def running(arm: Arm) -> AbstractContextManager[Service]:
+        if arm.kind == "pytorch":
+            precision = arm.config_name or "fp32"
+            if pytorch_url:
+                return nullcontext(remote_pytorch(pytorch_url, precision))
+            return pytorch_service(weights, precision)
+        tensors = any(one.server == arm.server and one.model == TENSOR_MODEL for one in arms)
+        return served(url, Variant(arm.config_name, arm.preprocess_instances, with_tensor_model=tensors), models)
+
+    services: dict[str, Service] = {}
+    with ExitStack() as stack:
+        for arm in arms:
+            if arm.server not in services:
+                services[arm.server] = stack.enter_context(running(arm))
+        yield Deployment(services, stack)

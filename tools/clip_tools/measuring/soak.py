@@ -4,7 +4,7 @@ import contextlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring import watch
 from clip_tools.measuring.noise import percentile
 from clip_tools.measuring.results import Tell, begin, silent
+from clip_tools.measuring.services import served
 from clip_tools.measuring.soak_traffic import BAD_REQUESTS, Ended, Photographs, Traffic
+from clip_tools.measuring.variants import Variant
+from clip_tools.measuring.workload import load_images
 from clip_tools.paths import MODELS
 
 _WARM_UP = 2  # full batches before the clock starts: what holds the largest is filled
@@ -75,10 +78,12 @@ def soak(options: SoakOptions, *, tell: Tell = silent) -> dict[str, Any]:
 
     from clip_embed import EmbeddingClient
     from clip_embed.errors import EmbeddingError
-    from clip_tools.measuring.workload import load_images
 
     result, seconds = begin("soak"), int(60 * options.minutes)
-    with _server(options) as (url, pid), EmbeddingClient(url, timeout_s=120, batch_size=64) as client:
+    with contextlib.ExitStack() as stack:
+        service = stack.enter_context(served(options.url, Variant(options.config_name), options.models))
+        url, pid = service.url, service.pid or watch.listener(int(service.url.rpartition(":")[2]))
+        client = stack.enter_context(EmbeddingClient(url, timeout_s=120, batch_size=64))
         images = load_images(options.images)
         photographs = Photographs(images, np.concatenate([client.embed([image]) for image in images]))
         for _ in range(_WARM_UP):
@@ -115,20 +120,6 @@ def soak(options: SoakOptions, *, tell: Tell = silent) -> dict[str, Any]:
     result["problems"] = problems + [rise["problem"] for rise in rises if rise["problem"]] + _lost(traffic.ended)
     result["calls"] = [_summary(kind, traffic.ended) for kind in sorted({one.kind for one in traffic.ended})]
     return result | {"rises": rises, "points": points}
-
-
-@contextlib.contextmanager
-def _server(options: SoakOptions) -> Iterator[tuple[str, int]]:
-    """(the URL, the process) of the server that is soaked."""
-    from clip_tools.measuring.services import RemoteTriton, TritonService
-    from clip_tools.measuring.variants import Variant
-
-    if options.url:
-        given = RemoteTriton(options.url).options
-        yield given.grpc_url, watch.listener(given.grpc_port)
-        return
-    with TritonService(Variant(options.config_name), options.models) as service:
-        yield service.options.grpc_url, service.pid
 
 
 def _points(samples: Sequence[watch.Sample], ended: Sequence[Ended], every_s: float) -> list[dict[str, float]]:

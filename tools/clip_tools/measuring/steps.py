@@ -84,9 +84,9 @@ def step_texts(steps: Iterable[dict[str, Any]]) -> list[str]:
 _SAMPLE = re.compile(r"^(?P<name>nv_\w+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$", re.MULTILINE)
 
 
-def metrics(host: str, port: int) -> dict[str, float]:
+def metrics(url: str) -> dict[str, float]:
     """The server's own Prometheus metrics now: {`name{labels}`: value}."""
-    with DIRECT.open(f"http://{host}:{port}/metrics", timeout=10) as answer:
+    with DIRECT.open(url, timeout=10) as answer:
         text = answer.read().decode()
     return {
         found["name"] + (f"{{{found['labels']}}}" if found["labels"] else ""): float(found["value"])

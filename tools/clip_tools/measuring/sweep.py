@@ -14,7 +14,7 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring.noise import SMALLEST_CHANGE
 from clip_tools.measuring.perf import PerfOptions, run_level, write_input
 from clip_tools.measuring.results import Tell, begin, silent
-from clip_tools.measuring.services import TritonService
+from clip_tools.measuring.services import triton_service
 from clip_tools.measuring.variants import Variant, change, committed_variant
 from clip_tools.measuring.workload import VGA
 from clip_tools.paths import MODELS, RESULTS
@@ -104,9 +104,9 @@ def sweep(options: SweepOptions, *, tell: Tell = silent) -> dict[str, Any]:
         tell(f"sweep: {describe(variant)}")
         if variant in known:
             return known[variant]
-        with TritonService(variant, options.models) as service:
+        with triton_service(variant, options.models) as service:
             asked = PerfOptions(
-                url=service.options.grpc_url.removeprefix("grpc://"),
+                url=service.url.removeprefix("grpc://"),
                 window_ms=options.window_ms,
                 stability_percent=options.stability_percent,
                 models=options.models,

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.export.onnx_runner import run_onnx
+from clip_tools.measuring.services import triton_service
+from clip_tools.measuring.variants import Variant
 from clip_tools.oracle import Orientation, Weights, load_oracle, load_tokenizer
 from clip_tools.repository import text_deployment
 from clip_tools.serving.engine import Engine, has_exact_pixels, orientation_of, precision_of_engine, unchanged_graph_of
@@ -248,28 +250,8 @@ def _url(engine: Engine) -> Iterator[str]:
     if engine.url:
         yield engine.url
         return
-    import socket
-    import tempfile
-
-    from clip_tools.serving.serve_options import ServeOptions
-    from clip_tools.serving.server import EmbeddedServer
-
-    ports = []
-    for _ in range(3):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    with tempfile.TemporaryDirectory() as folder:
-        options = ServeOptions(
-            models=engine.models,
-            config_name=engine.config_name,
-            http_port=ports[0],
-            grpc_port=ports[1],
-            metrics_port=ports[2],
-            log=Path(folder) / "tritonserver.log",
-        )
-        with EmbeddedServer(options):
-            yield options.grpc_url
+    with triton_service(Variant(engine.config_name), engine.models) as service:
+        yield service.url
 
 
 def _embed_served(
