@@ -12,7 +12,12 @@ Line = tuple[Sequence[float], Sequence[float]]
 """x and y."""
 
 
-def _figure(height: float = 3.6) -> Any:
+def new_axes(height: float = 3.6) -> Any:
+    """The axes of a figure of their own, `height` inches high."""
+    return _figure(height).add_subplot()
+
+
+def _figure(height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -30,14 +35,15 @@ def _svg(figure: Any) -> str:
     return re.sub(r"[ \t]+$", "", buffer.getvalue(), flags=re.MULTILINE)
 
 
-def _finished(axes: Any, title: str, x_label: str, y_label: str) -> str:
+def labelled(axes: Any, title: str, x_label: str, y_label: str) -> Any:
+    """The figure of the axes, with its title, labels and legend."""
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_ylim(bottom=0)
     if axes.has_data():
         axes.legend(fontsize=8)
     axes.set_title(title, loc="left", size=10)
-    return _svg(axes.figure)
+    return axes.figure
 
 
 def _label(axes: Any, text: str, where: tuple[float, float]) -> None:
@@ -46,7 +52,7 @@ def _label(axes: Any, text: str, where: tuple[float, float]) -> None:
 
 def latency_against_throughput(result: dict[str, Any]) -> str:
     """perf_analyzer's levels: throughput to the right, p50 and p99 upwards. Levels without percentiles are left out."""
-    axes = _figure().add_subplot()
+    axes = new_axes()
     for colour, mode in zip(COLOURS, ("concurrency", "request-rate"), strict=False):
         levels = [level for level in result["levels"] if level["mode"] == mode and level.get("settled", True)]
         x = [level["throughput"] for level in levels]
@@ -56,14 +62,14 @@ def latency_against_throughput(result: dict[str, Any]) -> str:
         for level in levels:
             _label(axes, f"{level['level']:g}", (level["throughput"], level["latency_ms"]["p50"]))
     title = f"{result['model']} by perf_analyzer, {result['images']['name']} JPEGs"
-    return _finished(axes, title, "images a second", "latency, ms")
+    return _svg(labelled(axes, title, "images a second", "latency, ms"))
 
 
 def lines(
     series: Mapping[str, Line], *, title: str, x_label: str, y_label: str, ranges: Mapping[str, Line] | None = None
 ) -> str:
     """A line a name, x on a logarithmic scale. `ranges` are the lowest and highest y, drawn as bands."""
-    axes = _figure().add_subplot()
+    axes = new_axes()
     for index, (name, (x, y)) in enumerate(series.items()):
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(x, y, "o-", color=colour, label=name, markersize=4)
@@ -73,7 +79,7 @@ def lines(
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    return _finished(axes, title, x_label, y_label)
+    return _svg(labelled(axes, title, x_label, y_label))
 
 
 def over_time(panels: Mapping[str, Mapping[str, Line]], *, title: str, judged_from: float) -> str:
@@ -96,7 +102,7 @@ def over_time(panels: Mapping[str, Mapping[str, Line]], *, title: str, judged_fr
 
 def speed_against_fidelity(result: dict[str, Any]) -> str:
     """The mixes of `tune-precision`: 1 - worst cosine to the right, speed upwards, BF16 layers at each point."""
-    axes, mixes, gate = _figure().add_subplot(), result["mixes"], result["gate"]
+    axes, mixes, gate = new_axes(), result["mixes"], result["gate"]
     x = [max(1 - mix["agreement"]["worst_cosine"], 1e-7) for mix in mixes]
     y = [mix["ratio"] for mix in mixes]
     reach = [
@@ -111,12 +117,12 @@ def speed_against_fidelity(result: dict[str, Any]) -> str:
     axes.axhline(gate["worth"], color="black", linestyle=":", linewidth=1, label="a quarter over FP32")
     axes.set_xscale("log")
     title = f"{result['weights']['model']}: layers in BF16, of {len(result['layers'])}"
-    return _finished(axes, title, "1 - worst cosine to open_clip in FP32", "times FP32")
+    return _svg(labelled(axes, title, "1 - worst cosine to open_clip in FP32", "times FP32"))
 
 
 def bars(values: dict[str, float], *, title: str, label: str) -> str:
     """One horizontal bar a name, the largest on top, each with its number."""
-    axes = _figure(0.6 + 0.32 * len(values) + 0.6).add_subplot()
+    axes = new_axes(1.2 + 0.32 * len(values))
     names = sorted(values, key=lambda name: values[name])
     drawn = axes.barh(names, [values[name] for name in names], color=COLOURS[0])
     axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8)

@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.export.onnx_runner import run_onnx
+from clip_tools.measuring.plots import COLOURS, labelled, new_axes
 from clip_tools.measuring.services import triton_service
 from clip_tools.measuring.variants import Variant
+from clip_tools.measuring.workload import weights_of
 from clip_tools.oracle import Orientation, Weights, load_oracle, load_tokenizer
 from clip_tools.repository import text_deployment
 from clip_tools.serving.engine import Engine, has_exact_pixels, orientation_of, precision_of_engine, unchanged_graph_of
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from clip_embed import EmbeddingClient
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
+_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -171,8 +174,8 @@ def verify_text(
         run = run_onnx(engine.file, tokens)
         embeddings, how = run.embeddings, run.how
     else:
-        with _url(engine) as url:
-            embeddings = _ask(url, lambda client: client.embed_text(some), os.environ if engine.url else {})
+        with _client(engine) as client:
+            embeddings = client.embed_text(some)
         how = f"served, through clip_embed ({engine.title})"
     return _verdict(
         engine,
@@ -192,41 +195,35 @@ def _weights(given: Weights | None, file: Path | None) -> Weights:
     """The weights to compare with: those given, else the manifest's; refused when the two are known to differ."""
     known = unchanged_graph_of(file) if file else None
     manifest = known[1] if known else None
-    if given is not None:
-        if manifest and manifest.identity != given.identity:
-            raise ToolError(
-                f"{file} was made of {manifest.model}, {manifest.pretrained}, and is to be compared with "
-                f"{given.model}, {given.pretrained}: leave --pretrained out, or give the same",
-                exit_code=2,
-            )
-        return given
-    if manifest is None:
+    if given is None and manifest is None:
         raise ToolError(
             "nothing here says which weights to compare with: give --model and --pretrained, those of the server",
             exit_code=2,
         )
-    if manifest.checkpoint_sha256 is None:
-        return Weights(manifest.model, manifest.pretrained)
-    if checkpoint := os.environ.get("CLIP_CHECKPOINT"):
-        weights = Weights(manifest.model, checkpoint)
-        if weights.checkpoint_sha256 == manifest.checkpoint_sha256:
-            return weights
-    raise ToolError(
-        f"{file} was made of the checkpoint {manifest.pretrained}: give its path with --pretrained, or in "
-        "CLIP_CHECKPOINT",
-        exit_code=2,
-    )
+    if given is None:
+        return weights_of(manifest, file)
+    if manifest and manifest.identity != given.identity:
+        raise ToolError(
+            f"{file} was made of {manifest.model}, {manifest.pretrained}, and is to be compared with "
+            f"{given.model}, {given.pretrained}: leave --pretrained out, or give the same",
+            exit_code=2,
+        )
+    return given
 
 
 def _embed(
     engine: Engine, images: Sequence[Path], expected: Reference, advance: Advance
 ) -> "tuple[npt.NDArray[np.float32], str]":
     """(The engine's embeddings of the images, what computed them)."""
+    import numpy as np
+
     if engine.file is None:
-        with _url(engine) as url:
-            environment = os.environ if engine.url else {}  # a server that is started here asks for nothing
-            embeddings = _embed_served(url, images, advance, environment)
-            return embeddings, f"served, through clip_embed ({engine.title})"
+        rows = []
+        with _client(engine) as client:
+            for start in range(0, len(images), _BATCH):
+                rows.append(client.embed([path.read_bytes() for path in images[start : start + _BATCH]]))
+                advance("the engine", min(start + _BATCH, len(images)), len(images))
+        return np.concatenate(rows), f"served, through clip_embed ({engine.title})"
     if engine.file.suffix == ".plan":
         from clip_tools.tensorrt.plan_runner import run_plan
 
@@ -245,45 +242,22 @@ def _embed(
 
 
 @contextmanager
-def _url(engine: Engine) -> Iterator[str]:
-    """Where the engine answers: its URL, or that of a server that is started for it."""
-    if engine.url:
-        yield engine.url
-        return
-    with triton_service(Variant(engine.config_name), engine.models) as service:
-        yield service.url
-
-
-def _embed_served(
-    url: str, images: Sequence[Path], advance: Advance, environment: Mapping[str, str]
-) -> "npt.NDArray[np.float32]":
-    import numpy as np
-
-    def embed(client: "EmbeddingClient") -> "npt.NDArray[np.float32]":
-        rows = []
-        for start in range(0, len(images), 8):
-            batch = [path.read_bytes() for path in images[start : start + 8]]
-            rows.append(client.embed(batch))
-            advance("the engine", start + len(batch), len(images))
-        return np.concatenate(rows)
-
-    return _ask(url, embed, environment)
-
-
-def _ask(
-    url: str, embed: "Callable[[EmbeddingClient], npt.NDArray[np.float32]]", environment: Mapping[str, str]
-) -> "npt.NDArray[np.float32]":
+def _client(engine: Engine) -> "Iterator[EmbeddingClient]":
+    """A client of the running server, or of one that is started for the engine, which requires no key."""
     try:
         from clip_embed import EmbeddingClient
         from clip_embed.credentials import environment_options
     except ImportError as error:
         raise missing_extra("server", error) from error
-    try:
-        opened = EmbeddingClient(url, timeout_s=120, **environment_options(environment))
-    except ValueError as error:
-        raise ToolError(str(error), exit_code=2) from error
-    with opened as client:
-        return embed(client)
+    with ExitStack() as stack:
+        url, options = engine.url, environment_options(os.environ)
+        if not url:
+            url, options = stack.enter_context(triton_service(Variant(engine.config_name), engine.models)).url, {}
+        try:
+            client = EmbeddingClient(url, timeout_s=120, **options)
+        except ValueError as error:
+            raise ToolError(str(error), exit_code=2) from error
+        yield stack.enter_context(client)
 
 
 def verdict_table(verdict: Verdict) -> Any:
@@ -313,22 +287,15 @@ def verdict_table(verdict: Verdict) -> Any:
 
 def draw_histogram(verdict: Verdict, picture: Path) -> None:
     """Draw how far each image's embedding is from open_clip's (1 - cosine, logarithmic) with the gate, as a PNG."""
-    try:
-        import numpy as np
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("server", error) from error
+    import numpy as np
+
     distances = np.clip(1 - np.nan_to_num(np.array(verdict.cosines), nan=-1.0), 1e-8, None)
     allowed = 1 - verdict.gate.worst_cosine
     low, high = min(distances.min(), allowed) / 2, max(distances.max(), allowed) * 2
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.hist(distances, bins=np.geomspace(low, high, 40).tolist(), color="#4c72b0")
+    axes = new_axes()
+    axes.hist(distances, bins=np.geomspace(low, high, 40).tolist(), color=COLOURS[0])
     axes.set_xscale("log")
-    axes.axvline(allowed, color="#c44e52", label=f"gate of {verdict.gate_name}: worst cosine {1 - allowed:g}")
-    axes.set_xlabel("1 - cosine to open_clip in FP32")
-    axes.set_ylabel("images")
-    axes.set_title(f"{verdict.engine}, {verdict.model}, {len(distances)} images", loc="left", size=10)
-    axes.legend(loc="upper right")
+    axes.axvline(allowed, color=COLOURS[1], label=f"gate of {verdict.gate_name}: worst cosine {1 - allowed:g}")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
+    title = f"{verdict.engine}, {verdict.model}, {len(distances)} images"
+    labelled(axes, title, "1 - cosine to open_clip in FP32", "images").savefig(picture, dpi=110)

@@ -1,21 +1,20 @@
-"""The photographs that measurements embed, and what open_clip itself says of them."""
+"""The photographs that measurements embed, and what open_clip itself makes of them."""
 
 import contextlib
-import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from clip_tools import photos
-from clip_tools.demo import weights_from_environment
+from clip_tools import demo, photos
 from clip_tools.errors import ToolError, missing_extra
 from clip_tools.export.manifest import Manifest
 from clip_tools.measuring.timing import alone
 from clip_tools.oracle import Weights
 from clip_tools.paths import CACHE
+from clip_tools.verification.reference import reference
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,22 +43,27 @@ class Workload:
         return sum(map(len, self.images)) // len(self.images)
 
 
-def load_images(name: str, *, count: int = 32) -> tuple[bytes, ...]:
+def image_files(name: str, *, count: int = 32) -> list[Path]:
     """`640x480`: real photographs resized to it, centre first; `phone`: 12 MP originals; else a folder's images.
 
     At most `count`. The four phone originals are all different already.
     """
     if name == PHONE:
-        return tuple(path.read_bytes() for path in photos.phone_photos())
+        return list(photos.phone_photos())
     if name == VGA:
         return _resized(photos.gate_photos(), count)
     folder = Path(name)
     if not folder.is_dir():
         raise ToolError(f"--images {name}: expected {VGA}, {PHONE} or a folder with images", exit_code=2)
-    return tuple(path.read_bytes() for path in photos.images_in(folder)[:count])
+    return photos.images_in(folder)[:count]
 
 
-def _resized(paths: Sequence[Path], count: int) -> tuple[bytes, ...]:
+def load_images(name: str) -> tuple[bytes, ...]:
+    """The contents of `image_files`."""
+    return tuple(path.read_bytes() for path in image_files(name))
+
+
+def _resized(paths: Sequence[Path], count: int) -> list[Path]:
     """The first `count` photographs in colour and of at least 640x480, as JPEGs of just that size."""
     try:
         from PIL import Image, ImageOps
@@ -81,26 +85,24 @@ def _resized(paths: Sequence[Path], count: int) -> tuple[bytes, ...]:
                     break
             with contextlib.suppress(OSError):  # another process was first
                 fresh.rename(folder)
-    return tuple(path.read_bytes() for path in sorted(folder.iterdir()))
+    return sorted(folder.iterdir())
 
 
-def weights_of(model_path: Path) -> Weights:
-    """The weights in `model_path`, so that open_clip can load the same. Raises ToolError when they are not known.
+def weights_of(manifest: Manifest, model_path: Path) -> Weights:
+    """The weights of an exported model, so that open_clip can load the same.
 
-    A manifest keeps a checkpoint's digest, not its place: that comes from CLIP_CHECKPOINT and CLIP_MODEL.
+    A manifest has a checkpoint's digest, and CLIP_CHECKPOINT its path. Raises ToolError if that is another file's.
     """
-    manifest = Manifest.read(model_path)
-    if manifest is None:
-        raise ToolError(f"{model_path} has no manifest, so its weights are not known: run `clip-tools export-onnx`")
     if manifest.checkpoint_sha256 is None:
         return Weights(manifest.model, manifest.pretrained)
-    given = weights_from_environment()
-    if "CLIP_CHECKPOINT" not in os.environ or given.checkpoint_sha256 != manifest.checkpoint_sha256:
+    weights = Weights(manifest.model, os.environ.get("CLIP_CHECKPOINT", ""))
+    if weights.checkpoint_sha256 != manifest.checkpoint_sha256:
         raise ToolError(
-            f"{model_path} was exported from {manifest.pretrained} (sha256 {manifest.checkpoint_sha256[:12]}...), "
-            f"which the answers are checked against: set CLIP_CHECKPOINT to it and CLIP_MODEL={manifest.model}"
+            f"{model_path} was made of the checkpoint {manifest.pretrained} (sha256 "
+            f"{manifest.checkpoint_sha256[:12]}...), which its vectors are compared with: set CLIP_CHECKPOINT to it",
+            exit_code=2,
         )
-    return given
+    return weights
 
 
 def ensure_model(models: Path) -> Weights:
@@ -109,41 +111,20 @@ def ensure_model(models: Path) -> Weights:
     As `clip-tools demo` does it: speed does not depend on the training, so untrained weights will do where no hub
     answers, and the result says so.
     """
-    from clip_tools import demo
-
     model_path = models / "clip_onnx" / "1" / "model.onnx"
     if not model_path.is_file() or "CLIP_CHECKPOINT" in os.environ:
         demo.ensure_model([path.read_bytes() for path in photos.demo_photos()], output=model_path)
-    return weights_of(model_path)
+    manifest = Manifest.read(model_path)
+    if manifest is None:
+        raise ToolError(f"{model_path} has no manifest, so its weights are not known: run `clip-tools export-onnx`")
+    return weights_of(manifest, model_path)
 
 
 def load_workload(name: str, weights: Weights, *, count: int = 32) -> Workload:
-    """The photographs with open_clip's answers, which are computed once and kept.
+    """The photographs with open_clip's answers.
 
-    In a process of its own, so that PyTorch's threads and memory do not stay in the one that measures.
+    In another process, so that PyTorch's threads and memory do not stay in the one that measures.
     """
-    import numpy as np
-
-    images = load_images(name, count=count)
-    digest = hashlib.sha256(repr((weights, weights.checkpoint_sha256)).encode())
-    for image in images:
-        digest.update(hashlib.sha256(image).digest())
-    path = CACHE / "bench" / f"reference-{digest.hexdigest()[:16]}.npz"
-    if not path.is_file():
-        embeddings, pixels = alone(reference, images, weights)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            np.savez(Path(folder) / "reference.npz", embeddings=embeddings, pixels=pixels)
-            (Path(folder) / "reference.npz").replace(path)
-    with np.load(path) as kept:
-        return Workload(name, images, kept["embeddings"], kept["pixels"])
-
-
-def reference(images: Sequence[bytes], weights: Weights) -> tuple[Any, Any]:
-    """open_clip's own embeddings and pixels of the images."""
-    import numpy as np
-
-    from clip_tools.oracle import best_device, load_oracle
-
-    oracle = load_oracle(weights, device=best_device())
-    return oracle.embed(images), np.stack([oracle.pixels(image) for image in images])
+    paths = image_files(name, count=count)
+    found = alone(reference, weights, paths)
+    return Workload(name, tuple(path.read_bytes() for path in paths), found.embeddings, found.pixels)
