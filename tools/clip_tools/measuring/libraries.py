@@ -3,7 +3,6 @@
 import resource
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from clip_tools.errors import ToolError, missing_extra
 from clip_tools.measuring.results import Tell, begin
 from clip_tools.measuring.services import triton_service
 from clip_tools.measuring.tables import Section, table
-from clip_tools.measuring.timing import alone, times_of
+from clip_tools.measuring.timing import alone, timed, times_of
 from clip_tools.measuring.variants import Variant
 from clip_tools.paths import MODELS
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from clip_embed import EmbeddingClient
     from clip_embed.library import Library
 
 SIZE = 512
@@ -50,14 +48,14 @@ def synthetic(rows: int, *, seed: int = 0) -> "npt.NDArray[np.float32]":
 
 
 def _measure_speed(rows: int) -> dict[str, Any]:
-    """Of a Parquet of so many synthetic vectors: seconds to read it, to find its pairs; milliseconds a query."""
-    measured: dict[str, Any] = {"rows": rows}
+    """Of a Parquet of so many synthetic vectors: seconds to read it and to find its pairs, milliseconds a query."""
+    speed: dict[str, Any] = {"rows": rows}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "library.parquet"
         alone(_write_synthetic, path, rows)
         for measure in (_search, _duplicates, _by_index):
-            measured |= alone(measure, path)  # in a process of its own, for its memory
-    return measured
+            speed |= alone(measure, path)  # in another process, for its peak of memory
+    return speed
 
 
 def _write_synthetic(path: Path, rows: int) -> None:
@@ -69,44 +67,34 @@ def _write_synthetic(path: Path, rows: int) -> None:
             output.add(ImageFile(f"{number:08d}.jpg", 1, 1), vector)
 
 
-def _read(path: Path) -> tuple["Library", float]:
-    from clip_embed.library import read_library
-
-    return _timed(lambda: read_library(path))
-
-
-def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    began_s = time.perf_counter()
-    made = call()
-    return made, time.perf_counter() - began_s
-
-
 def _search(path: Path) -> dict[str, Any]:
+    from clip_embed.library import read_library
     from clip_embed.nearest import nearest
 
-    library, read_s = _read(path)
+    library, read_s = timed(read_library, path)
     times_ms = _query_times_ms(library, lambda query: nearest(library.embeddings, query, _COUNT))
     speed = {"read_s": read_s, "search_ms": statistics.median(times_ms), "search_worst_ms": max(times_ms)}
     return speed | {"search_memory_mib": _memory_mib()}
 
 
 def _duplicates(path: Path) -> dict[str, Any]:
+    from clip_embed.library import read_library
     from clip_embed.nearest import pairs_above
 
-    library, _ = _read(path)
-    pairs, took_s = _timed(lambda: pairs_above(library.embeddings, SPEED_THRESHOLD))
+    pairs, took_s = timed(pairs_above, read_library(path).embeddings, SPEED_THRESHOLD)
     return {"duplicates_s": took_s, "pairs": pairs.total, "duplicates_memory_mib": _memory_mib()}
 
 
 def _by_index(path: Path) -> dict[str, Any]:
-    from clip_embed.index import nearest_by_index, open_index, recall, require_usearch
+    from clip_embed.index import open_index, nearest_by_index, recall, require_usearch
+    from clip_embed.library import read_library
 
     try:
         require_usearch()
     except ModuleNotFoundError:
         return {}
-    library, _ = _read(path)
-    index, made_s = _timed(lambda: open_index(library, lambda _: None))
+    library = read_library(path)
+    index, made_s = timed(open_index, library, lambda _: None)
     times_ms = _query_times_ms(library, lambda query: nearest_by_index(index, library.embeddings, query, _COUNT))
     found = recall(index, library.embeddings)
     return {"index_made_s": made_s, "index_search_ms": statistics.median(times_ms), "index_recall": found}
@@ -122,8 +110,9 @@ def _memory_mib() -> float:
 
 
 def _measure_edits(paths: Sequence[Path], models: Path, tell: Tell) -> dict[str, Any]:
-    """Of photographs and their edits, embedded by a server: the share of edits that are a pair with their photograph
-    at each threshold, and the pairs and groups that are wrong.
+    """Of photographs and their edits: which edits are a pair with their photograph, and which pairs are wrong.
+
+    And of imagededup's test images, whose ten photographs have four edits between them.
     """
     try:
         import numpy as np
@@ -137,7 +126,7 @@ def _measure_edits(paths: Sequence[Path], models: Path, tell: Tell) -> dict[str,
     manifest = Manifest.read(models / "clip_onnx" / "1" / "model.onnx")
     if manifest is None:
         raise ToolError(f"{models}: expected an exported model with its manifest, found none: clip-tools export-onnx")
-    made, vectors = edits(), []  # vectors of each photograph, then of its edits
+    made, vectors, files = edits(), [], photos.duplicate_photos()
     with triton_service(Variant(), models) as server, EmbeddingClient(server.url, timeout_s=600) as client:
         for number, path in enumerate(paths, 1):
             tell("photographs and their edits", number, len(paths))
@@ -145,50 +134,49 @@ def _measure_edits(paths: Sequence[Path], models: Path, tell: Tell) -> dict[str,
                 image.draft("RGB", (1600, 1600))
                 rgb = image.convert("RGB")
             vectors.append(client.embed([path, *(edit(rgb) for edit in made.values())]))
-        duplicates = measure_duplicates(client)
-    found = np.stack(vectors)  # (photographs, 1 + edits, D)
+        of_imagededup = client.embed([path for of_one in files.values() for path in of_one])
     return {
         "model": manifest.model,
         "weights": manifest.pretrained if manifest.trained else "untrained",
         "trained": manifest.trained,
         "photographs": len(paths),
         "edits": list(made),
-        "thresholds": [_at(found, threshold) for threshold in THRESHOLDS],
-        "imagededup": duplicates,
+        "thresholds": [_at(np.stack(vectors), threshold) for threshold in THRESHOLDS],
+        "imagededup": {"photographs": len(files), **_pairs_found(of_imagededup, list(map(len, files.values())))},
     }
 
 
-def measure_duplicates(client: "EmbeddingClient") -> dict[str, Any]:
-    """For imagededup's near-duplicates: how many pairs are found at each threshold, and how many by mistake."""
+def _pairs_found(vectors: "npt.NDArray[np.float32]", sizes: Sequence[int]) -> dict[str, Any]:
+    """How many pairs of files each threshold finds, and how many by mistake; each photograph has `sizes` files."""
     import numpy as np
 
-    files = photos.duplicate_photos()
-    photograph = np.repeat(np.arange(len(files)), [len(paths) for paths in files.values()])
-    vectors = client.embed([path for paths in files.values() for path in paths])
-    first, second = np.triu_indices(len(vectors), 1)
-    is_pair = photograph[first] == photograph[second]
-    cosines = (vectors[first] * vectors[second]).sum(axis=1)
+    from clip_embed.nearest import pairs_above
+
+    photograph = np.repeat(np.arange(len(sizes)), sizes)
+    found = [pairs_above(vectors, threshold) for threshold in THRESHOLDS]
+    right = [int((photograph[pairs.first] == photograph[pairs.second]).sum()) for pairs in found]
     return {
-        "photographs": len(files),
         "files": len(vectors),
-        "pairs": int(is_pair.sum()),
-        "found": [int((is_pair & (cosines >= threshold)).sum()) for threshold in THRESHOLDS],
-        "false": [int((~is_pair & (cosines >= threshold)).sum()) for threshold in THRESHOLDS],
+        "pairs": sum(size * (size - 1) // 2 for size in sizes),
+        "found": right,
+        "false": [pairs.total - count for pairs, count in zip(found, right, strict=True)],
     }
 
 
-def _at(found: "npt.NDArray[np.float32]", threshold: float) -> dict[str, Any]:
+def _at(vectors: "npt.NDArray[np.float32]", threshold: float) -> dict[str, Any]:
+    """What one threshold finds among (photographs, 1 + edits, D), each photograph before its edits."""
     import numpy as np
 
     from clip_embed.duplicates import connected_rows
     from clip_embed.nearest import pairs_above
 
-    _, each, size = found.shape
-    with_original = np.einsum("ned,nd->ne", found[:, 1:], found[:, 0])
-    pairs = pairs_above(found.reshape(-1, size), threshold)
+    _, each, size = vectors.shape
+    with_original = np.einsum("ned,nd->ne", vectors[:, 1:], vectors[:, 0])
+    pairs = pairs_above(vectors.reshape(-1, size), threshold)
     is_false = pairs.first // each != pairs.second // each
     of_originals = (pairs.first % each == 0) & (pairs.second % each == 0)
     groups = [{row // each for row in rows} for rows in connected_rows(pairs)]
+    false_groups = [sources for sources in groups if len(sources) > 1]
     return {
         "threshold": threshold,
         "recall": [round(float(share), 4) for share in (with_original >= threshold).mean(axis=0)],
@@ -196,8 +184,8 @@ def _at(found: "npt.NDArray[np.float32]", threshold: float) -> dict[str, Any]:
         "false_pairs": int(is_false.sum()),
         "false_pairs_of_photographs": int((is_false & of_originals).sum()),
         "groups": len(groups),
-        "false_groups": sum(len(sources) > 1 for sources in groups),
-        "photographs_in_false_groups": sum(len(sources) for sources in groups if len(sources) > 1),
+        "false_groups": len(false_groups),
+        "photographs_in_false_groups": sum(map(len, false_groups)),
     }
 
 
