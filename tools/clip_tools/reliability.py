@@ -168,12 +168,10 @@ def document(machines: dict[str, Entries]) -> str:
     for name, entries in machines.items() or {"": {}}.items():
         if entries:
             parts.append(f"## {name}\n\n{_machine(name, entries)}.\n")
-        in_all = [{"what": what, "seen": seen} for what, seen in sums(entries).items()]
-        parts.append(table("total | last seen", "{what} | {seen}", in_all, align="---"))
+        parts.append(table("total | last seen", map(" | ".join, sums(entries).items()), align="---"))
         for heading, promises in PROMISES.items():
-            rows = [{"sentence": one.sentence} | _seen(entries.get(one.entry)) for one in promises]
-            row = "{sentence} | {figures} | {when} | {test}"
-            parts.append(f"### {heading}\n\n" + table("promise | last seen | at commit | test", row, rows, align="---"))
+            rows = (f"{one.sentence} | {_seen(entries.get(one.entry))}" for one in promises)
+            parts.append(f"### {heading}\n\n" + table("promise | last seen | at commit | test", rows, align="---"))
     return "\n".join(parts)
 
 
@@ -217,14 +215,13 @@ def sums(entries: Entries) -> dict[str, str]:
     }
 
 
-def _seen(entry: dict[str, Any] | None) -> dict[str, str]:
+def _seen(entry: dict[str, Any] | None) -> str:
     """The columns of a promise: figures such as `lost 0; ready again after 2.1 s`, when, and the test."""
     if entry is None:
-        return {"figures": NOT_MEASURED, "when": "", "test": ""}
+        return f"{NOT_MEASURED} |  | "
     figures = "; ".join(_figure(key, value) for key, value in entry.items() if key not in _HIDDEN) or "passed"
     path, _, name = str(entry["test"]).partition("::")
-    test = f"[{name.partition('[')[0]}](../{path})"
-    return {"figures": figures, "when": f"{entry['git_commit']}, {entry['date']}", "test": test}
+    return f"{figures} | {entry['git_commit']}, {entry['date']} | [{name.partition('[')[0]}](../{path})"
 
 
 def _figure(key: str, value: Any) -> str:

@@ -1,8 +1,8 @@
 """The result of `clip-tools bench` as Markdown and pictures."""
 
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from clip_tools.measuring import plots
@@ -49,7 +49,7 @@ def bench_section(name: str, result: dict[str, Any]) -> Section:
         _steps_table(result),
         _starts_table(result),
     )
-    return Section("\n".join(part for part in parts if part), pictures)
+    return Section("\n".join(filter(None, parts)), pictures)
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -61,32 +61,31 @@ def headline(result: dict[str, Any]) -> str:
     for cell in cells:
         if cell.concurrency != most or ":" in cell.arm or cell.arm.startswith(("preprocess", "perf-analyzer")):
             continue
-        ratio, across = _against(result, cell, BASELINE), across_devices(result, [cell.arm, BASELINE])
+        ratio, across = _against(result, cell, BASELINE)
         times = (f"{ratio.median:.2f}" + (f" ({across})" if across else "")) if ratio else ""
-        rows.append({"arm": cell.arm, "median": statistics.median(values(result, cell)), "times": times})
-    head = f"{images} JPEGs, {most} requests at once | images/s | times `{BASELINE}`"
+        rows.append(f"`{cell.arm}` | {statistics.median(values(result, cell)):.1f} | {times}")
+    shown = table(f"{images} JPEGs, {most} requests at once | images/s | times `{BASELINE}`", rows)
     where = f"{environment['cpu']}, {environment['cores']} cores, {environment['gpu'] or 'no GPU'}, "
     where += f"{environment['date'][:10]}, `{environment['command']}`"
-    shown = table(head, "`{arm}` | {median:.1f} | {times}", rows)
     return f"{shown}\n{where}; all figures: [docs/benchmarks.md](docs/benchmarks.md).\n"
 
 
-def _against(result: dict[str, Any], cell: Cell, baseline: str) -> Ratio | None:
-    """How many times the baseline's throughput in the same rounds.
+def _against(result: dict[str, Any], cell: Cell, baseline: str) -> tuple[Ratio | None, str]:
+    """(How many times the baseline's throughput in the same rounds, the two devices if they differ).
 
-    None for the baseline itself, where it was not measured, and for a step alone, which is not equal work.
+    The ratio is None for the baseline itself, where it was not measured, and for a step alone, which is not equal work.
     """
     if cell.arm == baseline or cell.arm.startswith("preprocess"):
-        return None
+        return None, ""
     try:
-        return paired_ratio(values(result, cell), values(result, replace(cell, arm=baseline)))
+        ratio = paired_ratio(values(result, cell), values(result, replace(cell, arm=baseline)))
     except (NotMeasured, ValueError):
-        return None
+        return None, ""
+    return ratio, across_devices(result, [cell.arm, baseline])
 
 
-def _row(cell: Cell, **more: Any) -> dict[str, Any]:
-    shape = f"batch {cell.batch}" if cell.concurrency == 1 else f"{cell.concurrency} at once"
-    return {**asdict(cell), "shape": shape, **more}
+def _shape(cell: Cell) -> str:
+    return f"batch {cell.batch}" if cell.concurrency == 1 else f"{cell.concurrency} at once"
 
 
 def _spread(found: Iterable[float]) -> str:
@@ -104,14 +103,14 @@ def _throughput_table(result: dict[str, Any]) -> str:
     head += ["device"] * bool(devices) + ["GPU % | GPU MiB"] * has_gpu
     rows = []
     for cell in cells:
-        more = []
-        for one in baselines:
-            ratio, across = _against(result, cell, one), across_devices(result, [cell.arm, one])
-            more.append(str(ratio or "") + (f", {across}" if ratio and across else ""))
-        more += [devices.get(cell.arm, "")] * bool(devices) + [_gpu_texts(result, cell)] * has_gpu
-        rows.append(_row(cell, spread=_spread(values(result, cell)), more=" | ".join(more)))
+        columns = [cell.arm, cell.images, _shape(cell), _spread(values(result, cell))]
+        for baseline in baselines:
+            ratio, across = _against(result, cell, baseline)
+            columns.append(str(ratio or "") + (f", {across}" if across else ""))
+        columns += [devices.get(cell.arm, "")] * bool(devices) + [_gpu_texts(result, cell)] * has_gpu
+        rows.append(" | ".join(columns))
     notes = [f"\n{row['arm']}, {row['not_settled']}.\n" for row in result["cells"] if "not_settled" in row]
-    return table(" | ".join(head), "{arm} | {images} | {shape} | {spread} | {more}", rows) + "".join(notes)
+    return table(" | ".join(head), rows) + "".join(notes)
 
 
 def _gpu_texts(result: dict[str, Any], cell: Cell) -> str:
@@ -129,11 +128,10 @@ def _latency_table(result: dict[str, Any]) -> str:
     for cell in cells_of(result):
         if (cell.batch, cell.concurrency) == (1, 1) and has_times(result, cell):
             times = (statistics.median(values(result, cell, f"{p}_ms")) for p in ("p50", "p95", "p99"))
-            rows.append(_row(cell, times=" | ".join(f"{time:.1f}" for time in times)))
+            rows.append(" | ".join([cell.arm, cell.images, *(f"{time:.1f}" for time in times)]))
     if single := [time for row in result.get("bare") or [] for time in row["single_ms"]]:
-        bare = f"{statistics.median(single):.1f} |  | "
-        rows.append({"arm": "preprocess and engine bare", "images": "", "times": bare})
-    return table("one image, ms | images | p50 | p95 | p99", "{arm} | {images} | {times}", rows) if rows else ""
+        rows.append(f"preprocess and engine bare |  | {statistics.median(single):.1f} |  | ")
+    return table("one image, ms | images | p50 | p95 | p99", rows)
 
 
 def _steps_table(result: dict[str, Any]) -> str:
@@ -142,17 +140,16 @@ def _steps_table(result: dict[str, Any]) -> str:
     for cell in cells_of(result):
         if cell.arm.startswith("ensemble-grpc") and (cell.batch, cell.concurrency) != (1, 4):
             steps = [step for row in rows_of(result, cell) for step in row.get("steps", [])]
-            rows += [_row(cell, step=text) for text in step_texts(steps)]
-    head = f"on the server | images |  | {STEP_HEAD}"
-    return table(head, "{arm} | {images} | {shape} | {step}", rows) if rows else ""
+            rows += [" | ".join((cell.arm, cell.images, _shape(cell), text)) for text in step_texts(steps)]
+    return table(f"on the server | images |  | {STEP_HEAD}", rows)
 
 
 def _starts_table(result: dict[str, Any]) -> str:
     starts: dict[str, list[float]] = {}
     for row in result["cold_start"]:
         starts.setdefault(row["arm"], []).append(row["start_s"])
-    rows = [{"arm": arm, "spread": _spread(found)} for arm, found in starts.items()]
-    return table("cold start, s | median | lowest | highest", "{arm} | {spread}", rows) if rows else ""
+    rows = (f"{arm} | {_spread(found)}" for arm, found in starts.items())
+    return table("cold start, s | median | lowest | highest", rows)
 
 
 def _bound_text(result: dict[str, Any]) -> str:
@@ -189,20 +186,17 @@ def _bound_text(result: dict[str, Any]) -> str:
 def _throughput_picture(result: dict[str, Any], key: str, title: str) -> str | None:
     """Throughput by `batch` or `concurrency`, a line an arm with the rounds' band; None when nothing varies."""
     images, other = result["options"]["images"], "concurrency" if key == "batch" else "batch"
-    chosen = [
-        cell
-        for cell in cells_of(result)
-        if cell.images == images and getattr(cell, other) == 1 and ":" not in cell.arm and "preprocess" not in cell.arm
-    ]
+    arms: dict[str, list[Cell]] = {}
+    for cell in cells_of(result):
+        if cell.images == images and getattr(cell, other) == 1 and ":" not in cell.arm and "preprocess" not in cell.arm:
+            arms.setdefault(cell.arm, []).append(cell)
     series: dict[str, plots.Line] = {}
     ranges: dict[str, plots.Line] = {}
-    for arm in dict.fromkeys(cell.arm for cell in chosen):
-        x = sorted(getattr(cell, key) for cell in chosen if cell.arm == arm)
-        if len(x) > 1:
-            found: Sequence[list[float]] = [values(result, Cell(arm, images, **{key: level})) for level in x]
-            series[arm] = (x, [statistics.median(each) for each in found])
+    for arm, cells in arms.items():
+        if len(cells) > 1:
+            levels = sorted(getattr(cell, key) for cell in cells)
+            found = [values(result, Cell(arm, images, **{key: level})) for level in levels]
+            series[arm] = (levels, [statistics.median(each) for each in found])
             ranges[arm] = ([min(each) for each in found], [max(each) for each in found])
-    if not series:
-        return None
     labels = {"x_label": "images a request" if key == "batch" else "requests at once", "y_label": "images a second"}
-    return plots.lines(series, title=f"{title}, {images} JPEGs", ranges=ranges, **labels)
+    return plots.lines(series, title=f"{title}, {images} JPEGs", ranges=ranges, **labels) if series else None

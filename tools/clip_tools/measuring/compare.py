@@ -59,9 +59,9 @@ def _differences(what: str, old: dict[str, Any], new: dict[str, Any]) -> list[st
 
 def text(comparison: Comparison) -> str:
     """The comparison as Markdown."""
-    rows = [vars(one) | {"name": name} for name, one in comparison.changes.items()]
-    row = "{name} | {before:.1f} | {after:.1f} | {ratio:.3f} | {p_value:.3f} | {verdict}"
-    lines = [table(" | A | B | B / A | p | ", row, rows)]
+    row = "{} | {before:.1f} | {after:.1f} | {ratio:.3f} | {p_value:.3f} | {verdict}"
+    rows = (row.format(name, **vars(one)) for name, one in comparison.changes.items())
+    lines = [table(" | A | B | B / A | p | ", rows)]
     lines += [f"- {line}\n" for line in [*comparison.differences, *comparison.only_in_one]]
     if not comparison.same_machine:
         lines.append("\nThe machines differ: only the ratios within each result can be compared.\n")

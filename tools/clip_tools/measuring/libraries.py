@@ -224,7 +224,7 @@ def _speed_text(speed: dict[str, Any]) -> str:
         lines.append("index made | {index_made_s:.1f} s | ")
         lines.append("search by index, recall {index_recall:.3f} | {index_search_ms:.1f} ms a query | ")
     head = f"{speed['rows']:,} synthetic vectors | time | peak memory of the process"
-    return table(head, "{line}", [{"line": line.format(**speed)} for line in lines])
+    return table(head, (line.format(**speed) for line in lines))
 
 
 def _edits_text(edited: dict[str, Any]) -> str:
@@ -248,9 +248,9 @@ def _edits_text(edited: dict[str, Any]) -> str:
         )
     untrained = "" if edited["trained"] else " **Untrained weights: this counts for nothing.**"
     head = " | ".join(["edit", *(f"{one['threshold']:.2f}" for one in levels)])
-    rows = [{"line": " | ".join([title, *texts])} for title, texts in shares.items()]
+    rows = (" | ".join([title, *texts]) for title, texts in shares.items())
     return (
         f"{edited['photographs']} photographs and {len(edited['edits'])} edits of each, by {edited['model']} "
         f"({edited['weights']}): the share of edits that are a pair with their photograph at each threshold, and the "
-        f"groups that join different photographs.{also}{untrained}\n\n{table(head, '{line}', rows)}"
+        f"groups that join different photographs.{also}{untrained}\n\n{table(head, rows)}"
     )

@@ -125,7 +125,7 @@ def preprocess_section(_: str, result: dict[str, Any]) -> Section:
         for way in (GPU,) if mode == "gpu" else (PILLOW, KERNEL):
             ms = median_ms("preprocess_s", images, mode, way)
             resize = f"{median_ms('resize_s', images, mode, way):.2f}" if mode == "exact" else ""
-            rows.append({"of": f"{images} | {mode} | {way}", "rate": 1000 / ms, "ms": ms, "resize": resize})
+            rows.append(f"{images} | {mode} | {way} | {1000 / ms:.1f} | {ms:.2f} | {resize}")
         if mode == "gpu":
             on_gpu.append(f"{1000 / median_ms('passed_s', images, mode, GPU):.0f} of {images}")
     text = (
@@ -137,5 +137,4 @@ def preprocess_section(_: str, result: dict[str, Any]) -> Section:
     if on_gpu:
         text += f"In mode `gpu`, in batches of {_BATCH}, one process made {', '.join(on_gpu)} a second.\n\n"
     head = "images | mode | resized by | images/s a core | ms an image | of it resize and crop"
-    measured = table(head, "{of} | {rate:.1f} | {ms:.2f} | {resize}", rows)
-    return Section(f"{text}{verdicts_text(check(result, TARGETS))}\n{measured}")
+    return Section(f"{text}{verdicts_text(check(result, TARGETS))}\n{table(head, rows)}")

@@ -6,6 +6,7 @@ from clip_tools.measuring import plots
 from clip_tools.measuring.tables import Section, table
 
 _SHOWN_LAYERS = 12  # in the table; all are in the JSON
+_SHOWN_OPERATORS = 10
 
 
 def not_settled(level: dict[str, Any]) -> str:
@@ -18,50 +19,45 @@ def not_settled(level: dict[str, Any]) -> str:
 
 def perf_section(name: str, result: dict[str, Any]) -> Section:
     """What perf_analyzer said."""
-    rows, notes = [], []
-    for level in result["levels"]:
-        if note := not_settled(level):
-            notes.append(f"{note}.\n\n")
-            times = "not settled |  |  | "
-        else:
-            times = " | ".join(f"{level['latency_ms'][p]:.1f}" for p in ("p50", "p90", "p95", "p99"))
-        rows.append(level | {"times": times})
+    levels = result["levels"]
+    row = "{mode} | {level:g} | {batch} | {throughput:.1f} | "
+    times = "{p50:.1f} | {p90:.1f} | {p95:.1f} | {p99:.1f}"
+    rows = [
+        row.format_map(level)
+        + ("not settled |  |  | " if not_settled(level) else times.format_map(level["latency_ms"]))
+        for level in levels
+    ]
     text = (
         f"`{result['model']}`, {result['images']['count']} photographs ({result['images']['name']}).\n\n"
-        + "".join(notes)
-        + table(
-            "perf_analyzer | level | batch | images/s | p50 ms | p90 ms | p95 ms | p99 ms",
-            "{mode} | {level:g} | {batch} | {throughput:.1f} | {times}",
-            rows,
-        )
+        + "".join(f"{note}.\n\n" for note in filter(None, map(not_settled, levels)))
+        + table("perf_analyzer | level | batch | images/s | p50 ms | p90 ms | p95 ms | p99 ms", rows)
         + "\n"
-        + "".join(f"    {level['command']}\n" for level in rows)
+        + "".join(f"    {level['command']}\n" for level in levels)
     )
     return Section(text, {f"{name}.svg": plots.latency_against_throughput(result)})
 
 
 def serialisation_section(name: str, result: dict[str, Any]) -> Section:
     """Bytes and time of the four ways to send the same images."""
+    costs = [cost | {"kb": cost["sent_bytes"] / 1000} for cost in result["costs"]]
+    row = "{format} | {batch} | {kb:,.0f} | {encode_ms:.2f} | {decode_ms:.2f} | {preprocess_ms:.2f}"
     text = (
         f"{result['images']['count']} photographs ({result['images']['name']}), in one process without a server; "
         f"the median of {result['runs']} runs. Preprocessing is paid once whatever the format: by the client with the "
         "first three, by the server with JPEG.\n\n"
-    ) + table(
-        "format | batch | KB sent | encode ms | decode ms | preprocess ms",
-        "{format} | {batch} | {kb:,.0f} | {encode_ms:.2f} | {decode_ms:.2f} | {preprocess_ms:.2f}",
-        [cost | {"kb": cost["sent_bytes"] / 1000} for cost in result["costs"]],
-    )
-    sizes = {cost["format"]: cost["sent_bytes"] / cost["batch"] / 1000 for cost in result["costs"]}  # the last batch's
+    ) + table("format | batch | KB sent | encode ms | decode ms | preprocess ms", map(row.format_map, costs))
+    sizes = {cost["format"]: cost["kb"] / cost["batch"] for cost in costs}  # the last batch's
     return Section(text, {f"{name}.svg": plots.bars(sizes, title="Sent for one image", label="KB")})
 
 
 def onnx_section(name: str, result: dict[str, Any]) -> Section:
     """The engine's session, operators and scaling."""
     session, scaling = result["session"], result["scaling"]
+    row = "{batch} | {median_ms:.1f} | {throughput:.1f}"
     parts = [
         f"Configuration: {result['config_name'] or 'the default'}. Session created in {session['created_s']:.1f} s "
         f"with {', then '.join(session['providers'])}.\n",
-        table("batch | ms a run | images/s", "{batch} | {median_ms:.1f} | {throughput:.1f}", scaling),
+        table("batch | ms a run | images/s", map(row.format_map, scaling)),
     ]
     served = [row["batch"] for row in scaling], [row["throughput"] for row in scaling]
     picture = plots.lines(
@@ -80,36 +76,38 @@ def onnx_section(name: str, result: dict[str, Any]) -> Section:
             f"{profile['created_s']:.1f} s, nodes: {nodes}.{fused}\n"
         )
         if not fused:
-            top, total = dict(list(times.items())[:10]), sum(times.values()) or 1.0
-            rows = [{"name": kind, "ms": ms, "share": 100 * ms / total} for kind, ms in top.items()]
-            parts.append(table("operator | ms a run | share", "{name} | {ms:.2f} | {share:.0f} %", rows))
+            top, total = dict(list(times.items())[:_SHOWN_OPERATORS]), sum(times.values()) or 1.0
+            rows = (f"{kind} | {ms:.2f} | {100 * ms / total:.0f} %" for kind, ms in top.items())
+            parts.append(table("operator | ms a run | share", rows))
             title = f"Time by operator, {provider}, batch {profile['batch']}"
             pictures[f"{name}-operators.svg"] = plots.bars(top, title=title, label="ms a run")
     if paired := result.get("beside"):
-        one, other = (
-            "`{file}` ({nodes} nodes, worst cosine {worst_cosine:.7f})".format(**graph) for graph in paired["graphs"]
-        )
-        parts.append(
-            f"In turn: {one} and {other}; cosines to open_clip over {paired['photographs']} photographs. "
-            "Above 1 the first is faster.\n"
-        )
-        head = "provider | batch | first, ms | second, ms | ratio | lowest | highest"
+        graph = "`{file}` ({nodes} nodes, worst cosine {worst_cosine:.7f})"
         row = "{provider} | {batch} | {served_ms:.1f} | {other_ms:.1f} | {ratio:.2f} | {ratio_lowest:.2f} | "
-        parts.append(table(head, row + "{ratio_highest:.2f}", paired["times"]))
+        row += "{ratio_highest:.2f}"
+        parts += [
+            f"In turn: {' and '.join(map(graph.format_map, paired['graphs']))}; cosines to open_clip over "
+            f"{paired['photographs']} photographs. Above 1 the first is faster.\n",
+            table(
+                "provider | batch | first, ms | second, ms | ratio | lowest | highest",
+                map(row.format_map, paired["times"]),
+            ),
+        ]
     return Section("\n".join(parts), pictures)
 
 
 def tuning_section(_: str, result: dict[str, Any]) -> Section:
     """Model Analyzer's search, or the sweep's."""
-    rows = [
-        row | {"p99": "not settled" if row["p99_ms"] is None else f"{row['p99_ms']:.0f}"} for row in result["points"]
-    ]
-    return Section(
-        f"{result['searched_by']} measured {len(rows)} settings of `{result['model']}`; the best: {result['best']}.\n\n"
-        + table(
-            "setting | images/s | p99 ms | concurrency", "{setting} | {throughput:.1f} | {p99} | {concurrency}", rows
-        )
+    points = result["points"]
+    rows = (
+        f"{point['setting']} | {point['throughput']:.1f} | "
+        f"{'not settled' if point['p99_ms'] is None else format(point['p99_ms'], '.0f')} | {point['concurrency']}"
+        for point in points
     )
+    text = (
+        f"{result['searched_by']} measured {len(points)} settings of `{result['model']}`; the best: {result['best']}."
+    )
+    return Section(f"{text}\n\n" + table("setting | images/s | p99 ms | concurrency", rows))
 
 
 def soak_section(name: str, result: dict[str, Any]) -> Section:
@@ -117,22 +115,15 @@ def soak_section(name: str, result: dict[str, Any]) -> Section:
     options, points = result["options"], result["points"]
     verdict = "Nothing was lost and nothing grew." if not result["problems"] else "Failed:"
     problems = "".join(f"- {problem}\n" for problem in result["problems"])
-    text = "\n".join(
-        (
-            f"{options['minutes']:g} minutes, {options['clients']} clients, {options['bad_share']:.0%} of the calls "
-            f"bad. {verdict}\n{problems}",
-            table(
-                "call | calls | images | lost | p50 ms | p99 ms",
-                "{kind} | {calls:,.0f} | {images:,.0f} | {lost:,.0f} | {p50_ms:,.0f} | {p99_ms:,.0f}",
-                result["calls"],
-            ),
-            table(
-                "server and stubs | at half time | at the end | rise | bound",
-                "{title} | {at_half:,} | {at_end:,} | {rise:+.2f} | {bound:.2f}",
-                [row for row in result["rises"] if row["rise"] is not None],
-            ),
-            "The rise is Theil and Sen's slope over the second half, times its length.\n",
-        )
+    call = "{kind} | {calls:,.0f} | {images:,.0f} | {lost:,.0f} | {p50_ms:,.0f} | {p99_ms:,.0f}"
+    rise = "{title} | {at_half:,} | {at_end:,} | {rise:+.2f} | {bound:.2f}"
+    judged = [one for one in result["rises"] if one["rise"] is not None]
+    parts = (
+        f"{options['minutes']:g} minutes, {options['clients']} clients, {options['bad_share']:.0%} of the calls "
+        f"bad. {verdict}\n{problems}",
+        table("call | calls | images | lost | p50 ms | p99 ms", map(call.format_map, result["calls"])),
+        table("server and stubs | at half time | at the end | rise | bound", map(rise.format_map, judged)),
+        "The rise is Theil and Sen's slope over the second half, times its length.\n",
     )
 
     def series(key: str) -> plots.Line:
@@ -147,7 +138,7 @@ def soak_section(name: str, result: dict[str, Any]) -> Section:
     }
     title = f"{options['clients']} clients, {options['bad_share']:.0%} bad calls; judged from half time on"
     picture = plots.over_time(panels, title=title, judged_from=points[len(points) // 2]["at_s"] / 60)
-    return Section(text, {f"{name}.svg": picture})
+    return Section("\n".join(parts), {f"{name}.svg": picture})
 
 
 def precision_section(name: str, result: dict[str, Any]) -> Section:
@@ -159,24 +150,24 @@ def precision_section(name: str, result: dict[str, Any]) -> Section:
     else:
         fastest = max(mix["ratio"] for mix in inside)
         verdict = f"No mix inside the gate is {gate['worth']:g} times FP32; the fastest is {fastest:.2f} times."
+    row = (
+        f"{{lowered}} of {count} | {{parts}} | {{agreement[worst_cosine]:.5f}} | {{agreement[mean_cosine]:.5f}} | "
+        "{agreement[top1_agreement]:.1%} | {ratio:.2f} ({ratio_lowest:.2f} to {ratio_highest:.2f}) | "
+        "{images_per_s:.1f} | {passes}"
+    )
+    judged = [mix | {"passes": "best" if mix["best"] else "passed" if mix in inside else "under"} for mix in mixes]
     costly = sorted(result["layers"], key=lambda layer: -layer["cost"])[:_SHOWN_LAYERS]
+    layer = "{name} | {cost:.1e} | {fp32_ms:.1f} | {bf16_ms:.1f}"
     text = (
         f"{result['weights']['model']}, {result['photographs']['count']} photographs, batch {result['batch']}; the "
         f"gate: worst cosine >= {gate['worst_cosine']:g} to open_clip in FP32. {verdict}\n\n"
         + (f"This counts for nothing: {result['counts_for_nothing']}.\n\n" if result["counts_for_nothing"] else "")
         + table(
             "layers in BF16 | parts | worst cosine | mean | nearest unchanged | times FP32 | images/s | gate",
-            f"{{lowered}} of {count} | {{parts}} | {{agreement[worst_cosine]:.5f}} | {{agreement[mean_cosine]:.5f}} | "
-            "{agreement[top1_agreement]:.1%} | {ratio:.2f} ({ratio_lowest:.2f} to {ratio_highest:.2f}) | "
-            "{images_per_s:.1f} | {gate}",
-            [mix | {"gate": "best" if mix["best"] else "passed" if mix in inside else "under"} for mix in mixes],
+            map(row.format_map, judged),
         )
         + f"\nThe {len(costly)} layers that BF16 hurts most, each alone in BF16 on the photographs that BF16 "
         "throughout hurts most; the times are of the layer alone:\n\n"
-        + table(
-            "layer | 1 - worst cosine | FP32 ms | BF16 ms",
-            "{name} | {cost:.1e} | {fp32_ms:.1f} | {bf16_ms:.1f}",
-            costly,
-        )
+        + table("layer | 1 - worst cosine | FP32 ms | BF16 ms", map(layer.format_map, costly))
     )
     return Section(text, {f"{name}.svg": plots.speed_against_fidelity(result)})

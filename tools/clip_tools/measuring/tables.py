@@ -1,8 +1,7 @@
 """Markdown tables, the same for every document that is made of results."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,7 +12,7 @@ class Section:
     pictures: dict[str, str] = field(default_factory=dict)
 
 
-def table(head: str, row: str, rows: Iterable[Mapping[str, Any]], *, align: str = "---:") -> str:
-    """`head`, then `row` formatted with each of `rows`; both have | between columns. The first column stands left."""
-    lines = [f"| {head} |", "|---|" + f"{align}|" * head.count("|"), *(f"| {row.format(**one)} |" for one in rows)]
-    return "\n".join(lines) + "\n"
+def table(head: str, rows: Iterable[str], *, align: str = "---:") -> str:
+    """A table of lines with | between their columns; "" without rows. The first column stands left."""
+    lines = [f"| {row} |" for row in rows]
+    return "\n".join([f"| {head} |", "|---|" + f"{align}|" * head.count("|"), *lines]) + "\n" if lines else ""

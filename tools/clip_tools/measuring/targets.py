@@ -80,9 +80,8 @@ def verdicts_text(verdicts: Sequence[Verdict]) -> str:
         wanted += ", or within noise" if one.target.beyond_noise else ""
         figure = str(one.ratio or one.reason) + (f"; {one.devices}: not one device" if one.devices else "")
         state = "met" if one.is_met else "missed" if one.ratio else "open"
-        rows.append({"title": one.target.title, "wanted": wanted, "figure": figure, "state": state})
-    head = "target | wanted | median of the rounds (lowest to highest) | "
-    return table(head, "{title} | {wanted} | {figure} | {state}", rows)
+        rows.append(f"{one.target.title} | {wanted} | {figure} | {state}")
+    return table("target | wanted | median of the rounds (lowest to highest) | ", rows)
 
 
 def cells_of(result: Result) -> list[Cell]:
