@@ -36,13 +36,9 @@ SOAK_STEP = 1_000
 class BenchOptions:
     """What to measure. Each arm meets each batch size alone and each concurrency with single images, in every round.
 
-    Args:
-        seconds: the window of one measurement.
-        arms: none for those of `default_arms`.
-        for_targets: also what the targets need beyond `arms`.
-        url, pytorch_url: servers that run elsewhere, in place of those that would be started.
-        soak_requests: how many requests the memory is watched over, in a server of its own; 0 for none.
-        at_least: requests in a window, at least.
+    A window lasts `seconds`, and until `at_least` requests ended in it. No `arms`: those of `default_arms`.
+    `for_targets`: also what the targets need beyond them. `url` and `pytorch_url` replace servers that would be
+    started. `soak_requests`: over how many the memory of another server is watched.
     """
 
     arms: tuple[str, ...] = ()
@@ -69,16 +65,17 @@ def quick(options: BenchOptions) -> BenchOptions:
 
 
 def default_arms(models: Path, *, has_gpu: bool, is_remote: bool) -> tuple[str, ...]:
-    """The arms of a run that names none: on a GPU also those in FP16, once their graph is there."""
+    """The arms of a run that names none: on a GPU also those in FP16, if their graph was exported."""
     if is_remote:
         return ("ensemble-grpc", "pytorch")
     return ARMS + FP16_ARMS if has_gpu and (models / "clip_onnx" / "1" / "model.fp16.onnx").is_file() else ARMS
 
 
 def left_out(options: BenchOptions) -> str:
-    """What to do so that a run that names no arms has those in FP16 too; empty where it has them, or has no GPU."""
-    default = not options.arms and not (options.url or options.pytorch_url) and find_gpu() is not None
-    if not default or default_arms(options.models, has_gpu=True, is_remote=False) != ARMS:
+    """How to get the arms in FP16 into a run that names no arms; empty if it has them, or without a GPU."""
+    if options.arms or options.url or options.pytorch_url or find_gpu() is None:
+        return ""
+    if default_arms(options.models, has_gpu=True, is_remote=False) != ARMS:
         return ""
     return f"left out: {', '.join(FP16_ARMS)}; `clip-tools export-onnx --precision fp16` makes their graph"
 

@@ -88,7 +88,7 @@ def soak(options: SoakOptions, *, tell: Tell = silent) -> dict[str, Any]:
         photographs = Photographs(images, np.concatenate([client.embed([image]) for image in images]))
         for _ in range(_WARM_UP):
             client.embed([images[0]] * 64)
-        began_with = {process.pid for process in watch.family(pid)}
+        began_with = _processes(pid)
         traffic = Traffic(url, photographs, clients=options.clients, bad_share=options.bad_share, seed=options.seed)
         every_s = max(1.0, seconds / SAMPLES)
 
@@ -105,7 +105,7 @@ def soak(options: SoakOptions, *, tell: Tell = silent) -> dict[str, Any]:
         problems = [f"{hanging} of {options.clients} clients hang"] if hanging else []
         problems += [str(watched.failure)] if watched.failure else []
         try:
-            if {process.pid for process in watch.family(pid)} != began_with:
+            if _processes(pid) != began_with:
                 problems.append("a process of the server ended or was started anew")
             if not client.is_ready():
                 problems.append("the server is not ready at the end")
@@ -120,6 +120,10 @@ def soak(options: SoakOptions, *, tell: Tell = silent) -> dict[str, Any]:
     result["problems"] = problems + [rise["problem"] for rise in rises if rise["problem"]] + _lost(traffic.ended)
     result["calls"] = [_summary(kind, traffic.ended) for kind in sorted({one.kind for one in traffic.ended})]
     return result | {"rises": rises, "points": points}
+
+
+def _processes(pid: int) -> set[int]:
+    return set(watch.of_each(pid, lambda process: int(process.pid)))
 
 
 def _points(samples: Sequence[watch.Sample], ended: Sequence[Ended], every_s: float) -> list[dict[str, float]]:

@@ -45,40 +45,31 @@ def sample(pid: int, at_s: float) -> Sample:
             regions[name] = max(regions.get(name, 0), int(end, 16) - int(begin, 16))
         return memory.uss, memory.rss, process.num_fds(), process.num_threads()
 
-    private, resident, open_files, threads = map(sum, zip(*_of_each(pid, read), strict=True))
+    private, resident, open_files, threads = map(sum, zip(*of_each(pid, read), strict=True))
     mib = [round(size / _MIB, 1) for size in (private, resident, sum(regions.values()))]
     return Sample(round(at_s, 3), mib[0], mib[1], open_files, threads, len(regions), mib[2])
 
 
 def resident_mib(pid: int) -> float:
     """The memory that a process and its children hold, MiB; pages that several share are counted once."""
-    return float(sum(_of_each(pid, lambda process: process.memory_full_info().pss)) / _MIB)
+    return float(sum(of_each(pid, lambda process: process.memory_full_info().pss)) / _MIB)
 
 
 def cpu_seconds(pid: int) -> float:
     """The CPU time that a process and its children have used so far, s."""
-    return float(sum(sum(_of_each(pid, lambda process: process.cpu_times()[:2]), ())))
+    return float(sum(sum(of_each(pid, lambda process: process.cpu_times()[:2]), ())))
 
 
-def family(pid: int) -> list[Any]:
-    """The process and its children, as psutil has them. Raises ToolError when it is gone."""
-    import psutil
-
-    try:
-        parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess as error:
-        raise ToolError(f"the server, process {pid}, is gone: its log says why") from error
-
-
-def _of_each(pid: int, read: Callable[[Any], T]) -> list[T]:
-    """What `read` gives for the process and those of its children that are still there."""
+def of_each(pid: int, read: Callable[[Any], T]) -> list[T]:
+    """What `read` gives for the `psutil.Process` and each child. Raises ToolError when the process is gone."""
     import psutil
 
     found = []
-    for process in family(pid):
-        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-            found.append(read(process))
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+                found.append(read(process))
     if not found:
         raise ToolError(f"the server, process {pid}, is gone: its log says why")
     return found
