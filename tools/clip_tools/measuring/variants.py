@@ -16,21 +16,14 @@ TENSOR_INPUT = "tensors"
 # Of every OpenAI and LAION ViT-B-32.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-_BUILT = (".onnx", ".plan", ".data")
 
 
 @dataclass(frozen=True)
 class Variant:
     """What is unlike the committed repository; None leaves the committed value.
 
-    Args:
-        config_name: the named configuration that is served.
-        preprocess_instances: processes that decode.
-        engine_instances: sessions of the engine, each with its own threads.
-        engine_threads: ONNX Runtime's threads; 0 is its own choice.
-        max_batch: how many images a model's batches hold; a request may hold as many as before.
-        queue_delay_us: how long the engine's batcher waits for a fuller batch.
-        with_tensor_model: also a model that takes FP32 tensors, for clients that preprocess.
+    `engine_threads` are those of each engine instance; 0 is ONNX Runtime's choice. `max_batch` limits the batches that
+    Triton forms, not a request. `with_tensor_model` adds a model that takes FP32 tensors, for clients that preprocess.
     """
 
     config_name: str | None = None
@@ -43,15 +36,15 @@ class Variant:
 
 
 def write_repository(variant: Variant, folder: Path, models: Path = MODELS) -> Path:
-    """The repository of a variant at `folder`; built files are links to the original's."""
-    shutil.copytree(
-        models,
-        folder,
-        ignore=lambda _, names: [n for n in names if n.endswith(_BUILT) or n in ("manifest.json", "__pycache__")],
-    )
-    for path in models.glob("*/*/*"):
-        if path.is_file() and (path.name.endswith(_BUILT) or path.name == "manifest.json"):
-            (folder / path.relative_to(models)).symlink_to(path.resolve())
+    """The repository of a variant at `folder`: its own configurations, and links to the original's other files."""
+
+    def copy(source: str, target: str) -> None:
+        if source.endswith(".pbtxt"):
+            shutil.copyfile(source, target)
+        else:
+            Path(target).symlink_to(Path(source).resolve())
+
+    shutil.copytree(models, folder, copy_function=copy, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (path.parent.name for path in models.glob("*/config.pbtxt")):
         config = read_config(models, name, variant.config_name)
         if change(config, variant):
@@ -72,9 +65,7 @@ def committed_variant(models: Path = MODELS, config_name: str | None = None) -> 
         config_name=config_name,
         preprocess_instances=preprocess.instance_group[0].count,
         engine_instances=engine.instance_group[0].count,
-        engine_threads=int(engine.parameters["intra_op_thread_count"].string_value or 0)
-        if "intra_op_thread_count" in engine.parameters
-        else 0,
+        engine_threads=int(engine.parameters["intra_op_thread_count"].string_value or 0),
         max_batch=steps[-1].config.max_batch_size,
         queue_delay_us=engine.dynamic_batching.max_queue_delay_microseconds,
     )
