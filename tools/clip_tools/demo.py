@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_tools import photos
 from clip_tools.edits import edits
-from clip_tools.errors import missing_extra
+from clip_tools.errors import needs_extra
 from clip_tools.export.export_onnx import export_onnx
 from clip_tools.export.export_text import export_text
 from clip_tools.export.manifest import Manifest, is_exported
@@ -96,14 +96,12 @@ def draw_heat_map(
     paths: Sequence[Path], embeddings: "npt.NDArray[np.float32]", picture: Path, *, subtitle: str
 ) -> None:
     """Draw the similarities as a PNG heat map with thumbnails on both axes."""
-    try:
+    with needs_extra("server"):
         import matplotlib as mpl
         import numpy as np
         from matplotlib.figure import Figure
         from matplotlib.offsetbox import AnnotationBbox, OffsetImage
         from PIL import Image
-    except ImportError as error:
-        raise missing_extra("server", error) from error
     similarities = embeddings @ embeddings.T
     count = len(paths)
     figure = Figure(figsize=(1.0 * count + 2.6, 1.0 * count + 2.2), layout="constrained")
@@ -191,13 +189,11 @@ def group_line(group: "Group") -> str:
 
 def demo(options: ServeOptions, *, picture: Path) -> None:
     """Export if needed, serve, embed the demo photographs over gRPC, show the result, stop."""
-    try:
+    with needs_extra("server"):
         import numpy as np
         from rich.console import Console
 
         from clip_embed import EmbeddingClient
-    except ImportError as error:
-        raise missing_extra("server", error) from error
     deployment(options.models, options.config_name)  # raises ToolError for a wrong folder before exporting
     check_ports(options)
     talk, data = Console(stderr=True), Console(soft_wrap=True)

@@ -26,7 +26,7 @@ from clip_embed.provenance import Provenance
 from clip_embed.table import ImageFile, stat_image
 from clip_embed.terminal import FATAL_ERRORS, NO_SERVER, SOME_FAILED, USAGE, one_line
 from clip_embed.wire import MAX_IMAGE_BYTES
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 
 _CONTAINERS = frozenset((".tar", ".parquet"))
 _OBJECT_STORE_BYTES = 100 << 20  # for a Ray that is started here: it holds file names only
@@ -44,10 +44,8 @@ class Place:
     @classmethod
     def of(cls, uri: str) -> "Place":
         """The place of a path or URI. Raises ToolError for a URI that pyarrow does not know."""
-        try:
+        with needs_extra("ray"):
             from pyarrow import ArrowException, fs
-        except ImportError as error:
-            raise missing_extra("ray", error) from error
         scheme, is_uri, _ = uri.partition("://")
         if not is_uri:
             return cls(fs.LocalFileSystem(), os.path.abspath(uri), "")  # noqa: PTH100  Path.resolve follows links
@@ -112,11 +110,9 @@ def embed_dataset(
     The actors run the model repository `models`, if given, instead of calling servers. `advance` gets the number of
     finished parts, and of all. Raises ToolError if the job stops; finished parts stay, and the next run continues.
     """
-    try:
+    with needs_extra("ray"):
         import ray.data
         import ray.exceptions
-    except ImportError as error:
-        raise missing_extra("ray", error) from error
     sources, target = Place.of(source), Place.of(destination)
     client = {"urls": url.split(","), "timeout_s": timeout_s, **environment_options(os.environ)}
     provenance, suffixes, size = _ask(client, models)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from clip_tools.digest import sha256_of
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,10 +132,8 @@ class Oracle:
 
 def load_tokenizer(model: str) -> Any:
     """open_clip's tokenizer of this architecture. Raises OtherTokenizer if `tokenize` does not support it."""
-    try:
+    with needs_extra("export"):
         import open_clip
-    except ImportError as error:
-        raise missing_extra("export", error) from error
     text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
     other = text.get("hf_tokenizer_name") or text.get("hf_model_name") or ("siglip" in model.lower() and "SigLIP's")
     if other or text.get("tokenizer_kwargs"):  # checked before open_clip downloads it
@@ -167,11 +165,9 @@ def load_oracle(weights: Weights, *, device: str = "cpu", precision: Literal["fp
 
     It turns TF32 off for this process, so that FP32 is FP32 on a GPU too.
     """
-    try:
+    with needs_extra("export"):
         import open_clip
         import torch
-    except ImportError as error:
-        raise missing_extra("export", error) from error
     register_heif()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     config = open_clip.get_model_config(weights.model)

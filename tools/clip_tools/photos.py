@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from clip_tools.digest import sha256_of
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.paths import CACHE
 
 Kind = Literal["demo", "gate", "phone", "duplicates", "odd"]
@@ -363,10 +363,8 @@ def _members(artefact: Path, picks: Sequence[Pick]) -> Iterator[tuple[str, Pick,
 
 def _as_jpeg(data: bytes) -> bytes:
     """The image as a JPEG of `JPEG_QUALITY`."""
-    try:
+    with needs_extra("server"):
         from PIL import Image
-    except ImportError as error:
-        raise missing_extra("server", error) from error
     jpeg = io.BytesIO()
     with Image.open(io.BytesIO(data)) as image:
         image.save(jpeg, "JPEG", quality=JPEG_QUALITY)

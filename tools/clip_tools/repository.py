@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 
 ENSEMBLE = "clip_ensemble"
 TEXT_ENSEMBLE = "clip_text_ensemble"
@@ -40,11 +40,9 @@ def config_path(models: Path, name: str, config_name: str | None = None) -> Path
 
 def read_config(models: Path, name: str, config_name: str | None = None) -> Any:
     """The `ModelConfig` in the file of `config_path`. Raises ToolError if it is missing or invalid."""
-    try:
+    with needs_extra("server"):
         from google.protobuf import text_format
         from tritonclient.grpc import model_config_pb2
-    except ImportError as error:
-        raise missing_extra("server", error) from error
     path = config_path(models, name, config_name)
     try:
         return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())

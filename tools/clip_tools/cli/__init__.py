@@ -3,7 +3,7 @@
 import sys
 
 from clip_tools import proxy
-from clip_tools.errors import ToolError
+from clip_tools.errors import exits_with_reason
 
 try:
     import typer
@@ -72,10 +72,8 @@ def main() -> None:
     """Run the command. A user's error is one line on stderr and an exit code."""
     proxy.bypass_for_localhost()
     try:
-        app()
-    except ToolError as error:
-        sys.stderr.write(f"clip-tools: {error}\n")
-        sys.exit(error.exit_code)
+        with exits_with_reason("clip-tools"):
+            app()
     except SystemExit as ended:
         if ended.code == 130:  # typer's exit code for Ctrl-C
             sys.stderr.write("clip-tools: interrupted\n")

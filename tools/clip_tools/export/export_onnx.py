@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools.digest import sha256_of
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export import external_data
 from clip_tools.export.external_data import DataFile, load_nodes
 from clip_tools.export.manifest import GRAPH, Manifest, put_in_place
@@ -211,11 +211,9 @@ def check_drift(
     model_path: Path, name: str, inputs: "npt.NDArray[Any]", expected: "npt.NDArray[np.float32]"
 ) -> tuple[float, float]:
     """(Worst cosine, largest element difference) of the file's embeddings to `expected`. Raises ToolError on drift."""
-    try:
+    with needs_extra("cpu"):
         import numpy as np
         import onnxruntime
-    except ImportError as error:
-        raise missing_extra("cpu", error) from error
     session = onnxruntime.InferenceSession(str(model_path), providers=["CPUExecutionProvider"])
     cosines, differences = [], []
     batches, start = itertools.cycle(_BATCHES), 0

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.export_onnx import make_manifest
 from clip_tools.export.manifest import Manifest, put_in_place
 from clip_tools.export.parts import Layer, cut, layers
@@ -94,10 +94,8 @@ def _backend() -> Any:
     """The module `ort_session` of the backend that serves a mix."""
     if str(BACKENDS / "onnxruntime") not in sys.path:
         sys.path.append(str(BACKENDS / "onnxruntime"))
-    try:
+    with needs_extra("cpu"):
         return importlib.import_module("ort_session")
-    except ImportError as error:
-        raise missing_extra("cpu", error) from error
 
 
 def _plan(backend: Any, precisions: Sequence[PartPrecision]) -> Any:

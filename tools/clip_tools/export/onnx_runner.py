@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.external_data import LARGEST_BYTES, load_graph, load_nodes, save_graph
 from clip_tools.export.precision import emulate_in_fp32, is_low
 
@@ -41,11 +41,9 @@ def run_onnx(
 
     A graph with FP16 or BF16 types is emulated in FP32. Raises ToolError for a file that ONNX Runtime refuses.
     """
-    try:
+    with needs_extra("cpu"):
         import numpy as np
         import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("cpu", error) from error
     title = model.name if isinstance(model, Path) else "the graph"
     try:
         graph = load_nodes(model) if isinstance(model, Path) else model

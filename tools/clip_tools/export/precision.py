@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.verification.gates import Precision
 
 if TYPE_CHECKING:
@@ -166,10 +166,8 @@ def fold_normalisation(model: "onnx.ModelProto") -> "onnx.ModelProto":
 
 def lower(model: "onnx.ModelProto", half: Half, *, keep: Iterable[str] = ()) -> "onnx.ModelProto":
     """The graph with its matrix arithmetic in `half`, strongly typed. `keep` names matrix nodes that stay in FP32."""
-    try:
+    with needs_extra("export"):
         from onnx import TensorProto, helper
-    except ImportError as error:
-        raise missing_extra("export", error) from error
 
     low = TensorProto.FLOAT16 if half == "fp16" else TensorProto.BFLOAT16
     graph = Graph(split_gemm(fold_normalisation(model)))

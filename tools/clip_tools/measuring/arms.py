@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.measuring.load import Ask, Check
 from clip_tools.measuring.variants import MEAN, STD, TENSOR_INPUT, TENSOR_MODEL
 from clip_tools.measuring.workload import Workload
@@ -84,10 +84,8 @@ class Caller:
 
 def open_caller(arm: Arm, service: Any, workload: Workload) -> Caller:
     """The client of an arm. Raises ToolError for an extra that is missing."""
-    try:
+    with needs_extra("http"):
         send, close = _open(arm, service)
-    except ImportError as error:
-        raise missing_extra("http", error) from error
     check = _check_pixels if arm.kind == "preprocess" else _check_embeddings
     return Caller(
         lambda indices: send([workload.images[index] for index in indices]),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.gpu import find_gpu
 from clip_tools.measuring.timing import times_of
 from clip_tools.paths import BACKENDS, MODELS
@@ -87,10 +87,8 @@ def runs_here(models: Path, config_name: str) -> bool:
 @contextlib.contextmanager
 def _backend() -> Iterator[Any]:
     """`ort_session` of the backend; what it refuses is a ToolError."""
-    try:
+    with needs_extra("cpu"):
         backend = _import_from(BACKENDS / "onnxruntime", "ort_session")
-    except ImportError as error:
-        raise missing_extra("cpu", error) from error
     try:
         yield backend
     except backend.ConfigError as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_tools import photos
 from clip_tools.edits import edits
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.measuring.results import Tell, begin
 from clip_tools.measuring.services import triton_service
 from clip_tools.measuring.tables import Section, table
@@ -86,7 +86,7 @@ def _duplicates(path: Path) -> dict[str, Any]:
 
 
 def _by_index(path: Path) -> dict[str, Any]:
-    from clip_embed.index import open_index, nearest_by_index, recall, require_usearch
+    from clip_embed.index import nearest_by_index, open_index, recall, require_usearch
     from clip_embed.library import read_library
 
     try:
@@ -114,13 +114,11 @@ def _measure_edits(paths: Sequence[Path], models: Path, tell: Tell) -> dict[str,
 
     And of imagededup's test images, whose ten photographs have four edits between them.
     """
-    try:
+    with needs_extra("server"):
         import numpy as np
         from PIL import Image
 
         from clip_embed import EmbeddingClient
-    except ImportError as error:
-        raise missing_extra("server", error) from error
     from clip_tools.export.manifest import Manifest
 
     manifest = Manifest.read(models / "clip_onnx" / "1" / "model.onnx")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.measuring import steps
 from clip_tools.measuring.noise import percentile
 from clip_tools.measuring.watch import cpu_seconds, gpu_figures, gpu_sampler
@@ -69,10 +69,8 @@ def measure(
 def _counters(triton_url: str | None) -> steps.Counters:
     if triton_url is None:
         return {}
-    try:
+    with needs_extra("profile"):
         from tritonclient.utils import InferenceServerException
-    except ImportError as error:
-        raise missing_extra("profile", error) from error
     try:
         return steps.counters(triton_url)
     except InferenceServerException:  # they require a key that is not here: SECURITY.md

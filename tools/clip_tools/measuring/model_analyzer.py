@@ -6,11 +6,10 @@ together, and it has no option for a key. Its flags are its own.
 
 import importlib
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import exits_with_reason, needs_extra
 from clip_tools.serving.access import Access
 from clip_tools.serving.key_files import access_of
 
@@ -29,21 +28,13 @@ def give_keys(client: Any, scheme: str, headers_of: Callable[[Access], Mapping[s
 
 def main() -> None:
     """Become Model Analyzer with the flags given."""
-    try:
-        analyzer, grpc, http = map(
-            importlib.import_module, ("model_analyzer.entrypoint", "tritonclient.grpc", "tritonclient.http")
-        )
-    except ImportError as error:
-        reason = missing_extra("profile", error)
-        sys.stderr.write(f"model-analyzer: {reason}\n")
-        sys.exit(reason.exit_code)
-    give_keys(grpc.InferenceServerClient, "grpc", Access.grpc_headers)
-    give_keys(http.InferenceServerClient, "http", Access.http_headers)
-    try:
+    with exits_with_reason("model-analyzer"):  # also for a key of the environment that cannot be one
+        with needs_extra("profile"):
+            names = ("model_analyzer.entrypoint", "tritonclient.grpc", "tritonclient.http")
+            analyzer, grpc, http = map(importlib.import_module, names)
+        give_keys(grpc.InferenceServerClient, "grpc", Access.grpc_headers)
+        give_keys(http.InferenceServerClient, "http", Access.http_headers)
         analyzer.main()
-    except ToolError as error:  # a key of the environment that cannot be one
-        sys.stderr.write(f"model-analyzer: {error}\n")
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.external_data import load_nodes
 from clip_tools.measuring.bare import engine_plan, open_engine
 from clip_tools.measuring.noise import paired_ratio
@@ -72,10 +72,8 @@ def onnx_profile(
 
 def _open(path: Path, provider: str, provider_options: dict[str, str], **options: Any) -> Any:
     """A session whose first provider is this one."""
-    try:
+    with needs_extra("cpu"):
         import onnxruntime
-    except ImportError as error:
-        raise missing_extra("cpu", error) from error
     given = onnxruntime.SessionOptions()
     for name, value in ({"log_severity_level": 3} | options).items():
         setattr(given, name, value)

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from clip_tools.errors import ToolError
+from clip_tools.errors import ToolError, exits_with_reason
 from clip_tools.serving.tritonserver import package_dir
 
 # Plain name -> how the wheel names it.
@@ -47,9 +47,6 @@ def _library_links(libraries: Path) -> Path:
 
 def main() -> None:
     """Become perf_analyzer with the flags given: the command `perf-analyzer`, for people and for Model Analyzer."""
-    try:
+    with exits_with_reason("perf-analyzer"):
         binary, environment = find_perf_analyzer()
-    except ToolError as error:
-        sys.stderr.write(f"perf-analyzer: {error}\n")
-        sys.exit(error.exit_code)
     os.execve(binary, [str(binary), *sys.argv[1:]], {**os.environ, **environment})  # noqa: S606

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clip_tools.errors import missing_extra
+from clip_tools.errors import needs_extra
 
 COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#edae49", "#7768ae", "#8d8d8d")
 Line = tuple[Sequence[float], Sequence[float]]
@@ -18,10 +18,8 @@ def new_axes(height: float = 3.6) -> Any:
 
 
 def _figure(height: float) -> Any:
-    try:
+    with needs_extra("server"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("server", error) from error
     return Figure(figsize=(7.2, height), layout="constrained")
 
 

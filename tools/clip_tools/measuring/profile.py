@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.measuring.fingerprint import ask_nvidia_smi
 from clip_tools.measuring.perf import PerfOptions, write_input
 from clip_tools.measuring.results import Tell, begin, silent
@@ -41,11 +41,9 @@ class ProfileOptions:
     models: Path = MODELS
 
 
+@needs_extra("profile")
 def _yaml() -> Any:
-    try:
-        return importlib.import_module("yaml")
-    except ImportError as error:
-        raise missing_extra("profile", error) from error
+    return importlib.import_module("yaml")
 
 
 def analyzer_config(options: ProfileOptions) -> dict[str, Any]:

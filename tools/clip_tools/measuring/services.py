@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.measuring import steps
 from clip_tools.measuring.arms import Arm, Caller, open_caller
 from clip_tools.measuring.variants import TENSOR_MODEL, Variant, write_repository
@@ -126,10 +126,8 @@ def served(url: str | None, variant: Variant, models: Path = MODELS) -> Abstract
 
 def pytorch_health(url: str) -> dict[str, str]:
     """What the PyTorch service says of itself: device ("GPU", "CPU") and precision. Raises ToolError without one."""
-    try:
+    with needs_extra("http"):
         import httpx
-    except ImportError as error:
-        raise missing_extra("http", error) from error
     try:
         said: dict[str, str] = httpx.get(f"{url}/health", timeout=10).raise_for_status().json()
         return {key: said[key] for key in ("device", "precision")}

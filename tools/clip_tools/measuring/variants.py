@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.external_data import load_graph, save_graph
 from clip_tools.paths import MODELS
 from clip_tools.repository import deployment, read_config, write_config
@@ -109,10 +109,8 @@ def write_tensor_model(models: Path) -> None:
 
     It is the exported graph with another beginning, so that both run the same arithmetic from the patches on.
     """
-    try:
+    with needs_extra("export"):
         import onnx  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("export", error) from error
     source = models / "clip_onnx" / "1" / "model.onnx"
     if not source.is_file():
         raise ToolError(f"{source} is not there: make it with `clip-tools export-onnx`")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_tools.digest import sha256_of
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.onnx_runner import run_onnx
 from clip_tools.measuring.plots import COLOURS, labelled, new_axes
 from clip_tools.measuring.services import triton_service
@@ -244,11 +244,9 @@ def _embed(
 @contextmanager
 def _client(engine: Engine) -> "Iterator[EmbeddingClient]":
     """A client of the running server, or of one that is started for the engine, which requires no key."""
-    try:
+    with needs_extra("server"):
         from clip_embed import EmbeddingClient
         from clip_embed.credentials import environment_options
-    except ImportError as error:
-        raise missing_extra("server", error) from error
     with ExitStack() as stack:
         url, options = engine.url, environment_options(os.environ)
         if not url:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_tools import demo, photos
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.manifest import Manifest
 from clip_tools.measuring.timing import alone
 from clip_tools.oracle import Weights
@@ -65,10 +65,8 @@ def load_images(name: str) -> tuple[bytes, ...]:
 
 def _resized(paths: Sequence[Path], count: int) -> list[Path]:
     """The first `count` photographs in colour and of at least 640x480, as JPEGs of just that size."""
-    try:
+    with needs_extra("server"):
         from PIL import Image, ImageOps
-    except ImportError as error:
-        raise missing_extra("server", error) from error
     folder = CACHE / "bench" / f"{VGA}-q{VGA_JPEG_QUALITY}-{count}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)

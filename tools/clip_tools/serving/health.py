@@ -3,7 +3,7 @@
 import os
 from functools import partial
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.serving.probe import ImageProbe, probe_image
 
 
@@ -12,11 +12,9 @@ def check_health(url: str, timeout_s: float, metrics_url: str | None = None) -> 
 
     Raises ToolError with the reason. Exit code 2: the URL or the certificates are invalid.
     """
-    try:
+    with needs_extra("server"):
         from clip_embed import EmbeddingClient, EmbeddingError, ServerOverloadedError
         from clip_embed.credentials import environment_options
-    except ImportError as error:
-        raise missing_extra("server", error) from error
     new_client = partial(EmbeddingClient, url, timeout_s=timeout_s, retry=None, **environment_options(os.environ))
     try:
         ImageProbe(new_client, probe_image(), metrics_url).ask()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE
 from clip_tools.serving.access import ADMIN_KEY_VARIABLE
 from clip_tools.serving.key_files import access_of
@@ -62,13 +62,11 @@ class GrpcModelControl:
     """
 
     def __init__(self, url: str) -> None:
-        try:
+        with needs_extra("server"):
             import tritonclient.grpc as triton
 
             from clip_embed.credentials import Credentials
             from clip_embed.endpoint import parse_url
-        except ImportError as error:
-            raise missing_extra("server", error) from error
         if not re.match(r"(grpcs?://)?[^/]+:\d+$", url):
             raise ToolError(f"'{url}': expected grpc://HOST:PORT; models are loaded over gRPC", exit_code=2)
         self.url = url

@@ -7,7 +7,7 @@ from http.client import HTTPException
 from io import BytesIO
 from typing import TYPE_CHECKING, TypeVar
 
-from clip_tools.errors import missing_extra
+from clip_tools.errors import needs_extra
 from clip_tools.proxy import DIRECT
 
 if TYPE_CHECKING:
@@ -25,10 +25,8 @@ AnswerT = TypeVar("AnswerT")
 
 def probe_image() -> bytes:
     """A small valid JPEG."""
-    try:
+    with needs_extra("server"):
         from PIL import Image
-    except ImportError as error:
-        raise missing_extra("server", error) from error
     buffer = BytesIO()
     Image.new("RGB", (32, 32), (128, 128, 128)).save(buffer, "JPEG")
     return buffer.getvalue()

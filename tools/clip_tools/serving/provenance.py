@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_embed.server_info import CHECKPOINT, MODEL, PREPROCESS, SUFFIXES
-from clip_tools.errors import missing_extra
+from clip_tools.errors import needs_extra
 from clip_tools.oracle import register_heif
 from clip_tools.repository import ENSEMBLE, Model, config_path, deployment, replace_config
 from clip_tools.serving.engine import manifest_of
@@ -50,10 +50,8 @@ def _preprocess_parameters(models: Sequence[Model]) -> dict[str, str]:
 
 def suffixes_of(formats: Sequence[str]) -> list[str]:
     """The file name suffixes of these formats, by Pillow's table."""
-    try:
+    with needs_extra("server"):
         from PIL import Image
-    except ImportError as error:
-        raise missing_extra("server", error) from error
     register_heif()
     accepted = {"MPO", *formats} if "JPEG" in formats else set(formats)  # an MPO starts as a JPEG
     return sorted({suffix for suffix, name in Image.registered_extensions().items() if name in accepted})

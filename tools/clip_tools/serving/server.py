@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, Model, check_files, deployment, text_deployment
 from clip_tools.serving import key_files
 from clip_tools.serving.drain import drain
@@ -214,10 +214,8 @@ class EmbeddedServer:
 
     def client(self, *, timeout_s: float) -> "EmbeddingClient":
         """A client of this server, without retries."""
-        try:
+        with needs_extra("server"):
             from clip_embed import EmbeddingClient
-        except ImportError as error:
-            raise missing_extra("server", error) from error
         access = self.options.access
         # With TLS by HTTP: the certificate may be for another name, and we may have no client certificate.
         url, api_key = self.options.grpc_url, access.api_key

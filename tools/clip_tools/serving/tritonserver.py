@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clip_tools import c_libraries
-from clip_tools.errors import ToolError
+from clip_tools.errors import ToolError, exits_with_reason
 from clip_tools.paths import BACKENDS
 
 _BACKEND_FLAG = "--backend-directory"
@@ -136,11 +136,8 @@ def main() -> None:
 
     It has no keys, so by default it listens on this machine alone.
     """
-    try:
+    with exits_with_reason("tritonserver"):
         installation = find_installation()
-    except ToolError as error:
-        sys.stderr.write(f"tritonserver: {error}\n")
-        sys.exit(error.exit_code)
     os.execve(  # noqa: S606
         installation.binary,
         command(installation, on_this_machine(sys.argv[1:])),

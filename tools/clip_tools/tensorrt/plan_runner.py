@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_tools.errors import ToolError, missing_extra
+from clip_tools.errors import ToolError, needs_extra
 from clip_tools.tensorrt.runtime import Runtime, load_tensorrt
 
 if TYPE_CHECKING:
@@ -18,11 +18,9 @@ def run_plan(
 
     Raises ToolError without a GPU or the library, and for a plan of another TensorRT or GPU.
     """
-    try:
+    with needs_extra("export"):
         import numpy as np
         import torch
-    except ImportError as error:
-        raise missing_extra("export", error) from error
     if not torch.cuda.is_available():
         raise ToolError(
             f"{path}: a plan runs on an NVIDIA GPU, and no GPU was found here; run the same command on the GPU host, "

@@ -1,10 +1,9 @@
 """Runs the service: `python -m clip_tools.measuring.baseline --port 8010`."""
 
 import argparse
-import sys
 
 from clip_tools.demo import weights_from_environment
-from clip_tools.errors import ToolError
+from clip_tools.errors import exits_with_reason
 from clip_tools.measuring.baseline.service import BaselineOptions, serve
 from clip_tools.oracle import Weights
 
@@ -19,11 +18,8 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8010)
     given = parser.parse_args()
-    try:
+    with exits_with_reason("baseline"):
         serve(BaselineOptions(Weights(given.model, given.pretrained), given.precision, given.host, given.port))
-    except ToolError as error:
-        sys.stderr.write(f"baseline: {error}\n")
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from clip_tools.errors import missing_extra
+from clip_tools.errors import needs_extra
 from clip_tools.oracle import Weights, best_device, load_oracle
 
 if TYPE_CHECKING:
@@ -35,13 +35,11 @@ class BaselineOptions:
 
 def create_app(weights: Weights, precision: Literal["fp32", "fp16"] = "fp32") -> "FastAPI":
     """The service with its model loaded and one image embedded. Raises ToolError for what is missing."""
-    try:
+    with needs_extra("baseline"):
         import open_clip
         import torch
         from fastapi import Body, FastAPI, HTTPException, UploadFile
         from PIL import Image
-    except ImportError as error:
-        raise missing_extra("baseline", error) from error
     oracle = load_oracle(weights, device=best_device(), precision=precision)
     computing = threading.Lock()
     app = FastAPI(title="open_clip in PyTorch", docs_url=None, redoc_url=None, openapi_url=None)
@@ -100,9 +98,7 @@ def create_app(weights: Weights, precision: Literal["fp32", "fp16"] = "fp32") ->
 
 def serve(options: BaselineOptions) -> None:
     """Serve in the foreground until a signal comes."""
-    try:
+    with needs_extra("baseline"):
         import uvicorn
-    except ImportError as error:
-        raise missing_extra("baseline", error) from error
     app = create_app(options.weights, options.precision)
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning", workers=1)
