@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from clip_embed import EmbeddingClient, EmbeddingError
 from clip_tools.errors import ToolError
 from clip_tools.measuring.load import measure
 from clip_tools.measuring.noise import paired_ratio
@@ -33,8 +34,6 @@ def ab(
     By default a minute: three rounds of two windows of 8 s, with a warm-up before each. Raises ToolError for a URL that
     names no gRPC server, for one that does not answer, and for a failed request.
     """
-    from clip_embed import EmbeddingClient, EmbeddingError
-
     photographs = load_images(images)
     windows: list[dict[str, Any]] = []
     with ExitStack() as stack:

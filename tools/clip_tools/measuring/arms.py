@@ -15,17 +15,18 @@ perf-analyzer   clip_ensemble again, loaded by perf_analyzer in place of Python
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import tritonclient.grpc as triton
+
+from clip_embed import EmbeddingClient
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.measuring.load import Ask, Check
 from clip_tools.measuring.variants import MEAN, STD, TENSOR_INPUT, TENSOR_MODEL
 from clip_tools.measuring.workload import Workload
 from clip_tools.repository import ENSEMBLE
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 KINDS = ("ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch", "preprocess", "perf-analyzer")
 TIMEOUT_S = 120.0
@@ -100,8 +101,6 @@ def _open(arm: Arm, service: Any) -> tuple[Callable[[list[bytes]], Any], Callabl
         return _open_json(service.http_url)
     if arm.kind in ("tensor-grpc", "preprocess"):
         return _open_grpc(arm, service.url)
-    from clip_embed import EmbeddingClient
-
     url = service.http_url if arm.kind == "ensemble-http" else service.url
     backend = "pytorch" if arm.kind == "pytorch" else "triton"
     options = {"batch_size": 64, "timeout_s": TIMEOUT_S, "retry": None, **service.client_options}
@@ -110,9 +109,6 @@ def _open(arm: Arm, service: Any) -> tuple[Callable[[list[bytes]], Any], Callabl
 
 
 def _open_grpc(arm: Arm, url: str) -> tuple[Callable[[list[bytes]], Any], Callable[[], None]]:
-    import numpy as np
-    import tritonclient.grpc as triton
-
     client = triton.InferenceServerClient(url.removeprefix("grpc://"))
 
     def infer(name: str, data: Any, datatype: str, output: str) -> Any:
@@ -130,7 +126,6 @@ def _open_grpc(arm: Arm, url: str) -> tuple[Callable[[list[bytes]], Any], Callab
 
 def _open_json(url: str) -> tuple[Callable[[list[bytes]], Any], Callable[[], None]]:
     import httpx
-    import numpy as np
 
     client = httpx.Client(timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=None))
 
@@ -174,10 +169,8 @@ def _expected(arm: Arm, of_all: Any, indices: list[int], answer: Any) -> Any:
     return expected
 
 
-def client_tensors(images: Sequence[bytes]) -> "npt.NDArray[np.float32]":
+def client_tensors(images: Sequence[bytes]) -> npt.NDArray[np.float32]:
     """(N, 3, 224, 224) float32, normalised, from open_clip's pixels: what a client sends that preprocesses."""
-    import numpy as np
-
     from clip_tools.measuring.bare import open_preprocess
 
     preprocess = open_preprocess()

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from google.protobuf import json_format
+
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.gpu import find_gpu
 from clip_tools.measuring.timing import times_of
@@ -63,8 +66,6 @@ def open_engine(models: Path = MODELS, config_name: str | None = None) -> Any:
 
 def engine_plan(models: Path = MODELS, config_name: str | None = None) -> tuple[Path, Any]:
     """The deployment's ONNX file, and the backend's `SessionPlan` for it on this machine. Raises ToolError for none."""
-    from google.protobuf import json_format
-
     model = next((one for one in deployment(models, config_name) if one.config.backend == "onnxruntime"), None)
     if model is None or model.file is None:
         raise ToolError(f"the deployment '{config_name or 'default'}' has no onnxruntime model to run bare")
@@ -115,8 +116,6 @@ class Worker:
 
     def steps(self, seconds: float) -> dict[str, Any]:
         """Each step alone: `preprocess_s` of one thread for an image, and the engine's `engine_s` by batch size."""
-        import numpy as np
-
         pixels = [self._preprocess(image) for image in self._images]
         batches = (1, 4, 8, 16, 64) if self._on_gpu else (1, 4, 8, 16)  # a GPU's best is the largest
         engine_s = {}

@@ -5,8 +5,17 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from clip_embed import EmbeddingClient
+from clip_embed.duplicates import connected_rows
+from clip_embed.library import Library, read_library
+from clip_embed.nearest import nearest, pairs_above
+from clip_embed.output import Format, open_output
+from clip_embed.table import ImageFile
 from clip_tools import photos
 from clip_tools.edits import edits
 from clip_tools.errors import ToolError, needs_extra
@@ -17,12 +26,6 @@ from clip_tools.measuring.timing import alone, timed, times_of
 from clip_tools.measuring.variants import Variant
 from clip_tools.paths import MODELS
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from clip_embed.library import Library
-
 SIZE = 512
 THRESHOLDS = (0.90, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98)
 SPEED_THRESHOLD = 0.96
@@ -30,13 +33,11 @@ _QUERIES = 50
 _COUNT = 10
 
 
-def synthetic(rows: int, *, seed: int = 0) -> "npt.NDArray[np.float32]":
+def synthetic(rows: int, *, seed: int = 0) -> npt.NDArray[np.float32]:
     """(rows, 512) unit vectors as CLIP's are: a common direction, fewer and fewer of the others.
 
     Every twentieth is near the one before it (cosine 0.97 to 0.99).
     """
-    import numpy as np
-
     random = np.random.default_rng(seed)
     vectors = random.standard_normal((rows, SIZE), dtype=np.float32)
     vectors *= (np.arange(1, SIZE + 1) ** -0.5).astype(np.float32)
@@ -59,18 +60,12 @@ def _measure_speed(rows: int) -> dict[str, Any]:
 
 
 def _write_synthetic(path: Path, rows: int) -> None:
-    from clip_embed.output import Format, open_output
-    from clip_embed.table import ImageFile
-
     with open_output(path, Format.parquet) as output:
         for number, vector in enumerate(synthetic(rows)):
             output.add(ImageFile(f"{number:08d}.jpg", 1, 1), vector)
 
 
 def _search(path: Path) -> dict[str, Any]:
-    from clip_embed.library import read_library
-    from clip_embed.nearest import nearest
-
     library, read_s = timed(read_library, path)
     times_ms = _query_times_ms(library, lambda query: nearest(library.embeddings, query, _COUNT))
     speed = {"read_s": read_s, "search_ms": statistics.median(times_ms), "search_worst_ms": max(times_ms)}
@@ -78,16 +73,12 @@ def _search(path: Path) -> dict[str, Any]:
 
 
 def _duplicates(path: Path) -> dict[str, Any]:
-    from clip_embed.library import read_library
-    from clip_embed.nearest import pairs_above
-
     pairs, took_s = timed(pairs_above, read_library(path).embeddings, SPEED_THRESHOLD)
     return {"duplicates_s": took_s, "pairs": pairs.total, "duplicates_memory_mib": _memory_mib()}
 
 
 def _by_index(path: Path) -> dict[str, Any]:
-    from clip_embed.index import nearest_by_index, open_index, recall, require_usearch
-    from clip_embed.library import read_library
+    from clip_embed.index import open_index, nearest_by_index, recall, require_usearch
 
     try:
         require_usearch()
@@ -100,7 +91,7 @@ def _by_index(path: Path) -> dict[str, Any]:
     return {"index_made_s": made_s, "index_search_ms": statistics.median(times_ms), "index_recall": found}
 
 
-def _query_times_ms(library: "Library", search: Callable[[Any], object]) -> list[float]:
+def _query_times_ms(library: Library, search: Callable[[Any], object]) -> list[float]:
     queries = library.embeddings[:: max(1, len(library.embeddings) // _QUERIES)]
     return [1000 * time_s for time_s in times_of(search, list(queries), 0)]
 
@@ -115,10 +106,8 @@ def _measure_edits(paths: Sequence[Path], models: Path, tell: Tell) -> dict[str,
     And of imagededup's test images, whose ten photographs have four edits between them.
     """
     with needs_extra("server"):
-        import numpy as np
         from PIL import Image
 
-        from clip_embed import EmbeddingClient
     from clip_tools.export.manifest import Manifest
 
     manifest = Manifest.read(models / "clip_onnx" / "1" / "model.onnx")
@@ -144,12 +133,8 @@ def _measure_edits(paths: Sequence[Path], models: Path, tell: Tell) -> dict[str,
     }
 
 
-def _pairs_found(vectors: "npt.NDArray[np.float32]", sizes: Sequence[int]) -> dict[str, Any]:
+def _pairs_found(vectors: npt.NDArray[np.float32], sizes: Sequence[int]) -> dict[str, Any]:
     """How many pairs of files each threshold finds, and how many by mistake; each photograph has `sizes` files."""
-    import numpy as np
-
-    from clip_embed.nearest import pairs_above
-
     photograph = np.repeat(np.arange(len(sizes)), sizes)
     found = [pairs_above(vectors, threshold) for threshold in THRESHOLDS]
     right = [int((photograph[pairs.first] == photograph[pairs.second]).sum()) for pairs in found]
@@ -161,13 +146,8 @@ def _pairs_found(vectors: "npt.NDArray[np.float32]", sizes: Sequence[int]) -> di
     }
 
 
-def _at(vectors: "npt.NDArray[np.float32]", threshold: float) -> dict[str, Any]:
+def _at(vectors: npt.NDArray[np.float32], threshold: float) -> dict[str, Any]:
     """What one threshold finds among (photographs, 1 + edits, D), each photograph before its edits."""
-    import numpy as np
-
-    from clip_embed.duplicates import connected_rows
-    from clip_embed.nearest import pairs_above
-
     _, each, size = vectors.shape
     with_original = np.einsum("ned,nd->ne", vectors[:, 1:], vectors[:, 0])
     pairs = pairs_above(vectors.reshape(-1, size), threshold)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from clip_tools.errors import ToolError, needs_extra
+from tritonclient.utils import InferenceServerException
+
+from clip_tools.errors import ToolError
 from clip_tools.measuring import steps
 from clip_tools.measuring.noise import percentile
 from clip_tools.measuring.watch import cpu_seconds, gpu_figures, gpu_sampler
@@ -69,8 +71,6 @@ def measure(
 def _counters(triton_url: str | None) -> steps.Counters:
     if triton_url is None:
         return {}
-    with needs_extra("profile"):
-        from tritonclient.utils import InferenceServerException
     try:
         return steps.counters(triton_url)
     except InferenceServerException:  # they require a key that is not here: SECURITY.md

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.external_data import load_nodes
 from clip_tools.measuring.bare import engine_plan, open_engine
@@ -82,8 +84,6 @@ def _open(path: Path, provider: str, provider_options: dict[str, str], **options
 
 
 def _pixels(batch: int) -> Any:
-    import numpy as np
-
     return np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
 
 

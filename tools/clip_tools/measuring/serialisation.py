@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from clip_tools.measuring.arms import client_tensors
 from clip_tools.measuring.bare import open_preprocess
 from clip_tools.measuring.results import begin
@@ -35,8 +37,6 @@ def _costs(images: list[bytes], runs: int) -> list[dict[str, Any]]:
     the receiver's memory: for JPEG the bytes alone, since decoding the picture is `preprocess_ms`, which is shown for
     every format: with the first three the client pays it, with JPEG the server.
     """
-    import numpy as np
-
     preprocess, tensors = open_preprocess(), client_tensors(images)
     pixels = np.stack([preprocess(image) for image in images])
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
+from clip_embed import EmbeddingClient
+from clip_embed.credentials import environment_options
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.measuring import steps
 from clip_tools.measuring.arms import Arm, Caller, open_caller
@@ -87,7 +89,6 @@ def pytorch_service(weights: Weights, precision: str = "fp32") -> Iterator[Servi
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: IO[str], deadline_s: float) -> None:
-    from clip_embed import EmbeddingClient
     from clip_tools.serving.probe import probe_image
 
     with EmbeddingClient(url, backend="pytorch", timeout_s=60, retry=None) as client:
@@ -102,8 +103,6 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: IO[str], deadline_s: 
 
 def remote_triton(url: str) -> Service:
     """A server that others run, asked with the keys of the environment (CLIP_API_KEY)."""
-    from clip_embed.credentials import environment_options
-
     parts = urlsplit(url)
     if parts.scheme != "grpc" or not parts.hostname or parts.path:
         raise ToolError(f"--url {url}: expected grpc://HOST:PORT", exit_code=2)

@@ -9,6 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from clip_embed import EmbeddingClient
+from clip_embed.errors import EmbeddingError
 from clip_tools.errors import ToolError
 from clip_tools.measuring import watch
 from clip_tools.measuring.noise import percentile
@@ -74,11 +78,6 @@ BOUNDS = {
 
 def soak(options: SoakOptions, *, tell: Tell = silent) -> dict[str, Any]:
     """The result, in which `problems` is empty when all went well."""
-    import numpy as np
-
-    from clip_embed import EmbeddingClient
-    from clip_embed.errors import EmbeddingError
-
     result, seconds = begin("soak"), int(60 * options.minutes)
     with contextlib.ExitStack() as stack:
         service = stack.enter_context(served(options.url, Variant(options.config_name), options.models))

@@ -10,14 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.utils import InferenceServerException
 
 from clip_embed import EmbeddingClient, errors
 from clip_embed.wire import DEFAULT_MODEL, INPUT
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 # Alone and in a batch an image's FP32 vector differs in its last bits, in BF16 by up to 0.001: served rightly, it is
 # far closer to itself than to any other photograph (0.79 for two of the most alike).
@@ -45,7 +46,7 @@ class Photographs:
     """Good images (encoded), and the (N, 512) float32 that the server gave for them, one at a time, at the start."""
 
     images: Sequence[bytes]
-    embeddings: "npt.NDArray[np.float32]"
+    embeddings: npt.NDArray[np.float32]
 
     def bad(self) -> tuple[bytes, ...]:
         """Files that no server should take: nothing, text, and a photograph that is cut, scrambled or headless."""
@@ -117,10 +118,6 @@ def _too_many(caller: Caller) -> Verdict:
 
 def _wrong_shape(caller: Caller) -> Verdict:
     """A tensor that the model does not take."""
-    import numpy as np
-    from tritonclient.grpc import InferenceServerClient, InferInput
-    from tritonclient.utils import InferenceServerException
-
     tensor = InferInput(INPUT, [1, 2], "BYTES")
     tensor.set_data_from_numpy(np.array([[b"a", b"b"]], dtype=np.object_))
 

@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
 from clip_tools.proxy import DIRECT
 from clip_tools.serving.key_files import access_of
 
@@ -32,8 +35,6 @@ def counters(grpc_url: str) -> Counters:
 
 def device_of(grpc_url: str, model: str) -> str:
     """Where the server runs a model, of an ensemble its last step: "GPU", "CPU", or "?" where it does not tell us."""
-    from tritonclient.utils import InferenceServerException
-
     client, headers = _client(grpc_url)
     with client:
         try:
@@ -48,8 +49,6 @@ def device_of(grpc_url: str, model: str) -> str:
 
 def _client(grpc_url: str) -> tuple[Any, Any]:
     """A client, and the headers with the server's keys."""
-    from tritonclient.grpc import InferenceServerClient
-
     access = access_of(grpc_url, os.environ)
     return InferenceServerClient(grpc_url.removeprefix("grpc://")), access.grpc_headers() if access else None
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.external_data import load_graph, save_graph
 from clip_tools.paths import MODELS
@@ -133,7 +135,6 @@ def take_tensors(model: Any) -> None:
     The tensors are made pixels again, in three cheap nodes where the pixels were cast to floats: the graph may hold the
     normalisation in its weights. Raises ToolError for a graph that does not begin with a Cast of its pixels.
     """
-    import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph

@@ -6,10 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from clip_embed import EmbeddingClient
+from clip_embed.credentials import environment_options
 from clip_tools.digest import sha256_of
-from clip_tools.errors import ToolError, needs_extra
+from clip_tools.errors import ToolError
 from clip_tools.export.onnx_runner import run_onnx
 from clip_tools.measuring.plots import COLOURS, labelled, new_axes
 from clip_tools.measuring.services import triton_service
@@ -33,12 +38,6 @@ from clip_tools.verification.gates import (
 )
 from clip_tools.verification.reference import Reference, reference
 from clip_tools.verification.texts import texts
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from clip_embed import EmbeddingClient
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 _BATCH = 8
@@ -130,8 +129,8 @@ def verify(
 def _verdict(
     engine: Engine,
     weights: Weights,
-    embeddings: "npt.NDArray[np.float32]",
-    expected: "npt.NDArray[np.float32]",
+    embeddings: npt.NDArray[np.float32],
+    expected: npt.NDArray[np.float32],
     names: tuple[str, ...],
     *,
     precision: Precision,
@@ -213,10 +212,8 @@ def _weights(given: Weights | None, file: Path | None) -> Weights:
 
 def _embed(
     engine: Engine, images: Sequence[Path], expected: Reference, advance: Advance
-) -> "tuple[npt.NDArray[np.float32], str]":
+) -> tuple[npt.NDArray[np.float32], str]:
     """(The engine's embeddings of the images, what computed them)."""
-    import numpy as np
-
     if engine.file is None:
         rows = []
         with _client(engine) as client:
@@ -242,11 +239,8 @@ def _embed(
 
 
 @contextmanager
-def _client(engine: Engine) -> "Iterator[EmbeddingClient]":
+def _client(engine: Engine) -> Iterator[EmbeddingClient]:
     """A client of the running server, or of one that is started for the engine, which requires no key."""
-    with needs_extra("server"):
-        from clip_embed import EmbeddingClient
-        from clip_embed.credentials import environment_options
     with ExitStack() as stack:
         url, options = engine.url, environment_options(os.environ)
         if not url:
@@ -285,8 +279,6 @@ def verdict_table(verdict: Verdict) -> Any:
 
 def draw_histogram(verdict: Verdict, picture: Path) -> None:
     """Draw how far each image's embedding is from open_clip's (1 - cosine, logarithmic) with the gate, as a PNG."""
-    import numpy as np
-
     distances = np.clip(1 - np.nan_to_num(np.array(verdict.cosines), nan=-1.0), 1e-8, None)
     allowed = 1 - verdict.gate.worst_cosine
     low, high = min(distances.min(), allowed) / 2, max(distances.max(), allowed) * 2

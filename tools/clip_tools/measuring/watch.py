@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
+import numpy as np
+
 from clip_tools.errors import ToolError
 from clip_tools.measuring.fingerprint import ask_nvidia_smi
 
@@ -142,8 +144,6 @@ def theil_sen(x: Sequence[float], y: Sequence[float]) -> float:
 
     Sen, Estimates of the regression coefficient based on Kendall's tau, 1968. 0 for fewer than two points.
     """
-    import numpy as np
-
     if len(x) < 2:
         return 0.0
     one, other = np.triu_indices(len(x), 1)

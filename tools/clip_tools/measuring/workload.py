@@ -6,7 +6,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from clip_tools import demo, photos
 from clip_tools.errors import ToolError, needs_extra
@@ -15,10 +17,6 @@ from clip_tools.measuring.timing import alone
 from clip_tools.oracle import Weights
 from clip_tools.paths import CACHE
 from clip_tools.verification.reference import reference
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 VGA = "640x480"
 PHONE = "phone"
@@ -34,8 +32,8 @@ class Workload:
 
     name: str
     images: tuple[bytes, ...]
-    embeddings: "npt.NDArray[np.float32]"
-    pixels: "npt.NDArray[np.uint8]"
+    embeddings: npt.NDArray[np.float32]
+    pixels: npt.NDArray[np.uint8]
 
     @property
     def mean_size_bytes(self) -> int:
