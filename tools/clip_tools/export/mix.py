@@ -1,8 +1,6 @@
 """A mix of FP32 and BF16 layers: opens it as it is served, and writes it as a named configuration."""
 
-import importlib
 import re
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +12,7 @@ from clip_tools.export.export_onnx import make_manifest
 from clip_tools.export.manifest import Manifest, put_in_place
 from clip_tools.export.parts import Layer, cut, layers
 from clip_tools.oracle import Weights
-from clip_tools.paths import BACKENDS, MODELS
+from clip_tools.paths import BACKENDS, MODELS, import_from
 from clip_tools.repository import config_names, read_config, write_config
 from clip_tools.verification.gates import Agreement
 
@@ -92,10 +90,8 @@ def check_machine() -> None:
 
 def _backend() -> Any:
     """The module `ort_session` of the backend that serves a mix."""
-    if str(BACKENDS / "onnxruntime") not in sys.path:
-        sys.path.append(str(BACKENDS / "onnxruntime"))
     with needs_extra("cpu"):
-        return importlib.import_module("ort_session")
+        return import_from(BACKENDS / "onnxruntime", "ort_session")
 
 
 def _plan(backend: Any, precisions: Sequence[PartPrecision]) -> Any:

@@ -1,11 +1,9 @@
 """The two steps without a server: `preprocess` and the engine, run in this process exactly as they are served."""
 
 import contextlib
-import importlib
 import json
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,19 +14,13 @@ from google.protobuf import json_format
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.gpu import find_gpu
 from clip_tools.measuring.timing import times_of
-from clip_tools.paths import BACKENDS, MODELS
+from clip_tools.paths import BACKENDS, MODELS, import_from
 from clip_tools.repository import deployment, read_config
 
 
 def import_preprocess(models: Path = MODELS) -> Any:
     """`clip_preprocess` of the model repository: what `preprocess` runs for one image."""
-    return _import_from(models / "preprocess" / "1", "clip_preprocess")
-
-
-def _import_from(folder: Path, name: str) -> Any:
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-    return importlib.import_module(name)
+    return import_from(models / "preprocess" / "1", "clip_preprocess")
 
 
 def _parameters(models: Path, config_name: str | None) -> dict[str, str]:
@@ -46,7 +38,7 @@ def open_batches(models: Path = MODELS, config_name: str | None = "gpu") -> Call
     """The same of many images at once on a GPU, where their pixels stay. Raises ToolError where it cannot be had."""
     preprocess = import_preprocess(models)
     try:
-        clip_gpu = _import_from(models / "preprocess" / "1", "clip_gpu")
+        clip_gpu = import_from(models / "preprocess" / "1", "clip_gpu")
         batches = clip_gpu.open_batches(_parameters(models, config_name))
     except ValueError as error:
         raise ToolError(str(error)) from error
@@ -89,7 +81,7 @@ def runs_here(models: Path, config_name: str) -> bool:
 def _backend() -> Iterator[Any]:
     """`ort_session` of the backend; what it refuses is a ToolError."""
     with needs_extra("cpu"):
-        backend = _import_from(BACKENDS / "onnxruntime", "ort_session")
+        backend = import_from(BACKENDS / "onnxruntime", "ort_session")
     try:
         yield backend
     except backend.ConfigError as error:

@@ -16,7 +16,7 @@ from clip_tools.measuring.bare import import_preprocess, open_batches, open_prep
 from clip_tools.measuring.noise import Ratio, paired_ratio
 from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.tables import Section, table
-from clip_tools.measuring.targets import NotMeasured, Target, check, verdicts_text
+from clip_tools.measuring.targets import Cell, NotMeasured, Target, check, verdicts_text
 from clip_tools.measuring.timing import OwnProcess, times_of
 from clip_tools.measuring.workload import PHONE, VGA, load_images
 from clip_tools.paths import MODELS
@@ -100,7 +100,7 @@ def _times(result: dict[str, Any], what: str, *of: str) -> list[float]:
 
 
 def _target(key: str, title: str, wanted: float, images: str, what: str) -> Target:
-    def gain(result: dict[str, Any]) -> Ratio:
+    def gain(result: dict[str, Any], _: Sequence[Cell]) -> Ratio:
         return paired_ratio(*(_times(result, what, images, "exact", way) for way in (PILLOW, KERNEL)))
 
     return Target(key, title, wanted, (), gain)

@@ -30,20 +30,23 @@ class NotMeasured(Exception):
     """The result does not hold what a target needs; says what is missing."""
 
 
+def _first_against_second(result: Result, cells: Sequence[Cell]) -> Ratio:
+    return paired_ratio(values(result, cells[0]), values(result, cells[1]))
+
+
 @dataclass(frozen=True)
 class Target:
-    """One promise. `cells` are what a run has to measure for it; `ratio` reads it off a result.
+    """One promise: `cells` are what a run has to measure for it, and `ratio` reads it off a result.
 
-    Args:
-        wanted: the ratio promised: at least, or at most where `at_most`.
-        beyond_noise: missed only when every round misses it, for a promise that something does not get worse.
+    The ratio has to be at least `wanted`, or with `at_most` no more. `beyond_noise`: it is missed only when every round
+    misses it, for a promise that something does not get worse.
     """
 
     key: str
     title: str
     wanted: float
     cells: tuple[Cell, ...]
-    ratio: Callable[[Result], Ratio]
+    ratio: Callable[[Result, tuple[Cell, ...]], Ratio] = _first_against_second
     at_most: bool = False
     beyond_noise: bool = False
 
@@ -125,14 +128,6 @@ def throughput_bound(preprocess_s: float, engine_s: float, cores: int, *, on_gpu
     return cores / (preprocess_s + engine_s * cores)
 
 
-Measure = tuple[tuple[Cell, ...], Callable[[Result], Ratio]]
-"""What a run has to measure for a target, and what reads the ratio off its result."""
-
-
-def _of(one: Cell, other: Cell) -> Measure:
-    return (one, other), lambda result: paired_ratio(values(result, one), values(result, other))
-
-
 def _bare(result: Result) -> list[dict[str, Any]]:
     if not result.get("bare"):
         raise NotMeasured("the engine and preprocess alone")
@@ -140,40 +135,42 @@ def _bare(result: Result) -> list[dict[str, Any]]:
     return rows
 
 
-def _against_bound(result: Result) -> Ratio:
+def _against_bound(result: Result, cells: Sequence[Cell]) -> Ratio:
     bounds = [
         throughput_bound(
             row["preprocess_s"], min(row["engine_s"].values()), row["cores"], on_gpu=row.get("on_gpu", False)
         )
         for row in _bare(result)
     ]
-    return paired_ratio(values(result, BUSIEST), bounds)
+    return paired_ratio(values(result, cells[0]), bounds)
 
 
-def _against_bare_single(result: Result) -> Ratio:
+def _against_bare_single(result: Result, cells: Sequence[Cell]) -> Ratio:
     bare_ms = [statistics.median(row["single_ms"]) for row in _bare(result)]
-    return paired_ratio(values(result, _SINGLE, "p50_ms"), bare_ms)
+    return paired_ratio(values(result, cells[0], "p50_ms"), bare_ms)
 
 
-def _instances(kind: str) -> Measure:
-    """The worst step from n to n + 1 instances. Four at most: beyond, a run would take hours and gain nothing."""
+def _instances(kind: str) -> tuple[Cell, ...]:
+    """Four at most: beyond, a run would take hours and gain nothing."""
     counts = range(1, min(len(os.sched_getaffinity(0)), 4) + 1)
-
-    def ratio(result: Result) -> Ratio:
-        measured = {
-            int(cell.arm.split(":")[1]): values(result, cell)
-            for cell in cells_of(result)
-            if cell.arm.startswith(f"{kind}:") and cell == Cell(cell.arm, concurrency=BUSY)
-        }
-        steps = [paired_ratio(measured[more], measured[n]) for n, more in itertools.pairwise(sorted(measured))]
-        if not steps:
-            raise NotMeasured(f"{kind} with more than one instance")
-        return min(steps, key=lambda step: step.median)
-
-    return tuple(Cell(f"{kind}:{count}", concurrency=BUSY) for count in counts), ratio
+    return tuple(Cell(f"{kind}:{count}", concurrency=BUSY) for count in counts)
 
 
-def _memory(result: Result) -> Ratio:
+def _worst_step(result: Result, cells: Sequence[Cell]) -> Ratio:
+    """From n to n + 1 instances, of all counts that were measured."""
+    kind = cells[0].arm.partition(":")[0]
+    measured = {
+        int(cell.arm.partition(":")[2]): values(result, cell)
+        for cell in cells_of(result)
+        if cell.arm.startswith(f"{kind}:") and cell == Cell(cell.arm, concurrency=BUSY)
+    }
+    steps = [paired_ratio(measured[more], measured[n]) for n, more in itertools.pairwise(sorted(measured))]
+    if not steps:
+        raise NotMeasured(f"{kind} with more than one instance")
+    return min(steps, key=lambda step: step.median)
+
+
+def _memory(result: Result, _: Sequence[Cell]) -> Ratio:
     series = {point["requests"]: point["memory_mib"] for point in (result.get("soak") or [])}
     if SOAK_FIRST not in series or SOAK_LAST not in series:
         raise NotMeasured(f"memory after {SOAK_FIRST} and {SOAK_LAST} requests (bench --soak {SOAK_LAST})")
@@ -183,23 +180,24 @@ def _memory(result: Result) -> Ratio:
 BUSIEST, _SINGLE = Cell("ensemble-grpc", concurrency=BUSY), Cell("ensemble-grpc")
 _BF16, _PYTORCH = Cell("ensemble-grpc@cpu-bf16", concurrency=BUSY), Cell("pytorch", concurrency=BUSY)
 _PHONE_EXACT, _PHONE_FAST = (Cell(f"preprocess{at}", PHONE, concurrency=4) for at in ("", "@fast"))
+_PERF_ANALYZER = Cell("perf-analyzer", concurrency=BUSY)
 _FP32 = "ensemble over gRPC against the PyTorch service, FP32"
 _BOUND = "the same in FP32, against the bound of engine and preprocess alone"
 _BARE = "single image p50, against preprocess and engine bare"
-_CLIENT = "the Python client against perf_analyzer, same server"
 _STEP, _WHOLE = (f"one preprocess instance more, the {what}" for what in ("step alone", "whole ensemble"))
+_GROWTH = "resident memory after 20,000 requests against 1,000"
 
 # At concurrency 16 unless a target says otherwise. `fast` gives 1.56 on one core: the exact mode has less to win there.
 TARGETS = (
-    Target("pytorch", _FP32, 3.3, *_of(BUSIEST, _PYTORCH)),
-    Target("pytorch-bf16", "the same, BF16 against the service's FP32", 6.0, *_of(_BF16, _PYTORCH)),
+    Target("pytorch", _FP32, 3.3, (BUSIEST, _PYTORCH)),
+    Target("pytorch-bf16", "the same, BF16 against the service's FP32", 6.0, (_BF16, _PYTORCH)),
     Target("bound", _BOUND, 0.92, (BUSIEST,), _against_bound),
-    Target("fast", "12 MP photographs: preprocess `fast` against exact", 1.4, *_of(_PHONE_FAST, _PHONE_EXACT)),
+    Target("fast", "12 MP photographs: preprocess `fast` against exact", 1.4, (_PHONE_FAST, _PHONE_EXACT)),
     Target("single", _BARE, 1.2, (_SINGLE,), _against_bare_single, at_most=True),
-    Target("client", _CLIENT, 0.95, *_of(BUSIEST, Cell("perf-analyzer", concurrency=BUSY))),
-    Target("instances", _STEP, 1.0, *_instances("preprocess"), beyond_noise=True),
-    Target("instances-ensemble", _WHOLE, 1.0, *_instances("ensemble-grpc"), beyond_noise=True),
-    Target("memory", "resident memory after 20,000 requests against 1,000", 1.05, (), _memory, at_most=True),
+    Target("client", "the Python client against perf_analyzer, same server", 0.95, (BUSIEST, _PERF_ANALYZER)),
+    Target("instances", _STEP, 1.0, _instances("preprocess"), _worst_step, beyond_noise=True),
+    Target("instances-ensemble", _WHOLE, 1.0, _instances("ensemble-grpc"), _worst_step, beyond_noise=True),
+    Target("memory", _GROWTH, 1.05, (), _memory, at_most=True),
 )
 
 
@@ -211,7 +209,7 @@ def check(result: Result, targets: Sequence[Target] = TARGETS) -> list[Verdict]:
             for row in (row for cell in target.cells for row in rows_of(result, cell) if "not_settled" in row):
                 raise NotMeasured(f"{row['arm']}, {row['not_settled']}")
             across = across_devices(result, [cell.arm for cell in target.cells])
-            verdicts.append(Verdict(target, target.ratio(result), devices=across))
+            verdicts.append(Verdict(target, target.ratio(result, target.cells), devices=across))
         except NotMeasured as missing:
             verdicts.append(Verdict(target, None, f"not measured: {missing}"))
         except ValueError as error:
