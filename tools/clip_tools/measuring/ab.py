@@ -14,6 +14,7 @@ from clip_tools.measuring.results import Tell, silent
 from clip_tools.measuring.services import remote_triton
 from clip_tools.measuring.steps import STEP_HEAD, step_texts
 from clip_tools.measuring.tables import table
+from clip_tools.measuring.timing import in_turn
 from clip_tools.measuring.workload import VGA, load_images
 
 SIDES = "AB"
@@ -46,7 +47,7 @@ def ab(
             except EmbeddingError as error:
                 raise ToolError(str(error)) from error
         for number in range(rounds):
-            for at in (0, 1) if number % 2 == 0 else (1, 0):
+            for at in in_turn((0, 1), number):
                 tell(f"round {number + 1}: {urls[at]}", len(windows), 2 * rounds)
                 window = measure(
                     partial(_ask, clients[at], photographs),

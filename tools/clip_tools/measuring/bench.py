@@ -19,7 +19,7 @@ from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.sections import not_settled
 from clip_tools.measuring.services import Deployment, Service, deployed
 from clip_tools.measuring.targets import BUSY, TARGETS, Cell
-from clip_tools.measuring.timing import OwnProcess
+from clip_tools.measuring.timing import OwnProcess, in_turn
 from clip_tools.measuring.watch import resident_mib
 from clip_tools.measuring.workload import VGA, Workload, load_workload
 from clip_tools.oracle import Weights
@@ -121,9 +121,7 @@ def in_rounds(cells: list[Cell], rounds: int) -> Iterator[tuple[int, Cell]]:
         shapes.setdefault((cell.images, cell.batch, cell.concurrency), []).append(cell)
     for number in range(rounds):
         for group in shapes.values():
-            turn = number % len(group)
-            for cell in group[turn:] + group[:turn]:
-                yield number, cell
+            yield from ((number, cell) for cell in in_turn(group, number))
 
 
 def bench(

@@ -1,16 +1,13 @@
 """Where a request's time goes on the server: Triton's own statistics and metrics, taken before and after."""
 
-import os
 import re
 import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from tritonclient.grpc import InferenceServerClient
-from tritonclient.utils import InferenceServerException
-
+from clip_tools.errors import ToolError
 from clip_tools.proxy import DIRECT
-from clip_tools.serving.key_files import access_of
+from clip_tools.serving.model_control import GrpcModelControl
 
 _PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
 STEP_HEAD = "step | batch | queue ms | input ms | infer ms | output ms"
@@ -18,10 +15,15 @@ Counters = dict[str, dict[str, int]]
 
 
 def counters(grpc_url: str) -> Counters:
-    """Each model's counters since it was loaded: requests, images, executions, and ns by phase."""
-    client, headers = _client(grpc_url)
-    with client:
-        answer = client.get_inference_statistics(headers=headers)
+    """Each model's counters since it was loaded: requests, images, executions, and ns by phase.
+
+    Empty where the server requires a key that is not here: SECURITY.md.
+    """
+    try:
+        with GrpcModelControl(grpc_url) as server:
+            models = server.statistics()
+    except ToolError:
+        return {}
     return {
         model.name: {
             "requests": model.inference_stats.success.count,
@@ -29,28 +31,21 @@ def counters(grpc_url: str) -> Counters:
             "executions": model.execution_count,
             **{phase: getattr(model.inference_stats, phase).ns for phase in _PHASES},
         }
-        for model in answer.model_stats
+        for model in models
     }
 
 
 def device_of(grpc_url: str, model: str) -> str:
     """Where the server runs a model, of an ensemble its last step: "GPU", "CPU", or "?" where it does not tell us."""
-    client, headers = _client(grpc_url)
-    with client:
-        try:
-            config = client.get_model_config(model, headers=headers).config
+    try:
+        with GrpcModelControl(grpc_url) as server:
+            config = server.configuration(model)
             while config.HasField("ensemble_scheduling"):
-                config = client.get_model_config(config.ensemble_scheduling.step[-1].model_name, headers=headers).config
-        except InferenceServerException:  # it requires a key that is not here
-            return "?"
+                config = server.configuration(config.ensemble_scheduling.step[-1].model_name)
+    except ToolError:  # it requires a key that is not here
+        return "?"
     # The server has put what KIND_AUTO is on its machine into the configuration.
     return "GPU" if any(group.Kind.Name(group.kind) == "KIND_GPU" for group in config.instance_group) else "CPU"
-
-
-def _client(grpc_url: str) -> tuple[Any, Any]:
-    """A client, and the headers with the server's keys."""
-    access = access_of(grpc_url, os.environ)
-    return InferenceServerClient(grpc_url.removeprefix("grpc://")), access.grpc_headers() if access else None
 
 
 def between(before: Counters, after: Counters) -> list[dict[str, Any]]:

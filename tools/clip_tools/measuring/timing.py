@@ -24,6 +24,12 @@ def times_of(
     return times
 
 
+def in_turn(items: Sequence[T], number: int) -> list[T]:
+    """The items as round `number` takes them: each comes first in one of the rounds."""
+    turn = number % len(items)
+    return [*items[turn:], *items[:turn]]
+
+
 def timed(call: Callable[..., T], *arguments: Any) -> tuple[T, float]:
     """(what the call gives, its seconds)."""
     begin_s = time.perf_counter()

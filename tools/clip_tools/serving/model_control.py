@@ -180,9 +180,13 @@ class GrpcModelControl:
 
         return self._infer(TEXT_ENSEMBLE, "text", "BYTES", np.array([[text]], dtype=object))
 
-    def answered(self, model: str) -> int:
+    def statistics(self, model: str = "") -> Any:
+        """Triton's `ModelStatistics` of one model, or of each."""
         with self._our_errors():
-            stats = self._client.get_inference_statistics(model, headers=self._headers).model_stats
+            return self._client.get_inference_statistics(model, headers=self._headers).model_stats
+
+    def answered(self, model: str) -> int:
+        stats = self.statistics(model)
         return sum(stat.inference_stats.success.count + stat.inference_stats.fail.count for stat in stats)
 
 
