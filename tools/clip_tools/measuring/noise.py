@@ -1,10 +1,11 @@
 """What differs by more than noise: ratios paired by round, and an exact test between two runs."""
 
 import itertools
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 # Two runs of one commit on one machine differ by a percent or two in the median; not measured further.
 SMALLEST_CHANGE = 0.02
@@ -84,7 +85,4 @@ def change(before: Sequence[float], after: Sequence[float], *, more_is_better: b
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """The smallest value that at least `percent` of the values do not exceed (nearest rank)."""
-    if not values:
-        raise ValueError("a percentile of nothing")
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+    return float(np.percentile(values, percent, method="inverted_cdf"))

@@ -8,12 +8,12 @@ jpeg          the encoded file, as this project sends it
 
 import json
 import statistics
-import struct
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from clip_tools.measuring.arms import client_tensors
 from clip_tools.measuring.bare import open_preprocess
@@ -40,17 +40,7 @@ def _costs(images: list[bytes], runs: int) -> list[dict[str, Any]]:
     preprocess, tensors = open_preprocess(), client_tensors(images)
     pixels = np.stack([preprocess(image) for image in images])
 
-    def elements() -> bytes:
-        return b"".join(part for image in images for part in (struct.pack("<I", len(image)), image))
-
-    def split(body: bytes) -> list[bytes]:
-        parts, at = [], 0
-        while at < len(body):
-            (size,) = struct.unpack_from("<I", body, at)
-            parts.append(body[at + 4 : at + 4 + size])
-            at += 4 + size
-        return parts
-
+    files = np.array(images, dtype=object)
     ways: dict[str, tuple[Callable[[], bytes], Callable[[bytes], Any], Any]] = {
         "json": (
             lambda: json.dumps({"shape": tensors.shape, "data": tensors.ravel().tolist()}).encode(),
@@ -59,7 +49,7 @@ def _costs(images: list[bytes], runs: int) -> list[dict[str, Any]]:
         ),
         "binary-fp32": (tensors.tobytes, lambda body: np.frombuffer(body, np.float32).reshape(tensors.shape), tensors),
         "binary-uint8": (pixels.tobytes, lambda body: np.frombuffer(body, np.uint8).reshape(pixels.shape), pixels),
-        "jpeg": (elements, split, images),
+        "jpeg": (lambda: serialize_byte_tensor(files).item(), deserialize_bytes_tensor, files),
     }
     times_s: dict[str, list[float]] = {}
     sizes: dict[str, int] = {}
