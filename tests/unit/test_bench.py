@@ -19,9 +19,10 @@ from clip_tools.measuring.bench import (
     quick,
     target_configs,
 )
+from clip_tools.measuring.cells import Cell
 from clip_tools.measuring.load import run_closed_loop, summarise
 from clip_tools.measuring.services import remote_triton
-from clip_tools.measuring.targets import TARGETS, Cell, check, throughput_bound, verdicts_text
+from clip_tools.measuring.targets import TARGETS, check, throughput_bound, verdicts_text
 from clip_tools.measuring.watch import gpu_figures, read_gpu
 from clip_tools.paths import MODELS
 from clip_tools.repository import read_config

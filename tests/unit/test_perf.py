@@ -10,6 +10,7 @@ import pytest
 
 from clip_tools.errors import ToolError
 from clip_tools.measuring.bench import BenchOptions, _by_perf_analyzer
+from clip_tools.measuring.cells import Cell
 from clip_tools.measuring.perf import (
     PerfOptions,
     arguments,
@@ -21,7 +22,6 @@ from clip_tools.measuring.perf import (
 )
 from clip_tools.measuring.perf_analyzer import find_perf_analyzer
 from clip_tools.measuring.report import keep
-from clip_tools.measuring.targets import Cell
 from clip_tools.paths import MODELS
 from clip_tools.serving.probe import probe_image
 

@@ -13,12 +13,13 @@ from clip_tools.gpu import find_gpu
 from clip_tools.measuring import steps
 from clip_tools.measuring.arms import Arm
 from clip_tools.measuring.bare import Worker, runs_here
+from clip_tools.measuring.cells import Cell
 from clip_tools.measuring.load import measure, rounded
 from clip_tools.measuring.perf import PerfOptions, perf_input, run_level
 from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.sections import not_settled
 from clip_tools.measuring.services import Deployment, Service, deployed
-from clip_tools.measuring.targets import BUSY, TARGETS, Cell
+from clip_tools.measuring.targets import BUSY, TARGETS
 from clip_tools.measuring.timing import OwnProcess, in_turn
 from clip_tools.measuring.watch import resident_mib
 from clip_tools.measuring.workload import VGA, Workload, load_workload

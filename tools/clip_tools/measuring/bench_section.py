@@ -6,22 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from clip_tools.measuring import plots
+from clip_tools.measuring.cells import Cell, NotMeasured, across_devices, cells_of, has_times, rows_of, values
 from clip_tools.measuring.noise import Ratio, paired_ratio
 from clip_tools.measuring.steps import STEP_HEAD, step_texts
 from clip_tools.measuring.tables import Section, table
-from clip_tools.measuring.targets import (
-    BUSIEST,
-    Cell,
-    NotMeasured,
-    across_devices,
-    cells_of,
-    check,
-    has_times,
-    rows_of,
-    throughput_bound,
-    values,
-    verdicts_text,
-)
+from clip_tools.measuring.targets import BUSIEST, check, throughput_bound, verdicts_text
 
 BASELINE = "pytorch"
 BASELINES = (BASELINE, "pytorch@fp16")

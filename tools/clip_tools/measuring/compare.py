@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_tools.errors import ToolError
+from clip_tools.measuring.cells import cells_of, has_times, values
 from clip_tools.measuring.noise import Change, change
 from clip_tools.measuring.tables import table
-from clip_tools.measuring.targets import cells_of, has_times, values
 
 _SAME_MACHINE = ("cpu", "cores", "memory_gib", "gpu", "device")
 _MAY_DIFFER = ("date", "load_before", "packages")

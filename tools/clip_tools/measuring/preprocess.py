@@ -13,10 +13,11 @@ from typing import Any
 from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
 from clip_tools.measuring.bare import import_preprocess, open_batches, open_preprocess
+from clip_tools.measuring.cells import Cell, NotMeasured
 from clip_tools.measuring.noise import Ratio, paired_ratio
 from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.tables import Section, table
-from clip_tools.measuring.targets import Cell, NotMeasured, Target, check, verdicts_text
+from clip_tools.measuring.targets import Target, check, verdicts_text
 from clip_tools.measuring.timing import OwnProcess, times_of
 from clip_tools.measuring.workload import PHONE, VGA, load_images
 from clip_tools.paths import MODELS

@@ -8,18 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from clip_tools.errors import ToolError
+from clip_tools.measuring import sections
 from clip_tools.measuring.bench_section import bench_section, headline
 from clip_tools.measuring.libraries import libraries_section, measured_text
 from clip_tools.measuring.preprocess import preprocess_section
 from clip_tools.measuring.results import read, write
-from clip_tools.measuring.sections import (
-    onnx_section,
-    perf_section,
-    precision_section,
-    serialisation_section,
-    soak_section,
-    tuning_section,
-)
 from clip_tools.measuring.tables import Section
 from clip_tools.paths import ROOT
 
@@ -28,13 +21,13 @@ DOCUMENT = ROOT / "docs" / "benchmarks.md"
 SECTIONS: dict[str, tuple[str, Callable[[str, dict[str, Any]], Section]]] = {
     "bench": ("Side by side", bench_section),
     "preprocess": ("Preprocessing alone", preprocess_section),
-    "perf": ("A standard load tester", perf_section),
-    "serialisation": ("What is sent", serialisation_section),
-    "onnx-profile": ("Inside the engine", onnx_section),
-    "profile": ("Configurations, by Model Analyzer", tuning_section),
-    "sweep": ("Configurations, by our own sweep", tuning_section),
-    "tune-precision": ("Precision by layer", precision_section),
-    "soak": ("Good and bad traffic over time", soak_section),
+    "perf": ("A standard load tester", sections.perf_section),
+    "serialisation": ("What is sent", sections.serialisation_section),
+    "onnx-profile": ("Inside the engine", sections.onnx_section),
+    "profile": ("Configurations, by Model Analyzer", sections.tuning_section),
+    "sweep": ("Configurations, by our own sweep", sections.tuning_section),
+    "tune-precision": ("Precision by layer", sections.precision_section),
+    "soak": ("Good and bad traffic over time", sections.soak_section),
     "libraries": ("Search and near-duplicates", libraries_section),
 }
 """Kind of a result -> its heading and what turns it into a section. A new verb adds its own here."""

@@ -24,18 +24,8 @@ from clip_tools.oracle import Orientation, Weights, load_oracle, load_tokenizer
 from clip_tools.repository import text_deployment
 from clip_tools.serving.engine import Engine, has_exact_pixels, orientation_of, precision_of_engine, unchanged_graph_of
 from clip_tools.tensorrt.plan_manifest import PlanManifest
-from clip_tools.verification.gates import (
-    TIE,
-    Agreement,
-    Gate,
-    Precision,
-    agreement,
-    cosines,
-    counts_for_nothing,
-    failures,
-    gate_name,
-    gate_of,
-)
+from clip_tools.verification import gates
+from clip_tools.verification.gates import Agreement, Gate, Precision
 from clip_tools.verification.reference import Reference, reference
 from clip_tools.verification.texts import texts
 
@@ -71,7 +61,7 @@ class Verdict:
     @property
     def gate_name(self) -> str:
         """How the gate is called in the report."""
-        return gate_name(self.precision, exact_pixels=self.exact_pixels)
+        return gates.gate_name(self.precision, exact_pixels=self.exact_pixels)
 
     @property
     def passed(self) -> bool:
@@ -138,8 +128,8 @@ def _verdict(
     **rest: Any,
 ) -> Verdict:
     """Of an engine's (N, D) embeddings beside open_clip's; `rest` goes into the verdict as it is."""
-    found, trained = agreement(embeddings, expected, names), weights.seed is None
-    gate = gate_of(precision, exact_pixels=exact_pixels)
+    found, trained = gates.agreement(embeddings, expected, names), weights.seed is None
+    gate = gates.gate_of(precision, exact_pixels=exact_pixels)
     return Verdict(
         engine=engine.title,
         precision=precision,
@@ -148,9 +138,9 @@ def _verdict(
         model=weights.model,
         trained=trained,
         agreement=found,
-        failures=tuple(failures(found, gate, trained=trained)),
-        counts_for_nothing=counts_for_nothing(len(names), trained=trained),
-        cosines=tuple(float(value) for value in cosines(embeddings, expected)),
+        failures=tuple(gates.failures(found, gate, trained=trained)),
+        counts_for_nothing=gates.counts_for_nothing(len(names), trained=trained),
+        cosines=tuple(float(value) for value in gates.cosines(embeddings, expected)),
         **rest,
     )
 
@@ -269,7 +259,7 @@ def verdict_table(verdict: Verdict) -> Any:
         ("1st percentile", f"{found.p1_cosine:.6f}", 0.0),
         ("largest difference", f"{found.max_abs:.2g}", 0.0),
         ("nearest neighbour the same", f"{found.top1_agreement:.1%}", gate.top1_agreement),
-        (f"or within {TIE} of it", f"{found.neighbours_kept:.1%}", 0.0),
+        (f"or within {gates.TIE} of it", f"{found.neighbours_kept:.1%}", 0.0),
         ("of the nearest five", f"{found.top5_agreement:.1%}", 0.0),
     ):
         table.add_row(title, value, f">= {least}" if least else "")
