@@ -1,1 +1,1 @@
-"""How exact it is, how fast, where the time goes, and which configuration is best."""
+"""Measures exactness and speed, where the time goes, and which configuration is best."""

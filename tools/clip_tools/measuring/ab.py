@@ -1,4 +1,4 @@
-"""`clip-tools ab`: two running servers side by side: the same photographs to both, in turns, and their own times."""
+"""`clip-tools ab`: sends the same photographs to two running servers in turns and compares them."""
 
 import statistics
 from collections.abc import Sequence

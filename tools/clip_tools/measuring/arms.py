@@ -45,7 +45,7 @@ class Arm:
 
     @classmethod
     def parse(cls, name: str) -> "Arm":
-        """The arm of a name. Raises ToolError for one that is none."""
+        """The arm of this name. Raises ToolError for an unknown one."""
         found = re.fullmatch(r"([a-z-]+)(?:@([\w-]+))?(?::(\d+))?", name)
         if not found or found[1] not in KINDS or (found[1] == "pytorch" and name not in ("pytorch", "pytorch@fp16")):
             raise ToolError(f"'{name}' is no arm: expected KIND[@CONFIG][:N], KIND of {', '.join(KINDS)}", exit_code=2)
@@ -68,7 +68,7 @@ class Arm:
 
     @property
     def model(self) -> str:
-        """The model that it asks, of a Triton arm."""
+        """The Triton model that the arm asks."""
         if self.kind == "preprocess":
             return "preprocess"
         return TENSOR_MODEL if self.kind in ("tensor-grpc", "json-http") else ENSEMBLE
@@ -96,7 +96,7 @@ def open_caller(arm: Arm, service: Any, workload: Workload) -> Caller:
 
 
 def _open(arm: Arm, service: Any) -> tuple[Callable[[list[bytes]], Any], Callable[[], None]]:
-    """What sends images and gives the rows of the answer, and what closes it."""
+    """(A function that sends images and returns the rows of the answer, a function that closes the client)."""
     if arm.kind == "json-http":
         return _open_json(service.http_url)
     if arm.kind in ("tensor-grpc", "preprocess"):
@@ -154,7 +154,7 @@ def _check_embeddings(arm: Arm, workload: Workload, indices: list[int], answer: 
 
 
 def _check_pixels(arm: Arm, workload: Workload, indices: list[int], answer: Any) -> float:
-    """1 less the mean pixel difference in 255ths. Exact mode has to give open_clip's very pixels."""
+    """1 less the mean pixel difference in 255ths. Exact mode must give open_clip's pixels."""
     expected = _expected(arm, workload.pixels, indices, answer)
     difference = float(abs(answer.astype("int16") - expected).mean() / 255)
     if difference > (0 if arm.config_name is None else 0.05):
@@ -170,7 +170,7 @@ def _expected(arm: Arm, of_all: Any, indices: list[int], answer: Any) -> Any:
 
 
 def client_tensors(images: Sequence[bytes]) -> npt.NDArray[np.float32]:
-    """(N, 3, 224, 224) float32, normalised, from open_clip's pixels: what a client sends that preprocesses."""
+    """(N, 3, 224, 224) float32, normalised, from open_clip's pixels: what a client sends if it preprocesses."""
     from clip_tools.measuring.bare import open_preprocess
 
     preprocess = open_preprocess()

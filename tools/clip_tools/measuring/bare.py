@@ -29,13 +29,13 @@ def _parameters(models: Path, config_name: str | None) -> dict[str, str]:
 
 
 def open_preprocess(models: Path = MODELS, config_name: str | None = None) -> Callable[[bytes], Any]:
-    """What `preprocess` does with one image under this configuration: bytes -> (224, 224, 3) uint8 RGB."""
+    """The function that `preprocess` runs for one image under this configuration: bytes -> (224, 224, 3) uint8 RGB."""
     opened: Callable[[bytes], Any] = import_preprocess(models).open_pixels(_parameters(models, config_name))
     return opened
 
 
 def open_batches(models: Path = MODELS, config_name: str | None = "gpu") -> Callable[[Sequence[bytes]], Any]:
-    """The same of many images at once on a GPU, where their pixels stay. Raises ToolError where it cannot be had."""
+    """The same for many images at once on a GPU; the pixels stay there. Raises ToolError if it cannot run here."""
     preprocess = import_preprocess(models)
     try:
         clip_gpu = import_from(models / "preprocess" / "1", "clip_gpu")
@@ -49,7 +49,7 @@ def open_batches(models: Path = MODELS, config_name: str | None = "gpu") -> Call
 def open_engine(models: Path = MODELS, config_name: str | None = None) -> Any:
     """The ONNX Runtime session that `backends/onnxruntime` opens for this deployment on this machine.
 
-    Raises ToolError where it cannot be opened, with the backend's reason.
+    Raises ToolError with the backend's reason if it cannot be opened.
     """
     file, plan = engine_plan(models, config_name)
     with _backend() as backend:
@@ -79,7 +79,7 @@ def runs_here(models: Path, config_name: str) -> bool:
 
 @contextlib.contextmanager
 def _backend() -> Iterator[Any]:
-    """`ort_session` of the backend; what it refuses is a ToolError."""
+    """The backend's module `ort_session`; its ConfigError becomes a ToolError."""
     with needs_extra("cpu"):
         backend = import_from(BACKENDS / "onnxruntime", "ort_session")
     try:
@@ -96,7 +96,7 @@ def instance_kind(config: Any) -> str:
 
 
 class Worker:
-    """Both steps, held open between rounds so that a round measures no start."""
+    """Both steps, open between rounds so that no round measures a start."""
 
     def __init__(self, models: Path, images: Sequence[bytes]) -> None:
         self._preprocess, self._images = open_preprocess(models), images

@@ -1,4 +1,4 @@
-"""`clip-tools bench`: the same photographs through every arm, in rounds, so that drift hits all alike."""
+"""`clip-tools bench`: embeds the same photographs through every arm, in rounds, so that drift affects all alike."""
 
 import statistics
 import tempfile
@@ -98,7 +98,7 @@ def complete(options: BenchOptions) -> BenchOptions:
 
 
 def target_configs(models: Path) -> list[str]:
-    """The named configurations that targets measure, less those whose provider this environment does not have."""
+    """The named configurations that targets measure, without those whose provider is not installed here."""
     wanted = {Arm.parse(cell.arm).config_name for target in TARGETS for cell in target.cells}
     return [name for name in config_names(models) if name in wanted and runs_here(models, name)]
 
@@ -179,7 +179,7 @@ def bench(
 
 
 def bare_part(cell: Cell, number: int, bare: list[dict[str, Any]], options: BenchOptions) -> str | None:
-    """What of the bare steps to measure before this cell: each part next to what it is compared with, once a round."""
+    """The method of `Worker` to call before this cell: each once a round, next to the cell that it is compared with."""
     if not bare or bare[-1]["round"] != number:
         bare.append({"round": number})
     if (cell.images, cell.batch) != (options.images, 1):
@@ -210,7 +210,7 @@ def _measure(deployment: Deployment, cell: Cell, workload: Workload, options: Be
 
 
 def _by_perf_analyzer(service: Service, cell: Cell, workload: Workload, options: BenchOptions) -> dict[str, Any]:
-    """perf_analyzer over three windows that add up to `seconds`, whatever they differ by, as the other arms' are."""
+    """perf_analyzer over three windows that add up to `seconds`. They may differ by any amount, as other arms' may."""
     with tempfile.TemporaryDirectory() as folder:
         input_file = Path(folder) / "input.json"
         input_file.write_text(perf_input(workload.images, "clip_ensemble", options.models))

@@ -103,7 +103,7 @@ def _throughput_table(result: dict[str, Any]) -> str:
 
 
 def _gpu_texts(result: dict[str, Any], cell: Cell) -> str:
-    """The GPU's utilisation, the rounds' median, and the most memory in use on it, that of the other servers too."""
+    """Two columns: the rounds' median GPU utilisation, and the peak of GPU memory, with that of the other servers."""
     samples = [row["gpu"] for row in rows_of(result, cell) if "gpu" in row]
     if not samples:
         return " | "

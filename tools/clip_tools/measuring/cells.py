@@ -20,7 +20,7 @@ class Cell:
 
 
 class NotMeasured(Exception):
-    """The result does not hold what a target needs; says what is missing."""
+    """The result lacks a measurement that a target needs; the message names it."""
 
 
 def cells_of(result: Result) -> list[Cell]:
@@ -35,7 +35,7 @@ def rows_of(result: Result, cell: Cell) -> list[dict[str, Any]]:
 
 
 def has_times(result: Result, cell: Cell) -> bool:
-    """Whether its latencies are known: they are not where perf_analyzer never settled."""
+    """Whether its latencies are known; perf_analyzer reports none if it never settled."""
     return any(row["p50_ms"] is not None for row in rows_of(result, cell))
 
 
@@ -48,6 +48,6 @@ def values(result: Result, cell: Cell, key: str = "throughput") -> list[float]:
 
 
 def across_devices(result: Result, arms: Sequence[str]) -> str:
-    """ "GPU against CPU" where the arms do not compute on one device, in their order; empty where they do."""
+    """ "GPU against CPU" if the arms, in this order, compute on different devices; else empty."""
     devices = dict.fromkeys(result["devices"][arm] for arm in arms if arm in result.get("devices", {}))
     return " against ".join(devices) if len(devices) > 1 else ""

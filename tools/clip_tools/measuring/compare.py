@@ -14,7 +14,7 @@ _MAY_DIFFER = ("date", "load_before", "packages")
 
 @dataclass(frozen=True)
 class Comparison:
-    """The changes by quantity, what else is unlike in the two environments, and the cells of one result alone."""
+    """The changes by quantity, other differences of the two environments, and the cells of only one result."""
 
     changes: dict[str, Change]
     differences: list[str]

@@ -41,7 +41,7 @@ def fingerprint() -> dict[str, Any]:
 
 
 def ask_nvidia_smi(query: str) -> str:
-    """nvidia-smi's answer to a query, a GPU a line; "" where there is none."""
+    """nvidia-smi's answer to a query, one line for each GPU; "" without a GPU."""
     if not shutil.which("nvidia-smi"):
         return ""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
@@ -71,5 +71,5 @@ def _commit() -> str | None:
 
 
 def _command(argv: list[str]) -> str:
-    """The command as another person would type it: no path of this machine in it."""
+    """The command without paths of this machine, so that others can repeat it."""
     return " ".join([Path(argv[0]).name, *argv[1:]]).replace(f"{ROOT}/", "").replace(str(Path.home()), "~")

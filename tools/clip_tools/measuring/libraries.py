@@ -49,7 +49,7 @@ def synthetic(rows: int, *, seed: int = 0) -> npt.NDArray[np.float32]:
 
 
 def _measure_speed(rows: int) -> dict[str, Any]:
-    """Of a Parquet of so many synthetic vectors: seconds to read it and to find its pairs, milliseconds a query."""
+    """For a Parquet file of synthetic vectors: seconds to read it and to find its pairs, milliseconds for a query."""
     speed: dict[str, Any] = {"rows": rows}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "library.parquet"
@@ -101,9 +101,9 @@ def _memory_mib() -> float:
 
 
 def _measure_edits(paths: Sequence[Path], models: Path, tell: Tell) -> dict[str, Any]:
-    """Of photographs and their edits: which edits are a pair with their photograph, and which pairs are wrong.
+    """Which edits are found as a pair with their photograph at each threshold, and which pairs are wrong.
 
-    And of imagededup's test images, whose ten photographs have four edits between them.
+    The same for imagededup's test images: ten photographs, and four edits of one of them.
     """
     with needs_extra("server"):
         from PIL import Image

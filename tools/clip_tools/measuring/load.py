@@ -67,7 +67,7 @@ def measure(
 
 
 def rounded(value: Any) -> Any:
-    """A float to seven digits; anything else as it is."""
+    """A float rounded to seven digits; other values unchanged."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
@@ -82,7 +82,7 @@ def run_closed_loop(
     warmup_s: float,
     at_least: int = 3,
 ) -> Measured:
-    """Ask from `concurrency` threads without a pause, and measure a window in the midst of it.
+    """Send requests from `concurrency` threads without a pause, and measure a window in the middle.
 
     The window opens after `warmup_s` and as many requests as callers, and lasts `seconds` and until `at_least` requests
     ended in it. Callers go on until it has closed, so neither a ramp nor a tail is in it. A request that lies only

@@ -15,7 +15,7 @@ from clip_tools.serving.key_files import access_of
 
 
 def give_keys(client: Any, scheme: str, headers_of: Callable[[Access], Mapping[str, str]]) -> None:
-    """Let every client of this tritonclient class send the keys of its server, where they are known."""
+    """Make every client of this tritonclient class send the keys of its server, if they are known."""
     make = client.__init__
 
     def make_with_keys(self: Any, url: str, *arguments: Any, **options: Any) -> None:

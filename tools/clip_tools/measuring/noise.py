@@ -67,7 +67,7 @@ class Change:
 
 
 def change(before: Sequence[float], after: Sequence[float], *, more_is_better: bool = True) -> Change:
-    """What happened from one run's rounds to another's.
+    """The change from one run's rounds to another's.
 
     A change counts when it is larger than SMALLEST_CHANGE and chance alone would show its like in fewer than one of
     twenty pairs of runs. Under four rounds a side no difference can be that rare.

@@ -38,8 +38,8 @@ def onnx_profile(
 ) -> dict[str, Any]:
     """The served session by batch size, and the profile of its provider.
 
-    Where that runs the graph as one fused node, as OpenVINO does, the profile of ONNX Runtime's own CPU provider too,
-    which shows the operators. `beside` is another ONNX file of the same tensors, timed in turn with the served one.
+    If that runs the graph as one fused node, as OpenVINO does, the CPU provider is profiled too, which shows the
+    operators. `beside` is another ONNX file of the same tensors, timed in turn with the served one.
     Raises ToolError for what is missing.
     """
     result = begin("onnx-profile")
@@ -73,7 +73,7 @@ def onnx_profile(
 
 
 def _open(path: Path, provider: str, provider_options: dict[str, str], **options: Any) -> Any:
-    """A session whose first provider is this one."""
+    """A session with this provider, and the CPU's after it."""
     with needs_extra("cpu"):
         import onnxruntime
     given = onnxruntime.SessionOptions()

@@ -63,7 +63,7 @@ def perf(options: PerfOptions, folder: Path, *, tell: Tell = silent) -> dict[str
 
 
 def write_input(options: PerfOptions, path: Path) -> int:
-    """Write the input JSON; how many images are in it."""
+    """Write the input JSON; returns the number of images in it."""
     images = load_images(options.images)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(perf_input(images, options.model, options.models))
@@ -165,7 +165,7 @@ def figures_of(row: dict[str, str]) -> dict[str, Any]:
 
 
 def plain_command(flags: Sequence[str]) -> str:
-    """The command as a person would repeat it from the checkout."""
+    """The command to repeat the measurement from the checkout."""
     shown = ["perf.csv" if flag.endswith("perf.csv") else flag.replace(f"{ROOT}/", "") for flag in flags]
     return shlex.join([".venv/bin/perf-analyzer", *shown])
 

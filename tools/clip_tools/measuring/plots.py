@@ -1,4 +1,4 @@
-"""The pictures of results, as SVG text that is the same for the same numbers, so that `make lint` can compare it."""
+"""The pictures of results as SVG. The same numbers give the same text, so that `make lint` can compare it."""
 
 import io
 import re
@@ -13,7 +13,7 @@ Line = tuple[Sequence[float], Sequence[float]]
 
 
 def new_axes(height: float = 3.6) -> Any:
-    """The axes of a figure of their own, `height` inches high."""
+    """The axes of a new figure, `height` inches high."""
     return _figure(height).add_subplot()
 
 

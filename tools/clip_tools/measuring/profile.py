@@ -47,7 +47,7 @@ def _yaml() -> Any:
 
 
 def analyzer_config(options: ProfileOptions) -> dict[str, Any]:
-    """The committed configuration with this run's folder, ports and mode; on a GPU the engine is not kept off it."""
+    """The committed configuration with this run's folder, ports and mode; with a GPU the engine may use it."""
     yaml = _yaml()
     try:
         config: dict[str, Any] = yaml.safe_load(options.config.read_text())
@@ -116,7 +116,7 @@ def profile(options: ProfileOptions, *, tell: Tell = silent) -> dict[str, Any]:
 
 
 def begin_anew_unless_same(folder: Path, run: dict[str, Any]) -> None:
-    """Remove the checkpoints of a run that was of something else, and note what this one is of in `run.json`."""
+    """Remove the checkpoints of a different run, and describe this run in `run.json`."""
     note, text = folder / "run.json", json.dumps(run, indent=1)
     if not note.is_file() or note.read_text() != text:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

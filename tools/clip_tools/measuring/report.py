@@ -34,7 +34,7 @@ SECTIONS: dict[str, tuple[str, Callable[[str, dict[str, Any]], Section]]] = {
 
 
 def keep(result: dict[str, Any], output: Path) -> str:
-    """Write a result as JSON, with its pictures beside it; its text."""
+    """Write a result as JSON, with its pictures beside it; returns its text."""
     write(result, output)
     section = SECTIONS[result["kind"]][1](output.stem, result)
     for name, picture in section.pictures.items():
@@ -73,12 +73,12 @@ def document(results: dict[str, dict[str, Any]], *, pictures_at: str) -> tuple[s
 
 
 def _results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results of a folder by name; those of the tests, reliability*.json, have a document of their own."""
+    """The results of a folder by name, without reliability*.json, which has another document."""
     return {path.stem: read(path) for path in sorted(folder.glob("*.json")) if not path.stem.startswith("reliability")}
 
 
 def committed_documents(folder: Path = COMMITTED, target: Path = DOCUMENT) -> dict[Path, str]:
-    """docs/benchmarks.md and its pictures, as they have to be for the committed results; nothing without any."""
+    """The content of docs/benchmarks.md and its pictures for the committed results; nothing without results."""
     results = _results(folder)
     if not results:
         return {}
@@ -87,7 +87,7 @@ def committed_documents(folder: Path = COMMITTED, target: Path = DOCUMENT) -> di
 
 
 def readme(text: str, folder: Path = COMMITTED) -> str:
-    """The README with its figure written anew: what stands between its two markers, out of the first bench result.
+    """The README with the figure of the first bench result between its two markers.
 
     Unchanged without the markers or without a result.
     """
@@ -95,7 +95,7 @@ def readme(text: str, folder: Path = COMMITTED) -> str:
 
 
 def search_page(text: str, folder: Path = COMMITTED) -> str:
-    """docs/search.md with its tables written anew, in the same way."""
+    """docs/search.md with its tables, in the same way."""
     return _with_figure(text, folder, "libraries", measured_text)
 
 
@@ -109,7 +109,7 @@ def _with_figure(text: str, folder: Path, kind: str, render: Callable[[dict[str,
 
 
 def report(folder: Path) -> list[Path]:
-    """Write benchmarks.md and its pictures beside the results of a folder; what was written."""
+    """Write benchmarks.md and its pictures beside the results of a folder; returns the written files."""
     results = {path.stem: read(path) for path in sorted(folder.glob("*.json")) if '"kind"' in path.read_text()[:2000]}
     if not results:
         raise ToolError(f"{folder}: expected results, *.json of clip-tools, found none: run `make bench`")

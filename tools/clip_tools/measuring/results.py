@@ -10,7 +10,7 @@ from clip_tools.measuring.fingerprint import fingerprint
 
 
 class Tell(Protocol):
-    """Told what goes on, how many measurements are done, and how many there are (None: not known)."""
+    """Is told the current step, how many measurements are done, and how many there are (None: not known)."""
 
     def __call__(self, what: str, done: int = 0, total: int | None = None, /) -> None: ...
 
@@ -20,12 +20,12 @@ def silent(what: str, done: int = 0, total: int | None = None, /) -> None:
 
 
 def begin(kind: str) -> dict[str, Any]:
-    """A result as every verb begins it, before it measures: its kind, and where it runs."""
+    """The first fields of every result: its kind and the environment. Call it before measuring."""
     return {"kind": kind, "environment": fingerprint()}
 
 
 def write(result: dict[str, Any], output: Path) -> None:
-    """The result as a JSON file, a row a line, so that two of them can be compared by eye."""
+    """Write the result as JSON, one row a line, so that two results can be compared by eye."""
     output.parent.mkdir(parents=True, exist_ok=True)
     parts = []
     for key, value in result.items():
@@ -37,9 +37,9 @@ def write(result: dict[str, Any], output: Path) -> None:
 
 
 def keep_earlier(output: Path) -> Path | None:
-    """Move the result that is at `output` to a name with its time, as in bench-20261129T120408.json; where it is now.
+    """Rename an earlier result at `output` to a name with its time, such as bench-20261129T120408.json; the new path.
 
-    None where there was none. Raises ToolError for a file that is no result, which stays.
+    None without one. Raises ToolError for a file that is no result, and keeps it.
     """
     if not output.exists():
         return None
@@ -50,7 +50,7 @@ def keep_earlier(output: Path) -> Path | None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result that some verb wrote. Raises ToolError when the file is none."""
+    """A result that a verb wrote. Raises ToolError for any other file."""
     try:
         result: dict[str, Any] = json.loads(path.read_text())
         if "kind" not in result or "environment" not in result:

@@ -1,4 +1,4 @@
-"""The servers that are measured: each in processes of its own, on free ports, started once."""
+"""Starts the servers that are measured, each in other processes and on free ports, and reaches running ones."""
 
 import os
 import socket
@@ -162,7 +162,7 @@ class Deployment:
         return device if host in ("localhost", "127.0.0.1", "::1") else f"{device} of {host}"
 
     def caller(self, arm: Arm, workload: Workload) -> Caller:
-        """What asks the arm for a workload's images; opened once."""
+        """The client that sends a workload's images to the arm; opened once."""
         key = (arm, workload.name)
         if key not in self._callers:
             self._callers[key] = open_caller(arm, self.services[arm.server], workload)

@@ -1,4 +1,4 @@
-"""`clip-tools soak`: mixed good and bad traffic for as long as it is let, and whether anything grew or was lost."""
+"""`clip-tools soak`: sends good and bad traffic for a given time, and reports what grew or was lost."""
 
 import contextlib
 import statistics
@@ -77,7 +77,7 @@ BOUNDS = {
 
 
 def soak(options: SoakOptions, *, tell: Tell = silent) -> dict[str, Any]:
-    """The result, in which `problems` is empty when all went well."""
+    """Run the soak. `problems` of the result is empty if nothing grew or was lost."""
     result, seconds = begin("soak"), int(60 * options.minutes)
     with contextlib.ExitStack() as stack:
         service = stack.enter_context(served(options.url, Variant(options.config_name), options.models))
@@ -160,7 +160,7 @@ def judge(points: Sequence[dict[str, float]]) -> list[dict[str, Any]]:
 
 
 def _lost(ended: Sequence[Ended]) -> list[str]:
-    """What was wrong about calls, each way of being wrong once."""
+    """The problems of calls, each kind once with its count."""
     found = Counter((one.kind, one.problem) for one in ended if one.problem)
     shown = [f"{kind}, {count} times: {problem}" for (kind, problem), count in found.most_common(_SHOWN_PROBLEMS)]
     return shown + ([f"and {len(found) - _SHOWN_PROBLEMS} other problems"] if len(found) > _SHOWN_PROBLEMS else [])

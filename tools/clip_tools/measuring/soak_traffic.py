@@ -1,6 +1,6 @@
-"""The mixed traffic of a soak: good images, broken ones, and clients that do not behave, each with what has to come.
+"""The mixed traffic of a soak: good images, broken ones and misbehaving clients, each with its expected answer.
 
-Every call of a client is one of `REQUESTS`; it ends as it should, or it is a problem that the soak reports.
+Every call of a client is one of `REQUESTS` or `BAD_REQUESTS`. The soak reports calls that end in any other way.
 """
 
 import random
@@ -43,19 +43,19 @@ class Ended(NamedTuple):
 
 @dataclass(frozen=True)
 class Photographs:
-    """Good images (encoded), and the (N, 512) float32 that the server gave for them, one at a time, at the start."""
+    """Good images (encoded), and the server's embeddings of them at the start, one at a time: (N, 512) float32."""
 
     images: Sequence[bytes]
     embeddings: npt.NDArray[np.float32]
 
     def bad(self) -> tuple[bytes, ...]:
-        """Files that no server should take: nothing, text, and a photograph that is cut, scrambled or headless."""
+        """Files that a server must refuse: empty, text, and a photograph cut, scrambled or without its header."""
         whole = self.images[0]
         return b"", b"not an image", whole[: len(whole) // 2], whole[:200] + bytes(len(whole) - 200), whole[2:]
 
 
 class Caller:
-    """One client of the soak: its own connection and its own dice."""
+    """One client of the soak, with a connection and a random generator."""
 
     def __init__(self, url: str, photographs: Photographs, seed: int) -> None:
         self.url, self.photographs = url, photographs
@@ -133,13 +133,13 @@ def _wrong_shape(caller: Caller) -> Verdict:
 
 
 def _impatient(caller: Caller) -> Verdict:
-    """A request whose client gives up before the answer can be there."""
+    """A request whose client gives up before the answer can arrive."""
     with EmbeddingClient(caller.url, timeout_s=_IMPATIENT_S, retry=None) as client:
         return _expect(errors.DeadlineExceededError, 1, lambda: client.embed(caller.photographs.images[:1]))
 
 
 def _gone(caller: Caller) -> Verdict:
-    """A connection that says half of something and breaks."""
+    """A connection that is reset in the middle of a message."""
     host, port = caller.url.removeprefix("grpc://").rsplit(":", 1)
     with socket.create_connection((host, int(port)), timeout=TIMEOUT_S) as connection:
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + caller.dice.randbytes(100))
@@ -190,12 +190,12 @@ class Traffic:
         ]
 
     def start(self) -> None:
-        """Let the callers go."""
+        """Start the callers."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> int:
-        """Wait for what is on its way; how many callers hang."""
+        """Wait for the requests in flight; returns the number of callers that hang."""
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=2 * TIMEOUT_S)

@@ -36,7 +36,7 @@ def counters(grpc_url: str) -> Counters:
 
 
 def device_of(grpc_url: str, model: str) -> str:
-    """Where the server runs a model, of an ensemble its last step: "GPU", "CPU", or "?" where it does not tell us."""
+    """Where the server runs a model, or an ensemble's last step: "GPU", "CPU", or "?" if it does not tell us."""
     try:
         with GrpcModelControl(grpc_url) as server:
             config = server.configuration(model)

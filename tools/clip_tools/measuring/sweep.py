@@ -45,9 +45,9 @@ AXES: dict[str, Axis] = {
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What to search, and how each point is measured: by perf_analyzer, on a server of its own.
+    """What to search, and how perf_analyzer measures each point, on a new server.
 
-    `also` is a setting in Model Analyzer's words that is measured too.
+    `also` is a further setting to measure, in Model Analyzer's words.
     """
 
     axes: Sequence[str] = tuple(AXES)
@@ -91,7 +91,7 @@ def search(start: Variant, axes: dict[str, Axis], measure: Callable[[Variant], P
 
 
 def sweep(options: SweepOptions, *, tell: Tell = silent) -> dict[str, Any]:
-    """Run the search, or go on with an interrupted one: each point is kept in `log`, a line of JSON each."""
+    """Run the search, or continue an interrupted one: each point is a line of JSON in `log`."""
     result = begin("sweep")
     same = {key: result["environment"][key] for key in ("cpu", "cores", "git_commit")}
     same |= {"images": options.images, "concurrency": options.concurrency, "window_ms": options.window_ms}
@@ -135,7 +135,7 @@ def sweep(options: SweepOptions, *, tell: Tell = silent) -> dict[str, Any]:
 
 
 def read_log(path: Path, same: dict[str, Any]) -> dict[Variant, Point]:
-    """The points of earlier runs on the same machine, commit and load. A last line that was cut off is left out."""
+    """The points of earlier runs on the same machine, commit and load, without a truncated last line."""
     points = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -206,7 +206,7 @@ def apply(result: dict[str, Any], name: str, models: Path = MODELS) -> list[Path
 
 
 def axes_of(names: Sequence[str]) -> dict[str, Axis]:
-    """The axes of these names, in their order. Raises ToolError for one that is none."""
+    """The axes of these names, in this order. Raises ToolError for an unknown name."""
     try:
         return {name: AXES[name] for name in names}
     except KeyError as error:

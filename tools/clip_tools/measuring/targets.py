@@ -107,13 +107,13 @@ def _against_bare_single(result: Result, cells: Sequence[Cell]) -> Ratio:
 
 
 def _instances(kind: str) -> tuple[Cell, ...]:
-    """Four at most: beyond, a run would take hours and gain nothing."""
+    """The cells of 1 to 4 instances; more would take hours and show nothing new."""
     counts = range(1, min(len(os.sched_getaffinity(0)), 4) + 1)
     return tuple(Cell(f"{kind}:{count}", concurrency=BUSY) for count in counts)
 
 
 def _worst_step(result: Result, cells: Sequence[Cell]) -> Ratio:
-    """From n to n + 1 instances, of all counts that were measured."""
+    """The lowest ratio from n to n + 1 instances, of all measured counts."""
     kind = cells[0].arm.partition(":")[0]
     measured = {
         int(cell.arm.partition(":")[2]): values(result, cell)

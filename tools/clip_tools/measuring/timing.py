@@ -1,4 +1,4 @@
-"""The times of calls, and processes of their own for what has to be timed, or to end, alone."""
+"""Times calls, and runs them in other processes."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ T = TypeVar("T")
 def times_of(
     call: Callable[[T], object], inputs: Sequence[T], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> list[float]:
-    """The seconds of each call, over whole passes through the inputs, for `seconds` or more. A call before warms up."""
+    """The seconds of each call, over whole passes through the inputs, for `seconds` or more, after one warm-up call."""
     call(inputs[0])
     times: list[float] = []
     total_s = 0.0
@@ -25,26 +25,26 @@ def times_of(
 
 
 def in_turn(items: Sequence[T], number: int) -> list[T]:
-    """The items as round `number` takes them: each comes first in one of the rounds."""
+    """The items in the order of round `number`: each comes first in one of the rounds."""
     turn = number % len(items)
     return [*items[turn:], *items[:turn]]
 
 
 def timed(call: Callable[..., T], *arguments: Any) -> tuple[T, float]:
-    """(what the call gives, its seconds)."""
+    """(The result of the call, its seconds)."""
     begin_s = time.perf_counter()
     made = call(*arguments)
     return made, time.perf_counter() - begin_s
 
 
 def alone(call: Callable[..., T], *arguments: Any) -> T:
-    """What a call gives that runs in a process of its own: its threads and memory end with it."""
+    """The result of a call in a new process, so that its threads and memory end with it."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(call, *arguments).result()
 
 
 class OwnProcess(ProcessPoolExecutor):
-    """Holds `make(*arguments)` in a process of its own, which ends with the context manager."""
+    """Holds `make(*arguments)` in a new process, which ends with the context manager."""
 
     _held: Any = None  # in that process
 
@@ -53,7 +53,7 @@ class OwnProcess(ProcessPoolExecutor):
         self.submit(_make, make, arguments).result()
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What a method of the object gives."""
+        """The result of one of the object's methods."""
         return self.submit(_ask, method, arguments).result()
 
 

@@ -1,4 +1,4 @@
-"""Model repositories that differ from the committed one in what a measurement varies, in a folder of their own."""
+"""Writes model repositories that differ from the committed one in the values that a measurement varies."""
 
 import shutil
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Variant:
 
 
 def write_repository(variant: Variant, folder: Path, models: Path = MODELS) -> Path:
-    """The repository of a variant at `folder`: its own configurations, and links to the original's other files."""
+    """Write a variant's repository to `folder`: its configurations, and links to the original's other files."""
 
     def copy(source: str, target: str) -> None:
         if source.endswith(".pbtxt"):
@@ -74,7 +74,7 @@ def committed_variant(models: Path = MODELS, config_name: str | None = None) -> 
 
 
 def change(config: Any, variant: Variant) -> bool:
-    """Put the variant's values into a `ModelConfig`; whether any was for this model."""
+    """Put the variant's values into a `ModelConfig`; whether that changed it."""
     before = config.SerializeToString(deterministic=True)
     if config.name == "preprocess" or config.backend == "python":
         served = type(config)()
@@ -107,9 +107,9 @@ def limit_batches(config: Any, images: int) -> None:
 
 
 def write_tensor_model(models: Path) -> None:
-    """Add `clip_tensors`: the engine of `clip_onnx` behind an FP32 input of (N, 3, 224, 224), normalised by the client.
+    """Add `clip_tensors`: `clip_onnx` with an FP32 input of (N, 3, 224, 224) that the client has normalised.
 
-    It is the exported graph with another beginning, so that both run the same arithmetic from the patches on.
+    It is the exported graph with another beginning: both run the same arithmetic from the patches on.
     """
     with needs_extra("export"):
         import onnx  # noqa: F401

@@ -127,7 +127,7 @@ def _verdict(
     exact_pixels: bool = True,
     **rest: Any,
 ) -> Verdict:
-    """Of an engine's (N, D) embeddings beside open_clip's; `rest` goes into the verdict as it is."""
+    """The verdict on an engine's (N, D) embeddings beside open_clip's; `rest` are its other fields."""
     found, trained = gates.agreement(embeddings, expected, names), weights.seed is None
     gate = gates.gate_of(precision, exact_pixels=exact_pixels)
     return Verdict(
@@ -148,7 +148,7 @@ def _verdict(
 def verify_text(
     engine: Engine, weights: Weights | None, *, advance: Advance = lambda what, done, total: None
 ) -> Verdict:
-    """As `verify`, of a text tower on texts of ours: a file, a configuration to serve here, or a running server."""
+    """As `verify`, for a text tower on this project's texts: a file, a configuration to serve, or a running server."""
     some = texts()
     served = text_deployment(engine.models, engine.config_name)
     if not (engine.file or engine.url or served):

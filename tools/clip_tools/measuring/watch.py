@@ -1,4 +1,4 @@
-"""What a server and its stubs hold and use: memory, CPU, file descriptors, threads, shared memory, and the GPU."""
+"""Reads what a server and its stubs use: memory, CPU, file descriptors, threads, shared memory and the GPU."""
 
 import contextlib
 import re
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sample:
-    """A moment of the server, its children included.
+    """What the server and its children use at one moment.
 
     `private_mib` is the memory that would come back if they ended (USS), `resident_mib` counts what is shared with each
     (RSS); `shared_mib` and `regions` are what they have mapped of /dev/shm, each region once.
@@ -93,7 +93,7 @@ def listener(port: int) -> int:
 class Sampler(Generic[T]):
     """Calls `take`, with the seconds since it began, every `every_s` in a thread, as a context manager.
 
-    It ends before that when `take` gives None or raises ToolError, which is then in `failure`.
+    It ends earlier if `take` returns None or raises ToolError, which is then in `failure`.
     """
 
     def __init__(self, take: Callable[[float], T | None], *, every_s: float) -> None:
@@ -134,7 +134,7 @@ def read_gpu(text: str) -> tuple[float, float] | None:
 
 
 def gpu_figures(samples: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """The mean utilisation, less the first sample, which is from before the load, and the most memory."""
+    """The mean utilisation and the peak memory. The first sample is from before the load and does not count."""
     utilisation = statistics.mean(percent for percent, _ in samples[1:] or samples)
     return {"utilisation_percent": round(utilisation, 1), "memory_mib": max(mib for _, mib in samples)}
 

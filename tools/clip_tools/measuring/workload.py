@@ -1,4 +1,4 @@
-"""The photographs that measurements embed, and what open_clip itself makes of them."""
+"""The photographs that measurements embed, with open_clip's own pixels and embeddings."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ VGA_JPEG_QUALITY = 90  # about 100 KB a photograph; not measured
 
 @dataclass(frozen=True)
 class Workload:
-    """N different photographs under one name, and what open_clip gives for them.
+    """N different photographs under one name, with open_clip's pixels and embeddings.
 
     `embeddings` (N, 512) float32, L2 norm 1; `pixels` (N, 224, 224, 3) uint8 RGB.
     """
@@ -104,8 +104,8 @@ def weights_of(manifest: Manifest, model_path: Path) -> Weights:
 def ensure_model(models: Path) -> Weights:
     """The weights of the repository's `model.onnx`, exported first where it is missing or not CLIP_CHECKPOINT's.
 
-    As `clip-tools demo` does it: speed does not depend on the training, so untrained weights will do where no hub
-    answers, and the result says so.
+    As in `clip-tools demo`, untrained weights are used if no hub answers: speed does not depend on the training, and
+    the result says so.
     """
     model_path = models / "clip_onnx" / "1" / "model.onnx"
     if not model_path.is_file() or "CLIP_CHECKPOINT" in os.environ:

@@ -1,7 +1,7 @@
 """POST /embed/base64: `{"images": ["<base64>", ...]}` -> `{"embeddings": [[...], ...], "count": N, "model_info": ...}`.
 
 /embed/batch takes the same images as `files` of a form, and /model-info says which model it is.
-It is written as such services are, and as well as they can be in one process: open_clip's own transform and model on
+It is a typical service, as fast as one process can be: open_clip's own transform and model on
 the GPU or, without one, with PyTorch's threads on every core; `torch.inference_mode`; FastAPI's thread pool so that one
 request is decoded while another computes; and one request computing at a time, for two would share the same cores. A
 request is one batch; nothing batches across requests.
@@ -34,7 +34,7 @@ class BaselineOptions:
 
 
 def create_app(weights: Weights, precision: Literal["fp32", "fp16"] = "fp32") -> "FastAPI":
-    """The service with its model loaded and one image embedded. Raises ToolError for what is missing."""
+    """The service, its model loaded and one image embedded. Raises ToolError for a missing package."""
     with needs_extra("baseline"):
         import open_clip
         import torch
