@@ -26,10 +26,11 @@ from clip_tools.serving.engine import Engine, has_exact_pixels, orientation_of, 
 from clip_tools.tensorrt.plan_manifest import PlanManifest
 from clip_tools.verification import gates
 from clip_tools.verification.gates import Agreement, Gate, Precision
-from clip_tools.verification.reference import Reference, reference
+from clip_tools.verification.reference import reference
 from clip_tools.verification.texts import texts
 
 Advance = Callable[[str, int, int], None]  # (what, done, of how many)
+Rows = npt.NDArray[np.float32]  # (N, D)
 _BATCH = 8
 
 
@@ -100,7 +101,15 @@ def verify(
     turned = orientation or orientation_of(engine)
     expected = reference(weights, images, orientation=turned)
     advance("open_clip in FP32", len(images), len(images))
-    embeddings, how = _embed(engine, images, expected, advance)
+
+    def ask(client: EmbeddingClient) -> Rows:
+        rows = []
+        for start in range(0, len(images), _BATCH):
+            rows.append(client.embed([path.read_bytes() for path in images[start : start + _BATCH]]))
+            advance("the engine", min(start + _BATCH, len(images)), len(images))
+        return np.concatenate(rows)
+
+    embeddings, how = _embed(engine, expected.pixels, ask, advance)
     return _verdict(
         engine,
         weights,
@@ -119,8 +128,8 @@ def verify(
 def _verdict(
     engine: Engine,
     weights: Weights,
-    embeddings: npt.NDArray[np.float32],
-    expected: npt.NDArray[np.float32],
+    embeddings: Rows,
+    expected: Rows,
     names: tuple[str, ...],
     *,
     precision: Precision,
@@ -159,13 +168,7 @@ def verify_text(
     tokens = load_tokenizer(weights.model)(some).numpy()
     expected = load_oracle(weights).embed_tokens(tokens)
     advance("open_clip in FP32", len(some), len(some))
-    if engine.file:
-        run = run_onnx(engine.file, tokens)
-        embeddings, how = run.embeddings, run.how
-    else:
-        with _client(engine) as client:
-            embeddings = client.embed_text(some)
-        how = f"served, through clip_embed ({engine.title})"
+    embeddings, how = _embed(engine, tokens, lambda client: client.embed_text(some), advance)
     return _verdict(
         engine,
         weights,
@@ -183,15 +186,14 @@ def verify_text(
 def _weights(given: Weights | None, file: Path | None) -> Weights:
     """The weights to compare with: those given, else the manifest's; refused when the two are known to differ."""
     known = unchanged_graph_of(file) if file else None
-    manifest = known[1] if known else None
-    if given is None and manifest is None:
-        raise ToolError(
-            "nothing here says which weights to compare with: give --model and --pretrained, those of the server",
-            exit_code=2,
-        )
     if given is None:
-        return weights_of(manifest, file)
-    if manifest and manifest.identity != given.identity:
+        if known is None:
+            raise ToolError(
+                "nothing here says which weights to compare with: give --model and --pretrained, those of the server",
+                exit_code=2,
+            )
+        return weights_of(*known)
+    if known and (manifest := known[1]).identity != given.identity:
         raise ToolError(
             f"{file} was made of {manifest.model}, {manifest.pretrained}, and is to be compared with "
             f"{given.model}, {given.pretrained}: leave --pretrained out, or give the same",
@@ -201,30 +203,26 @@ def _weights(given: Weights | None, file: Path | None) -> Weights:
 
 
 def _embed(
-    engine: Engine, images: Sequence[Path], expected: Reference, advance: Advance
-) -> tuple[npt.NDArray[np.float32], str]:
-    """(The engine's embeddings of the images, what computed them)."""
+    engine: Engine, inputs: npt.NDArray[Any], ask: Callable[[EmbeddingClient], Rows], advance: Advance
+) -> tuple[Rows, str]:
+    """(The embeddings of a file that is run on `inputs`, or of a server that is asked; what computed them)."""
     if engine.file is None:
-        rows = []
         with _client(engine) as client:
-            for start in range(0, len(images), _BATCH):
-                rows.append(client.embed([path.read_bytes() for path in images[start : start + _BATCH]]))
-                advance("the engine", min(start + _BATCH, len(images)), len(images))
-        return np.concatenate(rows), f"served, through clip_embed ({engine.title})"
+            return ask(client), f"served, through clip_embed ({engine.title})"
     if engine.file.suffix == ".plan":
         from clip_tools.tensorrt.plan_runner import run_plan
 
         manifest = PlanManifest.read(engine.file)
         runtime = manifest.runtime if manifest else "tensorrt"
-        return run_plan(engine.file, expected.pixels, runtime=runtime), f"{runtime} on the GPU"
+        return run_plan(engine.file, inputs, runtime=runtime), f"{runtime} on the GPU"
     done = 0
 
     def tell(count: int) -> None:
         nonlocal done
         done += count
-        advance("the engine", done, len(images))
+        advance("the engine", done, len(inputs))
 
-    run = run_onnx(engine.file, expected.pixels, advance=tell)
+    run = run_onnx(engine.file, inputs, advance=tell)
     return run.embeddings, run.how
 
 

@@ -84,7 +84,7 @@ def _resized(paths: Sequence[Path], count: int) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def weights_of(manifest: Manifest, model_path: Path) -> Weights:
+def weights_of(model_path: Path, manifest: Manifest) -> Weights:
     """The weights of an exported model, so that open_clip can load the same.
 
     A manifest has a checkpoint's digest, and CLIP_CHECKPOINT its path. Raises ToolError if that is another file's.
@@ -113,7 +113,7 @@ def ensure_model(models: Path) -> Weights:
     manifest = Manifest.read(model_path)
     if manifest is None:
         raise ToolError(f"{model_path} has no manifest, so its weights are not known: run `clip-tools export-onnx`")
-    return weights_of(manifest, model_path)
+    return weights_of(model_path, manifest)
 
 
 def load_workload(name: str, weights: Weights, *, count: int = 32) -> Workload:
