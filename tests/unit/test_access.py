@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from clip_tools import cli
 from clip_tools.errors import ToolError
 from clip_tools.measuring import perf
+from clip_tools.measuring.options import PerfOptions
 from clip_tools.serving import key_files, secret_arguments
 from clip_tools.serving.access import CLOSED, DESCRIPTIVE, OPEN, Access, Tls, exposure_warning
 from clip_tools.serving.serve_options import ServeOptions
@@ -237,10 +238,10 @@ def test_only_a_server_that_strangers_can_reach_is_warned_about():
 def test_perf_analyzer_is_given_the_keys_of_the_server_that_it_measures(monkeypatch, tmp_path):
     monkeypatch.setattr(key_files.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.delenv("CLIP_ADMIN_KEY", raising=False)
-    assert perf.headers(perf.PerfOptions(url="localhost:8001")) == {}
+    assert perf.headers(PerfOptions(url="localhost:8001")) == {}
     key_files.save_keys("grpc://localhost:8001", Access(KEY))
     key_files.save_keys("http://localhost:8000", Access(KEY, API_KEY))
-    grpc, http = perf.PerfOptions(url="localhost:8001"), perf.PerfOptions(url="localhost:8000", protocol="http")
+    grpc, http = PerfOptions(url="localhost:8001"), PerfOptions(url="localhost:8000", protocol="http")
     name = "triton-grpc-protocol-clip-admin-key"
     assert perf.headers(grpc) == {f"-H{name}:***": f"-H{name}:{KEY}"}
     assert [*perf.headers(http).values()] == [f"-Hclip-admin-key:{KEY}", f"-Hclip-api-key:{API_KEY}"]

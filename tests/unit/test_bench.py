@@ -9,7 +9,6 @@ from clip_tools.measuring.arms import Arm
 from clip_tools.measuring.bare import instance_kind, open_engine
 from clip_tools.measuring.bench import (
     ARMS,
-    BenchOptions,
     bare_part,
     complete,
     default_arms,
@@ -21,6 +20,7 @@ from clip_tools.measuring.bench import (
 )
 from clip_tools.measuring.cells import Cell
 from clip_tools.measuring.load import run_closed_loop, summarise
+from clip_tools.measuring.options import BenchOptions
 from clip_tools.measuring.services import remote_triton
 from clip_tools.measuring.targets import TARGETS, check, throughput_bound, verdicts_text
 from clip_tools.measuring.watch import gpu_figures, read_gpu

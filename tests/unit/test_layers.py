@@ -10,7 +10,19 @@ from clip_tools.paths import ROOT
 TOOLS = ROOT / "tools" / "clip_tools"
 # From the lowest; a layer may import those before it, and itself. A name is a package or a module of clip_tools.
 LAYERS = [
-    {"c_libraries", "digest", "edits", "errors", "gpu", "oracle", "paths", "photos", "progress", "proxy"}
+    {
+        "c_libraries",
+        "digest",
+        "edits",
+        "errors",
+        "gpu",
+        "option_types",
+        "oracle",
+        "paths",
+        "photos",
+        "progress",
+        "proxy",
+    }
     | {"repository"},
     {"verification"},
     {"export"},

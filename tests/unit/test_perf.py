@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from clip_tools.errors import ToolError
-from clip_tools.measuring.bench import BenchOptions, _by_perf_analyzer
+from clip_tools.measuring.bench import _by_perf_analyzer
 from clip_tools.measuring.cells import Cell
+from clip_tools.measuring.options import BenchOptions, PerfOptions
 from clip_tools.measuring.perf import (
-    PerfOptions,
     arguments,
     figures_of,
     perf,

@@ -18,6 +18,7 @@ from clip_tools.export.mix import LayeredGraph, Mix, apply, check_name
 from clip_tools.export.parts import cut, layers
 from clip_tools.export.tune_precision import LayerCost, Tuning, embed
 from clip_tools.measuring.onnx_profile import onnx_profile
+from clip_tools.measuring.options import OnnxProfileOptions
 from clip_tools.measuring.sections import precision_section
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
@@ -205,7 +206,7 @@ def test_a_cpu_without_bf16_is_refused_before_anything_is_measured(monkeypatch, 
 def test_what_takes_one_file_says_so_of_a_mix(path, repository_copy):
     apply(mix_of(MIX, 0.9995, 1.4), path, Weights("ViT-B-32", "random:0"), "mixed", "", repository_copy)
     with pytest.raises(ToolError, match="'mixed' is a mix of precisions in several files"):
-        onnx_profile(models=repository_copy, config_name="mixed")
+        onnx_profile(OnnxProfileOptions(models=repository_copy, config_name="mixed"))
     (repository_copy / "clip_onnx" / "1" / "model.mixed.part1.onnx").unlink()
     with pytest.raises(ToolError, match=r"part1.onnx.*make it with `clip-tools tune-precision --apply mixed`"):
         check_files(deployment(repository_copy, "mixed"))

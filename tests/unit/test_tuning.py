@@ -12,6 +12,7 @@ import pytest
 
 from clip_tools.errors import ToolError
 from clip_tools.measuring import profile, sweep
+from clip_tools.measuring.options import ProfileOptions
 from clip_tools.measuring.variants import Variant, change, committed_variant
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import deployment, read_config
@@ -47,7 +48,7 @@ def test_the_committed_file_is_one_that_model_analyzer_takes(tmp_path):
         "from model_analyzer.config.input.config_command_profile import ConfigCommandProfile\n"
         "config = ConfigCommandProfile()\n"
         "parser = CLI(); parser.add_subcommand(cmd='profile', help='', config=config)\n"
-        f"parser.parse(['profile', '-f', {str(profile.CONFIG)!r}])\n"
+        f"parser.parse(['profile', '-f', {str(ProfileOptions().config)!r}])\n"
         "print([model.model_name() for model in config.ensemble_composing_models], config.triton_launch_mode)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -56,9 +57,9 @@ def test_the_committed_file_is_one_that_model_analyzer_takes(tmp_path):
 
 
 def test_the_committed_file_names_no_machine():
-    text = profile.CONFIG.read_text()
+    text = ProfileOptions().config.read_text()
     assert str(ROOT) not in text and "/home" not in text
-    options = profile.ProfileOptions(http_port=18000, mode="remote", host="gpu-host", folder=ROOT / "results")
+    options = ProfileOptions(http_port=18000, mode="remote", host="gpu-host", folder=ROOT / "results")
     config = profile.analyzer_config(options)
     assert (config["triton_launch_mode"], config["triton_http_endpoint"]) == ("remote", "gpu-host:18000")
 

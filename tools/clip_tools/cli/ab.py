@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import Images, progress
+from clip_tools.cli.options import progress
+from clip_tools.measuring.options import Images
 
 
 def ab(

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import CheckVectors, ConfigName, Models, Port
+from clip_tools.cli.options import CheckVectors
+from clip_tools.option_types import ConfigName, Models, Port
 from clip_tools.paths import MODELS
 
 

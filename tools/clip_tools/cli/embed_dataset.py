@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import Models, progress
+from clip_tools.cli.options import progress
+from clip_tools.option_types import Models
 from clip_tools.paths import MODELS
 
 

@@ -1,21 +1,13 @@
-"""The options of `clip-tools libraries`."""
+"""`clip-tools libraries`."""
 
-from typing import Annotated
-
-import typer
-
-from clip_tools.cli.options import Models, Output, finish, progress
-from clip_tools.paths import MODELS, RESULTS
+from clip_tools.cli.options import Output, measured, takes
+from clip_tools.measuring.options import LibrariesOptions
+from clip_tools.paths import RESULTS
 
 
-def libraries(
-    rows: Annotated[int, typer.Option(min=1000, help="How many synthetic vectors.")] = 100_000,
-    output: Output = RESULTS / "libraries.json",
-    models: Models = MODELS,
-) -> None:
+@takes(LibrariesOptions)
+def libraries(options: LibrariesOptions, output: Output = RESULTS / "libraries.json") -> None:
     """Measure how fast `clip-embed search` and `duplicates` are, and which edits they find at which threshold."""
     from clip_tools.measuring import libraries as verb
 
-    with progress() as tell:
-        result = verb.libraries(rows=rows, models=models, tell=tell)
-    finish(result, output)
+    measured(verb.libraries, options, output)

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import CheckVectors, ConfigName, Models, Port
+from clip_tools.cli.options import CheckVectors
 from clip_tools.errors import ToolError
+from clip_tools.option_types import ConfigName, Models, Port
 from clip_tools.paths import MODELS
 from clip_tools.serving.access import OPEN_METADATA_VARIABLE
 from clip_tools.serving.machine import INSTANCES_VARIABLE

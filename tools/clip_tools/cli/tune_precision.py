@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from clip_tools.cli.options import Architecture, Models, Output, finish, progress
+from clip_tools.cli.options import Architecture, Output, finish, progress
 from clip_tools.errors import ToolError
+from clip_tools.option_types import Models
 from clip_tools.paths import MODELS, RESULTS
 
 

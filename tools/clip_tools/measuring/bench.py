@@ -4,7 +4,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +15,22 @@ from clip_tools.measuring.arms import Arm
 from clip_tools.measuring.bare import Worker, runs_here
 from clip_tools.measuring.cells import Cell
 from clip_tools.measuring.load import measure, rounded
-from clip_tools.measuring.perf import PerfOptions, perf_input, run_level
+from clip_tools.measuring.options import BenchOptions, PerfOptions
+from clip_tools.measuring.perf import perf_input, run_level
 from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.sections import not_settled
 from clip_tools.measuring.services import Deployment, Service, deployed
 from clip_tools.measuring.targets import BUSY, TARGETS
 from clip_tools.measuring.timing import OwnProcess, in_turn
 from clip_tools.measuring.watch import resident_mib
-from clip_tools.measuring.workload import VGA, Workload, load_workload
+from clip_tools.measuring.workload import Workload, load_workload
 from clip_tools.oracle import Weights
-from clip_tools.paths import MODELS
 from clip_tools.repository import config_names
 
 ARMS = ("ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch")
 FP16_ARMS = ("ensemble-grpc@ort-fp16", "pytorch@fp16")  # beside them on a GPU
 REMOTE_KINDS = ("ensemble-grpc", "perf-analyzer", "pytorch")
 SOAK_STEP = 1_000
-
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What to measure. Each arm meets each batch size alone and each concurrency with single images, in every round.
-
-    A window lasts `seconds`, and until `at_least` requests ended in it. No `arms`: those of `default_arms`.
-    `for_targets`: also what the targets need beyond them. `url` and `pytorch_url` replace servers that would be
-    started. `soak_requests`: over how many the memory of another server is watched.
-    """
-
-    arms: tuple[str, ...] = ()
-    images: str = VGA
-    image_count: int = 32
-    batches: tuple[int, ...] = (1, 4, 8, 16, 32)
-    concurrency: tuple[int, ...] = (1, 4, 16)
-    rounds: int = 5
-    seconds: float = 4.0
-    warmup_s: float = 1.0
-    at_least: int = 5
-    cold_starts: int = 3
-    for_targets: bool = True
-    soak_requests: int = 0
-    url: str | None = None
-    pytorch_url: str | None = None
-    models: Path = MODELS
 
 
 def quick(options: BenchOptions) -> BenchOptions:

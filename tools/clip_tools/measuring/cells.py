@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from clip_tools.measuring.workload import VGA
+from clip_tools.measuring.options import VGA
 
 Result = dict[str, Any]
 

@@ -19,12 +19,12 @@ from clip_embed.table import ImageFile
 from clip_tools import photos
 from clip_tools.edits import edits
 from clip_tools.errors import ToolError, needs_extra
-from clip_tools.measuring.results import Tell, begin
+from clip_tools.measuring.options import LibrariesOptions
+from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.services import triton_service
 from clip_tools.measuring.tables import Section, table
 from clip_tools.measuring.timing import alone, timed, times_of
 from clip_tools.measuring.variants import Variant
-from clip_tools.paths import MODELS
 
 SIZE = 512
 THRESHOLDS = (0.90, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98)
@@ -78,7 +78,7 @@ def _duplicates(path: Path) -> dict[str, Any]:
 
 
 def _by_index(path: Path) -> dict[str, Any]:
-    from clip_embed.index import open_index, nearest_by_index, recall, require_usearch
+    from clip_embed.index import nearest_by_index, open_index, recall, require_usearch
 
     try:
         require_usearch()
@@ -167,12 +167,12 @@ def _at(vectors: npt.NDArray[np.float32], threshold: float) -> dict[str, Any]:
     }
 
 
-def libraries(*, rows: int, models: Path = MODELS, tell: Tell) -> dict[str, Any]:
+def libraries(options: LibrariesOptions, *, tell: Tell = silent) -> dict[str, Any]:
     """Both measurements."""
     result = begin("libraries")
-    tell(f"{rows:,} synthetic vectors")
-    result["speed"] = _measure_speed(rows)
-    return result | {"edits": _measure_edits(photos.gate_photos(), models, tell)}
+    tell(f"{options.rows:,} synthetic vectors")
+    result["speed"] = _measure_speed(options.rows)
+    return result | {"edits": _measure_edits(photos.gate_photos(), options.models, tell)}
 
 
 def libraries_section(_: str, result: dict[str, Any]) -> Section:

@@ -16,59 +16,53 @@ from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.external_data import load_nodes
 from clip_tools.measuring.bare import engine_plan, open_engine
 from clip_tools.measuring.noise import paired_ratio
+from clip_tools.measuring.options import OnnxProfileOptions
 from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.timing import times_of
-from clip_tools.paths import MODELS
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _CPU = "CPUExecutionProvider"
 _PAIRED_ROUNDS = 15
 _RUNS = 5  # of the profile
 
 
-def onnx_profile(
-    *,
-    models: Path = MODELS,
-    config_name: str | None = None,
-    beside: Path | None = None,
-    batches: Sequence[int] = BATCHES,
-    operator_batch: int = 8,
-    seconds: float = 2.0,
-    tell: Tell = silent,
-) -> dict[str, Any]:
+def onnx_profile(options: OnnxProfileOptions, *, tell: Tell = silent) -> dict[str, Any]:
     """The served session by batch size, and the profile of its provider.
 
     If that runs the graph as one fused node, as OpenVINO does, the CPU provider is profiled too, which shows the
     operators. `beside` is another ONNX file of the same tensors, timed in turn with the served one.
     Raises ToolError for what is missing.
     """
-    result = begin("onnx-profile")
-    model, plan = engine_plan(models, config_name)
+    result, beside, operator_batch = begin("onnx-profile"), options.beside, options.operator_batch
+    model, plan = engine_plan(options.models, options.config_name)
     if plan.parts:
-        raise ToolError(f"'{config_name}' is a mix of precisions in several files: profile `onnx` or `cpu-bf16` for it")
+        raise ToolError(
+            f"'{options.config_name}' is a mix of precisions in several files: profile `onnx` or `cpu-bf16` for it"
+        )
     if beside and not beside.is_file():
         raise ToolError(f"--beside {beside}: no such file", exit_code=2)
     tell("creating the served session")
     begin_s = time.perf_counter()
-    session = open_engine(models, config_name)
+    session = open_engine(options.models, options.config_name)
     created = {"created_s": round(time.perf_counter() - begin_s, 3), "providers": list(session.get_providers())}
     scaling = []
-    for done, batch in enumerate(batches):
-        tell(f"batch {batch}", done, len(batches))
+    for done, batch in enumerate(options.batches):
+        tell(f"batch {batch}", done, len(options.batches))
         run = functools.partial(session.run, ["embedding"])
-        median_s = statistics.median(times_of(run, [{"pixels": _pixels(batch)}] * 3, seconds))
+        median_s = statistics.median(times_of(run, [{"pixels": _pixels(batch)}] * 3, options.seconds))
         row = {"batch": batch, "median_ms": round(1000 * median_s, 3), "throughput": round(batch / median_s, 2)}
         scaling.append(row)
     del session, run
-    result |= {"config_name": config_name, "session": created, "scaling": scaling, "operators": []}
-    for provider, options in (plan.providers[0], (_CPU, {})):
+    result |= {"config_name": options.config_name, "session": created, "scaling": scaling, "operators": []}
+    for provider, provider_options in (plan.providers[0], (_CPU, {})):
         tell(f"operators under {provider}")
-        result["operators"].append(_operators(model, provider, options, operator_batch))
+        result["operators"].append(_operators(model, provider, provider_options, operator_batch))
         if not result["operators"][-1]["fused"]:
             break
     if beside:
         tell(f"in turn with {beside.name}")
-        result["beside"] = _compare(model, beside, plan, sorted({min(batches), operator_batch, max(batches)}))
+        result["beside"] = _compare(
+            model, beside, plan, sorted({min(options.batches), operator_batch, max(options.batches)})
+        )
     return result
 
 

@@ -1,6 +1,7 @@
 """`clip-tools perf`: the real perf_analyzer on the ensemble or a step, fed with many different photographs."""
 
 import base64
+import contextlib
 import csv
 import json
 import os
@@ -11,16 +12,19 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from clip_tools.errors import ToolError
+from clip_tools.measuring.options import PerfOptions
 from clip_tools.measuring.perf_analyzer import find_perf_analyzer
 from clip_tools.measuring.results import Tell, begin, silent
-from clip_tools.measuring.workload import VGA, load_images
+from clip_tools.measuring.services import triton_service
+from clip_tools.measuring.variants import Variant
+from clip_tools.measuring.workload import load_images
 from clip_tools.paths import MODELS, ROOT
-from clip_tools.repository import ENSEMBLE, read_config
+from clip_tools.repository import read_config
 from clip_tools.serving.key_files import access_of
 from clip_tools.serving.secret_arguments import popen_with_secrets
 
@@ -31,33 +35,21 @@ _WINDOW = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class PerfOptions:
-    """What to ask and how hard. Times in ms; a level is requests in flight, or requests a second."""
-
-    model: str = ENSEMBLE
-    images: str = VGA
-    url: str = "localhost:8001"
-    protocol: str = "grpc"
-    concurrency: tuple[int, ...] = (1, 4, 16)
-    request_rate: tuple[float, ...] = ()
-    batch: int = 1
-    window_ms: int = 5000
-    max_trials: int = 10
-    stability_percent: int = 10
-    models: Path = MODELS
-
-
 def perf(options: PerfOptions, folder: Path, *, tell: Tell = silent) -> dict[str, Any]:
     """Every level once; perf_analyzer's input stays in the folder, so that a level can be repeated."""
     result, input_file = begin("perf"), folder / f"perf-input-{options.model}.json"
     count = write_input(options, input_file)
     steps: list[tuple[Mode, float]] = [("concurrency", float(c)) for c in options.concurrency]
-    steps += [("request-rate", rate) for rate in options.request_rate]
+    steps += [("request-rate", float(rate)) for rate in options.request_rate]
     levels: list[dict[str, Any]] = []
-    for mode, level in steps:
-        tell(f"perf_analyzer: {mode} {level:g}", len(levels), len(steps))
-        levels.append(run_level(options, mode, level, input_file))
+    with contextlib.ExitStack() as stack:
+        if options.serve:
+            server = stack.enter_context(triton_service(Variant(options.config_name), options.models))
+            url = server.url if options.protocol == "grpc" else server.http_url
+            options = replace(options, url=url.split("://")[1])
+        for mode, level in steps:
+            tell(f"perf_analyzer: {mode} {level:g}", len(levels), len(steps))
+            levels.append(run_level(options, mode, level, input_file))
     images = {"name": options.images, "count": count}
     return result | {"model": options.model, "images": images, "levels": levels}
 

@@ -15,12 +15,12 @@ from clip_tools.gpu import find_gpu
 from clip_tools.measuring.bare import import_preprocess, open_batches, open_preprocess
 from clip_tools.measuring.cells import Cell, NotMeasured
 from clip_tools.measuring.noise import Ratio, paired_ratio
+from clip_tools.measuring.options import PHONE, VGA, BenchOptions
 from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.tables import Section, table
 from clip_tools.measuring.targets import Target, check, verdicts_text
 from clip_tools.measuring.timing import OwnProcess, times_of
-from clip_tools.measuring.workload import PHONE, VGA, load_images
-from clip_tools.paths import MODELS
+from clip_tools.measuring.workload import load_images
 
 KERNEL, PILLOW, GPU = "library", "Pillow", "GPU"
 _BATCH = 64  # images at once in mode gpu
@@ -69,10 +69,9 @@ def mean_of_batches(call: Callable[[Any], Any], images: Sequence[bytes], seconds
     return {"preprocess_s": cpu_s / count, "passed_s": passed_s / count}
 
 
-def preprocess_alone(
-    *, rounds: int = 5, seconds: float = 4.0, models: Path = MODELS, tell: Tell = silent
-) -> dict[str, Any]:
+def preprocess_alone(options: BenchOptions, *, tell: Tell = silent) -> dict[str, Any]:
     """The result as JSON-able data. Raises ToolError where there is no library to compare with Pillow."""
+    models, rounds, seconds = options.models, options.rounds, options.seconds
     result, kernel = begin("preprocess"), import_preprocess(models).find_kernel()
     if kernel is None:
         raise ToolError("preprocess has no library of its own here, so there is nothing to compare: run `make setup`")

@@ -7,38 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.measuring.fingerprint import ask_nvidia_smi
-from clip_tools.measuring.perf import PerfOptions, write_input
+from clip_tools.measuring.options import PerfOptions, ProfileOptions
+from clip_tools.measuring.perf import write_input
 from clip_tools.measuring.results import Tell, begin, silent
-from clip_tools.measuring.workload import VGA
-from clip_tools.paths import MODELS, RESULTS, ROOT
+from clip_tools.paths import ROOT
 from clip_tools.repository import ENSEMBLE
 
-CONFIG = ROOT / "tools" / "model_analyzer" / "ensemble.yaml"
 MODES = ("local", "docker", "remote")
 _CSV = Path("results") / "metrics-model-inference.csv"
-
-
-@dataclass(frozen=True)
-class ProfileOptions:
-    """How Model Analyzer runs. `mode` is one of MODES, the ports are its server's, `folder` holds all it writes."""
-
-    folder: Path = RESULTS / "model-analyzer"
-    mode: str = "local"
-    images: str = VGA
-    config: Path = CONFIG
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    host: str = "localhost"
-    docker_image: str | None = None
-    quick: bool = False
-    models: Path = MODELS
 
 
 @needs_extra("profile")

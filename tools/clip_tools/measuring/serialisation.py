@@ -9,7 +9,7 @@ jpeg          the encoded file, as this project sends it
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,17 +17,20 @@ from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from clip_tools.measuring.arms import client_tensors
 from clip_tools.measuring.bare import open_preprocess
-from clip_tools.measuring.results import begin
-from clip_tools.measuring.workload import VGA, load_images
+from clip_tools.measuring.options import SerialisationOptions
+from clip_tools.measuring.results import Tell, begin, silent
+from clip_tools.measuring.workload import load_images
 
 
-def serialisation(images: str = VGA, *, batches: Sequence[int] = (1, 2, 4, 8, 16, 32), runs: int = 7) -> dict[str, Any]:
+def serialisation(options: SerialisationOptions, *, tell: Tell = silent) -> dict[str, Any]:
     """Every format at every batch."""
-    result, contents = begin("serialisation"), load_images(images)
+    result, contents = begin("serialisation"), load_images(options.images)
     costs = []
-    for batch in batches:
-        costs += _costs([contents[index % len(contents)] for index in range(batch)], runs)
-    return result | {"images": {"name": images, "count": len(contents)}, "runs": runs, "costs": costs}
+    for done, batch in enumerate(options.batches):
+        tell(f"batch {batch}", done, len(options.batches))
+        costs += _costs([contents[index % len(contents)] for index in range(batch)], options.runs)
+    images = {"name": options.images, "count": len(contents)}
+    return result | {"images": images, "runs": options.runs, "costs": costs}
 
 
 def _costs(images: list[bytes], runs: int) -> list[dict[str, Any]]:

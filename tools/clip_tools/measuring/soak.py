@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,34 +15,17 @@ from clip_embed.errors import EmbeddingError
 from clip_tools.errors import ToolError
 from clip_tools.measuring import watch
 from clip_tools.measuring.noise import percentile
+from clip_tools.measuring.options import SoakOptions
 from clip_tools.measuring.results import Tell, begin, silent
 from clip_tools.measuring.services import served
 from clip_tools.measuring.soak_traffic import BAD_REQUESTS, Ended, Photographs, Traffic
 from clip_tools.measuring.variants import Variant
 from clip_tools.measuring.workload import load_images
-from clip_tools.paths import MODELS
 
 _WARM_UP = 2  # full batches before the clock starts: what holds the largest is filled
 SAMPLES = 360  # of the whole soak, so that the slopes between all of them are quickly had
 _FEWEST = 6
 _SHOWN_PROBLEMS = 20
-
-
-@dataclass(frozen=True)
-class SoakOptions:
-    """`url` None: the embedded server is started for the soak, with the configuration `config_name`.
-
-    bad_share: of the calls, from 0 to 1, those that are bad in one of the ways of `soak_traffic.BAD_REQUESTS`.
-    """
-
-    minutes: float = 60.0
-    clients: int = 8
-    bad_share: float = 0.1
-    url: str | None = None
-    config_name: str | None = None
-    images: str = "640x480"
-    seed: int = 0
-    models: Path = MODELS
 
 
 @dataclass(frozen=True)

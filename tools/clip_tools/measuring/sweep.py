@@ -12,12 +12,12 @@ from typing import Any
 
 from clip_tools.errors import ToolError
 from clip_tools.measuring.noise import SMALLEST_CHANGE
-from clip_tools.measuring.perf import PerfOptions, run_level, write_input
-from clip_tools.measuring.results import Tell, begin, silent
+from clip_tools.measuring.options import PerfOptions, SweepOptions
+from clip_tools.measuring.perf import run_level, write_input
+from clip_tools.measuring.results import Tell, begin, read, silent
 from clip_tools.measuring.services import triton_service
 from clip_tools.measuring.variants import Variant, change, committed_variant
-from clip_tools.measuring.workload import VGA
-from clip_tools.paths import MODELS, RESULTS
+from clip_tools.paths import MODELS
 from clip_tools.repository import ENSEMBLE, read_config, write_config
 
 Axis = tuple[dict[str, int], ...]  # the values of an axis, each as the fields of a Variant that it sets
@@ -41,24 +41,6 @@ AXES: dict[str, Axis] = {
     "max_batch": _each("max_batch", 8, 16, 32, 64),
     "queue_delay_us": _each("queue_delay_us", 0, 500, 2000, 5000),
 }
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """What to search, and how perf_analyzer measures each point, on a new server.
-
-    `also` is a further setting to measure, in Model Analyzer's words.
-    """
-
-    axes: Sequence[str] = tuple(AXES)
-    images: str = VGA
-    concurrency: int = 16
-    window_ms: int = 5000
-    stability_percent: int = 10
-    config_name: str | None = None
-    also: str = ""
-    models: Path = MODELS
-    log: Path = RESULTS / "sweep.jsonl"
 
 
 @dataclass(frozen=True)
@@ -119,7 +101,8 @@ def sweep(options: SweepOptions, *, tell: Tell = silent) -> dict[str, Any]:
 
     start = committed_variant(options.models, options.config_name)
     best, points = search(start, axes_of(options.axes), measure)
-    if (rival := variant_of(options.also, start)) and rival not in {point.variant for point in points}:
+    also = read(options.also)["best"] if options.also else ""
+    if (rival := variant_of(also, start)) and rival not in {point.variant for point in points}:
         points.append(measure(rival))
     rows = [
         {

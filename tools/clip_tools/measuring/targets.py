@@ -9,8 +9,8 @@ from typing import Any
 
 from clip_tools.measuring.cells import Cell, NotMeasured, Result, across_devices, cells_of, rows_of, values
 from clip_tools.measuring.noise import Ratio, paired_ratio
+from clip_tools.measuring.options import PHONE
 from clip_tools.measuring.tables import table
-from clip_tools.measuring.workload import PHONE
 
 BUSY = 16  # requests at once, where a target says nothing else
 SOAK_FIRST, SOAK_LAST = 1_000, 20_000
