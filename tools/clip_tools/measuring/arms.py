@@ -102,9 +102,8 @@ def _open(arm: Arm, service: Any) -> tuple[Callable[[list[bytes]], Any], Callabl
     if arm.kind in ("tensor-grpc", "preprocess"):
         return _open_grpc(arm, service.url)
     url = service.http_url if arm.kind == "ensemble-http" else service.url
-    backend = "pytorch" if arm.kind == "pytorch" else "triton"
-    options = {"batch_size": 64, "timeout_s": TIMEOUT_S, "retry": None, **service.client_options}
-    client = EmbeddingClient(url, backend=backend, **options)
+    options: dict[str, Any] = {"backend": "pytorch" if arm.kind == "pytorch" else "triton", **service.client_options}
+    client = EmbeddingClient(url, batch_size=64, timeout_s=TIMEOUT_S, retry=None, **options)
     return client.embed, client.close
 
 
