@@ -14,6 +14,7 @@ perf-analyzer   clip_ensemble again, loaded by perf_analyzer in place of Python
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,35 +81,36 @@ class Caller:
 
     ask: Ask
     check: Check
-    close: Callable[[], None]
 
 
-def open_caller(arm: Arm, service: Any, workload: Workload) -> Caller:
-    """The client of an arm. Raises ToolError for an extra that is missing."""
+Send = Callable[[list[bytes]], Any]
+"""Sends images and returns the rows of the answer."""
+
+
+def open_caller(arm: Arm, service: Any, workload: Workload, stack: ExitStack) -> Caller:
+    """The client of an arm, which the stack closes. Raises ToolError for an extra that is missing."""
     with needs_extra("http"):
-        send, close = _open(arm, service)
+        send = _open(arm, service, stack)
     check = _check_pixels if arm.kind == "preprocess" else _check_embeddings
     return Caller(
         lambda indices: send([workload.images[index] for index in indices]),
         lambda indices, answer: check(arm, workload, indices, answer),
-        close,
     )
 
 
-def _open(arm: Arm, service: Any) -> tuple[Callable[[list[bytes]], Any], Callable[[], None]]:
-    """(A function that sends images and returns the rows of the answer, a function that closes the client)."""
+def _open(arm: Arm, service: Any, stack: ExitStack) -> Send:
     if arm.kind == "json-http":
-        return _open_json(service.http_url)
+        return _open_json(service.http_url, stack)
     if arm.kind in ("tensor-grpc", "preprocess"):
-        return _open_grpc(arm, service.url)
+        return _open_grpc(arm, service.url, stack)
     url = service.http_url if arm.kind == "ensemble-http" else service.url
     options: dict[str, Any] = {"backend": "pytorch" if arm.kind == "pytorch" else "triton", **service.client_options}
     client = EmbeddingClient(url, batch_size=64, timeout_s=TIMEOUT_S, retry=None, **options)
-    return client.embed, client.close
+    return stack.enter_context(client).embed
 
 
-def _open_grpc(arm: Arm, url: str) -> tuple[Callable[[list[bytes]], Any], Callable[[], None]]:
-    client = triton.InferenceServerClient(url.removeprefix("grpc://"))
+def _open_grpc(arm: Arm, url: str, stack: ExitStack) -> Send:
+    client = stack.enter_context(triton.InferenceServerClient(url.removeprefix("grpc://")))
 
     def infer(name: str, data: Any, datatype: str, output: str) -> Any:
         tensor = triton.InferInput(name, list(data.shape), datatype)
@@ -120,13 +122,13 @@ def _open_grpc(arm: Arm, url: str) -> tuple[Callable[[list[bytes]], Any], Callab
             return infer(TENSOR_INPUT, client_tensors(images), "FP32", "embedding")
         return infer("image_bytes", np.array([[image] for image in images], dtype=object), "BYTES", "pixels")
 
-    return send, client.close
+    return send
 
 
-def _open_json(url: str) -> tuple[Callable[[list[bytes]], Any], Callable[[], None]]:
+def _open_json(url: str, stack: ExitStack) -> Send:
     import httpx
 
-    client = httpx.Client(timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=None))
+    client = stack.enter_context(httpx.Client(timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=None)))
 
     def send(images: list[bytes]) -> Any:
         tensors = client_tensors(images)
@@ -136,7 +138,7 @@ def _open_json(url: str) -> tuple[Callable[[list[bytes]], Any], Callable[[], Non
         (output,) = answer.json()["outputs"]
         return np.array(output["data"], np.float32).reshape(output["shape"])
 
-    return send, client.close
+    return send
 
 
 def _check_embeddings(arm: Arm, workload: Workload, indices: list[int], answer: Any) -> float:

@@ -165,8 +165,7 @@ class Deployment:
         """The client that sends a workload's images to the arm; opened once."""
         key = (arm, workload.name)
         if key not in self._callers:
-            self._callers[key] = open_caller(arm, self.services[arm.server], workload)
-            self._stack.callback(self._callers[key].close)
+            self._callers[key] = open_caller(arm, self.services[arm.server], workload, self._stack)
         return self._callers[key]
 
 
