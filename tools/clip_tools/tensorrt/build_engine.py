@@ -5,6 +5,7 @@ precision, and a plan of another precision than requested is not written.
 """
 
 import datetime
+import gc
 import json
 import tempfile
 import time
@@ -66,6 +67,9 @@ def build_engine(onnx_path: Path, output: Path, options: PlanOptions) -> PlanMan
             "`--runtime tensorrt-rtx` builds without one, for RTX GPUs"
         )
     log = _log(trt)
+    # TensorRT holds its lock while it calls the logger. If Python freed the builder of a failed build there, it would wait
+    # for that lock forever.
+    gc.collect()
     with log.explaining():
         builder = trt.Builder(log)
         network, _parser = _parse(trt, builder, log, onnx_path)
