@@ -44,6 +44,8 @@ EXPORTS = {"oracle", "onnx_model", "text_model", "gpu_model", "light_model", "li
 TINY = Weights("tiny-vit", "random:0")
 WITH_VIT_SERVER = ("test_embeddings.py", "test_measuring.py", "test_overload.py", "test_soak.py", "test_text.py")
 
+# PyTorch's threads sleep when they wait; spinning, they would take the cores from the other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 proxy.bypass_for_localhost()
 
 
@@ -185,11 +187,11 @@ def onnx_model(weights: Weights, demo_photos: list[Path]) -> Path:
 
 
 @contextlib.contextmanager
-def one_process_at_a_time() -> Iterator[None]:
+def one_process_at_a_time(path: Path) -> Iterator[None]:
     """The processes of `make test` share what they export."""
-    lock = CACHE / "models" / "lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    folder = path.relative_to(CACHE / "models").parts[0]
+    (CACHE / "models").mkdir(parents=True, exist_ok=True)
+    with (CACHE / "models" / f"{folder}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -197,7 +199,7 @@ def one_process_at_a_time() -> Iterator[None]:
 def exported(weights: Weights, photographs: list[Path], oracle: Oracle | None = None) -> Path:
     """The image tower of these weights, kept between runs."""
     path = kept_model(weights, "model.onnx")
-    with one_process_at_a_time():
+    with one_process_at_a_time(path):
         kept = Sample.read(path)
         if not is_exported(path, weights) or kept is None or kept.upright_embeddings is None:
             know_our_architectures()
@@ -214,7 +216,7 @@ def text_model(weights: Weights) -> Path:
 def exported_text(weights: Weights, oracle: Oracle | None = None) -> Path:
     """The text tower of these weights, kept between runs."""
     path = kept_model(weights, "text_tower/model.onnx")
-    with one_process_at_a_time():
+    with one_process_at_a_time(path):
         if not is_exported(path, weights) or Sample.read(path) is None:
             know_our_architectures()
             export_text(weights, path, oracle=oracle)

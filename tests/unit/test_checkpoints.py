@@ -20,6 +20,7 @@ class Payload:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.bin", "checkpoint.safetensors"])
 def test_a_checkpoint_with_code_in_it_is_refused_with_a_sentence_and_the_code_does_not_run(tmp_path, name):
     """Whatever it calls itself."""
