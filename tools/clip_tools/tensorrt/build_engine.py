@@ -67,8 +67,8 @@ def build_engine(onnx_path: Path, output: Path, options: PlanOptions) -> PlanMan
             "`--runtime tensorrt-rtx` builds without one, for RTX GPUs"
         )
     log = _log(trt)
-    # TensorRT holds its lock while it calls the logger. If Python freed the builder of a failed build there, it would wait
-    # for that lock forever.
+    # TensorRT holds a lock while it calls the logger. If Python freed an earlier builder there, it would wait for that
+    # lock forever.
     gc.collect()
     with log.explaining():
         builder = trt.Builder(log)
