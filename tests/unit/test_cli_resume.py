@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -347,9 +346,9 @@ def run(here):
 def start(here):
     """Starts the command as a process."""
 
-    def start(*arguments, command=COMMAND, **options):
+    def start(*arguments, command=COMMAND):
         command = [sys.executable, "-W", "error", "-c", command, *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start
 
@@ -415,11 +414,8 @@ def test_a_server_that_goes_leaves_what_was_finished(run, out, table, photos):
 def test_a_limit_of_the_disk_is_a_sentence_and_nothing_is_lost(start, run, out, table, photos):
     """Files of at most 40 KB: the parts fit, what they make together does not."""
     limit_bytes = {"jsonl": 40_000, "parquet": 22_000}[out.suffix.removeprefix(".")]
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-
-    with start("photos", "-o", out.name, "--resume", preexec_fn=limit) as process:
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes})); "
+    with start("photos", "-o", out.name, "--resume", command=limit + COMMAND) as process:
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2
     assert f"cannot write {out.name}: File too large; finished rows are kept in {out.name}.parts" in stderr
