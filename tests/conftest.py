@@ -174,7 +174,7 @@ def kept_model(weights: Weights, name: str) -> Path:
 
 
 def know_our_architectures() -> None:
-    """Has open_clip know those of `tests/architectures`: its own towers, so small that a server loads them at once."""
+    """Register `tests/architectures` with open_clip: its own towers, so small that a server loads them at once."""
     import open_clip
 
     open_clip.add_model_config(ARCHITECTURES)
@@ -247,8 +247,9 @@ def light_model(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def light_repository(light_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with `tiny-vit`, for tests of the server that any model will do for: it starts with a third of the CPU
-    time. The long forms, whose figures are documented, have the tests' model in its place.
+    """The same with `tiny-vit`, for server tests that work with any model: it starts with a third of the CPU time.
+
+    In the long forms, whose figures are documented, it has the full model.
     """
     return with_image(tmp_path_factory.mktemp("light") / "models", light_model)
 

@@ -31,10 +31,10 @@ class EmbeddingClient(ClientOptions[Transport]):
         array. Pixels are sent as PNG, which is lossless but costs more than the file: see `ImageSource`.
 
         Raises:
-            InvalidImageError: Some images are bad. Names those of the request that failed first by index and path;
-                `embed_many` finds all.
-            EmbeddingError: Any other failure; see `clip_embed.errors`. The call's other requests are cancelled. If it
-                is `retryable`, it is the error of the last attempt that there was time for.
+            InvalidImageError: Lists, by index and path, the bad images of the first request that failed; `embed_many`
+                finds all.
+            EmbeddingError: Any other failure; see `clip_embed.errors`. The call's other requests are cancelled. A
+                `retryable` error is that of the last attempt, when the time was up.
             TypeError: One image in place of a sequence, or something that is not an `ImageSource`.
         """
         return stack(list(self._results(self._dispatch(images, keep_going=False))))

@@ -13,6 +13,7 @@ from clip_embed.provenance import Provenance, read_sidecar
 from clip_embed.table import ImageFile, UnusableOutput
 from clip_embed.wire import Embeddings
 
+NEEDS_SIDECAR = True
 _EMBEDDING = b', "embedding": ['  # cannot occur inside a JSON string, where quotes are escaped
 
 

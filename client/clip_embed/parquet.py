@@ -14,6 +14,7 @@ from clip_embed.provenance import Provenance
 from clip_embed.table import ImageFile, UnusableOutput
 from clip_embed.wire import EMBEDDING_SIZE, Embeddings
 
+NEEDS_SIDECAR = False
 _PROVENANCE = b"clip_embed.provenance"
 _NOTES = b"clip_embed.part"
 _ERROR = "error"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clip_embed import jsonl
 from clip_embed.atomic_file import lock_parts, replace_atomically
 from clip_embed.names import original, printable
 from clip_embed.provenance import Provenance, sidecar_path, write_sidecar
@@ -130,7 +129,7 @@ class ResumedOutput:
             with replace_atomically(self._path, self._parts) as file:
                 self._table.merge(self._files(), file, keep, self._provenance)
                 sidecar_path(self._path).unlink(missing_ok=True)
-            if self._table is jsonl:
+            if self._table.NEEDS_SIDECAR:
                 write_sidecar(self._path, self._provenance)
         shutil.rmtree(self._parts)
 

@@ -49,6 +49,9 @@ class Rows(Protocol):
 class Table(Protocol):
     """A format whose rows have names, so that a run can be resumed: `jsonl` and `parquet`."""
 
+    NEEDS_SIDECAR: bool
+    """Whether the provenance is in a file beside the table, as the format has no place for it."""
+
     def open_rows(self, file: IO[bytes], provenance: Provenance | None = None, /) -> Rows:
         """Start a table in an open file, which stays open."""
 

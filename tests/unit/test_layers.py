@@ -1,4 +1,4 @@
-"""Who may import whom, as CONTRIBUTING.md says it."""
+"""Who may import whom inside `clip_tools`, as CONTRIBUTING.md says."""
 
 import ast
 import graphlib
@@ -60,7 +60,7 @@ def graph() -> dict[str, set[str]]:
     return {name: set(imports_of(file)) - {"", name} for name, file in named.items() if name != "__init__"}
 
 
-def test_no_module_imports_one_of_a_layer_above_it():
+def test_no_module_imports_one_of_a_later_layer():
     upward = [
         f"{module} imports {imported}"
         for module, found in graph().items()

@@ -1,4 +1,4 @@
-"""Results as Markdown and pictures: a function for each kind. `bench`, `preprocess` and `libraries` have theirs."""
+"""Results as Markdown and pictures: a function for each kind. `bench`, `preprocess` and `libraries` are elsewhere."""
 
 from typing import Any
 
