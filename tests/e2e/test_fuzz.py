@@ -178,6 +178,17 @@ def test_eight_minutes_of_hostile_files_are_refused_and_nobody_notices(server, p
     fuzz(server, photographs, until(480, fuzz_files.names(4, 1_000_000)), record_reliability)
 
 
+def test_large_requests_at_once_share_a_connection(server):
+    """9 MB each, refused one by one; nobody's connection is closed."""
+    bomb = fuzz_files.make("bomb ppm: 9 MB of plain numbers")
+    with (
+        EmbeddingClient(server.options.grpc_url, retry=None, timeout_s=HANG_S) as client,
+        ThreadPoolExecutor(IN_FLIGHT) as pool,
+    ):
+        answers = collections.Counter(pool.map(lambda _: came_of(client, bomb), range(60)))
+    assert answers == {"too_complex": 60}
+
+
 def until(seconds: float, names: list[str]) -> Iterator[str]:
     """As many of the names as there is time for."""
     deadline = time.monotonic() + seconds

@@ -237,6 +237,16 @@ static ssize_t read_after_close(struct connection *c, struct msghdr *message) {
     return count;
 }
 
+/* Whether 0 bytes read mean the end of the connection. gRPC also reads with no room, after it has filled its buffers. */
+static bool has_room(const struct msghdr *message) {
+    for (size_t i = 0; i < (size_t)message->msg_iovlen; i++) {
+        if (message->msg_iov[i].iov_len > 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static bool is_connection_lost(ssize_t result) {
     return result < 0 && (errno == ECONNRESET || errno == EPIPE || errno == ETIMEDOUT);
 }
@@ -251,7 +261,7 @@ ssize_t recvmsg(int fd, struct msghdr *message, int flags) {
     pthread_mutex_lock(&c->lock);
     if (result > 0 && (c->state == NEW || c->state == HTTP2)) {
         track_all(c, &c->in, message, (size_t)result);
-    } else if (result == 0 || is_connection_lost(result)) {
+    } else if ((result == 0 && has_room(message)) || is_connection_lost(result)) {
         bool is_between = c->in.header_bytes == 0 && (c->in.payload_left == 0 || c->in.header[3] == DATA);
         if (c->state == HTTP2 && is_between && has_complete_call(c)) {
             c->state = CLIENT_CLOSED;
