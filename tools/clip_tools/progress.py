@@ -1,10 +1,13 @@
 """How long work reports its progress."""
 
-from collections.abc import Callable
-
-Advance = Callable[[str, int, int], None]
-"""Gets what is being done, how many of it are done, and how many there are."""
+from typing import Protocol
 
 
-def silent(what: str, done: int, total: int) -> None:
+class Tell(Protocol):
+    """Is told the current step, how many parts of the work are done, and how many there are (None: not known)."""
+
+    def __call__(self, what: str, done: int = 0, total: int | None = None, /) -> None: ...
+
+
+def silent(what: str, done: int = 0, total: int | None = None, /) -> None:
     """Report nothing."""

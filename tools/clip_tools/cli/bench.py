@@ -9,6 +9,7 @@ import typer
 from clip_tools.cli.options import measured, takes
 from clip_tools.measuring.options import BenchOptions
 from clip_tools.paths import RESULTS
+from clip_tools.progress import Tell
 
 
 @takes(BenchOptions)
@@ -49,7 +50,7 @@ def bench(
         if note := verb.left_out(options):
             typer.echo(note, err=True)
 
-        def run(asked: BenchOptions, *, tell: results.Tell) -> dict[str, Any]:
+        def run(asked: BenchOptions, *, tell: Tell) -> dict[str, Any]:
             weights = ensure_model(asked.models)
             return verb.bench(asked, weights, tell=tell, save=lambda partial: results.write(partial, output))
 

@@ -19,7 +19,7 @@ from clip_tools.errors import ToolError
 from clip_tools.export.manifest import is_exported
 from clip_tools.export.mix import BATCH, LayeredGraph, Mix, PartPrecision
 from clip_tools.oracle import Weights
-from clip_tools.progress import Advance, silent
+from clip_tools.progress import Tell, silent
 from clip_tools.verification.gates import Agreement, agreement, cosines, counts_for_nothing
 from clip_tools.verification.reference import Reference
 
@@ -90,7 +90,7 @@ def tune(
     *,
     worst_cosine: float = WORST_COSINE,
     rounds: int = ROUNDS,
-    advance: Advance = silent,
+    advance: Tell = silent,
 ) -> Tuning:
     """Measure the layers and the mixes of an FP32 graph against open_clip's embeddings of `expected.pixels`.
 
@@ -119,7 +119,7 @@ def tune(
 class _Trial:
     """Compares each mix with open_clip once, and times all at the end; at most two sessions are open at a time."""
 
-    def __init__(self, graph: LayeredGraph, expected: Reference, advance: Advance) -> None:
+    def __init__(self, graph: LayeredGraph, expected: Reference, advance: Tell) -> None:
         self.graph, self.count = graph, len(graph.layers)
         self._expected, self._advance = expected, advance
         self._embeddings: dict[tuple[PartPrecision, ...], Any] = {}
@@ -192,7 +192,7 @@ def times(one: Any, other: Any, pixels: "npt.NDArray[np.uint8]", rounds: int) ->
     return pairs[1:]
 
 
-def _costs(graph: LayeredGraph, most_sensitive: Reference, advance: Advance) -> list[LayerCost]:
+def _costs(graph: LayeredGraph, most_sensitive: Reference, advance: Tell) -> list[LayerCost]:
     """The cost of each layer alone in BF16, on these photographs as one batch."""
     import numpy as np
 
@@ -239,7 +239,7 @@ def tune_precision(
     *,
     worst_cosine: float = WORST_COSINE,
     rounds: int = ROUNDS,
-    advance: Advance = silent,
+    advance: Tell = silent,
 ) -> tuple[Tuning, dict[str, Any]]:
     """(The tuning of an exported FP32 graph, its fields of the result file).
 

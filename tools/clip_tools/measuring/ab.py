@@ -11,12 +11,12 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring.load import measure
 from clip_tools.measuring.noise import paired_ratio
 from clip_tools.measuring.options import VGA
-from clip_tools.measuring.results import Tell, silent
 from clip_tools.measuring.services import remote_triton
 from clip_tools.measuring.steps import STEP_HEAD, step_texts
 from clip_tools.measuring.tables import table
 from clip_tools.measuring.timing import in_turn
 from clip_tools.measuring.workload import load_images
+from clip_tools.progress import Tell, silent
 
 SIDES = "AB"
 

@@ -17,7 +17,7 @@ from clip_tools.measuring.cells import Cell
 from clip_tools.measuring.load import measure, rounded
 from clip_tools.measuring.options import BenchOptions, PerfOptions
 from clip_tools.measuring.perf import perf_input, run_level
-from clip_tools.measuring.results import Tell, begin, silent
+from clip_tools.measuring.results import begin
 from clip_tools.measuring.sections import not_settled
 from clip_tools.measuring.services import Deployment, Service, deployed
 from clip_tools.measuring.targets import BUSY, TARGETS
@@ -25,6 +25,7 @@ from clip_tools.measuring.timing import OwnProcess, in_turn
 from clip_tools.measuring.watch import resident_mib
 from clip_tools.measuring.workload import Workload, load_workload
 from clip_tools.oracle import Weights
+from clip_tools.progress import Tell, silent
 from clip_tools.repository import config_names
 
 ARMS = ("ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch")

@@ -20,11 +20,12 @@ from clip_tools import photos
 from clip_tools.edits import edits
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.measuring.options import LibrariesOptions
-from clip_tools.measuring.results import Tell, begin, silent
+from clip_tools.measuring.results import begin
 from clip_tools.measuring.services import triton_service
 from clip_tools.measuring.tables import Section, table
 from clip_tools.measuring.timing import alone, timed, times_of
 from clip_tools.measuring.variants import Variant
+from clip_tools.progress import Tell, silent
 
 SIZE = 512
 THRESHOLDS = (0.90, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98)

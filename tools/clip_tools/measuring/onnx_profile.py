@@ -17,8 +17,9 @@ from clip_tools.export.external_data import load_nodes
 from clip_tools.measuring.bare import engine_plan, open_engine
 from clip_tools.measuring.noise import paired_ratio
 from clip_tools.measuring.options import OnnxProfileOptions
-from clip_tools.measuring.results import Tell, begin, silent
+from clip_tools.measuring.results import begin
 from clip_tools.measuring.timing import times_of
+from clip_tools.progress import Tell, silent
 
 _CPU = "CPUExecutionProvider"
 _PAIRED_ROUNDS = 15

@@ -19,11 +19,12 @@ from typing import Any, Literal
 from clip_tools.errors import ToolError
 from clip_tools.measuring.options import PerfOptions
 from clip_tools.measuring.perf_analyzer import find_perf_analyzer
-from clip_tools.measuring.results import Tell, begin, silent
+from clip_tools.measuring.results import begin
 from clip_tools.measuring.services import triton_service
 from clip_tools.measuring.variants import Variant
 from clip_tools.measuring.workload import load_images
 from clip_tools.paths import MODELS, ROOT
+from clip_tools.progress import Tell, silent
 from clip_tools.repository import read_config
 from clip_tools.serving.key_files import access_of
 from clip_tools.serving.secret_arguments import popen_with_secrets

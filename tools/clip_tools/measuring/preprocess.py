@@ -16,11 +16,12 @@ from clip_tools.measuring.bare import import_preprocess, open_batches, open_prep
 from clip_tools.measuring.cells import Cell, NotMeasured
 from clip_tools.measuring.noise import Ratio, paired_ratio
 from clip_tools.measuring.options import PHONE, VGA, BenchOptions
-from clip_tools.measuring.results import Tell, begin, silent
+from clip_tools.measuring.results import begin
 from clip_tools.measuring.tables import Section, table
 from clip_tools.measuring.targets import Target, check, verdicts_text
 from clip_tools.measuring.timing import OwnProcess, times_of
 from clip_tools.measuring.workload import load_images
+from clip_tools.progress import Tell, silent
 
 KERNEL, PILLOW, GPU = "library", "Pillow", "GPU"
 _BATCH = 64  # images at once in mode gpu

@@ -15,8 +15,9 @@ from clip_tools.errors import ToolError, needs_extra
 from clip_tools.measuring.fingerprint import ask_nvidia_smi
 from clip_tools.measuring.options import PerfOptions, ProfileOptions
 from clip_tools.measuring.perf import write_input
-from clip_tools.measuring.results import Tell, begin, silent
+from clip_tools.measuring.results import begin
 from clip_tools.paths import ROOT
+from clip_tools.progress import Tell, silent
 from clip_tools.repository import ENSEMBLE
 
 MODES = ("local", "docker", "remote")

@@ -3,20 +3,10 @@
 import itertools
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from clip_tools.errors import ToolError
 from clip_tools.measuring.fingerprint import fingerprint
-
-
-class Tell(Protocol):
-    """Is told the current step, how many measurements are done, and how many there are (None: not known)."""
-
-    def __call__(self, what: str, done: int = 0, total: int | None = None, /) -> None: ...
-
-
-def silent(what: str, done: int = 0, total: int | None = None, /) -> None:
-    """Shows nothing."""
 
 
 def begin(kind: str) -> dict[str, Any]:

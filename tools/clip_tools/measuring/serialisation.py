@@ -18,8 +18,9 @@ from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 from clip_tools.measuring.arms import client_tensors
 from clip_tools.measuring.bare import open_preprocess
 from clip_tools.measuring.options import SerialisationOptions
-from clip_tools.measuring.results import Tell, begin, silent
+from clip_tools.measuring.results import begin
 from clip_tools.measuring.workload import load_images
+from clip_tools.progress import Tell, silent
 
 
 def serialisation(options: SerialisationOptions, *, tell: Tell = silent) -> dict[str, Any]:

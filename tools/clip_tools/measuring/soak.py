@@ -16,11 +16,12 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring import watch
 from clip_tools.measuring.noise import percentile
 from clip_tools.measuring.options import SoakOptions
-from clip_tools.measuring.results import Tell, begin, silent
+from clip_tools.measuring.results import begin
 from clip_tools.measuring.services import served
 from clip_tools.measuring.soak_traffic import BAD_REQUESTS, Ended, Photographs, Traffic
 from clip_tools.measuring.variants import Variant
 from clip_tools.measuring.workload import load_images
+from clip_tools.progress import Tell, silent
 
 _WARM_UP = 2  # full batches before the clock starts: what holds the largest is filled
 SAMPLES = 360  # of the whole soak, so that the slopes between all of them are quickly had

@@ -14,10 +14,11 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring.noise import SMALLEST_CHANGE
 from clip_tools.measuring.options import PerfOptions, SweepOptions
 from clip_tools.measuring.perf import run_level, write_input
-from clip_tools.measuring.results import Tell, begin, read, silent
+from clip_tools.measuring.results import begin, read
 from clip_tools.measuring.services import triton_service
 from clip_tools.measuring.variants import Variant, change, committed_variant
 from clip_tools.paths import MODELS
+from clip_tools.progress import Tell, silent
 from clip_tools.repository import ENSEMBLE, read_config, write_config
 
 Axis = tuple[dict[str, int], ...]  # the values of an axis, each as the fields of a Variant that it sets

@@ -21,6 +21,7 @@ from clip_tools.measuring.services import triton_service
 from clip_tools.measuring.variants import Variant
 from clip_tools.measuring.workload import weights_of
 from clip_tools.oracle import Orientation, Weights, load_oracle, load_tokenizer
+from clip_tools.progress import Tell, silent
 from clip_tools.repository import text_deployment
 from clip_tools.serving.engine import Engine, has_exact_pixels, orientation_of, precision_of_engine, unchanged_graph_of
 from clip_tools.tensorrt.plan_manifest import PlanManifest
@@ -29,7 +30,6 @@ from clip_tools.verification.gates import Agreement, Gate, Precision
 from clip_tools.verification.reference import reference
 from clip_tools.verification.texts import texts
 
-Advance = Callable[[str, int, int], None]  # (what, done, of how many)
 Rows = npt.NDArray[np.float32]  # (N, D)
 _BATCH = 8
 
@@ -83,7 +83,7 @@ def verify(
     *,
     precision: Precision | None = None,
     orientation: Orientation | None = None,
-    advance: Advance = lambda what, done, total: None,
+    advance: Tell = silent,
 ) -> Verdict:
     """Compare the engine with open_clip in FP32 on the images.
 
@@ -154,9 +154,7 @@ def _verdict(
     )
 
 
-def verify_text(
-    engine: Engine, weights: Weights | None, *, advance: Advance = lambda what, done, total: None
-) -> Verdict:
+def verify_text(engine: Engine, weights: Weights | None, *, advance: Tell = silent) -> Verdict:
     """As `verify`, for a text tower on this project's texts: a file, a configuration to serve, or a running server."""
     some = texts()
     served = text_deployment(engine.models, engine.config_name)
@@ -203,7 +201,7 @@ def _weights(given: Weights | None, file: Path | None) -> Weights:
 
 
 def _embed(
-    engine: Engine, inputs: npt.NDArray[Any], ask: Callable[[EmbeddingClient], Rows], advance: Advance
+    engine: Engine, inputs: npt.NDArray[Any], ask: Callable[[EmbeddingClient], Rows], advance: Tell
 ) -> tuple[Rows, str]:
     """(The embeddings of a file that is run on `inputs`, or of a server that is asked; what computed them)."""
     if engine.file is None:

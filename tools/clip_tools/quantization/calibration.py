@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from clip_tools.errors import ToolError
 from clip_tools.export.precision import Graph
 from clip_tools.paths import CACHE
-from clip_tools.progress import Advance, silent
+from clip_tools.progress import Tell, silent
 from clip_tools.quantization.quantize import EightBit, LayerStatistics, QuantisedLayer, fit, linear_layers, quantize
 from clip_tools.quantization.stepwise import Stepwise
 
@@ -100,7 +100,7 @@ def calibrate(
     kind: EightBit,
     *,
     folder: Path = CALIBRATIONS,
-    advance: Advance = silent,
+    advance: Tell = silent,
 ) -> Calibration:
     """The calibration of a prepared FP32 graph on (N, 224, 224, 3) uint8 pixels, cached by graph and images.
 
@@ -121,7 +121,7 @@ def calibrate(
 
 
 def _quantise_layers(
-    model: "onnx.ModelProto", pixels: "Pixels", kind: EightBit, advance: Advance
+    model: "onnx.ModelProto", pixels: "Pixels", kind: EightBit, advance: Tell
 ) -> dict[str, QuantisedLayer]:
     """All linear layers in eight bits but those with one row for each image, the class token's.
 
@@ -166,7 +166,7 @@ def _class_tokens(value: Any, batch: int) -> Any:
 
 
 def _costs(
-    model: "onnx.ModelProto", layers: dict[str, QuantisedLayer], pixels: "Pixels", kind: EightBit, advance: Advance
+    model: "onnx.ModelProto", layers: dict[str, QuantisedLayer], pixels: "Pixels", kind: EightBit, advance: Tell
 ) -> dict[str, float]:
     """1 - mean cosine of the embeddings with one layer in eight bits and the others unchanged, for each layer."""
     import numpy as np

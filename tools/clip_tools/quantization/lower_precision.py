@@ -13,7 +13,7 @@ from clip_tools.export.manifest import Manifest, put_in_place
 from clip_tools.export.onnx_runner import OnnxRun, run_onnx
 from clip_tools.export.precision import count_matrices, count_weights, lower
 from clip_tools.oracle import Oracle, Weights, load_oracle
-from clip_tools.progress import Advance, silent
+from clip_tools.progress import Tell, silent
 from clip_tools.verification.gates import (
     GATES,
     Agreement,
@@ -42,7 +42,7 @@ def export_lower_precision(
     output: Path,
     *,
     calibration: Sequence[Path] = (),
-    advance: Advance = silent,
+    advance: Tell = silent,
     largest_bytes: int = LARGEST_BYTES,
 ) -> Manifest:
     """Write the graph in a lower precision to `output`, with manifest and sample. Raises ToolError if its gate fails.
@@ -117,7 +117,7 @@ def _fp32_graph(oracle: Oracle, photographs: Sequence[Path], folder: Path, large
 
 
 def _in_precision(
-    full: "onnx.ModelProto", precision: Precision, oracle: Oracle, images: Sequence[Path], advance: Advance
+    full: "onnx.ModelProto", precision: Precision, oracle: Oracle, images: Sequence[Path], advance: Tell
 ) -> "tuple[onnx.ModelProto, dict[str, Any]]":
     """(The graph in that precision, the manifest's entry on its calibration).
 
