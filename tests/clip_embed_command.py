@@ -1,6 +1,5 @@
 """Runs `clip-embed` in the test's own process, which saves the second or two that a new process takes to import it."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -25,8 +24,7 @@ def run_here(
             main()
         except SystemExit as end:
             code = end.code or 0
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(ValueError):
-                stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         out, err = stdout.getvalue(), stderr.getvalue()
     return subprocess.CompletedProcess(command, code, *((out.decode(), err.decode()) if text else (out, err)))

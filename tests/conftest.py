@@ -40,7 +40,16 @@ import clip_preprocess
 from ort_session import computes_bf16
 
 ARCHITECTURES = Path(__file__).with_name("architectures")
-EXPORTS = {"oracle", "onnx_model", "text_model", "gpu_model", "light_model", "light_text_model"}
+EXPORTS = {
+    "oracle",
+    "onnx_model",
+    "text_model",
+    "gpu_model",
+    "light_model",
+    "light_text_model",
+    "tiny_oracle",
+    "tiny_model",
+}
 TINY = Weights("tiny-vit", "random:0")
 WITH_VIT_SERVER = ("test_embeddings.py", "test_measuring.py", "test_overload.py", "test_soak.py", "test_text.py")
 
@@ -238,11 +247,23 @@ def repository(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
+def tiny_oracle() -> Oracle:
+    """open_clip itself, as `tiny-vit`."""
+    know_our_architectures()
+    return load_oracle(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(demo_photos: list[Path]) -> Path:
+    """model.onnx of `tiny-vit`, exported once and kept."""
+    know_our_architectures()
+    return exported(TINY, demo_photos)
+
+
+@pytest.fixture(scope="session")
 def light_model(request: pytest.FixtureRequest) -> Path:
     """The model of `light_repository`."""
-    if not is_short_run(request.config):
-        return request.getfixturevalue("onnx_model")
-    return exported(TINY, request.getfixturevalue("demo_photos"))
+    return request.getfixturevalue("tiny_model" if is_short_run(request.config) else "onnx_model")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from tests.conftest import TINY, know_our_architectures, options_for, with_image
+from tests.conftest import TINY, options_for, with_image
 
 from clip_embed import EmbeddingClient
 from clip_tools.digest import data_path, files_of, sha256_of
@@ -11,18 +11,11 @@ from clip_tools.errors import ToolError
 from clip_tools.export.export_onnx import export_onnx
 from clip_tools.export.manifest import Manifest, is_exported, manifest_path, put_in_place
 from clip_tools.measuring.variants import Variant, write_repository
-from clip_tools.oracle import Oracle, load_oracle
 from clip_tools.repository import deployment
 from clip_tools.serving.manifests import check_manifests
 from clip_tools.serving.serve import EmbeddedServer
 
 LARGEST_BYTES = 1 << 18
-
-
-@pytest.fixture(scope="module")
-def tiny_oracle() -> Oracle:
-    know_our_architectures()
-    return load_oracle(TINY)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.conftest import TINY, exported, know_our_architectures, with_image
+from tests.conftest import TINY, with_image
 from typer.testing import CliRunner
 
 from clip_tools import photos
@@ -21,7 +21,7 @@ from clip_tools.export.manifest import Manifest, manifest_path
 from clip_tools.export.precision import lower
 from clip_tools.measuring import verify as verifying
 from clip_tools.measuring.verify import verify, verify_text
-from clip_tools.oracle import Oracle, Weights, load_oracle
+from clip_tools.oracle import Oracle, Weights
 from clip_tools.quantization import lower_precision as exporting
 from clip_tools.quantization.lower_precision import export_lower_precision
 from clip_tools.serving.engine import Engine, find_engine
@@ -40,18 +40,6 @@ def fp16_model(gpu_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     path = tmp_path_factory.mktemp("fp16") / "model.fp16.onnx"
     onnx.save(lower(onnx.load(str(gpu_model)), "fp16"), str(path))
     return path
-
-
-@pytest.fixture(scope="module")
-def tiny_oracle() -> Oracle:
-    know_our_architectures()
-    return load_oracle(TINY)
-
-
-@pytest.fixture(scope="module")
-def tiny_model(demo_photos: list[Path]) -> Path:
-    know_our_architectures()
-    return exported(TINY, demo_photos)
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,12 @@ from test_client_loopback import Brain, serve, vector_of
 pytest.importorskip("typer", reason="pip install 'clip-embed[cli]'")
 pytest.importorskip("rich", reason="pip install 'clip-embed[cli]'")
 
-from tests.clip_embed_command import run_here
+from tests.clip_embed_command import COMMAND, run_here
 
 from clip_embed import jsonl, parquet, resume
 from clip_embed.provenance import Provenance
 from clip_embed.resume import open_resumed
 from clip_embed.table import UnusableOutput, has_parts, parts_folder, stat_image
-
-COMMAND = "import clip_embed.resume as r; r.PART_ROWS = 5; from clip_embed.cli import main; main()"
 
 
 def parquet_or_skip():
@@ -344,11 +342,12 @@ def run(here):
 
 @pytest.fixture
 def start(here):
-    """Starts the command as a process."""
+    """Starts the command as a process, after this Python code."""
+    *python, main = COMMAND
 
-    def start(*arguments, command=COMMAND):
-        command = [sys.executable, "-W", "error", "-c", command, *arguments]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(*arguments, before=""):
+        code = f"import clip_embed.resume as r; r.PART_ROWS = 5; {before}{main}"
+        return subprocess.Popen([*python, code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return start
 
@@ -415,7 +414,7 @@ def test_a_limit_of_the_disk_is_a_sentence_and_nothing_is_lost(start, run, out, 
     """Files of at most 40 KB: the parts fit, what they make together does not."""
     limit_bytes = {"jsonl": 40_000, "parquet": 22_000}[out.suffix.removeprefix(".")]
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes})); "
-    with start("photos", "-o", out.name, "--resume", command=limit + COMMAND) as process:
+    with start("photos", "-o", out.name, "--resume", before=limit) as process:
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2
     assert f"cannot write {out.name}: File too large; finished rows are kept in {out.name}.parts" in stderr
