@@ -1,6 +1,8 @@
 # `make demo` and `make test` work from a clean checkout with Python 3.11. `make help` lists every target.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+# Python keeps its bytecode: without it, each process that imports open_clip compiles PyTorch again, which takes 6 s.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin

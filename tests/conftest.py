@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -127,6 +128,13 @@ def no_bf16(openvino: None) -> None:
 @pytest.fixture(scope="session")
 def oracle(weights: Weights) -> Oracle:
     """open_clip itself."""
+    return oracle_of(weights)
+
+
+@functools.lru_cache(maxsize=1)  # two of the largest would not fit
+def oracle_of(weights: Weights) -> Oracle:
+    """open_clip with these weights, for the exports and the comparison after them."""
+    know_our_architectures()
     return load_oracle(weights)
 
 
@@ -205,14 +213,13 @@ def one_process_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-def exported(weights: Weights, photographs: list[Path], oracle: Oracle | None = None) -> Path:
+def exported(weights: Weights, photographs: list[Path]) -> Path:
     """The image tower of these weights, kept between runs."""
     path = kept_model(weights, "model.onnx")
     with one_process_at_a_time(path):
         kept = Sample.read(path)
         if not is_exported(path, weights) or kept is None or kept.upright_embeddings is None:
-            know_our_architectures()
-            export_onnx(weights, [photo.read_bytes() for photo in photographs], path, oracle=oracle)
+            export_onnx(weights, [photo.read_bytes() for photo in photographs], path, oracle=oracle_of(weights))
     return path
 
 
@@ -222,13 +229,12 @@ def text_model(weights: Weights) -> Path:
     return exported_text(weights)
 
 
-def exported_text(weights: Weights, oracle: Oracle | None = None) -> Path:
+def exported_text(weights: Weights) -> Path:
     """The text tower of these weights, kept between runs."""
     path = kept_model(weights, "text_tower/model.onnx")
     with one_process_at_a_time(path):
         if not is_exported(path, weights) or Sample.read(path) is None:
-            know_our_architectures()
-            export_text(weights, path, oracle=oracle)
+            export_text(weights, path, oracle=oracle_of(weights))
     return path
 
 
@@ -249,14 +255,12 @@ def repository(onnx_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def tiny_oracle() -> Oracle:
     """open_clip itself, as `tiny-vit`."""
-    know_our_architectures()
-    return load_oracle(TINY)
+    return oracle_of(TINY)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(demo_photos: list[Path]) -> Path:
     """model.onnx of `tiny-vit`, exported once and kept."""
-    know_our_architectures()
     return exported(TINY, demo_photos)
 
 

@@ -9,15 +9,15 @@ from tests.conftest import (
     exported,
     exported_text,
     kept_model,
-    know_our_architectures,
     options_for,
+    oracle_of,
     with_image,
     with_text,
 )
 
 from clip_embed import EmbeddingClient
 from clip_tools import oracle as oracle_module
-from clip_tools.oracle import OtherTokenizer, Weights, load_oracle, load_tokenizer
+from clip_tools.oracle import OtherTokenizer, Weights, load_tokenizer
 from clip_tools.serving.server import EmbeddedServer
 from clip_tools.verification.texts import texts
 
@@ -43,17 +43,16 @@ def test_seeded_weights_are_fed_as_the_architectures_pretrained_ones_are():
 @pytest.mark.parametrize("name", [TINY, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
 def test_it_gives_open_clips_pixels_and_vectors(name, demo_photos, odd_images, tmp_path, monkeypatch):
     if name == TINY:
-        know_our_architectures()
         monkeypatch.setattr(oracle_module, "_transform_of_a_tag", lambda _: BILINEAR)
     weights = Weights(name, "random:0")
     photographs = demo_photos[:2] if name == LONG[-1] else demo_photos
-    oracle, images = load_oracle(weights), [path.read_bytes() for path in photographs]
+    oracle, images = oracle_of(weights), [path.read_bytes() for path in photographs]
     odd = [(odd_images / file).read_bytes() for file in ("pil_sample_cmyk.jpg", "transparent.png", "hopper.gif")]
-    models = with_image(tmp_path / "image", exported(weights, photographs, oracle))
+    models = with_image(tmp_path / "image", exported(weights, photographs))
     some = texts()[-12:]
     try:
         expected_texts = oracle.embed_tokens(load_tokenizer(name)(some))
-        models = with_text(models, tmp_path / "models", exported_text(weights, oracle))
+        models = with_text(models, tmp_path / "models", exported_text(weights))
     except OtherTokenizer:
         expected_texts = None
     options = options_for(models, tmp_path / "log", check_vectors=True, ready_timeout_s=900)

@@ -159,7 +159,7 @@ def test_a_lost_model_turns_readiness_off_and_a_new_server_comes(
         wait_until(lambda: len(traffic.sent) > before + 8)
     assert (traffic.lost, traffic.wrong) == ([], [])
     assert f"(process {lost}) {words}; a new server starts in " in options.log.read_text()
-    assert not Path(f"/proc/{lost}").exists()
+    wait_until(lambda: not Path(f"/proc/{lost}").exists())
     record_reliability(
         fault,
         faults=1,

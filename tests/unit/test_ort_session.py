@@ -79,7 +79,7 @@ def test_bf16_is_a_named_configuration():
     assert hint(session_plan(as_triton_gives_it("cpu-bf16"), "CPU", 0)) == "bf16"
 
 
-def test_bf16_on_a_cpu_without_it_is_refused(monkeypatch, openvino, onnx_model):
+def test_bf16_on_a_cpu_without_it_is_refused(monkeypatch, openvino, tiny_model):
     """Also where one part of several is in BF16."""
     monkeypatch.setattr("ort_session.computes_bf16", lambda: False)
     mixed = accelerated("cpu", "openvino_bf16", parts="fp32 bf16")
@@ -87,7 +87,7 @@ def test_bf16_on_a_cpu_without_it_is_refused(monkeypatch, openvino, onnx_model):
         with pytest.raises(ConfigError, match="OpenVINO has no BF16 on this CPU"):
             check_plan(session_plan(config, "CPU", 0))
     with pytest.raises(ConfigError, match="OpenVINO has no BF16 on this CPU"):
-        open_session(onnx_model, session_plan(as_triton_gives_it("cpu-bf16"), "CPU", 0))
+        open_session(tiny_model, session_plan(as_triton_gives_it("cpu-bf16"), "CPU", 0))
     check_plan(session_plan(accelerated("cpu", "openvino_bf16", parts="fp32 fp32"), "CPU", 0))
 
 
@@ -140,7 +140,7 @@ def test_a_provider_that_is_not_there_is_refused_with_what_to_install():
         open_session(Path("model.onnx"), session_plan({}, "GPU", 0))
 
 
-def test_a_provider_that_cannot_be_used_fails_the_load(onnx_model, capfd):
+def test_a_provider_that_cannot_be_used_fails_the_load(tiny_model, capfd):
     """ONNX Runtime raises nothing and takes the next: for CUDA without a GPU, and OpenVINO without its device."""
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         if find_gpu():
@@ -149,13 +149,13 @@ def test_a_provider_that_cannot_be_used_fails_the_load(onnx_model, capfd):
     else:
         plan = SessionPlan([("OpenVINOExecutionProvider", {"device_type": "GPU.9"}), CPU])
     with pytest.raises(ConfigError, match=rf"{plan.providers[0][0]} is asked for, but ONNX Runtime fell back to CPU"):
-        open_session(onnx_model, plan)
+        open_session(tiny_model, plan)
     assert "Failed to create" in capfd.readouterr().err
 
 
-def test_a_session_whose_provider_fails_at_a_request_stays_on_it(onnx_model):
+def test_a_session_whose_provider_fails_at_a_request_stays_on_it(tiny_model):
     """ONNX Runtime's own wrapper would go on with the CPU provider, and answer from there ever after."""
-    session = open_session(onnx_model, session_plan({}, "CPU", 0))
+    session = open_session(tiny_model, session_plan({}, "CPU", 0))
 
     class Failing:
         def __init__(self, inner):
@@ -177,9 +177,9 @@ def test_a_missing_model_file_says_how_to_make_it(tmp_path):
         open_session(tmp_path / "model.onnx", session_plan({}, "CPU", 0))
 
 
-def test_a_damaged_model_file_is_named_with_what_to_do(tmp_path, onnx_model):
+def test_a_damaged_model_file_is_named_with_what_to_do(tmp_path, tiny_model):
     damaged = tmp_path / "model.fp16.onnx"
-    damaged.write_bytes(onnx_model.read_bytes()[:100_000])
+    damaged.write_bytes(tiny_model.read_bytes()[:100_000])
     with pytest.raises(
         ConfigError, match=r"cannot load .*model\.fp16\.onnx.*clip-tools export-onnx --precision fp16"
     ) as error:
@@ -198,8 +198,8 @@ def test_a_damaged_model_file_is_named_with_what_to_do(tmp_path, onnx_model):
         ({"output": [{"name": "embedding", "data_type": "TYPE_FP32", "dims": ["768"]}]}, "768"),
     ],
 )
-def test_a_graph_with_other_tensors_is_refused(onnx_model, change, message):
-    session = open_session(onnx_model, session_plan({}, "CPU", 0))
+def test_a_graph_with_other_tensors_is_refused(tiny_model, change, message):
+    session = open_session(tiny_model, session_plan({}, "CPU", 0))
     config = as_triton_gives_it()
     check_contract(config, session)
     with pytest.raises(ConfigError, match=message):

@@ -56,12 +56,12 @@ def test_the_cut_graph_takes_normalised_tensors_and_gives_the_same():
     assert np.allclose(run(whole, {"pixels": pixels}), run(cut, {TENSOR_INPUT: tensors}), atol=1e-6)
 
 
-def test_a_graph_whose_weights_normalise_takes_normalised_tensors_too(onnx_model):
+def test_a_graph_whose_weights_normalise_takes_normalised_tensors_too(tiny_model):
     """The exported one: its tensors are made pixels again, so that it runs the same arithmetic."""
     import onnx
     import onnxruntime
 
-    cut = onnx.load(str(onnx_model))
+    cut = onnx.load(str(tiny_model))
     assert not any(node.op_type == "Conv" for node in cut.graph.node)
     take_tensors(cut)
     checker.check_model(cut, full_check=True)
@@ -74,7 +74,7 @@ def test_a_graph_whose_weights_normalise_takes_normalised_tensors_too(onnx_model
         session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         return session.run(["embedding"], feeds)[0]
 
-    whole = run(str(onnx_model), {"pixels": pixels})
+    whole = run(str(tiny_model), {"pixels": pixels})
     assert (whole * run(cut.SerializeToString(), {TENSOR_INPUT: tensors})).sum(axis=1).min() > 0.999999
 
 
