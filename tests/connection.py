@@ -1,7 +1,7 @@
 """One connection as the preloaded library sees it: `python -m tests.connection`, with the steps as JSON on stdin.
 
-A step is ["send", hex, ...] of the client in so many pieces, each read before the next; ["answer", hex] of the server;
-["leave"] of the client; or ["read"] once more. Prints what the server read, as hex, for each step: "" is the end of the
+A step is ["send", hex, ...] of the client in so many pieces, each read before the next; ["send unread", hex], and a read with
+no room; ["answer", hex] of the server; ["leave"] of the client; or ["read"] once more. Prints what the server read, as hex, for each step: "" is the end of the
 connection, or that it was reset, null that nothing has come.
 """
 
@@ -10,9 +10,9 @@ import socket
 import sys
 
 
-def read(end: socket.socket) -> str | None:
+def read(end: socket.socket, room: int = 1 << 20) -> str | None:
     try:
-        return end.recvmsg(1 << 20)[0].hex()
+        return end.recvmsg(room)[0].hex()
     except BlockingIOError:
         return None
     except ConnectionResetError:
@@ -33,6 +33,9 @@ def run(steps: list[list[str]]) -> list[str | None]:
                     for piece in pieces:
                         client.sendall(bytes.fromhex(piece))
                         got += read(server) or ""
+                case "send unread":
+                    client.sendall(bytes.fromhex(pieces[0]))
+                    got = read(server, room=0)
                 case "answer":
                     server.sendmsg([bytes.fromhex(pieces[0])])
                 case "leave":

@@ -105,6 +105,13 @@ def test_the_end_of_a_client_is_read_once_its_calls_are_answered():
     assert (waiting, end) == (None, b"")
 
 
+def test_a_read_with_no_room_is_not_the_end_of_the_client():
+    """gRPC reads so once its buffers are full."""
+    begun = frame(HEADERS, 3, b"headers")
+    ((_, nothing, got),) = run([("send", PREFACE + REQUEST), ("send unread", begun), ("read",)])
+    assert (nothing, got) == (b"", begun)
+
+
 def test_what_a_lost_client_had_begun_to_send_is_filled_up_and_ends_with_the_connection():
     begun = frame(HEADERS, 3, b"headers") + frame(DATA, 3, b"12345678")
     steps = [("send", PREFACE + REQUEST + begun[:-3]), ("leave",), ("read",), ("answer", ANSWER), ("read",)]
