@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from clip_tools import photos, proxy, reliability
+from clip_tools.accuracy.sample import FILE as SAMPLE
+from clip_tools.accuracy.sample import Sample
 from clip_tools.demo import weights_from_environment
 from clip_tools.digest import files_of
 from clip_tools.export.export_onnx import export_onnx, write_graph
@@ -27,8 +29,6 @@ from clip_tools.repository import read_config
 from clip_tools.serving import process
 from clip_tools.serving.serve_options import ServeOptions
 from clip_tools.serving.server import EmbeddedServer
-from clip_tools.verification.sample import FILE as SAMPLE
-from clip_tools.verification.sample import Sample
 
 # What the server's own Python finds beside a model.
 sys.path += [

@@ -1,8 +1,9 @@
 """One connection as the preloaded library sees it: `python -m tests.connection`, with the steps as JSON on stdin.
 
-A step is ["send", hex, ...] of the client in so many pieces, each read before the next; ["send unread", hex], and a read with
-no room; ["answer", hex] of the server; ["leave"] of the client; or ["read"] once more. Prints what the server read, as hex, for each step: "" is the end of the
-connection, or that it was reset, null that nothing has come.
+A step is ["send", hex, ...] of the client in so many pieces, each read before the next; ["send unread", hex] and a read
+with no room; ["answer", hex] of the server; ["leave"] of the client; or ["read"] once more. Prints what the server
+read, as hex, for each step: "" is no bytes, the end of the connection, or that it was reset; null that nothing has
+come.
 """
 
 import json

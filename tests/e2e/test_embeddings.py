@@ -20,9 +20,9 @@ from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from clip_embed import EmbeddingClient, InvalidImageError
-from clip_tools.measuring.verify import verify
 from clip_tools.repository import read_config
 from clip_tools.serving.engine import Engine
+from clip_tools.verify import verify
 
 # FP32 arithmetic in another order; the gate. The worst of 121 photographs read 0.9999999 (docs/results/precision).
 MIN_COSINE = 0.99999

@@ -17,9 +17,9 @@ from tests.conftest import (
 
 from clip_embed import EmbeddingClient
 from clip_tools import oracle as oracle_module
+from clip_tools.accuracy.texts import texts
 from clip_tools.oracle import OtherTokenizer, Weights, load_tokenizer
 from clip_tools.serving.server import EmbeddedServer
-from clip_tools.verification.texts import texts
 
 MIN_COSINE = 0.99999  # as in test_embeddings
 TINY = "tiny-resnet"  # 96 numbers, 160 px, a convolutional tower, traced

@@ -10,12 +10,12 @@ from tests.conftest import options_for
 from tests.small_graph import write_small_transformer
 
 from clip_embed import EmbeddingClient
+from clip_tools.accuracy.gates import agreement, cosines
 from clip_tools.export.mix import LayeredGraph, Mix, apply
 from clip_tools.export.tune_precision import embed
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
 from clip_tools.serving.server import EmbeddedServer
-from clip_tools.verification.gates import agreement, cosines
 
 MIX = ("fp32", "fp32", "bf16", "bf16", "fp32")
 

@@ -12,12 +12,12 @@ import pytest
 from tests.conftest import options_for
 
 from clip_embed import AsyncEmbeddingClient, EmbeddingClient, InvalidTextError, ModelNotReadyError, wire
+from clip_tools.accuracy.texts import texts
 from clip_tools.oracle import load_tokenizer
 from clip_tools.serving.model_control import GrpcModelControl
 from clip_tools.serving.server import EmbeddedServer
 from clip_tools.serving.swap import swap
 from clip_tools.serving.swap_steps import SwapOptions
-from clip_tools.verification.texts import texts
 
 MIN_COSINE = 0.99999  # as in test_embeddings
 

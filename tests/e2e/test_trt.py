@@ -6,11 +6,11 @@ import pytest
 from tests.conftest import options_for
 
 from clip_embed import EmbeddingClient
+from clip_tools.accuracy.gates import GATES
 from clip_tools.gpu import find_gpu
 from clip_tools.serving.server import EmbeddedServer
 from clip_tools.tensorrt.build_engine import PlanOptions, build_engine
 from clip_tools.tensorrt.runtime import RUNTIMES, installed_version
-from clip_tools.verification.gates import GATES
 
 MIN_COSINE = GATES["fp32"].worst_cosine  # which TF32, with FP16's mantissa, would miss
 

@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip("fastapi", reason="pip install 'clip-embed[baseline]'")
 
 from clip_tools import oracle as oracle_module
+from clip_tools.accuracy import reference as reference_module
 from clip_tools.errors import ToolError
 from clip_tools.measuring.baseline import service as service_module
-from clip_tools.verification import reference as reference_module
 
 
 def test_fp16_is_fp16_and_the_service_says_on_what(oracle, weights, demo_photos):

@@ -8,9 +8,9 @@ import pytest
 from tests.conftest import Lazily
 
 from clip_tokens import MERGES, RefusedText, Tokenizer
+from clip_tools.accuracy.texts import texts
 from clip_tools.export.export_text import merges_text
 from clip_tools.oracle import OtherTokenizer, load_tokenizer
-from clip_tools.verification.texts import texts
 
 open_clip = Lazily("open_clip")
 

@@ -14,22 +14,22 @@ from tests.conftest import TINY, with_image
 from typer.testing import CliRunner
 
 from clip_tools import photos
+from clip_tools import verify as verifying
+from clip_tools.accuracy.gates import cosines
+from clip_tools.accuracy.sample import Sample
+from clip_tools.accuracy.texts import texts
 from clip_tools.cli import app
 from clip_tools.errors import ToolError
 from clip_tools.export.export_onnx import compare, write_graph
 from clip_tools.export.manifest import Manifest, manifest_path
 from clip_tools.export.precision import lower
-from clip_tools.measuring import verify as verifying
-from clip_tools.measuring.verify import verify, verify_text
 from clip_tools.oracle import Oracle, Weights
 from clip_tools.quantization import lower_precision as exporting
 from clip_tools.quantization.lower_precision import export_lower_precision
 from clip_tools.serving.engine import Engine, find_engine
 from clip_tools.tensorrt.build_engine import PlanOptions
 from clip_tools.tensorrt.plan_manifest import stale_reason
-from clip_tools.verification.gates import cosines
-from clip_tools.verification.sample import Sample
-from clip_tools.verification.texts import texts
+from clip_tools.verify import verify, verify_text
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 

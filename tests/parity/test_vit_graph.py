@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from tests.conftest import Lazily
 
+from clip_tools.accuracy.gates import cosines
 from clip_tools.digest import data_path
 from clip_tools.export.export_onnx import compare, write_graph
 from clip_tools.export.external_data import load_graph, save_graph
@@ -21,7 +22,6 @@ from clip_tools.oracle import Oracle
 from clip_tools.quantization.calibration import calibrate
 from clip_tools.quantization.quantize import linear_layers, prepare
 from clip_tools.quantization.rotation import ROTATION, rotate
-from clip_tools.verification.gates import cosines
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 open_clip = Lazily("open_clip")

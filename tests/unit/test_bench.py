@@ -3,10 +3,10 @@
 import pytest
 
 from clip_tools.errors import ToolError
+from clip_tools.in_process import instance_kind, open_engine
 from clip_tools.measuring import bench as bench_module
 from clip_tools.measuring import results
 from clip_tools.measuring.arms import Arm
-from clip_tools.measuring.bare import instance_kind, open_engine
 from clip_tools.measuring.bench import (
     ARMS,
     bare_part,
@@ -62,14 +62,14 @@ def test_on_a_gpu_the_slower_step_is_the_bound():
     ("kind", "gpu", "expected"), [(0, None, "CPU"), (0, "L4", "GPU"), (2, "L4", "CPU"), (1, None, "GPU")]
 )
 def test_the_engine_alone_runs_where_triton_would_run_it(kind, gpu, expected, monkeypatch):
-    monkeypatch.setattr("clip_tools.measuring.bare.find_gpu", lambda: gpu)
+    monkeypatch.setattr("clip_tools.in_process.find_gpu", lambda: gpu)
     config = read_config(MODELS, "clip_onnx")
     config.instance_group[0].kind = kind  # KIND_AUTO, KIND_CPU, KIND_GPU
     assert instance_kind(config) == expected
 
 
 def test_what_the_engine_alone_cannot_be_opened_with_is_one_line(monkeypatch):
-    monkeypatch.setattr("clip_tools.measuring.bare.find_gpu", lambda: None)
+    monkeypatch.setattr("clip_tools.in_process.find_gpu", lambda: None)
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ToolError, match=r"OpenVINOExecutionProvider is asked for.*make setup-cpu"):
         open_engine(MODELS, "cpu-bf16")

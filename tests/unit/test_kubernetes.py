@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from clip_tools.paths import MODELS, ROOT
-from clip_tools.repository import config_names, deployment
+from clip_tools.repository import config_names, deployment, engine_of
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 KUBECTL = Path(sys.executable).with_name("kubectl")
@@ -118,7 +118,7 @@ def instances_by_gpu(config, gpus: int) -> list[int]:
 @pytest.mark.parametrize("config_name", [None, *config_names(MODELS)])
 def test_an_engine_is_made_once_on_each_gpu_of_the_host(config_name):
     """One queue before them all. Those that run on the CPU have none there."""
-    engine = deployment(MODELS, config_name)[-2]
+    engine = engine_of(deployment(MODELS, config_name))
     expected = 0 if config_name in ("cpu-fp32", "cpu-bf16") else 1
     for gpus in (1, 4, 8):
         assert instances_by_gpu(engine.config, gpus) == [expected] * gpus

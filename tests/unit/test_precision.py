@@ -5,6 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from clip_tools.accuracy.gates import (
+    GATES,
+    Agreement,
+    Gate,
+    agreement,
+    counts_for_nothing,
+    failures,
+    gate_of,
+    gates_table,
+    likely_neighbours_kept,
+)
 from clip_tools.errors import ToolError
 from clip_tools.export.onnx_runner import EMULATED, NATIVE, run_onnx
 from clip_tools.export.precision import (
@@ -24,17 +35,6 @@ from clip_tools.quantization.lower_precision import holds_with_margin
 from clip_tools.quantization.quantize import QuantisedLayer, fit, linear_layers, prepare, quantize
 from clip_tools.quantization.rotation import mean_keeping_rotation, rotate
 from clip_tools.quantization.stepwise import Stepwise
-from clip_tools.verification.gates import (
-    GATES,
-    Agreement,
-    Gate,
-    agreement,
-    counts_for_nothing,
-    failures,
-    gate_of,
-    gates_table,
-    likely_neighbours_kept,
-)
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 
@@ -270,14 +270,14 @@ def test_calibration_is_kept_by_content(block: "onnx.ModelProto", pixels: np.nda
         told.append(what)
 
     prepared = prepare(block, "int8")
-    first = calibrate(prepared, pixels[4:], pixels[:4], "int8", folder=tmp_path, advance=tell)
+    first = calibrate(prepared, pixels[4:], pixels[:4], "int8", folder=tmp_path, tell=tell)
     assert told
     told.clear()
-    again = calibrate(prepared, pixels[4:], pixels[:4], "int8", folder=tmp_path, advance=tell)
+    again = calibrate(prepared, pixels[4:], pixels[:4], "int8", folder=tmp_path, tell=tell)
     assert not told
     assert again.costs == first.costs
     assert np.array_equal(again.layers["qk"].bias, first.layers["qk"].bias)
-    calibrate(prepared, pixels[4:], pixels[1:4], "int8", folder=tmp_path, advance=tell)
+    calibrate(prepared, pixels[4:], pixels[1:4], "int8", folder=tmp_path, tell=tell)
     assert told
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_tools.accuracy.sample import FILE, Sample, write_sample
 from clip_tools.digest import sha256_of
 from clip_tools.export.export_onnx import make_manifest
 from clip_tools.export.manifest import manifest_path
@@ -17,7 +18,6 @@ from clip_tools.paths import MODELS
 from clip_tools.serving.engine import Engine, unchanged_graph_of
 from clip_tools.serving.vector_check import WrongVectors, check_vectors
 from clip_tools.tensorrt.plan_manifest import PlanManifest
-from clip_tools.verification.sample import FILE, Sample, write_sample
 
 NPY = b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }".ljust(128) + b"\n1"
 WEIGHTS = Weights("ViT-B-32", "laion2b_s34b_b79k")

@@ -13,12 +13,12 @@ from clip_embed import (
     ServerUnavailableError,
 )
 from clip_embed.endpoint import parse_url
+from clip_tools.accuracy.sample import Sample
 from clip_tools.errors import ToolError
 from clip_tools.serving import server as embedded
 from clip_tools.serving.health import check_health
 from clip_tools.serving.serve_options import ServeOptions
 from clip_tools.serving.server import EmbeddedServer
-from clip_tools.verification.sample import Sample
 
 
 @pytest.mark.parametrize(

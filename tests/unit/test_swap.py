@@ -7,6 +7,7 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from clip_embed.server_info import CHECKPOINT, MODEL
+from clip_tools.accuracy.sample import Sample
 from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
@@ -18,7 +19,6 @@ from clip_tools.serving.provenance import set_provenance
 from clip_tools.serving.swap import swap
 from clip_tools.serving.swap_steps import SwapOptions, becomes_idle, same_configuration, swap_steps
 from clip_tools.serving.vector_check import WrongVectors
-from clip_tools.verification.sample import Sample
 
 
 class FakeServer:

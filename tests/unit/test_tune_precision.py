@@ -9,6 +9,8 @@ from google.protobuf import json_format
 from tests.small_graph import write_small_transformer
 from typer.testing import CliRunner
 
+from clip_tools.accuracy.gates import agreement, cosines
+from clip_tools.accuracy.reference import Reference
 from clip_tools.cli import app
 from clip_tools.errors import ToolError
 from clip_tools.export import tune_precision as verb
@@ -23,8 +25,6 @@ from clip_tools.measuring.sections import precision_section
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
 from clip_tools.repository import check_files, deployment, read_config
-from clip_tools.verification.gates import agreement, cosines
-from clip_tools.verification.reference import Reference
 from ort_session import ConfigError, SessionChain, check_contract, open_session, session_plan
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
@@ -180,7 +180,7 @@ def test_the_verb_writes_the_result_and_its_curve_and_applies_nothing_untrained(
 ):
     weights = Weights("ViT-B-32", "random:0")
     manifest_path(path).write_text(make_manifest(path, weights, "fp32", 1.0, 0.0).to_json())
-    monkeypatch.setattr("clip_tools.verification.reference.reference", lambda *_: expected)
+    monkeypatch.setattr("clip_tools.accuracy.reference.reference", lambda *_: expected)
     output = repository_copy / "tuned.json"
     arguments = ["--onnx", str(path), "--output", str(output), "--models", str(repository_copy), "--rounds", "1"]
     options = ["--model", "ViT-B-32", "--pretrained", "random:0", "--worst-cosine", "0.9", "--apply", "mixed"]

@@ -27,6 +27,7 @@ from clip_embed.table import ImageFile, stat_image
 from clip_embed.terminal import FATAL_ERRORS, NO_SERVER, SOME_FAILED, USAGE, one_line
 from clip_embed.wire import MAX_IMAGE_BYTES
 from clip_tools.errors import ToolError, needs_extra
+from clip_tools.progress import Tell, silent
 
 _CONTAINERS = frozenset((".tar", ".parquet"))
 _OBJECT_STORE_BYTES = 100 << 20  # for a Ray that is started here: it holds file names only
@@ -103,12 +104,12 @@ def embed_dataset(
     image_column: str = "image",
     timeout_s: float = 300.0,
     say: Callable[[str], object],
-    advance: Callable[[int, int], object] = lambda done, total: None,
+    tell: Tell = silent,
 ) -> Done:
     """Write the missing parts of the source; the counts of all parts.
 
-    The actors run the model repository `models`, if given, instead of calling servers. `advance` gets the number of
-    finished parts, and of all. Raises ToolError if the job stops; finished parts stay, and the next run continues.
+    The actors run the model repository `models`, if given, instead of calling servers. Raises ToolError if the job
+    stops; finished parts stay, and the next run continues.
     """
     with needs_extra("ray"):
         import ray.data
@@ -147,7 +148,7 @@ def embed_dataset(
             if part["stopped"]:
                 raise ToolError(f"{part['stopped']}; the finished parts stay: run it again", exit_code=part["code"])
             done.add(json.loads(part["notes"]))
-            advance(count, len(parts))
+            tell("parts", count, len(parts))
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
         advice = "give Ray more memory, or fewer --actors" if "memory" in str(error) else "see `ray status`"
         raise ToolError(f"Ray: {one_line(error)[:500]}; {advice}; the finished parts stay") from error

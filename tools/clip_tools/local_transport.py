@@ -10,7 +10,7 @@ import numpy as np
 from clip_embed.errors import ImageFailure, InvalidImageError
 from clip_embed.server_info import ServerInfo
 from clip_embed.wire import OUTPUT, Embeddings, ImageBytes
-from clip_tools.measuring.bare import import_preprocess, open_engine
+from clip_tools.in_process import import_preprocess, open_engine
 from clip_tools.repository import check_files, deployment
 from clip_tools.serving.provenance import set_provenance
 from clip_tools.serving.towers import Towers

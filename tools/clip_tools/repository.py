@@ -1,5 +1,6 @@
 """Reads the model repository: the models of a deployment, their configurations, and missing files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,17 @@ def deployment(models: Path, config_name: str | None = None, *, root: str = ENSE
     return [*steps, Model(root, config, file)]
 
 
+def engine_of(deployed: Sequence[Model]) -> Model:
+    """The model of a deployment that makes the embeddings: the last step before the ensemble itself."""
+    return deployed[-2]
+
+
 def text_deployment(models: Path, config_name: str | None = None) -> list[Model]:
     """The models that embed texts; none if no text tower was exported."""
     if not (models / TEXT_ENSEMBLE / "config.pbtxt").is_file():
         return []
     found = deployment(models, config_name, root=TEXT_ENSEMBLE)
-    file = found[-2].file
+    file = engine_of(found).file
     return found if file and file.is_file() else []
 
 

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
+from clip_tools.accuracy.gates import PRECISIONS
 from clip_tools.cli.options import one_of
 from clip_tools.tensorrt.build_engine import PLAN_PATH, default_onnx
 from clip_tools.tensorrt.runtime import RUNTIMES
-from clip_tools.verification.gates import PRECISIONS
 
 
 def build_engine(

@@ -57,7 +57,7 @@ def embed_dataset(
             image_column=image_column,
             timeout_s=timeout_s,
             say=lambda line: typer.echo(line, err=True),
-            advance=lambda parts, total: tell("parts", parts, total),
+            tell=tell,
         )
     typer.echo(summary(done, destination), err=True)
     if done.failed:

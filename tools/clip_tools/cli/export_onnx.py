@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from clip_tools.accuracy.gates import PRECISIONS
 from clip_tools.cli.options import Architecture, PrecisionName, one_of, progress
 from clip_tools.errors import ToolError
 from clip_tools.tensorrt.build_engine import default_onnx
-from clip_tools.verification.gates import PRECISIONS
 
 
 def export_onnx(
@@ -71,7 +71,7 @@ def export_onnx(
         if note := check_count(len(images), force=force):
             sys.stderr.write(f"{note}\n")
     manifests = []
-    with progress(f"exporting {model}, {pretrained}") as advance:
+    with progress(f"exporting {model}, {pretrained}") as tell:
         if exports_text:
             load_tokenizer(model)  # refuses an unsupported one before anything is written
         oracle = load_oracle(weights) if chosen == "fp32" else None
@@ -82,9 +82,7 @@ def export_onnx(
             manifests.append(verb.export_onnx(weights, files, output or verb.MODEL_PATH, oracle=oracle))
         elif exports_image:
             target = output or default_onnx(chosen)
-            manifests.append(
-                export_lower_precision(weights, chosen, paths, target, calibration=images, advance=advance)
-            )
+            manifests.append(export_lower_precision(weights, chosen, paths, target, calibration=images, tell=tell))
         if exports_text:
             manifests.append(export_text(weights, output or TEXT_MODEL_PATH, oracle=oracle))
     if reason := manifests[0].gate.get("counts_for_nothing"):

@@ -9,10 +9,10 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
+from clip_tools.accuracy.gates import PRECISIONS
 from clip_tools.errors import ToolError
 from clip_tools.progress import Tell
 from clip_tools.serving.vector_check import CHECK_VECTORS_VARIABLE
-from clip_tools.verification.gates import PRECISIONS
 
 ChoiceT = TypeVar("ChoiceT", bound=str)
 

@@ -35,21 +35,21 @@ def tune_precision(
 ) -> None:
     """Find the fastest mix of FP32 and BF16 layers on this CPU whose worst cosine to open_clip passes the gate."""
     from clip_tools import photos
+    from clip_tools.accuracy.reference import reference
     from clip_tools.export import mix
     from clip_tools.export import tune_precision as verb
     from clip_tools.measuring.results import begin
     from clip_tools.oracle import Weights
-    from clip_tools.verification.reference import reference
 
     mix.check_machine()
     if apply:
         mix.check_name(apply, models)
     weights, graph = Weights(model, pretrained), onnx or models / "clip_onnx" / "1" / "model.onnx"
     result = begin("tune-precision")
-    with progress("open_clip in FP32") as advance:
+    with progress("open_clip in FP32") as tell:
         expected = reference(weights, photos.images_in(images) if images else photos.gate_photos())
         tuning, found = verb.tune_precision(
-            graph, weights, expected, worst_cosine=worst_cosine, rounds=rounds, advance=advance
+            graph, weights, expected, worst_cosine=worst_cosine, rounds=rounds, tell=tell
         )
     result |= found
     finish(result, output)

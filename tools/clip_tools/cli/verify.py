@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
+from clip_tools.accuracy.gates import PRECISIONS
 from clip_tools.cli.options import one_of, progress
 from clip_tools.errors import ToolError
 from clip_tools.oracle import ORIENTATIONS
 from clip_tools.paths import MODELS
-from clip_tools.verification.gates import PRECISIONS
 
 
 def verify(
@@ -48,7 +48,7 @@ def verify(
     from rich.console import Console
 
     from clip_tools import photos
-    from clip_tools.measuring import verify as verb
+    from clip_tools import verify as verb
     from clip_tools.measuring.fingerprint import fingerprint
     from clip_tools.oracle import Weights
     from clip_tools.serving.engine import find_engine
@@ -63,13 +63,13 @@ def verify(
             "--text takes no --images, --precision or --orientation: the texts are this project's, the tower is FP32",
             exit_code=2,
         )
-    with progress("reading the images") as advance:
+    with progress("reading the images") as tell:
         if text:
-            verdict = verb.verify_text(found, weights, advance=advance)
+            verdict = verb.verify_text(found, weights, tell=tell)
         else:
             paths = photos.images_in(images) if images else photos.gate_photos()
             verdict = verb.verify(
-                found, weights, paths, precision=gate_precision, orientation=image_orientation, advance=advance
+                found, weights, paths, precision=gate_precision, orientation=image_orientation, tell=tell
             )
     Console(stderr=True).print(verb.verdict_table(verdict))
     result = json.dumps({"kind": "verify", "environment": fingerprint(), **verdict.to_dict()}, indent=2)

@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from clip_tools.accuracy.sample import FILE as SAMPLE
 from clip_tools.export.export_text import MERGES
 from clip_tools.serving.machine import Machine
 from clip_tools.serving.served_repository import adapt_config, rewrite_configs
 from clip_tools.serving.towers import Towers
-from clip_tools.verification.sample import FILE as SAMPLE
 
 _BUILT = ("*.onnx", "*.onnx.data", "*.plan", "manifest*.json", SAMPLE, MERGES, "__pycache__")
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_tools import proxy
+from clip_tools.accuracy.sample import FILE as SAMPLE
 from clip_tools.container.build import ensure_plan, export
 from clip_tools.container.container_repository import write_container_repository
 from clip_tools.container.server import ContainerServer, flags_in, options_in
@@ -35,7 +36,6 @@ from clip_tools.serving.serve_options import ServeOptions
 from clip_tools.serving.server import repository_flags
 from clip_tools.serving.supervisor import Say, Supervisor
 from clip_tools.serving.vector_check import WrongVectors
-from clip_tools.verification.sample import FILE as SAMPLE
 
 _FALLBACK = "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead"
 

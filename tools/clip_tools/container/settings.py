@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from clip_tools.accuracy.gates import PRECISIONS, Precision
 from clip_tools.errors import ToolError
 from clip_tools.serving.access import OPEN_METADATA_VARIABLE, keys_in
 from clip_tools.serving.machine import INSTANCES_VARIABLE
 from clip_tools.serving.vector_check import CHECK_VECTORS_VARIABLE
 from clip_tools.tensorrt.runtime import RUNTIMES, Runtime
-from clip_tools.verification.gates import PRECISIONS, Precision
 
 USAGE = 2  # exit code
 

@@ -10,7 +10,7 @@ from clip_tools.container.settings import USAGE, Settings
 from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import MODELS
-from clip_tools.repository import config_names, deployment, graph_name
+from clip_tools.repository import config_names, deployment, engine_of, graph_name
 
 _MOUNT = "mount the folder with it at CLIP_ONNX_DIR (-v $PWD/models/clip_onnx/1:/onnx:ro)"
 
@@ -69,7 +69,7 @@ def find_available(settings: Settings, models: Path = MODELS) -> Available:
             exit_code=USAGE,
         )
     onnx = {path.name: path for folder in (exported_dir(settings), settings.onnx_dir) for path in folder.glob("*.onnx")}
-    engine = deployment(models, settings.config_name)[-2]
+    engine = engine_of(deployment(models, settings.config_name))
     if engine.name == "clip_trt":
         raise ToolError(f"CLIP_CONFIG_NAME={settings.config_name} needs a plan: remove SKIP_TRT_BUILD", exit_code=USAGE)
     return Available(

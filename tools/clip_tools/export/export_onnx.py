@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_tools.accuracy.gates import Precision
+from clip_tools.accuracy.sample import write_sample
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export import external_data
@@ -18,8 +20,6 @@ from clip_tools.export.manifest import GRAPH, Manifest, put_in_place
 from clip_tools.export.vit_graph import OPSETS, Form, is_plain_vit, vit_graph
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import MODELS
-from clip_tools.verification.gates import Precision
-from clip_tools.verification.sample import write_sample
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,14 +4,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from clip_tools.accuracy.sample import PHOTOGRAPHS, Sample
+from clip_tools.accuracy.texts import texts
 from clip_tools.export.export_onnx import check_drift, make_manifest, tensors_of, trace, write
 from clip_tools.export.external_data import LARGEST_BYTES, is_large
 from clip_tools.export.manifest import Manifest, put_in_place
 from clip_tools.export.text_graph import is_plain_text, text_graph, text_tower
 from clip_tools.oracle import Oracle, Weights, load_oracle, load_tokenizer
 from clip_tools.paths import MODELS
-from clip_tools.verification.sample import PHOTOGRAPHS, Sample
-from clip_tools.verification.texts import texts
 
 TEXT_MODEL_PATH = MODELS / "clip_text_onnx" / "1" / "model.onnx"
 MERGES = "merges.txt"

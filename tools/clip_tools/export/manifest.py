@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from clip_tools.accuracy.gates import Precision
 from clip_tools.digest import files_of, sha256_of
 from clip_tools.oracle import Weights
-from clip_tools.verification.gates import Precision
 
 
 class Described(Protocol):

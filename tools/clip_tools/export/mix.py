@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from clip_tools.accuracy.gates import Agreement
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.export_onnx import make_manifest
 from clip_tools.export.manifest import Manifest, put_in_place
@@ -14,7 +15,6 @@ from clip_tools.export.parts import Layer, cut, layers
 from clip_tools.oracle import Weights
 from clip_tools.paths import BACKENDS, MODELS, import_from
 from clip_tools.repository import config_names, read_config, write_config
-from clip_tools.verification.gates import Agreement
 
 if TYPE_CHECKING:
     import onnx

@@ -1,7 +1,6 @@
 """Runs an ONNX file on this CPU, with the rounding of its precision."""
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.external_data import LARGEST_BYTES, load_graph, load_nodes, save_graph
 from clip_tools.export.precision import emulate_in_fp32, is_low
+from clip_tools.progress import Tell, silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,9 +35,10 @@ def run_onnx(
     inputs: "npt.NDArray[Any]",
     *,
     batch_size: int = 8,
-    advance: Callable[[int], None] = lambda images: None,
+    tell: Tell = silent,
+    what: str = "",
 ) -> OnnxRun:
-    """The embeddings of (N, 224, 224, 3) uint8 RGB pixels, or (N, context) tokens. `advance` gets each batch's size.
+    """The embeddings of (N, 224, 224, 3) uint8 RGB pixels, or (N, context) tokens. `what` is this step for `tell`.
 
     A graph with FP16 or BF16 types is emulated in FP32. Raises ToolError for a file that ONNX Runtime refuses.
     """
@@ -55,7 +56,7 @@ def run_onnx(
         for start in range(0, len(inputs), batch_size):
             batch = inputs[start : start + batch_size]
             rows.append(session.run(["embedding"], {graph.graph.input[0].name: batch})[0])
-            advance(len(batch))
+            tell(what, start + len(batch), len(inputs))
     except ToolError:
         raise
     except Exception as error:  # protobuf's and ONNX Runtime's errors have many types

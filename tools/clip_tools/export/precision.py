@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from clip_tools.accuracy.gates import Precision
 from clip_tools.errors import ToolError, needs_extra
-from clip_tools.verification.gates import Precision
 
 if TYPE_CHECKING:
     import numpy as np

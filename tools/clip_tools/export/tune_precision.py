@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clip_tools.accuracy.gates import Agreement, agreement, cosines, counts_for_nothing
+from clip_tools.accuracy.reference import Reference
 from clip_tools.digest import files_of
 from clip_tools.errors import ToolError
 from clip_tools.export.manifest import is_exported
 from clip_tools.export.mix import BATCH, LayeredGraph, Mix, PartPrecision
 from clip_tools.oracle import Weights
 from clip_tools.progress import Tell, silent
-from clip_tools.verification.gates import Agreement, agreement, cosines, counts_for_nothing
-from clip_tools.verification.reference import Reference
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,19 +90,19 @@ def tune(
     *,
     worst_cosine: float = WORST_COSINE,
     rounds: int = ROUNDS,
-    advance: Tell = silent,
+    tell: Tell = silent,
 ) -> Tuning:
     """Measure the layers and the mixes of an FP32 graph against open_clip's embeddings of `expected.pixels`.
 
     Raises ToolError if the graph does not agree in FP32, as with other weights.
     """
     with tempfile.TemporaryDirectory(prefix="clip-tune-") as folder:
-        trial = _Trial(LayeredGraph(model, Path(folder)), expected, advance)
+        trial = _Trial(LayeredGraph(model, Path(folder)), expected, tell)
         count = trial.count
         if not (as_it_is := trial.worst_cosine([])) >= worst_cosine:
             raise ToolError(f"the graph's worst cosine to open_clip is {as_it_is:.5f} in FP32: is it of these weights?")
         passes = trial.worst_cosine(range(count)) >= worst_cosine
-        costs = _costs(trial.graph, trial.most_sensitive(), advance)
+        costs = _costs(trial.graph, trial.most_sensitive(), tell)
         order = [i for i in sorted(range(count), key=lambda i: costs[i].price) if costs[i].saved_ms > 0]
         if passes:
             for share in _SHARES:  # all layers pass; these are for the curve
@@ -119,9 +119,9 @@ def tune(
 class _Trial:
     """Compares each mix with open_clip once, and times all at the end; at most two sessions are open at a time."""
 
-    def __init__(self, graph: LayeredGraph, expected: Reference, advance: Tell) -> None:
+    def __init__(self, graph: LayeredGraph, expected: Reference, tell: Tell) -> None:
         self.graph, self.count = graph, len(graph.layers)
-        self._expected, self._advance = expected, advance
+        self._expected, self._tell = expected, tell
         self._embeddings: dict[tuple[PartPrecision, ...], Any] = {}
 
     def worst_cosine(self, lowered: Sequence[int]) -> float:
@@ -129,7 +129,7 @@ class _Trial:
         mix = self._precisions(lowered)
         if mix not in self._embeddings:
             self._embeddings[mix] = embed(self.graph.open(mix), self._expected.pixels)
-        self._advance("comparing mixes", len(self._embeddings), 2 + max(len(_SHARES), self.count.bit_length()))
+        self._tell("comparing mixes", len(self._embeddings), 2 + max(len(_SHARES), self.count.bit_length()))
         return self._agreement(mix).worst_cosine
 
     def most_sensitive(self) -> Reference:
@@ -160,7 +160,7 @@ class _Trial:
                     images_per_s=round(len(batch) / statistics.median(fast for _, fast in pairs), 2),
                 )
             )
-            self._advance("timing mixes", len(made), len(self._embeddings))
+            self._tell("timing mixes", len(made), len(self._embeddings))
         return tuple(made)
 
     def _agreement(self, mix: tuple[PartPrecision, ...]) -> Agreement:
@@ -192,7 +192,7 @@ def times(one: Any, other: Any, pixels: "npt.NDArray[np.uint8]", rounds: int) ->
     return pairs[1:]
 
 
-def _costs(graph: LayeredGraph, most_sensitive: Reference, advance: Tell) -> list[LayerCost]:
+def _costs(graph: LayeredGraph, most_sensitive: Reference, tell: Tell) -> list[LayerCost]:
     """The cost of each layer alone in BF16, on these photographs as one batch."""
     import numpy as np
 
@@ -209,7 +209,7 @@ def _costs(graph: LayeredGraph, most_sensitive: Reference, advance: Tell) -> lis
             tensors |= _run(step, tensors)
         worst = float(np.nan_to_num(cosines(tensors["embedding"], most_sensitive.embeddings), nan=-1.0).min())
         found.append(LayerCost(layer.name, fp32_ms, bf16_ms, float(f"{max(0.0, 1 - worst):.3g}")))
-        advance("measuring the layers", index + 1, len(steps))
+        tell("measuring the layers", index + 1, len(steps))
     return found
 
 
@@ -239,7 +239,7 @@ def tune_precision(
     *,
     worst_cosine: float = WORST_COSINE,
     rounds: int = ROUNDS,
-    advance: Tell = silent,
+    tell: Tell = silent,
 ) -> tuple[Tuning, dict[str, Any]]:
     """(The tuning of an exported FP32 graph, its fields of the result file).
 
@@ -254,7 +254,7 @@ def tune_precision(
         )
     if len(files_of(model_path)) > 1:
         raise ToolError(f"{model_path}: expected a graph in one file, got one with external data")
-    tuning = tune(onnx.load(str(model_path)), expected, worst_cosine=worst_cosine, rounds=rounds, advance=advance)
+    tuning = tune(onnx.load(str(model_path)), expected, worst_cosine=worst_cosine, rounds=rounds, tell=tell)
     trained = weights.seed is None
     result = {
         "kind": "tune-precision",

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import tritonclient.grpc as triton
 
 from clip_embed import EmbeddingClient
+from clip_tools.accuracy.gates import GATES
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.measuring.load import Ask, Check
 from clip_tools.measuring.variants import MEAN, STD, TENSOR_INPUT, TENSOR_MODEL
@@ -31,9 +32,6 @@ from clip_tools.repository import ENSEMBLE
 
 KINDS = ("ensemble-grpc", "ensemble-http", "tensor-grpc", "json-http", "pytorch", "preprocess", "perf-analyzer")
 TIMEOUT_S = 120.0
-# What each precision has to keep on real photographs; DESIGN.md, "Precision". Random weights are no easier.
-MIN_COSINE_FP32 = 0.99999
-MIN_COSINE_OTHER = 0.97
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def _check_embeddings(arm: Arm, workload: Workload, indices: list[int], answer: 
     """The worst cosine to open_clip's embeddings. Raises ToolError when it is too low, or a row is missing."""
     expected = _expected(arm, workload.embeddings, indices, answer)
     worst = float((answer.astype(expected.dtype) * expected).sum(axis=1).min())
-    least = MIN_COSINE_FP32 if arm.config_name is None else MIN_COSINE_OTHER
+    least = GATES["fp32" if arm.config_name is None else "int8"].worst_cosine  # the lowest of a named configuration
     if not worst >= least:
         raise ToolError(
             f"{arm.name}: an embedding has cosine {worst:.6f} to open_clip's own, at least {least} was expected: are "
@@ -172,7 +170,7 @@ def _expected(arm: Arm, of_all: Any, indices: list[int], answer: Any) -> Any:
 
 def client_tensors(images: Sequence[bytes]) -> npt.NDArray[np.float32]:
     """(N, 3, 224, 224) float32, normalised, from open_clip's pixels: what a client sends if it preprocesses."""
-    from clip_tools.measuring.bare import open_preprocess
+    from clip_tools.in_process import open_preprocess
 
     preprocess = open_preprocess()
     mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)

@@ -10,9 +10,10 @@ from typing import Any
 
 from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
+from clip_tools.in_process import runs_here
 from clip_tools.measuring import steps
 from clip_tools.measuring.arms import Arm
-from clip_tools.measuring.bare import Worker, runs_here
+from clip_tools.measuring.bare import Worker
 from clip_tools.measuring.cells import Cell
 from clip_tools.measuring.load import measure, rounded
 from clip_tools.measuring.options import BenchOptions, PerfOptions

@@ -14,7 +14,7 @@ import numpy as np
 
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.external_data import load_nodes
-from clip_tools.measuring.bare import engine_plan, open_engine
+from clip_tools.in_process import engine_plan, open_engine
 from clip_tools.measuring.noise import paired_ratio
 from clip_tools.measuring.options import OnnxProfileOptions
 from clip_tools.measuring.results import begin
@@ -87,9 +87,9 @@ def _compare(served: Path, other: Path, plan: Any, batches: Sequence[int]) -> di
 
     `ratio` is the median of the other's time over the served one's: above 1 the served graph is faster.
     """
+    from clip_tools.accuracy.gates import cosines
+    from clip_tools.accuracy.sample import Sample
     from clip_tools.export.tune_precision import embed, times
-    from clip_tools.verification.gates import cosines
-    from clip_tools.verification.sample import Sample
 
     sample = Sample.read(served)
     if sample is None:

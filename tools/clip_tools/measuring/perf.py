@@ -75,7 +75,7 @@ def perf_input(images: Sequence[bytes], model: str, models: Path = MODELS) -> st
     if names == ["image_bytes"]:
         contents, shape = [struct.pack("<I", len(image)) + image for image in images], [1]
     elif names == ["pixels"]:
-        from clip_tools.measuring.bare import open_preprocess
+        from clip_tools.in_process import open_preprocess
 
         preprocess = open_preprocess(models)
         contents, shape = [preprocess(image).tobytes() for image in images], [224, 224, 3]

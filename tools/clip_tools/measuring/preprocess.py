@@ -12,7 +12,7 @@ from typing import Any
 
 from clip_tools.errors import ToolError
 from clip_tools.gpu import find_gpu
-from clip_tools.measuring.bare import import_preprocess, open_batches, open_preprocess
+from clip_tools.in_process import import_preprocess, open_batches, open_preprocess
 from clip_tools.measuring.cells import Cell, NotMeasured
 from clip_tools.measuring.noise import Ratio, paired_ratio
 from clip_tools.measuring.options import PHONE, VGA, BenchOptions

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
+from clip_tools.in_process import open_preprocess
 from clip_tools.measuring.arms import client_tensors
-from clip_tools.measuring.bare import open_preprocess
 from clip_tools.measuring.options import SerialisationOptions
 from clip_tools.measuring.results import begin
 from clip_tools.measuring.workload import load_images

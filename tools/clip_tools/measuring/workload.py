@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from clip_tools import demo, photos
+from clip_tools.accuracy.reference import reference
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.manifest import Manifest
 from clip_tools.measuring.options import PHONE, VGA
 from clip_tools.measuring.timing import alone
 from clip_tools.oracle import Weights
 from clip_tools.paths import CACHE
-from clip_tools.verification.reference import reference
 
 VGA_JPEG_QUALITY = 90  # about 100 KB a photograph; not measured
 

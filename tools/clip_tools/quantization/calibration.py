@@ -100,7 +100,7 @@ def calibrate(
     kind: EightBit,
     *,
     folder: Path = CALIBRATIONS,
-    advance: Tell = silent,
+    tell: Tell = silent,
 ) -> Calibration:
     """The calibration of a prepared FP32 graph on (N, 224, 224, 3) uint8 pixels, cached by graph and images.
 
@@ -114,14 +114,14 @@ def calibrate(
     path = folder / f"{digest.hexdigest()[:24]}.npz"
     if (kept := _read(path)) is not None:
         return kept
-    layers = _quantise_layers(model, pixels, kind, advance)
-    made = Calibration(layers, _costs(model, layers, held_out, kind, advance))
+    layers = _quantise_layers(model, pixels, kind, tell)
+    made = Calibration(layers, _costs(model, layers, held_out, kind, tell))
     _keep(made, path)
     return made
 
 
 def _quantise_layers(
-    model: "onnx.ModelProto", pixels: "Pixels", kind: EightBit, advance: Tell
+    model: "onnx.ModelProto", pixels: "Pixels", kind: EightBit, tell: Tell
 ) -> dict[str, QuantisedLayer]:
     """All linear layers in eight bits but those with one row for each image, the class token's.
 
@@ -133,7 +133,7 @@ def _quantise_layers(
         inputs = images.run_to(node, partial(quantize, layers=layers, kind=kind))
         if any(value.size != size * value.shape[-1] for value, size in zip(inputs, images.sizes, strict=True)):
             layers[node.name] = fit(layer_statistics(inputs, images.sizes), graph.array(node.input[1]), kind)
-        advance("quantising the layers", done + 1, len(nodes))
+        tell("quantising the layers", done + 1, len(nodes))
     return layers
 
 
@@ -166,7 +166,7 @@ def _class_tokens(value: Any, batch: int) -> Any:
 
 
 def _costs(
-    model: "onnx.ModelProto", layers: dict[str, QuantisedLayer], pixels: "Pixels", kind: EightBit, advance: Tell
+    model: "onnx.ModelProto", layers: dict[str, QuantisedLayer], pixels: "Pixels", kind: EightBit, tell: Tell
 ) -> dict[str, float]:
     """1 - mean cosine of the embeddings with one layer in eight bits and the others unchanged, for each layer."""
     import numpy as np
@@ -178,7 +178,7 @@ def _costs(
         images.run_to(node)
         got = images.finish(partial(quantize, layers={node.name: layers[node.name]}, kind=kind))
         costs[node.name] = float(1 - np.mean((got.astype(np.float64) * exact).sum(axis=1)))
-        advance("measuring the layers", done + 1, len(layers))
+        tell("measuring the layers", done + 1, len(layers))
     return costs
 
 

@@ -6,15 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clip_tools.errors import ToolError
-from clip_tools.export.export_onnx import compare, make_manifest, tensors_of, write_graph
-from clip_tools.export.external_data import LARGEST_BYTES, is_large, load_graph, save_graph
-from clip_tools.export.manifest import Manifest, put_in_place
-from clip_tools.export.onnx_runner import OnnxRun, run_onnx
-from clip_tools.export.precision import count_matrices, count_weights, lower
-from clip_tools.oracle import Oracle, Weights, load_oracle
-from clip_tools.progress import Tell, silent
-from clip_tools.verification.gates import (
+from clip_tools.accuracy.gates import (
     GATES,
     Agreement,
     Precision,
@@ -23,8 +15,16 @@ from clip_tools.verification.gates import (
     failures,
     likely_neighbours_kept,
 )
-from clip_tools.verification.reference import image_pixels, reference
-from clip_tools.verification.sample import write_sample
+from clip_tools.accuracy.reference import image_pixels, reference
+from clip_tools.accuracy.sample import write_sample
+from clip_tools.errors import ToolError
+from clip_tools.export.export_onnx import compare, make_manifest, tensors_of, write_graph
+from clip_tools.export.external_data import LARGEST_BYTES, is_large, load_graph, save_graph
+from clip_tools.export.manifest import Manifest, put_in_place
+from clip_tools.export.onnx_runner import OnnxRun, run_onnx
+from clip_tools.export.precision import count_matrices, count_weights, lower
+from clip_tools.oracle import Oracle, Weights, load_oracle
+from clip_tools.progress import Tell, silent
 
 if TYPE_CHECKING:
     import onnx
@@ -42,7 +42,7 @@ def export_lower_precision(
     output: Path,
     *,
     calibration: Sequence[Path] = (),
-    advance: Tell = silent,
+    tell: Tell = silent,
     largest_bytes: int = LARGEST_BYTES,
 ) -> Manifest:
     """Write the graph in a lower precision to `output`, with manifest and sample. Raises ToolError if its gate fails.
@@ -63,20 +63,13 @@ def export_lower_precision(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as folder:
         draft = Path(folder) / output.name
         full = _fp32_graph(oracle, photographs, Path(folder), largest_bytes)
-        graph, calibrated = _in_precision(full, precision, oracle, calibration, advance)
+        graph, calibrated = _in_precision(full, precision, oracle, calibration, tell)
         del full
         matrices = count_matrices(graph)
         save_graph(graph, draft, largest_bytes)
         onnx.checker.check_model(str(draft), full_check=True)
         expected = reference(weights, photographs, oracle=oracle)
-        done = 0
-
-        def tell(images: int) -> None:
-            nonlocal done
-            done += images
-            advance("comparing with open_clip", done, len(photographs))
-
-        run: OnnxRun = run_onnx(draft, expected.pixels, advance=tell)
+        run: OnnxRun = run_onnx(draft, expected.pixels, tell=tell, what="comparing with open_clip")
         found = agreement(run.embeddings, expected.embeddings, expected.names)
         trained = weights.seed is None
         if under := failures(found, GATES[precision], trained=trained):
@@ -117,7 +110,7 @@ def _fp32_graph(oracle: Oracle, photographs: Sequence[Path], folder: Path, large
 
 
 def _in_precision(
-    full: "onnx.ModelProto", precision: Precision, oracle: Oracle, images: Sequence[Path], advance: Tell
+    full: "onnx.ModelProto", precision: Precision, oracle: Oracle, images: Sequence[Path], tell: Tell
 ) -> "tuple[onnx.ModelProto, dict[str, Any]]":
     """(The graph in that precision, the manifest's entry on its calibration).
 
@@ -135,7 +128,7 @@ def _in_precision(
 
     prepared = prepare(full, precision)
     seen, held_out = split(image_pixels(oracle, images))
-    calibration = calibrate(prepared, seen, held_out, precision, advance=advance)
+    calibration = calibrate(prepared, seen, held_out, precision, tell=tell)
     exact = run_onnx(prepared, np.concatenate([seen, held_out])).embeddings
     weights = count_weights(prepared)
     mixes = calibration.mixes(weights)
@@ -145,7 +138,7 @@ def _in_precision(
         got, expected = run_onnx(quantize(prepared, mixes[middle], precision), held_out).embeddings, exact[len(seen) :]
         found = replace(agreement(got, expected), neighbours_kept=likely_neighbours_kept(got, expected, exact))
         first, last = (first, middle) if holds_with_margin(found, precision) else (middle + 1, last)
-        advance("choosing the layers", len(mixes) - 1 - (last - first), len(mixes) - 1)
+        tell("choosing the layers", len(mixes) - 1 - (last - first), len(mixes) - 1)
     graph = lower(quantize(prepared, mixes[first], precision), "fp16")
     return graph, {
         "images": len(seen),

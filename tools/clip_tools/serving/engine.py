@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clip_tools.accuracy.gates import Precision
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError
 from clip_tools.export.external_data import load_nodes
@@ -13,7 +14,6 @@ from clip_tools.oracle import Orientation
 from clip_tools.paths import MODELS
 from clip_tools.repository import config_names, deployment
 from clip_tools.tensorrt.plan_manifest import PlanManifest
-from clip_tools.verification.gates import Precision
 
 
 @dataclass(frozen=True)

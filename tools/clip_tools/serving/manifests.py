@@ -8,7 +8,7 @@ from pathlib import Path
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError
 from clip_tools.export.manifest import GRAPH, Manifest, manifest_path
-from clip_tools.repository import Model, build_command
+from clip_tools.repository import Model, build_command, engine_of
 from clip_tools.serving.engine import manifest_of
 from clip_tools.tensorrt.plan_manifest import PlanManifest
 
@@ -75,7 +75,8 @@ def check_towers(images: Sequence[Model], texts: Sequence[Model]) -> None:
     """
     if not texts:
         return
-    (image, of_images), (text, of_texts) = ((models[-2], manifest_of(models[-2].file)) for models in (images, texts))
+    image, text = engine_of(images), engine_of(texts)
+    of_images, of_texts = manifest_of(image.file), manifest_of(text.file)
     if of_images and of_texts and of_images.identity != of_texts.identity:
         raise ToolError(
             f"{image.name} is of {' '.join(of_images.identity)} and {text.name} of {' '.join(of_texts.identity)}: "

@@ -4,7 +4,7 @@ import sys
 
 from clip_tools import c_libraries
 from clip_tools.export.manifest import Manifest
-from clip_tools.repository import ENSEMBLE, deployment
+from clip_tools.repository import ENSEMBLE, deployment, engine_of
 from clip_tools.serving.access import exposure_warning
 from clip_tools.serving.machine import Machine
 from clip_tools.serving.serve_options import ServeOptions
@@ -30,7 +30,7 @@ def serve(options: ServeOptions) -> None:
 
 def warning_if_untrained(options: ServeOptions) -> str:
     """A line that says that the weights are untrained; empty for trained weights."""
-    file = deployment(options.models, options.config_name)[-2].file
+    file = engine_of(deployment(options.models, options.config_name)).file
     manifest = Manifest.read(file) if file else None
     if manifest is None or manifest.trained:
         return ""

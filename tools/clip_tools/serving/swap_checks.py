@@ -5,13 +5,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_tools.accuracy.sample import Sample
 from clip_tools.errors import ToolError
 from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, Model
 from clip_tools.serving.engine import Engine
 from clip_tools.serving.model_control import ModelControl, ServerFullError
 from clip_tools.serving.probe import PROBE_TEXT, probe_image, retry_while_full
 from clip_tools.serving.vector_check import check_text_vectors, check_vectors
-from clip_tools.verification.sample import Sample
 
 if TYPE_CHECKING:
     import numpy as np

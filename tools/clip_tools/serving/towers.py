@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_tools.export.manifest import Manifest
-from clip_tools.repository import deployment, text_deployment
+from clip_tools.repository import deployment, engine_of, text_deployment
 from clip_tools.serving.engine import manifest_of
 
 # The defaults of `preprocess`.
@@ -27,7 +27,9 @@ class Towers:
     def of(cls, models: Path, config_name: str | None = None) -> "Towers":
         """The towers of a deployment."""
         engines = [
-            found[-2].file for found in (deployment(models, config_name), text_deployment(models, config_name)) if found
+            engine_of(found).file
+            for found in (deployment(models, config_name), text_deployment(models, config_name))
+            if found
         ]
         return cls(*map(manifest_of, engines))
 

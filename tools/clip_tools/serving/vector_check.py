@@ -5,13 +5,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clip_tools.accuracy.gates import Gate, Precision, agreement, failures, gate_name, gate_of
+from clip_tools.accuracy.sample import FILE, Sample
 from clip_tools.errors import ToolError
 from clip_tools.export.manifest import Manifest
 from clip_tools.oracle import Orientation
-from clip_tools.repository import Model
+from clip_tools.repository import Model, engine_of
 from clip_tools.serving.engine import Engine, has_exact_pixels, orientation_of, precision_of_engine, unchanged_graph_of
-from clip_tools.verification.gates import Gate, Precision, agreement, failures, gate_name, gate_of
-from clip_tools.verification.sample import FILE, Sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ def check_vectors(
 
 def check_text_vectors(texts: Sequence[Model], embed: "Callable[[Sample], npt.NDArray[np.float32]]") -> str:
     """The same for a deployment of the text tower. Raises WrongVectors."""
-    return _check(texts[-2].file, texts[-1].name, lambda made: made.precision, embed, exact_pixels=True)
+    return _check(engine_of(texts).file, texts[-1].name, lambda made: made.precision, embed, exact_pixels=True)
 
 
 def _check(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clip_tools.verification.gates import Precision
+from clip_tools.accuracy.gates import Precision
 
 _NAMES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8", "FP4": "fp4", "INT4": "int4"}
 # The products in a layer. An attention is an input layer, with query and key, and an output layer.

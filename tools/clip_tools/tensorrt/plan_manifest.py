@@ -5,10 +5,10 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from clip_tools.accuracy.gates import Precision
 from clip_tools.digest import sha256_of
 from clip_tools.gpu import Gpu, find_gpu
 from clip_tools.tensorrt.runtime import Runtime, installed_version
-from clip_tools.verification.gates import Precision
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ import numpy.typing as npt
 
 from clip_embed import EmbeddingClient
 from clip_embed.credentials import environment_options
+from clip_tools.accuracy import gates
+from clip_tools.accuracy.gates import Agreement, Gate, Precision
+from clip_tools.accuracy.reference import reference
+from clip_tools.accuracy.texts import texts
 from clip_tools.digest import sha256_of
 from clip_tools.errors import ToolError
 from clip_tools.export.onnx_runner import run_onnx
@@ -22,13 +26,9 @@ from clip_tools.measuring.variants import Variant
 from clip_tools.measuring.workload import weights_of
 from clip_tools.oracle import Orientation, Weights, load_oracle, load_tokenizer
 from clip_tools.progress import Tell, silent
-from clip_tools.repository import text_deployment
+from clip_tools.repository import engine_of, text_deployment
 from clip_tools.serving.engine import Engine, has_exact_pixels, orientation_of, precision_of_engine, unchanged_graph_of
 from clip_tools.tensorrt.plan_manifest import PlanManifest
-from clip_tools.verification import gates
-from clip_tools.verification.gates import Agreement, Gate, Precision
-from clip_tools.verification.reference import reference
-from clip_tools.verification.texts import texts
 
 Rows = npt.NDArray[np.float32]  # (N, D)
 _BATCH = 8
@@ -83,7 +83,7 @@ def verify(
     *,
     precision: Precision | None = None,
     orientation: Orientation | None = None,
-    advance: Tell = silent,
+    tell: Tell = silent,
 ) -> Verdict:
     """Compare the engine with open_clip in FP32 on the images.
 
@@ -97,19 +97,19 @@ def verify(
         weights = _weights(None, engine.models / "clip_onnx" / "1" / "model.onnx")
     else:
         weights = _weights(weights, file)
-    advance("open_clip in FP32", 0, len(images))
+    tell("open_clip in FP32", 0, len(images))
     turned = orientation or orientation_of(engine)
     expected = reference(weights, images, orientation=turned)
-    advance("open_clip in FP32", len(images), len(images))
+    tell("open_clip in FP32", len(images), len(images))
 
     def ask(client: EmbeddingClient) -> Rows:
         rows = []
         for start in range(0, len(images), _BATCH):
             rows.append(client.embed([path.read_bytes() for path in images[start : start + _BATCH]]))
-            advance("the engine", min(start + _BATCH, len(images)), len(images))
+            tell("the engine", min(start + _BATCH, len(images)), len(images))
         return np.concatenate(rows)
 
-    embeddings, how = _embed(engine, expected.pixels, ask, advance)
+    embeddings, how = _embed(engine, expected.pixels, ask, tell)
     return _verdict(
         engine,
         weights,
@@ -154,19 +154,19 @@ def _verdict(
     )
 
 
-def verify_text(engine: Engine, weights: Weights | None, *, advance: Tell = silent) -> Verdict:
+def verify_text(engine: Engine, weights: Weights | None, *, tell: Tell = silent) -> Verdict:
     """As `verify`, for a text tower on this project's texts: a file, a configuration to serve, or a running server."""
     some = texts()
     served = text_deployment(engine.models, engine.config_name)
     if not (engine.file or engine.url or served):
         raise ToolError(f"{engine.models} has no text tower: make it with `clip-tools export-onnx --text`", exit_code=2)
-    file = engine.file or (served[-2].file if served else None)
+    file = engine.file or (engine_of(served).file if served else None)
     weights = _weights(weights, file)
-    advance("open_clip in FP32", 0, len(some))
+    tell("open_clip in FP32", 0, len(some))
     tokens = load_tokenizer(weights.model)(some).numpy()
     expected = load_oracle(weights).embed_tokens(tokens)
-    advance("open_clip in FP32", len(some), len(some))
-    embeddings, how = _embed(engine, tokens, lambda client: client.embed_text(some), advance)
+    tell("open_clip in FP32", len(some), len(some))
+    embeddings, how = _embed(engine, tokens, lambda client: client.embed_text(some), tell)
     return _verdict(
         engine,
         weights,
@@ -201,7 +201,7 @@ def _weights(given: Weights | None, file: Path | None) -> Weights:
 
 
 def _embed(
-    engine: Engine, inputs: npt.NDArray[Any], ask: Callable[[EmbeddingClient], Rows], advance: Tell
+    engine: Engine, inputs: npt.NDArray[Any], ask: Callable[[EmbeddingClient], Rows], tell: Tell
 ) -> tuple[Rows, str]:
     """(The embeddings of a file that is run on `inputs`, or of a server that is asked; what computed them)."""
     if engine.file is None:
@@ -213,14 +213,7 @@ def _embed(
         manifest = PlanManifest.read(engine.file)
         runtime = manifest.runtime if manifest else "tensorrt"
         return run_plan(engine.file, inputs, runtime=runtime), f"{runtime} on the GPU"
-    done = 0
-
-    def tell(count: int) -> None:
-        nonlocal done
-        done += count
-        advance("the engine", done, len(inputs))
-
-    run = run_onnx(engine.file, inputs, advance=tell)
+    run = run_onnx(engine.file, inputs, tell=tell, what="the engine")
     return run.embeddings, run.how
 
 
