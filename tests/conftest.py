@@ -272,9 +272,9 @@ def light_model(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def light_repository(light_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with `tiny-vit`, for server tests that work with any model: it starts with a third of the CPU time.
+    """A model repository with `tiny-vit`, which starts with a third of the CPU time, for tests that any model serves.
 
-    In the long forms, whose figures are documented, it has the full model.
+    In the long forms, whose figures are published, it has the full model.
     """
     return with_image(tmp_path_factory.mktemp("light") / "models", light_model)
 

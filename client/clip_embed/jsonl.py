@@ -1,4 +1,6 @@
-"""Reads and writes JSON lines: `{"path": ..., "size_bytes": ..., "mtime_ns": ..., "embedding": [...]}` for an image.
+"""Reads and writes JSON lines, a `table.Table`. A line of an image:
+
+    {"path": ..., "size_bytes": ..., "mtime_ns": ..., "embedding": [...]}
 
 A text's line is `{"text": ..., "embedding": [...]}`.
 """
@@ -33,17 +35,17 @@ class _Rows:
 
 
 def open_rows(file: IO[bytes], provenance: Provenance | None = None) -> _Rows:
-    """Implements `table.Table`. Each line is flushed at once."""
+    """Rows that are written and flushed line by line."""
     return _Rows(file)
 
 
 def read_provenance(path: Path) -> Provenance | None:
-    """Implements `table.Table`."""
+    """The provenance from the file beside the table."""
     return read_sidecar(path)
 
 
 def read_images(path: Path) -> Iterator[ImageFile]:
-    """Implements `table.Table`. Ignores an incomplete last line, which a killed process left."""
+    """The images of the rows, without an incomplete last line, which a killed process left."""
     return (image for image, _ in _lines(path))
 
 
@@ -53,7 +55,7 @@ def merge(
     keep: Callable[[ImageFile], bool],
     provenance: Provenance | None = None,
 ) -> None:
-    """Implements `table.Table`."""
+    """Append the rows of several tables whose images are to be kept."""
     for path in paths:
         file.writelines(line for image, line in _lines(path) if keep(image))
 

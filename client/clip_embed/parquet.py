@@ -77,7 +77,7 @@ class _Rows:
 
 
 def open_rows(file: IO[bytes], provenance: Provenance | None = None) -> _Rows:
-    """Implements `table.Table`."""
+    """Rows that are written in groups; the file is complete after `finish`."""
     return _Rows(file, provenance)
 
 
@@ -101,7 +101,7 @@ def open_vectors(path: Path) -> tuple[int, int, Iterator[tuple[list[ImageFile], 
 
 
 def read_provenance(path: Path) -> Provenance | None:
-    """Implements `table.Table`."""
+    """The provenance in the metadata of the file."""
     with _open(path, is_part=True) as file:
         return Provenance.from_json((file.schema_arrow.metadata or {}).get(_PROVENANCE, b""))
 
@@ -147,7 +147,7 @@ def read_notes(file: Any) -> tuple[str | None, Provenance | None]:
 
 
 def read_images(path: Path) -> Iterator[ImageFile]:
-    """Implements `table.Table`."""
+    """The images of the rows."""
     with _open(path) as file:
         for batch in file.iter_batches(columns=["path", "size_bytes", "mtime_ns"]):
             yield from _images(batch)
@@ -159,7 +159,7 @@ def merge(
     keep: Callable[[ImageFile], bool],
     provenance: Provenance | None = None,
 ) -> None:
-    """Implements `table.Table`."""
+    """Write the rows of several tables whose images are to be kept, in groups."""
     arrow = require_pyarrow()
     buffered: list[Any] = []
     paths = list(paths)

@@ -22,8 +22,8 @@ _MAX_MESSAGE_CHARS = 4000
 _LONGEST_DECODE_S = 60
 
 # Decoding runs at a lower priority than inference: work decoded for a request that is then rejected is wasted. Images
-# per CPU second at ten times the load of two cores: 14.6 and 15.6 without this, 15.2 and 18.6 with it; 20.5 at a load
-# that they can serve.
+# per CPU second at ten times the load that two cores can serve, in two runs each: 14.6 and 15.6 without this, 15.2 and
+# 18.6 with it. At a load that they can serve: 20.5.
 _NICENESS = 10
 
 

@@ -1,4 +1,4 @@
-"""The accuracy gates: how close an engine's embeddings must be to open_clip's in FP32. Defined only here."""
+"""The accuracy gates: how close an engine's embeddings must be to open_clip's in FP32."""
 
 import math
 from dataclasses import dataclass

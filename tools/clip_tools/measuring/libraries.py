@@ -222,8 +222,8 @@ def _edits_text(edited: dict[str, Any]) -> str:
         shares["imagededup: pairs of different photographs"] = list(map(str, duplicates["false"]))
         also = (
             f" The last two lines are imagededup's {duplicates['files']} test images, {duplicates['photographs']} "
-            "photographs and edits of one of them: mirrored, made square, turned by 30 degrees, gray. Each two "
-            "of that one are a pair."
+            "photographs and edits of one of them: mirrored, made square, turned by 30 degrees, gray. Every two "
+            "files of that photograph are a pair."
         )
     untrained = "" if edited["trained"] else " **Untrained weights: this counts for nothing.**"
     head = " | ".join(["edit", *(f"{one['threshold']:.2f}" for one in levels)])

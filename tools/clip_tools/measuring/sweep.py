@@ -54,10 +54,10 @@ class Point:
 
 
 def search(start: Variant, axes: dict[str, Axis], measure: Callable[[Variant], Point]) -> tuple[Variant, list[Point]]:
-    """(the best variant, every point measured): axis by axis, the others held at the best so far.
+    """(the best variant, every point measured): varies one axis at a time and keeps its best value for the next.
 
-    A value has to be better by more than noise to replace the one before, so of equals the first stands. It ends after
-    a second pass, or one that changed nothing. It can miss what only two changes together give.
+    A value replaces the best one only if it is better by more than noise. The search ends after a second pass over the
+    axes, or a pass that changed nothing. It can miss a gain that needs two changes at once.
     """
     measure = functools.cache(measure)
     points = [best := measure(start)]
