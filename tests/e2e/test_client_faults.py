@@ -1,4 +1,4 @@
-"""The client while the real server is replaced under it: nothing lost, nothing twice."""
+"""The real server is replaced while clients run: no image is lost or embedded twice."""
 
 import json
 import subprocess
@@ -16,14 +16,14 @@ from clip_embed import EmbeddingClient
 from clip_embed.table import parts_folder
 from clip_tools.serving.server import EmbeddedServer
 
-# One image alone and within a batch run through other kernels, so the last bits of FP32 differ.
+# Kernels depend on the batch size, so the last bits of FP32 differ.
 SAME_IMAGE_MAX_ABS = 1e-5
 CLIP_EMBED = str(Path(sys.executable).with_name("clip-embed"))
 
 
 @pytest.mark.promise
 def test_a_server_is_replaced_under_running_clients(light_repository, demo_photos, tmp_path, record_reliability):
-    """SIGTERM to the old one and a new one on its port, in the midst of an embed_many and of a clip-embed --resume."""
+    """SIGTERM, then a new server on the same port, during an embed_many and a clip-embed --resume."""
     options = options_for(light_repository, tmp_path / "log")
     old, new = EmbeddedServer(options), EmbeddedServer(options)
     images = [demo_photos[index % len(demo_photos)] for index in range(60)]
@@ -36,7 +36,7 @@ def test_a_server_is_replaced_under_running_clients(light_repository, demo_photo
     stopped = threading.Event()
 
     def replace():
-        old.stop()  # what is in flight is finished
+        old.stop()  # it finishes the requests in flight
         stopped.set()
         new.start()
         new.wait_until_ready()
@@ -52,7 +52,7 @@ def test_a_server_is_replaced_under_running_clients(light_repository, demo_photo
             process.stdin.writelines(f"{path}\n" for path in paths[:30])
             process.stdin.flush()
             deadline = time.monotonic() + 120
-            # The folder appears once clip-embed has found the server.
+            # clip-embed creates the folder after it has reached the server.
             while not parts_folder(output).exists() and time.monotonic() < deadline:
                 time.sleep(0.05)
             replaced = []

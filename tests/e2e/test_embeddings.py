@@ -1,4 +1,4 @@
-"""What the real server answers: open_clip's own embeddings, in order, whatever the batch and whoever the neighbours."""
+"""The real server returns open_clip's embeddings, in order, whatever else is in the batch."""
 
 import io
 import json
@@ -26,8 +26,8 @@ from clip_tools.verify import verify
 
 # FP32 arithmetic in another order; the gate. The worst of 121 photographs read 0.9999999 (docs/results/precision).
 MIN_COSINE = 0.99999
-# One image alone, within a batch and in PyTorch runs through other kernels, so the last bits of FP32 differ: 5.3e-5 at
-# most, over 121 photographs with touchy weights. Two different photographs differ by over 0.01.
+# Kernels depend on the batch size and differ from PyTorch's, so the last bits of FP32 differ: by 5.3e-5 at most, over
+# 121 photographs with touchy weights. Two different photographs differ by over 0.01.
 SAME_IMAGE_MAX_ABS = 2e-4
 
 
@@ -100,7 +100,7 @@ def test_the_bad_images_of_a_request_are_all_named(client, images):
 
 
 def test_a_strip_is_embedded_by_its_centre(client):
-    """Pillow would make 8 GB of it; the served preprocess has the library that need not."""
+    """Pillow would need 8 GB for it. The served preprocess has the C library, which does not."""
     strip, square = (Image.new("RGB", size, (200, 30, 60)) for size in ((40_000, 1), (224, 224)))
     files = [io.BytesIO(), io.BytesIO()]
     for image, file in zip((strip, square), files, strict=True):
@@ -119,7 +119,7 @@ def test_a_heic_gives_the_embedding_of_its_pixels(client, images):
     assert np.array_equal(client.embed([heic.getvalue()]), client.embed([png.getvalue()]))
 
 
-def test_a_preprocess_without_its_library_and_heif_says_so_and_gives_the_same_pixels(vit_server, repository, images):
+def test_preprocess_without_its_library_and_heif_logs_it_and_gives_the_same_pixels(vit_server, repository, images):
     name = "preprocess_pillow"
     shutil.copytree(repository / "preprocess", vit_server.served / name, ignore=shutil.ignore_patterns("*.so"))
     opener = vit_server.served / name / "1" / "clip_heif.py"
@@ -146,8 +146,8 @@ def test_64_bad_images_are_all_named_in_one_message(vit_server):
     assert [failure.index for failure in caught.value.failures] == list(range(64))
 
 
-def test_a_request_of_more_pixels_than_one_may_have_names_those_beyond(vit_server):
-    """1000 million together; each image alone is within its own limit."""
+def test_a_request_with_too_many_pixels_names_the_images_over_the_limit(vit_server):
+    """1000 million pixels together. Each image alone is within its limit."""
     buffer = io.BytesIO()
     Image.new("RGB", (1, 1)).save(buffer, "BMP")
     no_pixels = bytearray(buffer.getvalue()[:54])
@@ -162,12 +162,12 @@ def test_a_request_of_more_pixels_than_one_may_have_names_those_beyond(vit_serve
 
 
 def test_one_bad_image_among_many_in_the_same_dynamic_batch_fails_alone(vit_server, repository, images, oracle):
-    """Its neighbours get exactly what they would have got alone. Statistics show that they shared the batch."""
+    """The other images get the vectors that they get alone. Statistics show that they shared the batch."""
     name = "preprocess_batched"
     shutil.copytree(repository / "preprocess", vit_server.served / name)
     config = read_config(repository, "preprocess")
     config.dynamic_batching.preferred_batch_size[:] = [8]
-    config.dynamic_batching.max_queue_delay_microseconds = 20_000_000  # it goes as soon as the eighth is there
+    config.dynamic_batching.max_queue_delay_microseconds = 20_000_000  # the batch runs as soon as it has eight
     config.instance_group[0].count = 1
     (vit_server.served / name / "config.pbtxt").write_text(str(config))
     contents = [images[0], images[1], b"broken", *images[2:7]]
@@ -228,7 +228,7 @@ def test_curls_raw_bytes_with_its_exact_headers(vit_server, images, expected):
     assert_equal_open_clip(np.frombuffer(answer.content[split:], np.float32)[None], expected[:1])
 
 
-def test_curls_raw_bytes_of_something_else_are_a_400_that_says_why(vit_server):
+def test_curls_raw_bytes_of_no_image_are_a_400_with_the_reason(vit_server):
     answer = httpx.post(
         f"{vit_server.options.http_url}/v2/models/clip_ensemble/infer",
         content=b"<html>not found</html>",
@@ -240,7 +240,7 @@ def test_curls_raw_bytes_of_something_else_are_a_400_that_says_why(vit_server):
 
 
 def test_similarities_make_sense_to_a_person(trained, client, demo_photos):
-    """Three judgements that need trained weights; untrained ones pass none of them reliably."""
+    """Three comparisons that only trained weights pass reliably."""
     names = [path.stem for path in demo_photos]
     similarities = dict(zip(names, client.embed(demo_photos), strict=True))
 
@@ -253,8 +253,8 @@ def test_similarities_make_sense_to_a_person(trained, client, demo_photos):
         assert other == max((name for name in names if name != one), key=lambda name, one=one: alike(one, name))
 
 
-def test_the_metrics_port_is_no_server(vit_server):
-    """It finds every path."""
+def test_the_metrics_port_is_not_taken_for_a_server(vit_server):
+    """It answers 200 on every path."""
     with EmbeddingClient(f"http://localhost:{vit_server.options.metrics_port}") as metrics:
         assert not metrics.is_ready()
     with EmbeddingClient(vit_server.options.http_url) as client:
@@ -262,7 +262,7 @@ def test_the_metrics_port_is_no_server(vit_server):
 
 
 @pytest.mark.parametrize("batch", [0, 1 << 32])
-def test_an_image_in_a_batch_of_none(vit_server, images, expected, batch):
+def test_an_image_in_a_batch_of_zero(vit_server, images, expected, batch):
     """Triton counts a batch in 32 bits and takes one of 0 for a request without that dimension.
 
     `preprocess` refuses it. Of the ensemble's request it sees a batch of one, so the answer is one vector.

@@ -1,4 +1,4 @@
-"""`clip-embed`, then `search` and `duplicates` on what it wrote, with the real server."""
+"""`clip-embed` with the real server, then `search` and `duplicates` on its output."""
 
 import json
 import os
@@ -18,7 +18,7 @@ COMMAND = Path(sys.executable).with_name("clip-embed")
 
 @pytest.fixture
 def run(light_text_repository, tmp_path):
-    """Runs the command in tmp_path, beside a server with both towers."""
+    """Runs the command in tmp_path against a server with both towers."""
     options = options_for(light_text_repository, tmp_path / "log")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +34,7 @@ def run(light_text_repository, tmp_path):
 
 
 def test_a_library_is_searched_by_image_and_by_text_and_its_duplicates_are_found(run, tmp_path, demo_photos):
-    """With weights that are not trained too: an image is nearest to itself, and its copy is a duplicate of it."""
+    """Holds for untrained weights too: an image is nearest to itself, and its copy is its duplicate."""
     photos = tmp_path / "photos"
     photos.mkdir()
     for path in demo_photos:

@@ -1,4 +1,4 @@
-"""A short run of every verb that measures, as a person would call it. No figure of it means anything."""
+"""Short runs of the verbs that measure, as commands. Their figures mean nothing."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def run(*command: object, expected: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def pytorch(weights) -> Iterator[Service]:
-    """The PyTorch service, for all tests of this file that only ask it things."""
+    """The PyTorch service, shared by the tests that only send requests to it."""
     with pytorch_service(weights) as service:
         yield service
 
@@ -44,9 +44,9 @@ def results(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("starts_all", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_bench_sends_the_same_photographs_through_every_arm(repository, pytorch, results, starts_all):
-    """Every answer of every arm is open_clip's, or the run would have failed; a target not measured is not met.
+    """`bench` compares each answer with open_clip's and fails if one differs. An unmeasured target is not met.
 
-    The short form has three of the five arms, and the PyTorch service runs already.
+    The short form has three of the five arms and uses the PyTorch service that runs already.
     """
     output, expected = results / "bench.json", ARMS if starts_all else ARMS[::2]
     options = ["--models", repository, "--output", output]
@@ -64,8 +64,8 @@ def test_bench_sends_the_same_photographs_through_every_arm(repository, pytorch,
     assert any(name.startswith("nv_inference_count") for name in result["servers"]["triton"]["metrics"])
 
 
-def test_bench_asks_servers_that_run_elsewhere(repository, vit_server, pytorch, tmp_path):
-    """It starts none, and says on what each of them computes."""
+def test_bench_measures_servers_that_run_already(repository, vit_server, pytorch, tmp_path):
+    """It starts no server and records on which device each one computes."""
     urls = ["--url", vit_server.options.grpc_url, "--pytorch-url", pytorch.url]
     printed = run(CLIP_TOOLS, "bench", "--quick", *urls, "--models", repository, "--output", tmp_path / "bench.json")
     result = read(tmp_path / "bench.json")
@@ -78,8 +78,8 @@ def test_bench_asks_servers_that_run_elsewhere(repository, vit_server, pytorch, 
     vit_server.process.raise_if_ended()
 
 
-def test_ab_shows_two_running_servers_and_where_their_time_goes(light_repository, server, tmp_path):
-    """The second with the fast mode of preprocess: nearly the same vectors, and its own times by step."""
+def test_ab_compares_two_servers_and_shows_the_time_of_each_step(light_repository, server, tmp_path):
+    """The second server preprocesses in mode `fast`."""
     with EmbeddedServer(options_for(light_repository, tmp_path / "log", config_name="fast")) as other:
         urls = (server.options.grpc_url, other.options.grpc_url)
         printed = run(CLIP_TOOLS, "ab", *urls, "--rounds", 2, "--seconds", 0.5, "--concurrency", 2)
@@ -101,13 +101,13 @@ def test_bench_measures_preprocess_with_its_library_against_pillow(repository, r
         itertools.product(("640x480", "phone"), ("exact", "fast"), ("library", "Pillow"))
     )
     resize = {row["resized_by"]: row["resize_s"] for row in rows if (row["images"], row["mode"]) == ("phone", "exact")}
-    assert resize["library"] < resize["Pillow"]  # nine times faster: the one was not mistaken for the other
+    assert resize["library"] < resize["Pillow"]  # nine times faster, so the two were not confused
 
 
-def test_one_variable_moves_a_client_to_the_pytorch_service_and_back(
+def test_an_environment_variable_moves_a_client_to_the_pytorch_service(
     vit_server, oracle, pytorch, demo_photos, monkeypatch
 ):
-    """The same call and the same vectors from both, and a bad image is named by both."""
+    """Both give the same vectors and name the bad image."""
     images = [path.read_bytes() for path in demo_photos[:3]]
     for url, backend in ((vit_server.options.grpc_url, "triton"), (pytorch.url, "pytorch")):
         monkeypatch.setenv("INFERENCE_SERVICE_URL", url)
@@ -131,7 +131,7 @@ def test_perf_runs_the_real_perf_analyzer(server, light_repository, results):
 
 @pytest.fixture(scope="module")
 def perf_input(light_repository, tmp_path_factory) -> Path:
-    """Photographs as perf_analyzer takes them."""
+    """perf_analyzer's input file with photographs."""
     source = tmp_path_factory.mktemp("perf") / "input.json"
     run(CLIP_TOOLS, "perf", "--models", light_repository, "--write-input", source)
     return source
@@ -139,19 +139,19 @@ def perf_input(light_repository, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_plain_perf_analyzer_needs_no_key_on_this_machine(server, perf_input, protocol):
-    """With the flags of its own documentation, and the photographs that `clip-tools perf` wrote."""
+    """The flags are those of its documentation. `clip-tools perf` wrote the photographs."""
     address = (server.options.grpc_url if protocol == "grpc" else server.options.http_url).partition("://")[2]
     photographs = ["--shape", "image_bytes:1", "--input-data", perf_input]
     printed = run(
         PERF_ANALYZER, "-m", "clip_ensemble", "-i", protocol, "-u", address, *photographs, "--request-count", 10
     )
     assert "Throughput:" in printed
-    assert "Composing models" in printed  # which it knows by the statistics
+    assert "Composing models" in printed  # it reads the statistics for these
 
 
 @pytest.mark.long
 def test_model_analyzer_measures_a_running_server(server, perf_input, tmp_path):
-    """In its remote mode, with its own flags; the keys are found for it."""
+    """In its remote mode, with its own flags. Our wrapper adds the keys."""
     config = tmp_path / "config.yaml"
     flags = {"input-data": str(perf_input), "shape": "image_bytes:1"}
     flags |= {"measurement-request-count": 3, "stability-percentage": 999}
@@ -173,7 +173,7 @@ def test_model_analyzer_measures_a_running_server(server, perf_input, tmp_path):
 
 
 def test_model_analyzer_profiles_the_ensemble(light_repository, tmp_path, results):
-    """Two configurations; a small batch limit, for it first tries twice as many requests at once as that holds."""
+    """Two configurations. The batch limit is small, because it first sends twice as many requests at once."""
     models = write_repository(Variant(), tmp_path / "models", light_repository)
     for path in models.glob("*/config.pbtxt"):
         path.write_text(path.read_text().replace("max_batch_size: 64", "max_batch_size: 2"))
@@ -186,7 +186,7 @@ def test_model_analyzer_profiles_the_ensemble(light_repository, tmp_path, result
     assert {point["variants"][0] for point in points} == {"clip_ensemble_config_default", "clip_ensemble_config_0"}
 
 
-def test_the_sweep_measures_with_perf_analyzer_and_goes_on(light_repository, results):
+def test_the_sweep_continues_from_its_log(light_repository, results):
     log = results / "sweep.jsonl"
     options = ["--axes", "", "--window-ms", 500, "--stability-percent", 999, "--concurrency", 2]
     options += ["--models", light_repository, "--log", log, "--output", results / "sweep.json"]
@@ -197,7 +197,7 @@ def test_the_sweep_measures_with_perf_analyzer_and_goes_on(light_repository, res
     assert len(log.read_text().splitlines()) == 1
 
 
-def test_onnx_profile_shows_operators_and_says_what_it_cannot_see(light_repository, results):
+def test_onnx_profile_shows_operators_or_that_the_graph_is_fused(light_repository, results):
     output = results / "onnx-profile.json"
     options = ["--batches", "1,2", "--seconds", 0.1, "--operator-batch", 1]
     model = light_repository / "clip_onnx" / "1" / "model.onnx"
@@ -208,7 +208,7 @@ def test_onnx_profile_shows_operators_and_says_what_it_cannot_see(light_reposito
     assert {row["batch"] for row in paired["times"]} == {1, 2}
     assert all(graph["worst_cosine"] > 0.99999 for graph in paired["graphs"])
     served, *plain = read(output)["operators"]
-    assert served["fused"] == bool(plain)  # OpenVINO takes the graph whole
+    assert served["fused"] == bool(plain)  # OpenVINO fuses the whole graph
     shown = [served, *plain][-1]
     assert not shown["fused"] and shown["by_operator_ms"]["Gemm"] > 0
     assert (
@@ -216,7 +216,7 @@ def test_onnx_profile_shows_operators_and_says_what_it_cannot_see(light_reposito
     )
 
 
-def test_serialisation_counts_what_is_sent(results):
+def test_serialisation_counts_the_bytes_of_each_format(results):
     run(CLIP_TOOLS, "serialisation", "--batches", "1,2", "--runs", 1, "--output", results / "serialisation.json")
     costs = {(cost["format"], cost["batch"]): cost for cost in read(results / "serialisation.json")["costs"]}
     assert costs["binary-fp32", 2]["sent_bytes"] == 2 * 3 * 224 * 224 * 4
@@ -224,8 +224,8 @@ def test_serialisation_counts_what_is_sent(results):
     assert costs["json", 1]["sent_bytes"] > 3 * costs["binary-fp32", 1]["sent_bytes"]
 
 
-def test_report_takes_all_of_them(results):
-    """Runs last in this file, on what the others left."""
+def test_report_renders_every_kind_of_result(results):
+    """Runs last in this file, on the results of the other tests."""
     names = {"bench", "perf", "profile", "sweep", "onnx-profile", "serialisation", "preprocess"}
     if {path.stem for path in results.glob("*.json")} < names:
         pytest.skip("the other tests of this file did not run")

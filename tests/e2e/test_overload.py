@@ -1,4 +1,4 @@
-"""More requests than the server can serve: each is answered or refused at once, and afterwards all is as before."""
+"""Under overload each request is answered or refused at once, and afterwards the server is as before."""
 
 import re
 import shutil
@@ -19,13 +19,13 @@ from clip_tools.measuring.watch import cpu_seconds, resident_mib
 from clip_tools.serving.probe import probe_image
 from clip_tools.serving.server import EmbeddedServer
 
-# More than both queues hold (128 requests each), and what is between them.
+# More than the two queues (128 requests each) and the steps between them hold.
 TOO_MANY = 600
 GENEROUS_S = 120
 
 
 def ask_at_once(options, images: list[bytes], count: int) -> list[np.ndarray | Exception | None]:
-    """What became of each of so many requests of one image, sent as fast as one process can; None: nothing at all."""
+    """The answer or error of each of `count` requests, sent as fast as one process can. None: no answer came."""
     with EmbeddingClient(options.grpc_url, retry=None) as client:
         transport = client._servers.transports[0]
         answers = [transport.send([images[index % len(images)]], GENEROUS_S) for index in range(count)]
@@ -37,7 +37,7 @@ def kinds(answers: list) -> Counter:
     return Counter(type(answer) for answer in answers)
 
 
-def test_what_is_too_much_is_refused_and_nothing_hangs(vit_server):
+def test_requests_beyond_the_queue_are_refused_and_none_hangs(vit_server):
     answers = ask_at_once(vit_server.options, [probe_image()], TOO_MANY)
     with EmbeddingClient(vit_server.options.grpc_url, retry=None, timeout_s=GENEROUS_S) as client:
         (expected,) = client.embed([probe_image()])
@@ -48,8 +48,7 @@ def test_what_is_too_much_is_refused_and_nothing_hangs(vit_server):
 
 
 @pytest.mark.long
-def test_a_client_that_waits_and_asks_again_gets_all(vit_server):
-    """What is refused is sent again later, by the client itself."""
+def test_a_client_that_retries_gets_every_answer(vit_server):
     with EmbeddingClient(
         vit_server.options.grpc_url, batch_size=1, max_in_flight=TOO_MANY, timeout_s=3 * GENEROUS_S
     ) as client:
@@ -68,7 +67,7 @@ def test_a_request_that_is_too_large_says_so(vit_server):
 
 
 def limited(repository, folder, model: str) -> None:
-    """The repository, but with room for four requests in the queue of `model`, and no limit in the other's."""
+    """The repository, with room for four requests in the queue of `model` and no limit in the other one."""
     shutil.copytree(repository, folder, symlinks=True)
     for name in ("preprocess", "clip_onnx"):
         config = folder / name / "config.pbtxt"
@@ -81,8 +80,8 @@ def limited(repository, folder, model: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("model", ["preprocess", "clip_onnx"])
-def test_a_full_queue_of_either_step_is_answered(repository, tmp_path, model):
-    """triton-inference-server/core#466 tells of requests that hang for ever when a later step's queue is full.
+def test_a_full_queue_of_either_step_refuses_requests(repository, tmp_path, model):
+    """triton-inference-server/core#466 reports requests that hang for ever if a later step's queue is full.
 
     The server of this environment answers them; if another one does not, the limit belongs to the first step alone.
     """
@@ -97,7 +96,7 @@ def test_a_full_queue_of_either_step_is_answered(repository, tmp_path, model):
 
 
 class Offered:
-    """Requests of one image at a fixed rate, whatever becomes of them, for so many seconds."""
+    """Sends requests of one image at a fixed rate for `seconds`, and counts what became of them."""
 
     def __init__(self, options, images, rate: float, seconds: float) -> None:
         self.ended: list[tuple[float, Exception | None]] = []
@@ -115,7 +114,7 @@ class Offered:
             self.rate = self.sent / (time.monotonic() - began)
             ends = time.monotonic()
             self.hung = len(wait(answers, timeout=GENEROUS_S + 30).not_done)
-        # What was served while it lasted, but for the first quarter, in which the queues fill.
+        # Images served a second, without the first quarter, in which the queues fill.
         window = (began + seconds / 4, ends)
         self.served = sum(1 for when, error in self.ended if error is None and window[0] <= when < window[1]) / (
             window[1] - window[0]
@@ -123,7 +122,7 @@ class Offered:
 
 
 def peak(options, images, expected, seconds: float):
-    """A closed loop of 16 callers."""
+    """What 16 callers in a closed loop measure."""
 
     def check(indices, answer):
         return float((answer * expected[indices]).sum(axis=1).min())
@@ -141,14 +140,14 @@ def peak(options, images, expected, seconds: float):
 
 
 def images_per_cpu_second(server, images, rate: float, seconds: float) -> tuple[float, Offered]:
-    """What the server embeds with a second of its own CPU time, whatever the sending of the load takes of the cores."""
+    """Images embedded per CPU second of the server: the clients' CPU time does not count."""
     before = cpu_seconds(server.pid)
     offered = Offered(server.options, images, rate, seconds)
     return sum(error is None for _, error in offered.ended) / (cpu_seconds(server.pid) - before), offered
 
 
 def one_at_a_time_ms(options, images) -> float:
-    """The median of 30 requests, one after the other."""
+    """The median latency of 30 requests, one after the other, ms."""
     with EmbeddingClient(options.grpc_url, retry=None) as client:
         took = []
         for index in range(30):
@@ -160,7 +159,7 @@ def one_at_a_time_ms(options, images) -> float:
 
 @pytest.mark.long
 def test_ten_times_what_it_can_serve(repository, demo_photos, tmp_path, record_reliability):
-    """Throughput stays, the rest is refused, memory is bounded, and then all is as before."""
+    """Throughput stays, the rest is refused, memory is bounded, and latency recovers."""
     images = [photo.read_bytes() for photo in demo_photos]
     options = options_for(repository, tmp_path / "log")
     with EmbeddedServer(options) as server:
@@ -188,11 +187,11 @@ def test_ten_times_what_it_can_serve(repository, demo_photos, tmp_path, record_r
     share = offered.served / statistics.mean(peaks)
     assert offered.hung == again.hung == 0
     assert set(refused) == {ServerOverloadedError}
-    # Gross, for a machine that others use too; the figures themselves are recorded.
+    # Wide limits, because others may use the machine. The figures are recorded.
     assert offered.rate > 2 * peaks[0]
     assert share >= 0.5
     assert after_ms < 5 * before_ms + 100
-    # 256 requests wait at most, and their pixels and photographs are under 100 MB; the rest is what allocators keep.
+    # At most 256 requests wait; their photographs and pixels are under 100 MB. Allocators keep the rest.
     assert max(seen) < memory_before + 600
     assert memory_again < memory_after * 1.05 + 20
     record_reliability(

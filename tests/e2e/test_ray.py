@@ -26,13 +26,13 @@ from clip_tools.errors import ToolError
 pytest.importorskip("ray", reason="needs Ray: pip install 'clip-embed[ray]'")
 
 COMMAND = Path(sys.executable).with_name("clip-tools")
-TEMPORARY = f"/tmp/ray-{os.getpid()}"  # noqa: S108  short, for the names of Ray's sockets are in it
+TEMPORARY = f"/tmp/ray-{os.getpid()}"  # noqa: S108  short: Ray's socket names begin with it, and their length is limited
 BROKEN = b"\xff\xd8\xff\xe0 no photograph"
 
 
 @pytest.fixture
 def start(server, tmp_path):
-    """Starts the command beside the server, with Ray's files in a folder that names this test's processes."""
+    """Starts the command against the server. The name of Ray's folder identifies this test's processes."""
 
     started: list[subprocess.Popen[str]] = []
 
@@ -51,7 +51,7 @@ def start(server, tmp_path):
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Its stderr, after its end."""
+    """Wait for the end of the command; its stderr."""
     _, stderr = process.communicate(timeout=400)
     assert "Traceback" not in stderr
     return stderr
@@ -62,7 +62,7 @@ def rows(folder: Path) -> list[dict[str, object]]:
 
 
 def make_folder(folder: Path, photographs: list[Path], count: int) -> set[str]:
-    """So many images, every seventh broken; their paths."""
+    """Write `count` images, every seventh broken; their paths."""
     folder.mkdir()
     for number in range(count):
         content = BROKEN if number % 7 == 0 else photographs[number % len(photographs)].read_bytes()
@@ -78,7 +78,7 @@ def is_alive(word: str) -> bool:
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_files_shards_and_tables_become_rows_that_search_reads(start, server, tmp_path, demo_photos, monkeypatch):
-    """A row for each image with the server's own vector, or a named error; a second run has nothing to do."""
+    """Each image has a row with the server's vector or an error. A second run embeds nothing."""
     source, first = tmp_path / "library", demo_photos[0].read_bytes()
     expected = make_folder(source, demo_photos, 8)
     (source / "notes.txt").write_text("no image")
@@ -144,7 +144,9 @@ def test_local_actors_give_the_vectors_of_the_server(start, server, repository, 
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_a_users_mistake_is_a_sentence(server, tmp_path, demo_photos, monkeypatch, arguments, code, message):
+def test_a_wrong_argument_is_an_error_of_one_sentence(
+    server, tmp_path, demo_photos, monkeypatch, arguments, code, message
+):
     make_folder(tmp_path / "library", demo_photos, 1)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -154,7 +156,7 @@ def test_a_users_mistake_is_a_sentence(server, tmp_path, demo_photos, monkeypatc
     assert (error.exit_code, message in str(error)) == (code, True)
 
 
-def test_a_cluster_that_is_not_there_is_one_line(start, tmp_path, demo_photos):
+def test_a_missing_ray_cluster_is_an_error_of_one_line(start, tmp_path, demo_photos):
     make_folder(tmp_path / "library", demo_photos, 1)
     process = start("library", "out", "--address", "localhost:1")
     assert "no Ray cluster at localhost:1" in finish(process)
@@ -163,8 +165,8 @@ def test_a_cluster_that_is_not_there_is_one_line(start, tmp_path, demo_photos):
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # Ray's own, of the cluster that this process starts
-def test_a_machine_that_is_killed_midway_costs_nothing(start, tmp_path, demo_photos):
-    """Two nodes, an actor on each: nothing is lost and nothing is there twice."""
+def test_a_node_that_is_killed_loses_no_image(start, tmp_path, demo_photos):
+    """Two nodes with an actor each. No image is lost or written twice."""
     from ray.cluster_utils import Cluster
 
     expected = make_folder(tmp_path / "library", demo_photos, 160)
@@ -188,7 +190,7 @@ def test_a_machine_that_is_killed_midway_costs_nothing(start, tmp_path, demo_pho
 
 
 @pytest.mark.long
-def test_ctrl_c_leaves_nothing_running_and_the_next_run_goes_on(start, tmp_path, demo_photos, ctrl_c):
+def test_ctrl_c_leaves_no_process_and_the_next_run_continues(start, tmp_path, demo_photos, ctrl_c):
     expected = make_folder(tmp_path / "library", demo_photos, 100)
     process = start("library", "out", "--part-images", "5")
     wait_for_parts(process, tmp_path / "out", 2)

@@ -1,4 +1,4 @@
-"""`clip-tools serve` when a model's process or the server itself is lost: not ready, and soon ready again."""
+"""`clip-tools serve` replaces a server that lost a model's process, hangs or died."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ from clip_tools.serving.watchdog import stubs
 
 CLIP_TOOLS = str(Path(sys.executable).with_name("clip-tools"))
 READY_PATHS = ("/v2/health/ready", "/v2/models/clip_ensemble/ready")  # what a Kubernetes probe would ask
-# One image alone and within a batch run through other kernels, so the last bits of FP32 differ.
+# Kernels depend on the batch size, so the last bits of FP32 differ.
 SAME_IMAGE_MAX_ABS = 1e-5
 ROUNDS = 7  # of storms, each with one of every kind
 GENEROUS_S = 300
@@ -45,7 +45,7 @@ GENEROUS_S = 300
 
 @contextlib.contextmanager
 def serving(models, folder, program=(CLIP_TOOLS,)):
-    """A running `clip-tools serve`, its options (the log among them) and a function that gives tritonserver's pid."""
+    """Starts `clip-tools serve`: its options, and a function that returns tritonserver's pid."""
     options = options_for(models, folder / "log")
     ports = [f"--{name}-port={getattr(options, f'{name}_port')}" for name in ("http", "grpc", "metrics")]
     with (
@@ -71,13 +71,13 @@ def serving(models, folder, program=(CLIP_TOOLS,)):
 
 @pytest.fixture(scope="module")
 def served(light_repository, tmp_path_factory):
-    """One for all that breaks it and waits until it is well again."""
+    """One server for the tests that break it and wait until it is ready again."""
     with serving(light_repository, tmp_path_factory.mktemp("readiness")) as running:
         yield running
 
 
 def wait_until(condition) -> float:
-    """How long it took, s."""
+    """Poll until the condition holds; the seconds it took."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < GENEROUS_S
@@ -99,11 +99,11 @@ def has_said_so(options) -> bool:
 
 
 class Traffic:
-    """Clients that embed one image after the other, each answer checked, until they are told to stop."""
+    """Clients that embed one image after the other and check each answer, until the block ends."""
 
     def __init__(self, url, images, clients=4):
         self._images, self._over = images, threading.Event()
-        self.sent: list[int] = []  # lists, for threads lose no append; each image by its index
+        self.sent: list[int] = []  # indices of images; threads may append to a list
         self.lost: list[EmbeddingError] = []
         self.wrong: list[int] = []
         self._client = EmbeddingClient(url, timeout_s=GENEROUS_S)
@@ -145,7 +145,7 @@ class Traffic:
 def test_a_lost_model_turns_readiness_off_and_a_new_server_comes(
     served, demo_photos, record_reliability, fault, number, instance, words
 ):
-    """Under traffic, of which nothing is lost."""
+    """No request of the traffic meanwhile is lost."""
     options, server_pid = served
     wait_until(lambda: has_said_so(options))
     assert is_ready(options)
@@ -171,8 +171,8 @@ def test_a_lost_model_turns_readiness_off_and_a_new_server_comes(
 
 
 @pytest.mark.long
-def test_a_server_that_stands_still_is_replaced(served, demo_photos):
-    """What no process table shows, the test image does."""
+def test_a_server_that_hangs_is_replaced(served, demo_photos):
+    """The process table does not show it, but the test image gets no answer."""
     options, server_pid = served
     frozen = server_pid()
     with EmbeddingClient(options.grpc_url, timeout_s=2 * GENEROUS_S, attempt_timeout_s=10) as client:
@@ -186,7 +186,7 @@ def test_a_server_that_stands_still_is_replaced(served, demo_photos):
 
 @pytest.mark.long
 def test_a_decoder_that_hangs_ends_its_process_and_a_new_server_comes(repository, tmp_path):
-    """One that takes a second in place of a minute to be called hung, and an image that takes longer."""
+    """The limit is a second here instead of a minute, and an image takes longer."""
     models = tmp_path / "models"
     shutil.copytree(repository, models, symlinks=True)
     adapter = models / "preprocess" / "1" / "model.py"
@@ -207,13 +207,13 @@ def test_a_decoder_that_hangs_ends_its_process_and_a_new_server_comes(repository
 
 
 class Deaths:
-    """Watches a server: how long after each death the next one was started, and how long until it answered."""
+    """Measures how soon after each death of a server the next process started, and how soon it answered."""
 
     def __init__(self, options, server_pid):
         self._options, self._server_pid, self._over = options, server_pid, threading.Event()
         self.started_s: list[float] = []
         self.answered_s: list[float] = []
-        self.dishonest = 0  # said to be ready, with no process
+        self.dishonest = 0  # readiness answers without a process
         self._thread = threading.Thread(target=self._watch)
 
     def _watch(self):
@@ -239,7 +239,7 @@ class Deaths:
 
 
 def answers(url) -> bool:
-    """Whether the server embeds now; the client's own waits between two tries would be measured with it."""
+    """Whether the server embeds now, without retries, whose waits would be measured too."""
     try:
         with EmbeddingClient(url, retry=None, timeout_s=GENEROUS_S) as client:
             return client.embed([probe_image()]).shape == (1, 512)
@@ -254,7 +254,7 @@ def lives(pid) -> bool:
 
 
 def run_storm(options, kind, seed, calls) -> int:
-    """How many calls were given up."""
+    """Start a storm; the number of calls that were given up."""
     address = options.grpc_url.removeprefix("grpc://")
     command = [sys.executable, "-m", "tests.storm", address, kind, str(seed), str(calls)]
     given_up, _ = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
@@ -262,7 +262,7 @@ def run_storm(options, kind, seed, calls) -> int:
 
 
 def storms(options, server_pid, kinds, rounds, *, calls=60) -> Counter:
-    """How many storms of each kind killed the server. Each begins with one that answers, and meets others' requests."""
+    """Run `rounds` storms of each kind beside other clients; how many of each killed the server."""
     killed = Counter()
     for number in range(rounds):
         for kind in kinds:
@@ -274,7 +274,7 @@ def storms(options, server_pid, kinds, rounds, *, calls=60) -> Counter:
 
 
 def test_a_storm_of_calls_that_are_given_up_costs_others_nothing(served, demo_photos, tmp_path):
-    """The server lives. Should it die after all, by SIGSEGV, every client of ours waits and loses nothing."""
+    """The server survives. If it dies of SIGSEGV all the same, our clients wait and lose nothing."""
     options, server_pid = served
     images = [photo.read_bytes() for photo in demo_photos]
 
@@ -303,7 +303,7 @@ def test_a_storm_of_calls_that_are_given_up_costs_others_nothing(served, demo_ph
     assert "tritonserver ended by SIGSEGV" in options.log.read_text()
 
 
-# `clip-tools serve` as it is where ignore_cancellation.c could not be built.
+# `clip-tools serve` as on a machine where ignore_cancellation.c could not be built.
 UNPROTECTED = """
 from pathlib import Path
 from clip_tools import c_libraries
@@ -320,7 +320,7 @@ main()
     ids=["protected", "unprotected"],
 )
 def test_storms_of_every_kind(repository, demo_photos, tmp_path, record_reliability, entry, program):
-    """How many kill the server, how long until the next one answers, and that others lose nothing."""
+    """Records how many kill the server and how soon the next one answers. Other clients lose nothing."""
     images = [photo.read_bytes() for photo in demo_photos]
     with serving(repository, tmp_path, program) as (options, server_pid):
         cold_start_s = float(re.search(r"ready after ([\d.]+) s", options.log.read_text())[1])
@@ -382,7 +382,7 @@ def test_a_storm_that_meets_a_swap(served, light_repository):
     thread.start()
     try:
         with GrpcModelControl(options.grpc_url) as control:
-            for name in ("cpu-fp32", "onnx"):  # which every CPU has
+            for name in ("cpu-fp32", "onnx"):  # every CPU can run these
                 swap(control, SwapOptions(name, models=light_repository), lambda _: None)
     finally:
         over.set()
@@ -399,7 +399,7 @@ def http_request(options, image: bytes) -> bytes:
 
 
 def leave_http(options, rounds, part):
-    """Connections that are reset when so much of a request is sent; with all of it, while it is answered."""
+    """Reset a connection after a part of the request, or after all of it while the server answers."""
     address = options.http_url.removeprefix("http://").rsplit(":", 1)
     request = http_request(options, probe_image())
     for _ in range(rounds):
@@ -409,7 +409,7 @@ def leave_http(options, rounds, part):
 
 
 def leave_tasks(options, rounds):
-    """Tasks of our own client that are cancelled, sixty-four at a time."""
+    """Cancel tasks of our client, sixty-four at a time."""
 
     async def cancel() -> None:
         async with AsyncEmbeddingClient(options.grpc_url, timeout_s=GENEROUS_S) as client:
@@ -424,7 +424,7 @@ def leave_tasks(options, rounds):
 
 
 def leave_grpc(options, rounds, kind):
-    """Calls of a program of its own."""
+    """Cancelled calls of another program."""
     run_storm(options, kind, rounds, rounds // THREADS)
 
 

@@ -66,7 +66,7 @@ def served(light_text_repository: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def folder(demo_photos: list[Path], tmp_path: Path) -> Path:
-    """Where a reader would stand: photo.jpg, other.jpg and photos/."""
+    """The folder that the commands assume: photo.jpg, other.jpg and photos/."""
     shutil.copy(demo_photos[0], tmp_path / "photo.jpg")
     shutil.copy(demo_photos[1], tmp_path / "other.jpg")
     (tmp_path / "photos").mkdir()
@@ -94,7 +94,7 @@ def test_every_block_of_commands_is_run_here():
 
 
 def test_the_commands_in_the_text_exist():
-    """Their verbs, options and configurations; the engines too."""
+    """Verbs, options, configurations and engines."""
     verbs = typer.main.get_command(app).commands
     text = README.replace('make serve ARGS="', "clip-tools serve ")
     found = [command.split() for command in re.findall(r"`clip-tools ([^`]*?)\"?`", text)]
@@ -108,7 +108,7 @@ def test_the_commands_in_the_text_exist():
 
 
 def test_make_demo(environment, demo_photos):
-    """The first command; its second run, as the model is there."""
+    """With the model exported already, as in a second run."""
     assert "    make demo " in README
     shown = run("make demo", ROOT, environment)
     for path in demo_photos:

@@ -1,4 +1,4 @@
-"""`clip-tools soak` on the real server: for some seconds, and for minutes."""
+"""`clip-tools soak` on the real server."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ CLIP_TOOLS = str(Path(sys.executable).with_name("clip-tools"))
 
 
 def soak(output: Path, *options: object) -> dict:
-    """Its result, once it has found no problem."""
+    """The result of a soak that found no problem."""
     command = [CLIP_TOOLS, "soak", "--output", str(output), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -23,7 +23,7 @@ def soak(output: Path, *options: object) -> dict:
 
 
 def test_some_seconds_of_everything(vit_server, tmp_path):
-    """On a server that already runs, whose process is found by its port."""
+    """On a running server; the soak finds its process by the port."""
     result = soak(tmp_path / "soak.json", "--minutes", 0.15, "--clients", 3, "--url", vit_server.options.grpc_url)
     assert {row["kind"] for row in result["calls"]} == {*REQUESTS, *BAD_REQUESTS}
     assert all(point["private_mib"] > 100 and point["regions"] > 0 for point in result["points"])
@@ -36,7 +36,7 @@ def test_minutes_of_everything(repository, tmp_path, record_reliability):
     record_reliability("soak", **figures(result))
 
 
-def test_what_is_not_on_this_machine_is_not_soaked(tmp_path):
+def test_a_server_of_another_machine_is_refused(tmp_path):
     command = [CLIP_TOOLS, "soak", "--url", "grpc://localhost:1", "--output", str(tmp_path / "soak.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1

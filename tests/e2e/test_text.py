@@ -1,4 +1,4 @@
-"""Texts on the real server: open_clip's own embeddings of them, beside the images."""
+"""The real server returns open_clip's embeddings of texts."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ def assert_equal_open_clip(got: np.ndarray, expected: np.ndarray) -> None:
 
 
 def test_texts_alone_in_a_batch_and_over_http_are_open_clips(vit_server, client, expected):
-    """Short and over-long ones in one batch, the empty one among them."""
+    """The batch has short, empty and over-long texts."""
     some = texts()[-40:]
     assert_equal_open_clip(client.embed_text(some), expected)
     assert_equal_open_clip(np.concatenate([client.embed_text([text]) for text in some[-10:]]), expected[-10:])
@@ -73,14 +73,14 @@ def test_the_command_embeds_texts_of_options_and_of_stdin(vit_server, client, tm
     assert b"[1] not_text" in bad.stderr
 
 
-def test_the_same_client_embeds_images_and_the_start_held_both_to_open_clip(vit_server, client, demo_photos):
+def test_a_client_embeds_both_and_the_start_verified_both(vit_server, client, demo_photos):
     assert client.embed(demo_photos[:1]).shape == (1, 512)
     assert re.fullmatch(
         r".* photographs .*; for texts, the vectors match open_clip's: .* texts .*", vit_server.check_result
     )
 
 
-def test_a_swap_takes_the_text_tower_along_where_its_configuration_changes(light_text_repository, tmp_path):
+def test_a_swap_reloads_the_text_tower_if_its_configuration_changes(light_text_repository, tmp_path):
     options, said = options_for(light_text_repository, tmp_path / "log"), []
     with (
         EmbeddedServer(options),
@@ -112,7 +112,7 @@ def test_one_bad_text_is_one_failed_request_with_its_index_and_code(client):
         client.embed_text("a dog")
 
 
-def test_a_server_without_a_text_tower_loads_nothing_for_texts_and_says_so(server):
+def test_a_server_without_a_text_tower_refuses_texts_with_the_reason(server):
     assert "tokenize" not in server.options.log.read_text()
     with (
         EmbeddingClient(server.options.grpc_url, timeout_s=1) as client,

@@ -1,4 +1,4 @@
-"""The PyTorch service that `bench` compares with is open_clip, in the precision that it was asked for."""
+"""The PyTorch service of `bench` runs open_clip in the precision that was asked for."""
 
 import base64
 
@@ -13,8 +13,8 @@ from clip_tools.errors import ToolError
 from clip_tools.measuring.baseline import service as service_module
 
 
-def test_fp16_is_fp16_and_the_service_says_on_what(oracle, weights, demo_photos):
-    """Next to open_clip in FP32, but not it: with weights that stayed FP32 the difference were 0."""
+def test_fp16_is_fp16_and_the_service_names_its_device(oracle, weights, demo_photos):
+    """The vectors are close to FP32's but not equal: with weights left in FP32 the difference would be 0."""
     import torch
     from starlette.testclient import TestClient
 
@@ -39,7 +39,7 @@ def test_fp16_is_fp16_and_the_service_says_on_what(oracle, weights, demo_photos)
 
 
 def test_where_there_is_a_gpu_open_clip_runs_on_it(weights, demo_photos, tmp_path, monkeypatch):
-    """The service, and the reference of the gates and measurements."""
+    """Both the service and the reference of gates and measurements."""
     import torch
 
     devices = []
@@ -61,7 +61,7 @@ def test_where_there_is_a_gpu_open_clip_runs_on_it(weights, demo_photos, tmp_pat
 
 
 def test_open_clip_in_fp32_is_fp32_on_a_gpu_too(oracle):
-    """cuDNN's convolutions are TF32 unless it is told otherwise."""
+    """cuDNN computes convolutions in TF32 by default."""
     import torch
 
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32

@@ -60,7 +60,7 @@ def changed(model: Path, folder: Path, name: str, change) -> Path:
     return path
 
 
-def test_a_text_tower_is_held_to_open_clips_vectors_of_texts(
+def test_a_text_tower_is_compared_with_open_clip_on_texts(
     text_model: Path, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verifying, "texts", lambda: texts()[::10])
@@ -72,7 +72,7 @@ def test_a_text_tower_is_held_to_open_clips_vectors_of_texts(
 
 
 def test_the_exported_graph_passes_as_fp32(onnx_model: Path, weights: Weights, demo_photos: list[Path]) -> None:
-    """And ten photographs are too few for it to count."""
+    """It does not count, because ten photographs are too few."""
     verdict = verify(Engine(file=onnx_model), weights, demo_photos)
     assert verdict.precision == "fp32"
     assert verdict.passed, verdict.failures
@@ -82,7 +82,7 @@ def test_the_exported_graph_passes_as_fp32(onnx_model: Path, weights: Weights, d
 
 
 def test_the_fp16_graph_passes_its_gate(fp16_model: Path, weights: Weights, demo_photos: list[Path]) -> None:
-    """Emulated in FP32, with every product rounded to FP16; and it is no FP32 engine."""
+    """Emulated in FP32 with every product rounded to FP16. It fails the gate of FP32."""
     verdict = verify(Engine(file=fp16_model), weights, demo_photos)
     assert verdict.precision == "fp16"
     assert "rounded to FP16" in verdict.how
@@ -103,7 +103,7 @@ broken_weights = pytest.mark.parametrize(
 
 @broken_weights
 def test_a_broken_graph_fails(tiny_model: Path, demo_photos: list[Path], tmp_path: Path, name: str, change) -> None:
-    """Positions in another order, NaN: none is passed off as low precision."""
+    """Positions in another order and NaN are errors that the gate must not take for low precision."""
     broken = changed(tiny_model, tmp_path, name, change)
     verdict = verify(Engine(file=broken), TINY, demo_photos)
     assert not verdict.passed
@@ -114,14 +114,14 @@ def test_a_broken_graph_fails(tiny_model: Path, demo_photos: list[Path], tmp_pat
 def test_a_broken_export_is_refused_by_its_own_comparison(
     tiny_oracle: Oracle, tiny_model: Path, demo_photos: list[Path], tmp_path: Path, name: str, change
 ) -> None:
-    """Before it is written; NaN too, which Python's own min and max would drop."""
+    """It is not written. NaN is refused too, which Python's min and max would drop."""
     broken = changed(tiny_model, tmp_path, name, change)
     with pytest.raises(ToolError, match="drifts from PyTorch"):
         compare(tiny_oracle, broken, [demo_photos[0].read_bytes()])
 
 
 def test_dynamic_int8_is_refused(trained: Weights, onnx_model: Path, demo_photos: list[Path], tmp_path: Path) -> None:
-    """ONNX Runtime's dynamic quantisation of the whole graph, which untrained weights would pass."""
+    """ONNX Runtime's dynamic quantisation of the whole graph. With untrained weights it would pass."""
     quantization = pytest.importorskip("onnxruntime.quantization")
     path, source = tmp_path / "dynamic.onnx", tmp_path / "model.onnx"
     source.symlink_to(onnx_model)  # ONNX Runtime writes another file beside it
@@ -134,7 +134,7 @@ def test_dynamic_int8_is_refused(trained: Weights, onnx_model: Path, demo_photos
 def test_the_command_writes_table_json_and_picture_and_exits_1_under_the_gate(
     tiny_model: Path, tiny_fp16_model: Path, demo_photos: list[Path], tmp_path: Path
 ) -> None:
-    """The same file under two gates: its own passes, and FP32's with a broken graph fails."""
+    """A graph passes its gate, and a broken one fails FP32's."""
     folder = demo_photos[0].parent
     given = ["--images", str(folder), "--model", TINY.model, "--pretrained", TINY.pretrained]
     picture = tmp_path / "histogram.png"
@@ -155,7 +155,7 @@ def test_the_command_writes_table_json_and_picture_and_exits_1_under_the_gate(
     assert json.loads(output.read_text())["failures"]
 
 
-def test_the_weights_are_the_manifests_and_others_are_refused(
+def test_the_manifests_weights_are_used_and_other_weights_refused(
     onnx_model: Path, weights: Weights, demo_photos: list[Path]
 ) -> None:
     """A comparison with other weights says nothing about the engine."""
@@ -166,7 +166,7 @@ def test_the_weights_are_the_manifests_and_others_are_refused(
 
 
 def test_an_upright_configuration_is_compared_with_open_clip_on_turned_images(tiny_model: Path, tmp_path: Path) -> None:
-    """Photographs as a phone stores them; those that lie as they are seen would pass either way."""
+    """The photographs are stored rotated, as phones do. Upright ones would pass either way."""
     models = with_image(tmp_path / "models", tiny_model)
     folder = tmp_path / "photographs"
     folder.mkdir()
@@ -185,8 +185,8 @@ def test_an_upright_configuration_is_compared_with_open_clip_on_turned_images(ti
     assert cosines(kept.embeddings, kept.upright_embeddings).min() < 0.9999
 
 
-def test_an_engine_that_is_none_is_refused(tmp_path: Path) -> None:
-    """A file that is not there, a name that no configuration has, both or none of the options."""
+def test_a_missing_engine_is_refused(tmp_path: Path) -> None:
+    """A missing file, an unknown configuration, both options, or none."""
     with pytest.raises(ToolError, match="no such file"):
         find_engine(str(tmp_path / "model.onnx"), None)
     with pytest.raises(ToolError, match=r"expected a .onnx or .plan file, or a configuration to serve: default, "):
@@ -199,8 +199,10 @@ def test_an_engine_that_is_none_is_refused(tmp_path: Path) -> None:
         verify(Engine(file=path), Weights(pretrained="random:0"), [])
 
 
-def test_a_plan_without_a_gpu_is_one_sentence(tmp_path: Path, weights: Weights, demo_photos: list[Path]) -> None:
-    """It says where to run the same command."""
+def test_a_plan_without_a_gpu_is_an_error_of_one_sentence(
+    tmp_path: Path, weights: Weights, demo_photos: list[Path]
+) -> None:
+    """The error says where to run the command."""
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -222,7 +224,7 @@ def beside(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def test_a_variant_is_written_with_its_manifest(beside: Path, demo_photos: list[Path]) -> None:
-    """`model.fp16.onnx` and `manifest.fp16.json`, and the FP32 graph beside them stays."""
+    """`model.fp16.onnx` and `manifest.fp16.json` are written. The FP32 graph beside them stays."""
     manifest = export_lower_precision(TINY, "fp16", demo_photos, beside / "model.fp16.onnx")
     assert Manifest.read(beside / "model.fp16.onnx").sha256 == manifest.sha256
     assert (beside / "manifest.fp16.json").is_file()
@@ -236,7 +238,7 @@ def test_a_variant_is_written_with_its_manifest(beside: Path, demo_photos: list[
 def test_a_variant_under_its_gate_is_not_written(
     beside: Path, demo_photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A conversion that goes wrong leaves nothing behind, and the one before it stays."""
+    """It leaves no file behind, and an earlier one stays."""
 
     def lower_wrongly(model, half):
         graph = lower(model, half)
@@ -259,8 +261,7 @@ def test_a_variant_under_its_gate_is_not_written(
         (["--precision", "int4"], "expected one of fp32, fp16, bf16, int8, fp8"),
     ],
 )
-def test_an_export_that_cannot_be_is_refused_at_once(arguments: list[str], reason: str) -> None:
-    """Usage: exit code 2."""
+def test_impossible_export_options_exit_2(arguments: list[str], reason: str) -> None:
     result = CliRunner().invoke(app, ["export-onnx", "--pretrained", "random:0", *arguments])
     assert isinstance(result.exception, ToolError)
     assert reason in str(result.exception)
@@ -268,7 +269,6 @@ def test_an_export_that_cannot_be_is_refused_at_once(arguments: list[str], reaso
 
 
 def test_a_small_calibration_folder_is_refused(demo_photos: list[Path]) -> None:
-    """Ten images are no calibration."""
     folder = str(demo_photos[0].parent)
     arguments = ["export-onnx", "--pretrained", "random:0", "--precision", "int8", "--calibration", folder]
     result = CliRunner().invoke(app, arguments)
