@@ -1,7 +1,6 @@
-"""Small files that were made to cost much: time, memory, or a decoder's patience. They are always the same.
+"""Small files that cost a decoder much time or memory. They are the same in every run.
 
-What each one does to an unguarded Pillow was measured once and stands beside the bounds in
-models/preprocess/1/clip_bounds.py.
+What each one costs Pillow without our bounds is noted beside the bounds in models/preprocess/1/clip_bounds.py.
 """
 
 import io
@@ -19,7 +18,7 @@ pillow_heif.register_heif_opener()
 
 
 def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
-    """The image as a file of this format."""
+    """Encode the image in this format."""
     buffer = io.BytesIO()
     image.copy().save(buffer, image_format, **options)  # a copy: an image remembers how it was saved before
     return buffer.getvalue()
@@ -44,14 +43,14 @@ def segment(marker: int, body: bytes) -> bytes:
 
 
 def scans_of_a_progressive_jpeg(count: int, side: int = 1000) -> bytes:
-    """One that repeats its last scan, of few bytes, `count` times."""
+    """A JPEG that repeats its last scan, of few bytes, `count` times."""
     jpeg = encoded(flat(side, side, "L"), "JPEG", progressive=True)
     last = jpeg[jpeg.rindex(b"\xff\xda") : -2]
     return jpeg[:-2] + last * count + jpeg[-2:]
 
 
 def scans_of_a_sequential_jpeg(count: int, side: int = 1000) -> bytes:
-    """One colour a scan, over and over, with no data in any."""
+    """A JPEG with many empty scans, each of one colour."""
     jpeg = encoded(flat(side, side), "JPEG", subsampling=0)
     scan = [segment(0xDA, bytes((1, colour, 0x11 if colour > 1 else 0, 0, 63, 0))) for colour in (1, 2, 3)]
     return jpeg[: jpeg.index(b"\xff\xda")] + b"".join(scan[index % 3] for index in range(count)) + b"\xff\xd9"
@@ -64,7 +63,7 @@ def jpeg_with(inside: bytes, *, at: int = 2) -> bytes:
 
 
 def jpeg_with_profile(size_bytes: int) -> bytes:
-    """A JPEG with an ICC profile of this size, cut into segments as it should be."""
+    """A JPEG with an ICC profile of this size, correctly cut into segments."""
     return encoded(flat(64, 48), "JPEG", icc_profile=noise(size_bytes))
 
 
@@ -90,13 +89,13 @@ def png_with(chunks: bytes) -> bytes:
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A small PNG whose header, checksum and all, claims another size."""
+    """A small PNG whose header claims another size, with a correct checksum."""
     png = encoded(flat(64, 48), "PNG")
     return png[:8] + chunk(b"IHDR", struct.pack(">II", width, height) + png[24:29]) + png[33:]
 
 
 def inflating(size_bytes: int, *, broken: bool = False) -> bytes:
-    """Zeros of this size, deflated; with a checksum that is wrong if `broken`."""
+    """Deflated zeros of this size. With `broken` the checksum is wrong."""
     return zlib.compress(bytes(size_bytes), 9)[: -4 if broken else None] + b"oops" * broken
 
 
@@ -141,18 +140,18 @@ def tiff(
 
 
 def tiff_of_one_huge_tile(side: int) -> bytes:
-    """100 x 100 pixels in a tile of side x side, which deflate holds in a thousandth."""
+    """100 x 100 pixels in a tile of side x side, which deflate compresses a thousandfold."""
     squeeze = zlib.compressobj(9)
     data = b"".join(squeeze.compress(bytes(side)) for _ in range(side)) + squeeze.flush()
     return tiff(100, 100, data, tile=(side, side), compression=8)
 
 
 def tiff_that_reads_the_same_again(strips: int, size_bytes: int) -> bytes:
-    """Every strip, of one row, claims the whole file as its data."""
+    """A TIFF with strips of one row, each of which claims the whole file as its data."""
     return tiff(64, strips, zlib.compress(bytes(64)) + bytes(size_bytes), offsets=[0] * strips, rows=1, compression=8)
 
 
-# --- the others
+# --- other formats
 
 
 def gif_with(blocks: bytes) -> bytes:
@@ -200,7 +199,7 @@ def jpeg2000_with(
     image: Image.Image | None = None,
     **options: object,
 ) -> bytes:
-    """A JPEG 2000 whose codestream claims what is given; `options` are Pillow's."""
+    """A JPEG 2000 whose codestream header is changed as given. `options` are Pillow's."""
     data = bytearray(encoded(image or flat(256, 256, "L"), "JPEG2000", **options))
     siz, cod = data.index(b"\xff\x51"), data.index(b"\xff\x52")
     for numbers, offset in ((size, siz + 6), (tile, siz + 22)):
@@ -214,7 +213,7 @@ def jpeg2000_with(
 
 
 def jpeg2000_that_goes_back(parts: int, segments: int) -> bytes:
-    """Tile-parts that each end where the next one begins, at once; a comment leads from each to the same long rest."""
+    """Empty tile-parts, one after the other. A comment leads from each to the same long rest."""
     data, part_bytes = jpeg2000_with(image=flat(64, 48, "L")), 16
     start = data.index(b"\xff\x90")
     heads = (
@@ -232,7 +231,7 @@ def box(kind: bytes, body: bytes) -> bytes:
 
 
 def avif_of_items(count: int) -> bytes:
-    """An AVIF that says where `count` items lie, none of which it has."""
+    """An AVIF that lists the places of `count` items but has none of them."""
     avif = encoded(flat(64, 48), "AVIF")
     start, first = avif.index(b"meta") - 4, avif.index(b"iloc") - 4
     (meta_size,), (size,) = (struct.unpack_from(">I", avif, at) for at in (start, first))
@@ -243,14 +242,14 @@ def avif_of_items(count: int) -> bytes:
 
 
 def avif_of_size(width: int, height: int) -> bytes:
-    """An AVIF that claims another size than its pictures have."""
+    """An AVIF that claims another size than its images have."""
     avif = bytearray(encoded(flat(64, 48), "AVIF"))
     struct.pack_into(">II", avif, avif.index(b"ispe") + 8, width, height)
     return bytes(avif)
 
 
 def with_box(content: bytes, path: tuple[bytes, ...], change: Callable[[bytes], bytes]) -> bytes:
-    """An ISO media file with the contents of the boxes at this path changed; what is behind them may lie elsewhere."""
+    """Change the contents of the boxes at this path of an ISO media file. Later boxes may move."""
     parts, at = [], 0
     while at < len(content):
         (size,), kind = struct.unpack_from(">I", content, at), content[at + 4 : at + 8]
@@ -276,7 +275,7 @@ def heif_of_size(width: int, height: int) -> bytes:
 
 
 def heif_of_pictures(count: int, side: int = 1000) -> bytes:
-    """A HEIC whose one image is coded so many times."""
+    """A HEIC whose image is coded `count` times."""
     content = heif(side, side)
     picture = content[content.rindex(b"mdat") + 4 :]
     content = with_box(content, (b"mdat",), lambda body: body * count)
@@ -305,7 +304,7 @@ def icon_of(picture: bytes, entries: int = 1) -> bytes:
 
 
 def zip_file() -> bytes:
-    """A small archive, to hang on to a picture."""
+    """A small archive to append to an image."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr(zipfile.ZipInfo("run.sh"), "echo hello")
@@ -314,7 +313,7 @@ def zip_file() -> bytes:
 
 _TGA_HEADER = struct.pack("<BBBHHBHHHHBB", 0, 0, 10, 0, 0, 0, 0, 0, 65535, 65535, 24, 0)
 
-# What comes of it, "pixels" or the code of a refusal, and how it is made.
+# The expected outcome ("pixels" or the code of a refusal), and how the file is made.
 Bomb = tuple[str, Callable[[], bytes]]
 
 # Refused, or decoded at once.

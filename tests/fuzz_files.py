@@ -1,4 +1,4 @@
-"""Files to throw at whatever decodes images: bombs, real odd files, damaged ones. A case's name is enough to make it.
+"""Hostile image files: bombs, real odd files and damaged ones. The name of a case is enough to make it.
 
 python -m tests.fuzz_files "damaged 7 1234" > case.bin      # the 1234th of seed 7, byte for byte
 python -m tests.fuzz_files --names 7 300                    # bombs, odd files, 300 damaged ones: their names
@@ -51,7 +51,7 @@ _ACCEPTED = frozenset(
         ".tga",
     ]
 )
-_ODD_SIZE_BYTES = 300_000  # damage to a larger one is as a rule damage to its pixels alone
+_ODD_SIZE_BYTES = 300_000  # damage to a larger file usually hits only its pixels
 _INTERESTING = (0, 1, 2, 7, 8, 15, 16, 63, 64, 127, 128, 255, 256, 32767, 32768, 65500, 65535)
 _INTERESTING_32 = (*_INTERESTING, 1 << 16, 100_000_000, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
 
@@ -59,7 +59,7 @@ Damage = Callable[[random.Random, bytes], bytes]
 
 
 def names(seed: int, damaged: int, *, every_odd: int = 1, largest: bool = False) -> list[str]:
-    """The names of the bombs, of every so many odd files, and of this many damaged ones."""
+    """The names of the bombs, of a part of the odd files, and of this many damaged files."""
     bombs = [*BOMBS, *(LARGEST if largest else ())]
     return [
         *(f"bomb {name}" for name in bombs),
@@ -91,7 +91,7 @@ def odd_files() -> dict[str, Path]:
 
 @functools.cache
 def whole_files() -> tuple[bytes, ...]:
-    """What is damaged: photographs in every format and many of its forms, and the smaller odd files, in equal parts."""
+    """The files to damage: half are photographs in every format and many variants, half are small odd files."""
     with Image.open(photos.demo_photos()[0]) as one, Image.open(photos.demo_photos()[1]) as other:
         photo, second = one.convert("RGB").resize((160, 107)), other.convert("RGB").resize((160, 107))
     files = [encoded(photo, image_format) for image_format in FORMATS]
@@ -150,7 +150,7 @@ def whole_files() -> tuple[bytes, ...]:
 
 
 def _damages_of(content: bytes) -> tuple[Damage, ...]:
-    """Damage to bytes, and to the parts of the format where it is one whose parts are known."""
+    """Damage bytes, and the segments or chunks of formats whose structure is known."""
     if content.startswith(b"\xff\xd8"):
         return (*_DAMAGES, *[_damage_jpeg] * 6)
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -159,7 +159,7 @@ def _damages_of(content: bytes) -> tuple[Damage, ...]:
 
 
 def _span(rng: random.Random, content: bytes) -> tuple[int, int]:
-    """A place and an end, mostly near, both inside."""
+    """The begin and end of a range inside the file, mostly a short one."""
     start = rng.randrange(len(content) + 1)
     return start, min(len(content), start + rng.choice((1, 2, 4, 16, 256, 4096, len(content))))
 
@@ -173,7 +173,7 @@ def _flip(rng: random.Random, content: bytes) -> bytes:
 
 
 def _overwrite_a_number(rng: random.Random, content: bytes) -> bytes:
-    """A number where headers have theirs, at an end of the file or anywhere."""
+    """Change a number near the begin, near the end or anywhere."""
     size, order = rng.choice((1, 2, 2, 4, 4, 8)), rng.choice(("big", "little"))
     near = rng.choice((64, 512, len(content)))
     place = rng.randrange(max(1, min(near, len(content)))) if rng.random() < 0.8 else max(0, len(content) - near)
@@ -233,12 +233,12 @@ _DAMAGES: tuple[Damage, ...] = (
 
 
 def _damage_jpeg(rng: random.Random, content: bytes) -> bytes:
-    """One segment swapped, dropped, repeated, lengthened, told another length, or changed where it has fields."""
+    """Swap, drop, repeat or lengthen a segment, or change its length or its fields."""
     parts, position = [], 2
     while position + 4 <= len(content) and content[position] == 0xFF and len(parts) < 100:
         length = int.from_bytes(content[position + 2 : position + 4], "big")
         end = position + 2 + max(2, length)
-        if content[position + 1] == 0xDA:  # its data go with it, up to the next marker
+        if content[position + 1] == 0xDA:  # with its data, up to the next marker
             while end < len(content) and not (content[end - 1] == 0xFF and content[end] not in (0, *range(0xD0, 0xD8))):
                 end += 1
             end -= end < len(content)
@@ -273,7 +273,7 @@ def _damage_jpeg(rng: random.Random, content: bytes) -> bytes:
 
 
 def _damage_png(rng: random.Random, content: bytes) -> bytes:
-    """One chunk swapped, dropped, repeated or changed, with a checksum that fits; or the pixels' stream itself."""
+    """Swap, drop, repeat or change a chunk, with a correct checksum; or change the stream of pixels."""
     parts, position = [], 8
     while position + 12 <= len(content) and len(parts) < 1000:
         size = int.from_bytes(content[position : position + 4], "big")
@@ -303,7 +303,7 @@ def _damage_png(rng: random.Random, content: bytes) -> bytes:
 
 
 def main(arguments: list[str]) -> None:
-    """Write one case to stdout, or the names of many."""
+    """Write one case, or the names of many, to stdout."""
     if arguments[0] == "--names":
         sys.stdout.write("\n".join(names(int(arguments[1]), int(arguments[2]))) + "\n")
     else:

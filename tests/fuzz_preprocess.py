@@ -1,6 +1,6 @@
-"""`clip_preprocess` over many cases, in a process of its own, so that a crash or a hang is found and told by its name.
+"""Runs `clip_preprocess` on many cases in another process, so that a crash or a hang is reported with its case.
 
-python -m tests.fuzz_preprocess reads the names of cases and writes what came of each, as lines of JSON.
+python -m tests.fuzz_preprocess reads the names of cases and writes the outcome of each, as lines of JSON.
 """
 
 import collections
@@ -35,15 +35,15 @@ CODES = frozenset(
         "corrupt",
     )
 )
-# No case takes 6 s alone on a core at 2 GHz; here others may use it too.
+# On an idle core at 2 GHz no case takes 6 s; other processes may run here.
 HANG_S = 90
-# Over what the largest accepted image needs, 1.6 GB: a case that asks for more is one whose memory is not bounded.
+# The largest accepted image needs 1.6 GB. A case that asks for more has unbounded memory.
 _MEMORY_LIMIT_BYTES = 4 << 30
 
 
 @dataclass
 class Outcomes:
-    """What came of the cases: how many gave pixels or a refusal, and by name each that gave anything else."""
+    """The outcomes: how many cases gave pixels or a refusal, and the names of all others."""
 
     came: collections.Counter[str] = field(default_factory=collections.Counter)
     errors: dict[str, str] = field(default_factory=dict)
@@ -55,12 +55,12 @@ class Outcomes:
 
     @property
     def cases(self) -> int:
-        """How many there were."""
+        """The number of cases."""
         return self.came.total() + len(self.errors) + len(self.crashed) + len(self.hung)
 
     @property
     def refused(self) -> int:
-        """How many were refused with a known code."""
+        """The number of cases that were refused with a known code."""
         return self.came.total() - self.came["pixels"]
 
     def add(self, name: str, came: str, seconds: float) -> None:
@@ -74,7 +74,7 @@ class Outcomes:
 
 
 def fuzz(names: Sequence[str]) -> Outcomes:
-    """Each case through `clip_preprocess`; a process that crashed or hung is followed by a new one for the rest."""
+    """Run each case through `clip_preprocess`. After a crash or a hang a new process takes the rest."""
     outcomes = Outcomes()
     left = collections.deque(names)
     while left:
@@ -87,7 +87,7 @@ def _fuzz_until_it_ends(left: collections.deque[str], outcomes: Outcomes) -> Non
         [sys.executable, "-m", "tests.fuzz_preprocess"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # libtiff speaks there
+        stderr=subprocess.DEVNULL,  # libtiff writes to it
         text=True,
         cwd=Path(__file__).parents[1],
     )
@@ -130,13 +130,13 @@ def _feed(stream, names: Iterable[str]) -> None:
 
 
 def _made_apart(name: str) -> bytes:
-    """The case, made by another process: an encoder of large images leaves more behind than their decoder."""
+    """Make the case in another process, because encoders of large images leak more memory than decoders."""
     command = [sys.executable, "-m", "tests.fuzz_files", name]
     return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
 
 
 def main() -> None:
-    """Answer each name with what came of its case."""
+    """Answer each name with the outcome of its case."""
     sys.path.append(str(MODELS / "preprocess" / "1"))
     from clip_preprocess import ImageLimits, RefusedImage, pixels_of
 
@@ -149,7 +149,7 @@ def main() -> None:
     for line in sys.stdin:
         name = line.rstrip("\n")
         content = _made_apart(name) if name.removeprefix("bomb ") in LARGEST else fuzz_files.make(name)
-        started = time.process_time()  # of this process alone, whoever else uses the core
+        started = time.process_time()  # CPU time: other processes do not count
         try:
             pixels = pixels_of(content, limits, upright=True)
             came = "pixels" if (pixels.shape, str(pixels.dtype)) == ((224, 224, 3), "uint8") else "no pixels"

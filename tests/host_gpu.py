@@ -1,4 +1,4 @@
-"""A GPU's place taken by the host: the kernel of clip_gpu.cu compiled for the CPU, and Pillow as the decoder."""
+"""A GPU emulated on the host: the kernel of clip_gpu.cu compiled for the CPU, and Pillow as the decoder."""
 
 import ctypes
 import io
@@ -13,7 +13,7 @@ from PIL import Image
 import clip_batch
 import clip_dlpack
 
-# What CUDA has of its own, for C: each thread of each block in turn.
+# CUDA's keywords for a C compiler. The threads of all blocks run in turn.
 ON_CPU = """
 #define __global__ static
 static struct { unsigned x, y; } blockIdx, blockDim, threadIdx;
@@ -29,7 +29,7 @@ void run(unsigned pixels, unsigned images, void *passes, void *first, void *taps
 
 
 def build(folder: Path) -> Path:
-    """The library with the kernel, in this folder."""
+    """Compile the kernel into a library in this folder."""
     (folder / "on_cpu.c").write_text(ON_CPU)
     command = [sys.executable, "-m", "ziglang", "cc", "-O2", "-shared", "-fPIC", "-Wall", "-Werror"]
     command += ["-I", str(Path(clip_batch.__file__).parent), "-x", "c", "on_cpu.c", "-o", "on_cpu.so"]
@@ -38,7 +38,7 @@ def build(folder: Path) -> Path:
 
 
 class HostGpu:
-    """A `clip_batch.Gpu` in the host's memory. It decodes by Pillow, and what begins as `fails` not at all."""
+    """A `clip_batch.Gpu` in the host's memory. It decodes by Pillow, and refuses what begins with `fails`."""
 
     device = clip_dlpack.CPU, 0
 

@@ -1,7 +1,7 @@
-"""`clip_resample` against Pillow over random sizes, modes, crops and boxes.
+"""Compares `clip_resample` with Pillow over random sizes, modes, crops and boxes.
 
-python -m tests.resample_cases LIBRARY SEED CASES FILES does it in a process of its own, for a library that was built to
-find wrong memory accesses, and puts FILES odd and damaged files through `preprocess` with it.
+`python -m tests.resample_cases LIBRARY SEED CASES FILES` does it in another process, for a library that was built to
+detect invalid memory accesses, and runs `preprocess` on FILES odd and damaged files with it.
 """
 
 import random
@@ -15,13 +15,13 @@ from PIL import ExifTags, Image, ImageOps
 
 MODES = ("RGB", "L", "RGBA", "LA", "CMYK", "RGBX", "YCbCr")
 SIDE_PX = 224
-# Of the whole resized image, which only Pillow makes.
+# Pixels of the whole resized image, which only Pillow makes.
 _MAX_RESIZED_PIXELS = 20_000_000
 
 
 @dataclass(frozen=True)
 class Case:
-    """An image of noise, and what to make of it."""
+    """An image of noise, and how to resize and crop it."""
 
     mode: str
     width: int
@@ -33,7 +33,7 @@ class Case:
     orientation: int = 1
 
     def image(self) -> Image.Image:
-        """Noise, or noise of nothing but black and white, which overshoots on both sides."""
+        """Noise, or noise of only black and white, which overshoots at both ends."""
         noise = np.random.default_rng(self.seed)
         bands = len(Image.new(self.mode, (1, 1)).getbands())
         pixels = noise.integers(0, 256, (self.height, self.width, bands), dtype=np.uint8)
@@ -45,7 +45,7 @@ class Case:
 
 
 def cases(seed: int, count: int) -> Iterator[Case]:
-    """So many, the same for the same seed: 1 to 5000 px, each mode in turn, central crops and others, and boxes."""
+    """`count` cases of this seed: 1 to 5000 px, each mode in turn, central and other crops, boxes."""
     chosen = random.Random(seed)  # noqa: S311
     number = 0
     while number < count:
@@ -61,7 +61,7 @@ def cases(seed: int, count: int) -> Iterator[Case]:
         if chosen.random() < 0.3:
             offset = tuple(chosen.randint(0, length - SIDE_PX) for length in size)
         box = None
-        if chosen.random() < 0.2:  # as `fast` has it: the last pixel may be a part
+        if chosen.random() < 0.2:  # as in mode `fast`: the last pixel may be a fraction
             box = (0, 0, *(max(1, length - chosen.choice((0, 0.125, 0.5, 0.875))) for length in (width, height)))
         orientation = 1 if box else chosen.randint(1, 8)
         mode = MODES[number % len(MODES)]
@@ -70,16 +70,16 @@ def cases(seed: int, count: int) -> Iterator[Case]:
 
 
 def resized_size(width: int, height: int) -> tuple[int, int]:
-    """As torchvision's Resize has it, for the shortest side."""
+    """The size that torchvision's Resize gives for the shortest side."""
     if width <= height:
         return SIDE_PX, int(SIDE_PX * height / width)
     return int(SIDE_PX * width / height), SIDE_PX
 
 
 def by_pillow(case: Case, image: Image.Image) -> np.ndarray:
-    """The reference."""
+    """What Pillow gives: the reference."""
     size, (left, top) = case.size, case.offset
-    if case.orientation > 4:  # sides are exchanged
+    if case.orientation > 4:  # the sides are swapped
         size, (left, top) = size[::-1], (top, left)
     resized = ImageOps.exif_transpose(image).resize(size, Image.Resampling.BICUBIC, case.box)
     return np.asarray(resized.crop((left, top, left + SIDE_PX, top + SIDE_PX)).convert("RGB"))
@@ -87,7 +87,7 @@ def by_pillow(case: Case, image: Image.Image) -> np.ndarray:
 
 def differing(kernels: list, seed: int, count: int) -> list[Case]:
     """The cases in which a kernel does not give Pillow's bytes."""
-    from clip_orientation import turn_of  # beside the library, wherever that is
+    from clip_orientation import turn_of  # in the folder of the library
 
     found = []
     for case in cases(seed, count):
@@ -103,7 +103,7 @@ def differing(kernels: list, seed: int, count: int) -> list[Case]:
 
 
 def main(library: str, seed: str, count: str, files: str) -> None:
-    """Raises where a byte differs; the library itself ends the process for a wrong access."""
+    """Raises if a byte differs. The library ends the process at an invalid access."""
     from clip_tools.paths import MODELS
     from clip_tools.repository import read_config
     from tests import fuzz_files

@@ -1,4 +1,4 @@
-"""A graph with the real tensors and one small matrix: TensorRT builds a plan of it in a moment."""
+"""A graph with the real inputs and outputs and one small matrix, so that TensorRT builds its plan quickly."""
 
 from pathlib import Path
 

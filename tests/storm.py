@@ -35,7 +35,7 @@ IN_FLIGHT = 6
 
 
 class Way:
-    """A way to the server that can be lost."""
+    """A connection to the server that can be dropped."""
 
     def __init__(self, url: str) -> None:
         self._server = url.rpartition(":")[::2]
@@ -79,7 +79,7 @@ def image():
 
 
 def storm(url: str, kind: str, seed: int, calls: int) -> tuple[int, int]:
-    """(calls given up, calls answered) of 16 threads with so many calls each, or until the server is lost."""
+    """(calls given up, calls answered) by 16 threads with `calls` calls each, or until the server is gone."""
     deadlines, cancelled, after_ms = KINDS[kind]
     counts = {"given up": 0, "answered": 0}
     lock = threading.Lock()

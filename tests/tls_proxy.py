@@ -1,4 +1,4 @@
-"""What ends TLS before a plain server: a proxy in this process, and the nginx of deploy/ where it is installed."""
+"""Proxies that end TLS in front of a plain server: one in this process, and the nginx of deploy/."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from clip_tools.paths import ROOT
 
 @contextmanager
 def tls_proxy(context: ssl.SSLContext, port: int) -> Iterator[int]:
-    """The port, on localhost, whose decrypted bytes go to `port` there."""
+    """A port on localhost that decrypts and forwards to `port`."""
     loop = asyncio.new_event_loop()
 
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
