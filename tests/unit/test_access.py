@@ -1,4 +1,4 @@
-"""Who may ask a server what: the flags, the keys that are kept, and the command line that does not show them."""
+"""Access to a server: Triton's restriction flags, the saved keys, and secrets that `ps` does not show."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def test_every_part_of_tritons_protocols_is_either_open_or_closed(triton_parts):
 
 @pytest.fixture(scope="module")
 def triton_parts() -> list[str]:
-    """What tritonserver's own help says can be restricted, over both protocols."""
+    """The parts that `tritonserver --help` lists as restrictable, the same for HTTP and gRPC."""
     done = subprocess.run(
         [Path(sys.executable).with_name("tritonserver"), "--help"],
         capture_output=True,
@@ -43,7 +43,7 @@ def triton_parts() -> list[str]:
     return lists[0].split(", ")
 
 
-def test_every_server_is_closed_also_when_nobody_gave_a_key():
+def test_a_server_without_an_admin_key_is_restricted_with_a_random_one():
     one, other = Access.from_environment({}), ServeOptions().access
     assert one.admin_key != other.admin_key
     assert len(one.admin_key) >= 32
@@ -55,7 +55,7 @@ def test_every_server_is_closed_also_when_nobody_gave_a_key():
 
 
 @pytest.mark.parametrize(
-    ("host", "told", "is_open"),
+    ("host", "open_metadata", "is_open"),
     [
         ("127.0.0.1", None, True),
         ("::1", None, True),
@@ -65,15 +65,15 @@ def test_every_server_is_closed_also_when_nobody_gave_a_key():
         ("127.0.0.1", False, False),
     ],
 )
-def test_what_describes_the_models_is_open_to_this_machine_alone_unless_it_is_told_otherwise(host, told, is_open):
-    flags = ServeOptions(host=host, open_metadata=told).secret_flags
+def test_metadata_is_open_only_on_a_loopback_host_unless_open_metadata_is_set(host, open_metadata, is_open):
+    flags = ServeOptions(host=host, open_metadata=open_metadata).secret_flags
     assert len(flags) == 2
     for flag in flags:
         closed = flag.partition("=")[2].partition(":")[0].split(",")
         assert set(closed) == {*CLOSED, *(() if is_open else DESCRIPTIVE)}
 
 
-def test_the_keys_come_from_the_environment_and_are_in_nothing_that_may_be_shown():
+def test_keys_come_from_the_environment_and_are_not_in_reprs_or_visible_flags():
     access = Access.from_environment({"CLIP_ADMIN_KEY": KEY, "CLIP_API_KEY": API_KEY})
     assert access.http_headers() == {"clip-admin-key": KEY, "clip-api-key": API_KEY}
     assert access.grpc_headers()["triton-grpc-protocol-clip-api-key"] == API_KEY
@@ -86,7 +86,7 @@ def test_the_keys_come_from_the_environment_and_are_in_nothing_that_may_be_shown
     assert API_KEY not in shown
 
 
-def test_a_key_for_http_alone_is_asked_for_there_in_place_of_the_other():
+def test_clip_http_key_replaces_the_api_key_on_http_only():
     only = Access.from_environment({"CLIP_HTTP_KEY": HTTP_KEY})
     (flag,) = [flag for flag in only.secret_flags(open_metadata=False).values() if "inference" in flag]
     assert flag == f"--http-restricted-api=inference,model-config:clip-api-key={HTTP_KEY}"
@@ -102,7 +102,7 @@ def test_a_key_for_http_alone_is_asked_for_there_in_place_of_the_other():
 
 @pytest.mark.parametrize("key", ["short", "with space and more letters", "sixteen,letters=:", "schlüssel-schlüssel"])
 @pytest.mark.parametrize("variable", ["CLIP_ADMIN_KEY", "CLIP_API_KEY", "CLIP_HTTP_KEY"])
-def test_a_key_that_could_be_guessed_or_misread_is_one_line_and_exit_code_2(variable, key):
+def test_a_short_or_malformed_key_exits_2_and_is_not_shown(variable, key):
     with pytest.raises(ToolError, match=f"{variable}: expected 16 or more letters.*openssl rand") as caught:
         Access.from_environment({variable: key})
     assert caught.value.exit_code == 2
@@ -121,7 +121,7 @@ def test_keys_are_kept_for_this_user_alone_while_the_server_runs(monkeypatch, tm
     for url in ("grpc://example.org:8001", "grpc://localhost:8002"):
         assert key_files.access_of(url, {}) is None
         assert key_files.access_of(url, {"CLIP_ADMIN_KEY": KEY}) == Access(KEY)
-    key_files.remove_keys("grpc://localhost:8001", Access())  # another server's, that was there before
+    key_files.remove_keys("grpc://localhost:8001", Access())  # another server's keys: the file stays
     assert key_files.access_of("grpc://localhost:8001", {}) == access
     key_files.remove_keys("grpc://localhost:8001", access)
     assert not file.exists()
@@ -161,8 +161,8 @@ SHOW = (
 )
 
 
-def test_a_program_gets_its_secrets_and_ps_does_not():
-    """From before its first instruction: the stand-ins are all that ever was in its command line."""
+def test_a_program_gets_its_secrets_and_ps_shows_placeholders():
+    """The command line has only placeholders, from before the program's first instruction."""
     with secret_arguments.popen_with_secrets(
         [sys.executable, "-c", SHOW, "plain"],
         {"--key=***": f"--key={KEY}", "--other=***": "--other=ünd more"},
@@ -178,7 +178,7 @@ def test_a_program_gets_its_secrets_and_ps_does_not():
 
 
 def test_a_script_gets_its_secrets_as_well(tmp_path):
-    """Its interpreter, which the kernel puts before its name, is one argument more."""
+    """The kernel puts the interpreter before the script, so the command line has one argument more."""
     script = tmp_path / "script"
     script.write_text('#!/bin/sh\necho "$@"\ntr "\\0" " " < /proc/$$/cmdline\n')
     script.chmod(0o755)
@@ -190,7 +190,7 @@ def test_a_script_gets_its_secrets_as_well(tmp_path):
     assert command_line.split() == ["/bin/sh", str(script), "plain", "--key=***"]
 
 
-def test_where_nothing_may_be_traced_the_program_runs_all_the_same_and_it_is_said(monkeypatch, capsys):
+def test_a_program_runs_with_a_warning_when_tracing_is_forbidden(monkeypatch, capsys):
     monkeypatch.setattr(secret_arguments, "_ptrace", lambda *_: -1)
     with secret_arguments.popen_with_secrets(
         ["echo"], {"***": KEY}, env=os.environ, stdout=subprocess.PIPE, text=True
@@ -199,12 +199,12 @@ def test_where_nothing_may_be_traced_the_program_runs_all_the_same_and_it_is_sai
     assert "echo: `ps` shows its keys on this machine" in capsys.readouterr().err
 
 
-def test_a_program_that_is_not_there_is_the_same_error_as_ever():
+def test_a_missing_program_raises_file_not_found_error():
     with pytest.raises(FileNotFoundError):
         secret_arguments.popen_with_secrets(["/nowhere"], {"***": KEY}, env=os.environ)
 
 
-def test_an_encrypted_server_has_its_plain_http_on_this_machine_alone(tmp_path):
+def test_a_server_with_tls_serves_plain_http_on_loopback_only(tmp_path):
     for name in ("cert", "key", "ca"):
         (tmp_path / name).touch()
     tls = Tls(tmp_path / "cert", tmp_path / "key", tmp_path / "ca")
@@ -217,14 +217,14 @@ def test_an_encrypted_server_has_its_plain_http_on_this_machine_alone(tmp_path):
         Tls(tmp_path / "nowhere", tmp_path / "key").flags()
 
 
-def test_halves_of_tls_are_a_usage_error():
+def test_a_tls_option_without_the_others_it_requires_is_a_usage_error():
     for half in (["--tls-cert=c"], ["--tls-key=k"], ["--tls-client-ca=a"]):
         done = CliRunner().invoke(cli.app, ["serve", *half])
         assert isinstance(done.exception, ToolError)
         assert "require each other" in str(done.exception)
 
 
-def test_only_a_server_that_strangers_can_reach_is_warned_about():
+def test_the_exposure_warning_is_only_for_a_server_that_anyone_can_use():
     ca = Access(tls=Tls(Path("c"), Path("k"), Path("a")))
     crash = "crafted HTTP request"
     assert "0.0.0.0" in exposure_warning("0.0.0.0", Access())  # noqa: S104
@@ -235,7 +235,7 @@ def test_only_a_server_that_strangers_can_reach_is_warned_about():
         assert exposure_warning(host, access) is None
 
 
-def test_perf_analyzer_is_given_the_keys_of_the_server_that_it_measures(monkeypatch, tmp_path):
+def test_perf_analyzer_gets_the_keys_of_the_server_that_it_measures(monkeypatch, tmp_path):
     monkeypatch.setattr(key_files.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.delenv("CLIP_ADMIN_KEY", raising=False)
     assert perf.headers(PerfOptions(url="localhost:8001")) == {}
@@ -248,7 +248,7 @@ def test_perf_analyzer_is_given_the_keys_of_the_server_that_it_measures(monkeypa
     assert not any(KEY in shown or API_KEY in shown for shown in perf.headers(http))
 
 
-def test_the_bare_tritonserver_listens_on_this_machine_unless_it_is_told_otherwise():
+def test_a_bare_tritonserver_listens_on_loopback_unless_an_address_is_given():
     loopback = [f"--{protocol}-address=127.0.0.1" for protocol in ("http", "grpc", "metrics")]
     assert on_this_machine([]) == loopback
     for given in (["--http-address=0.0.0.0"], ["--http-address", "0.0.0.0"]):  # noqa: S104

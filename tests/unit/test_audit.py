@@ -1,4 +1,4 @@
-"""The audit of the pinned packages: the real pip-audit, and an advisory service on this machine."""
+"""`make audit`: the real pip-audit on pinned packages, with an advisory service on loopback."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from clip_tools.errors import ToolError
 from clip_tools.paths import ROOT
 
 PINS = "".join(f"{name} \\\n    --hash=sha256:{'0' * 64}\n" for name in ("idna==3.6", "rich==14.0.0"))
-HOLE = {
+VULNERABILITY = {
     "id": "PYSEC-0000-1",
     "summary": "a hole",
     "affected": [
@@ -26,13 +26,13 @@ HOLE = {
 
 
 class Advisories(BaseHTTPRequestHandler):
-    """Knows of a hole in idna 3.6."""
+    """An advisory service that knows one vulnerability, in idna 3.6."""
 
     status = 200
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = {"vulns": [HOLE]} if asked["package"]["name"] == "idna" and self.status == 200 else {}
+        answer = {"vulns": [VULNERABILITY]} if asked["package"]["name"] == "idna" and self.status == 200 else {}
         body = json.dumps(answer).encode()
         self.send_response(self.status)
         self.send_header("Content-Length", str(len(body)))
@@ -61,11 +61,11 @@ def requirements(tmp_path):
     return path
 
 
-def test_a_known_hole_is_named_with_the_version_that_mends_it(requirements, options):
+def test_a_known_vulnerability_is_reported_with_the_version_that_fixes_it(requirements, options):
     assert audit(requirements, options) == ["idna 3.6: PYSEC-0000-1, fixed in 3.7"]
 
 
-def test_a_clean_file_and_one_with_a_hole_end_differently(tmp_path, options, monkeypatch, capsys):
+def test_the_exit_code_is_0_for_a_clean_file_and_1_for_a_vulnerability(tmp_path, options, monkeypatch, capsys):
     folder = tmp_path / "requirements"
     folder.mkdir()
     monkeypatch.setattr(module, "ROOT", tmp_path)
@@ -81,7 +81,7 @@ def test_a_clean_file_and_one_with_a_hole_end_differently(tmp_path, options, mon
         assert capsys.readouterr().err == line
 
 
-def test_an_advisory_service_that_does_not_answer_is_no_pass(requirements, options, monkeypatch):
+def test_the_audit_fails_when_the_advisory_service_does(requirements, options, monkeypatch):
     monkeypatch.setattr(Advisories, "status", 500)
     with pytest.raises(ToolError, match=r"all.txt could not be audited"):
         audit(requirements, options)
@@ -90,19 +90,19 @@ def test_an_advisory_service_that_does_not_answer_is_no_pass(requirements, optio
         audit(requirements, gone)
 
 
-def test_what_the_service_does_not_know_is_no_pass(requirements, monkeypatch):
-    """As an index without advisories answers; pip-audit itself exits 0 then."""
+def test_the_audit_fails_when_the_service_does_not_know_a_package(requirements, monkeypatch):
+    """An index without advisories answers so, and pip-audit itself exits 0 then."""
     skipped = [{"name": "idna", "skip_reason": "Dependency not found"}, {"name": "rich", "version": "1", "vulns": []}]
     for packages, words in ((skipped, "the advisory service does not know 1 of 2 packages"), ([], "0 of 2 packages")):
-        said = json.dumps({"dependencies": packages})
+        out = json.dumps({"dependencies": packages})
         monkeypatch.setattr(
-            module.subprocess, "run", lambda *_, said=said, **__: module.subprocess.CompletedProcess([], 0, said, "")
+            module.subprocess, "run", lambda *_, out=out, **__: module.subprocess.CompletedProcess([], 0, out, "")
         )
         with pytest.raises(ToolError, match=words):
             audit(requirements, [])
 
 
-def test_every_file_of_pins_is_audited():
+def test_every_requirements_file_is_audited():
     assert {path.stem for path in (ROOT / "requirements").glob("*.txt")} == set(module.FILES)
     for name in module.FILES:
         text = (ROOT / "requirements" / f"{name}.txt").read_text()

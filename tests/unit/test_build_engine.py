@@ -1,4 +1,4 @@
-"""A plan is what it says it is, or is not written; and it is refused where it does not fit. Needs no GPU."""
+"""`clip-tools build-engine` writes only a plan of the requested precision; stale plans are refused. Needs no GPU."""
 
 import dataclasses
 import importlib.util
@@ -71,10 +71,10 @@ def repository(small: "onnx.ModelProto", tmp_path: Path) -> Path:
 
 
 @rtx
-def test_the_exported_graph_becomes_an_engine_of_the_precision_asked_for(
+def test_the_exported_graph_becomes_an_engine_of_the_requested_precision(
     gpu_model: Path, onnx_model: Path, tmp_path: Path
 ) -> None:
-    """NVIDIA's own parser takes the real graph, and every one of its matrices runs in FP16."""
+    """NVIDIA's parser accepts the real graph, and all its matrix multiplications run in FP16."""
     graph = tmp_path / "model.fp16.onnx"
     onnx.save(lower(onnx.load(str(gpu_model)), "fp16"), str(graph))
     plan = tmp_path / "model.plan"
@@ -89,7 +89,7 @@ def test_the_exported_graph_becomes_an_engine_of_the_precision_asked_for(
 
 @rtx
 def test_fp32_is_not_tf32() -> None:
-    """Which TensorRT takes by default: FP32 with FP16's mantissa."""
+    """TensorRT's default for FP32 is TF32, which has the mantissa of FP16."""
     trt = load_tensorrt("tensorrt-rtx")
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     config, _ = _configure(trt, builder, PlanOptions(runtime="tensorrt-rtx"), None, (224, 224, 3))
@@ -98,7 +98,7 @@ def test_fp32_is_not_tf32() -> None:
 
 @rtx
 def test_a_graph_of_another_precision_fails_the_command(repository: Path) -> None:
-    """Asked for FP16 and given an FP32 graph, it exits 1, names both, and writes nothing."""
+    """With --precision fp16 and an FP32 graph it exits 1, names both precisions and writes nothing."""
     plan = repository / "clip_trt" / "1" / "model.plan"
     arguments = ["build-engine", "--runtime", "tensorrt-rtx", "--precision", "fp16", "--output", str(plan)]
     result = CliRunner().invoke(app, [*arguments, "--onnx", str(repository / "clip_onnx" / "1" / "model.onnx")])
@@ -110,7 +110,7 @@ def test_a_graph_of_another_precision_fails_the_command(repository: Path) -> Non
 
 @rtx
 def test_the_command_prints_the_census_and_the_manifest(repository: Path) -> None:
-    """Data on stdout, the table on stderr."""
+    """The manifest goes to stdout, the table of the census to stderr."""
     plan = repository / "clip_trt" / "1" / "model.plan"
     arguments = ["build-engine", "--runtime", "tensorrt-rtx", "--output", str(plan), "--target", "8.9"]
     result = CliRunner().invoke(app, [*arguments, "--onnx", str(repository / "clip_onnx" / "1" / "model.fp16.onnx")])
@@ -142,8 +142,7 @@ def test_a_node_that_the_parser_refuses_is_named(small: "onnx.ModelProto", tmp_p
         ({"hardware_compatible": True}, "--hardware-compatible is for tensorrt"),
     ],
 )
-def test_options_that_cannot_be_are_refused(repository: Path, changes: dict[str, object], reason: str) -> None:
-    """Before anything is built."""
+def test_invalid_options_are_refused_before_building(repository: Path, changes: dict[str, object], reason: str) -> None:
     with pytest.raises(ToolError, match=reason) as refused:
         build_engine(
             repository / "clip_onnx" / "1" / "model.fp16.onnx",
@@ -153,8 +152,7 @@ def test_options_that_cannot_be_are_refused(repository: Path, changes: dict[str,
     assert refused.value.exit_code == 2
 
 
-def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It says what to install."""
+def test_the_error_for_a_missing_tensorrt_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(ToolError, match=r"tensorrt is not installed .*: make setup-trt"):
         build_engine(tmp_path / "model.onnx", tmp_path / "model.plan", PlanOptions())
@@ -164,7 +162,7 @@ def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_serve_refuses_a_stale_plan_and_can_build_it_again(
     repository: Path, small: "onnx.ModelProto", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The graph changed after the build: one line with the command; --rebuild-stale builds of the new graph."""
+    """When the graph has changed, the error is one line with the command; --rebuild-stale uses the new graph."""
     graph, plan = repository / "clip_onnx" / "1" / "model.fp16.onnx", repository / "clip_trt" / "1" / "model.plan"
     build_engine(graph, plan, dataclasses.replace(RTX, targets=("8.9",)))
     models = [dataclasses.replace(model, file=plan) for model in deployment_of_trt()]
@@ -186,7 +184,7 @@ def test_serve_refuses_a_stale_plan_and_can_build_it_again(
 
 
 def deployment_of_trt() -> list:
-    """The committed deployment's model that runs a plan."""
+    """The model of the committed `trt` deployment that runs a plan."""
     from clip_tools.paths import MODELS
 
     return [model for model in deployment(MODELS, "trt") if model.config.backend == "tensorrt"]
@@ -218,7 +216,7 @@ BUILT = PlanManifest(
 
 
 def test_an_earlier_versions_manifest_is_still_read(tmp_path: Path) -> None:
-    """It has a field that is no more and lacks one: its plan is as good as it was."""
+    """It has a removed field and lacks a new one, but its plan is still valid."""
     fields = {name: value for name, value in json.loads(BUILT.to_json()).items() if name != "weights"}
     (tmp_path / "manifest.json").write_text(json.dumps({**fields, "matrices_with_weights": {"fp16": 51}}))
     assert PlanManifest.read(tmp_path / "model.plan") == dataclasses.replace(BUILT, weights={})
@@ -246,7 +244,7 @@ def test_a_plan_of_another_version_or_gpu_is_stale(
     gpu: Gpu | None,
     reason: str | None,
 ) -> None:
-    """What is not here is not compared; what is here and differs is named, with the command."""
+    """Only an installed library and a present GPU are compared. The reason names the difference and the command."""
     plan = tmp_path / "clip_trt" / "1" / "model.plan"
     plan.parent.mkdir(parents=True)
     plan.write_bytes(b"plan")
@@ -262,12 +260,11 @@ def test_a_plan_of_another_version_or_gpu_is_stale(
 
 
 def test_a_plan_without_a_manifest_is_stale(tmp_path: Path) -> None:
-    """Nobody knows what it was built for."""
+    """Nothing else says what it was built for."""
     assert "has no manifest.json beside it" in (stale_reason(tmp_path / "clip_trt" / "1" / "model.plan") or "")
 
 
-def test_the_command_that_builds_again_says_what_is_not_the_default() -> None:
-    """It can be pasted."""
+def test_the_command_to_rebuild_has_the_options_that_differ_from_the_defaults() -> None:
     options = PlanOptions(runtime="tensorrt-rtx", max_batch=32, version_compatible=True, targets=("8.9", "12.0"))
     assert options.command() == (
         "clip-tools build-engine --runtime tensorrt-rtx --precision fp16 --max-batch 32 --version-compatible "
@@ -286,16 +283,16 @@ def test_the_command_that_builds_again_says_what_is_not_the_default() -> None:
         ({}, {}, "fp32", "no matrix multiplication"),
     ],
 )
-def test_the_census_finds_what_was_not_asked_for(
+def test_the_census_detects_another_precision_than_the_requested_one(
     matrices: dict[str, int], weights: dict[str, int], precision: str, mismatch: str | None
 ) -> None:
-    """A few matrices of another precision are another engine; an eight-bit one may leave attention in FP16."""
+    """One FP32 matrix is a mismatch for FP16. INT8 allows FP16 for attention, but not for most of the weights."""
     found = Census(matrices, weights).mismatch(precision)
     assert found is None if mismatch is None else mismatch in (found or "")
 
 
-def test_the_inspectors_layers_are_counted_by_what_they_write() -> None:
-    """Of the JSON that TensorRT's inspector gives for a DETAILED engine."""
+def test_the_inspectors_layers_are_counted_by_output_type() -> None:
+    """The JSON is that of TensorRT's inspector for an engine with DETAILED verbosity."""
     layer = {"Name": "x", "Outputs": [{"Name": "y", "Format/Datatype": "Row major linear Half"}]}
     text = json.dumps({"Layers": [layer, layer, "a layer without details"]})
     assert count_engine(text) == {"Half": 2}

@@ -1,4 +1,4 @@
-"""A checkpoint is data: nothing in it runs."""
+"""Loading a checkpoint never runs code from it."""
 
 import os
 import re
@@ -22,8 +22,8 @@ class Payload:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.bin", "checkpoint.safetensors"])
-def test_a_checkpoint_with_code_in_it_is_refused_with_a_sentence_and_the_code_does_not_run(tmp_path, name):
-    """Whatever it calls itself."""
+def test_a_checkpoint_that_contains_code_is_refused_and_the_code_does_not_run(tmp_path, name):
+    """Whatever its suffix says."""
     import torch
 
     proof = tmp_path / "it ran"
@@ -31,13 +31,13 @@ def test_a_checkpoint_with_code_in_it_is_refused_with_a_sentence_and_the_code_do
     with pytest.raises(WeightsUnavailable, match=r"the weights '.*' of ViT-S-32-alt cannot be loaded: ") as caught:
         load_oracle(Weights(MODEL, str(tmp_path / name)))
     assert not proof.exists()
-    assert "weights_only" not in str(caught.value)  # torch's advice is to switch the guard off
+    assert "weights_only" not in str(caught.value)  # torch's own message advises to turn the protection off
     assert "\n" not in str(caught.value)
     torch.load(BytesIO((tmp_path / name).read_bytes()), weights_only=False)
-    assert proof.exists()  # so it would have run
+    assert proof.exists()  # without the protection the code runs
 
 
-def test_nothing_here_unpickles_or_trusts_remote_code():
+def test_no_module_unpickles_or_trusts_remote_code():
     ways = re.compile(r"trust_remote_code|weights_only=False|allow_pickle=True|\bpickle\.load|torch\.load\(")
     sources = [path for folder in ("models", "backends", "client", "tools") for path in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 50

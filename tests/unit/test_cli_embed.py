@@ -73,7 +73,7 @@ def test_npy_has_a_row_for_each_image_and_nan_for_a_failed_one(run, tmp_path, to
 
 
 def test_folders_are_searched_and_paths_come_from_stdin(run, tmp_path):
-    """The command reads what find_images finds; a blank line is no path."""
+    """A blank line on stdin is skipped."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "d.png").write_bytes(b"d")
     done = run("folder", "-", stdin=b"b.jpg\n\na.jpg")
@@ -82,8 +82,8 @@ def test_folders_are_searched_and_paths_come_from_stdin(run, tmp_path):
     assert paths == [str(Path("folder", "d.png")), "b.jpg", "a.jpg"]
 
 
-def test_a_name_shows_nothing_to_the_terminal_that_it_obeys(run, tmp_path):
-    """On stdout, in a failure's line and in a mistake's; a list with NULs brings any name."""
+def test_control_characters_in_a_name_are_escaped_in_all_output(run, tmp_path):
+    """On stdout, in the line of a failed image and in usage errors. A list with NULs can contain any name."""
     (tmp_path / "\x1b[31m\n.jpg").write_bytes(b"a")
     (tmp_path / "bad\n\x1b]0;t\x07.jpg").write_bytes(b"bad:corrupt:no image")
     done = run("-", "-0", stdin=b"\x1b[31m\n.jpg\0bad\n\x1b]0;t\x07.jpg\0")
@@ -98,7 +98,7 @@ def test_a_name_shows_nothing_to_the_terminal_that_it_obeys(run, tmp_path):
 @pytest.mark.promise
 @pytest.mark.slow
 def test_no_odd_file_ends_a_run(run, tmp_path, record_reliability):
-    """Each is a line on stderr or a row, and the images after it have theirs."""
+    """FIFOs, devices, link loops and huge files are lines on stderr. Every image has its row."""
     folder = tmp_path / "photos"
     folder.mkdir()
     os.mkfifo(folder / "fifo.jpg")
@@ -127,7 +127,7 @@ def test_no_odd_file_ends_a_run(run, tmp_path, record_reliability):
     record_reliability("odd_files", faults=3 * len(failed), lost=0)
 
 
-def test_what_is_left_out_of_folders_is_told(run, tmp_path):
+def test_files_skipped_in_folders_are_counted_on_stderr(run, tmp_path):
     for name in ("p/a.jpg", "p/@eaDir/a.jpg", "p/b.heic", "q/b.heic"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"a")
@@ -141,37 +141,37 @@ def test_what_is_left_out_of_folders_is_told(run, tmp_path):
     assert b"no images found in q; skipped: 1 .heic" in done.stderr
 
 
-def test_the_files_that_the_server_says_it_takes_are_taken_and_with_all_every_one(run, tmp_path, brain):
-    """By its own list: an earlier client knows the formats of a later server."""
+def test_folders_are_searched_for_the_suffixes_of_the_server_or_with_all_for_every_file(run, tmp_path, brain):
+    """The server sends the list, so that an older client takes the formats of a newer server."""
     for name in ("p/a.jpg", "p/b.heic", "p/c"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"a")
-    brain.says = {"clip_suffixes": ".jpg .heic"}
+    brain.parameters = {"clip_suffixes": ".jpg .heic"}
     try:
         done, everything = run("p"), run("p", "--all")
     finally:
-        brain.says = None
+        brain.parameters = None
     assert [json.loads(line)["path"] for line in done.stdout.splitlines()] == ["p/a.jpg", "p/b.heic"]
     assert done.stderr == b"skipped: 1 without an ending (--all tries every file by its content)\n"
     assert [json.loads(line)["path"] for line in everything.stdout.splitlines()] == ["p/a.jpg", "p/b.heic", "p/c"]
     assert everything.stderr == b""
 
 
-def test_an_image_in_place_of_a_list_is_one_sentence(run):
+def test_an_image_on_stdin_in_place_of_a_list_exits_2_with_one_line(run):
     done = run("-", stdin=b"\xff\xd8\xff\xe0" + bytes(range(256)) * 100)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"clip-embed: stdin: expected a list of paths, got an image: give its path in place of -\n"
 
 
-def test_the_backend_is_that_of_the_environment(run):
-    """As for `EmbeddingClient.from_env`: the PyTorch service speaks only HTTP."""
+def test_the_backend_comes_from_the_environment(run):
+    """As in `EmbeddingClient.from_env`. The PyTorch service speaks only HTTP, so a gRPC URL is an error."""
     done = run("a.jpg", INFERENCE_BACKEND="pytorch")
     assert done.returncode == 2
     assert b"the pytorch backend speaks only HTTP" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "env", "says"),
+    ("arguments", "env", "message"),
     [
         (["empty"], {}, "no images found in empty"),
         (["-"], {}, "no images found in -"),
@@ -189,14 +189,14 @@ def test_the_backend_is_that_of_the_environment(run):
         (["a.jpg", "-0"], {}, "-0 is for paths on stdin"),
     ],
 )
-def test_a_users_mistake_is_a_sentence(run, tmp_path, arguments, env, says):
+def test_a_usage_error_exits_2_with_a_message(run, tmp_path, arguments, env, message):
     (tmp_path / "empty").mkdir()
     done = run(*arguments, **env)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert says in done.stderr.decode()
+    assert message in done.stderr.decode()
 
 
-def test_no_server_is_one_line_that_says_what_to_do(run):
+def test_without_a_server_it_exits_3_with_one_line_that_says_what_to_do(run):
     with serve("grpc", Brain()) as gone:
         pass
     done = run("a.jpg", "--url", gone)
@@ -207,7 +207,7 @@ def test_no_server_is_one_line_that_says_what_to_do(run):
 
 
 def test_one_of_several_servers_is_enough(run, url):
-    """The other one's absence is told."""
+    """A warning names the lost server."""
     with serve("grpc", Brain()) as gone:
         pass
     done = run("a.jpg", "b.jpg", "--batch-size", "1", "--url", f"{gone},{url}")
@@ -225,8 +225,8 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install():
     ]
 
 
-def test_wrong_paths_are_noticed_before_a_server_is_asked(run):
-    """A missing path beside others that exist is a failed image."""
+def test_paths_that_do_not_exist_exit_2_before_a_server_is_contacted(run):
+    """Only if none exists: a missing path among others is a failed image."""
     done = run("photoz/", "b.jqg", "--url", "grpc://127.0.0.1:1")
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr == b"clip-embed: no such file or folder: photoz/, b.jqg\n"
@@ -234,7 +234,7 @@ def test_wrong_paths_are_noticed_before_a_server_is_asked(run):
 
 @pytest.fixture
 def waiting(run, url, brain, tmp_path, ctrl_c):
-    """The command's process, which has printed a.jpg's line or is about to, and waits for the second image."""
+    """A process of the command, which prints a.jpg's line and then waits for the second image."""
     brain.reset()
     (tmp_path / "wait.jpg").write_bytes(b"wait")
     with subprocess.Popen(
@@ -249,17 +249,17 @@ def waiting(run, url, brain, tmp_path, ctrl_c):
         process.kill()
 
 
-def test_ctrl_c_says_in_one_line_how_much_is_done_and_keeps_it(waiting):
+def test_ctrl_c_keeps_the_finished_rows_and_prints_their_number_in_one_line(waiting):
     line = waiting.stdout.readline()
     waiting.send_signal(signal.SIGINT)
-    rest, talk = waiting.communicate(timeout=30)
-    assert (waiting.returncode, rest, talk) == (130, b"", b"clip-embed: interrupted after 1 embeddings\n")
+    rest, stderr = waiting.communicate(timeout=30)
+    assert (waiting.returncode, rest, stderr) == (130, b"", b"clip-embed: interrupted after 1 embeddings\n")
     assert json.loads(line)["path"] == "a.jpg"
 
 
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_no_part_of_a_file(url, brain, tmp_path):
-    """A file that was being written goes, and what was there before stays."""
+    """The unfinished file is removed, and the old file stays."""
     brain.reset()
     (tmp_path / "wait.jpg").write_bytes(b"wait")
     (tmp_path / "out.npy").write_text("old")
@@ -267,9 +267,9 @@ def test_ctrl_c_leaves_no_part_of_a_file(url, brain, tmp_path):
     with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, cwd=tmp_path) as process:
         assert brain.waiting.acquire(timeout=30)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=30)[1].decode()
-        assert said.startswith("clip-embed: interrupted after 0 embeddings; nothing was written: --resume")
-        assert said.count("\n") == 1
+        stderr = process.communicate(timeout=30)[1].decode()
+        assert stderr.startswith("clip-embed: interrupted after 0 embeddings; nothing was written: --resume")
+        assert stderr.count("\n") == 1
         assert process.returncode == 130
         process.kill()
     brain.gate.set()
@@ -277,8 +277,8 @@ def test_ctrl_c_leaves_no_part_of_a_file(url, brain, tmp_path):
     assert (tmp_path / "out.npy").read_text() == "old"
 
 
-def test_a_server_that_goes_ends_the_run(run, tmp_path):
-    """What was finished is on stdout; then one line, not one for each image that is left."""
+def test_a_lost_server_ends_the_run(run, tmp_path):
+    """Finished rows are on stdout. Stderr has one line, not one for each remaining image."""
     (tmp_path / "gone.jpg").write_bytes(b"fail:UNAVAILABLE:Socket closed")
     done = run("a.jpg", *["gone.jpg"] * 9, "--batch-size", "1", "--timeout-s", "2")
     assert done.returncode == 3
@@ -291,24 +291,24 @@ def test_a_server_that_goes_ends_the_run(run, tmp_path):
 
 def test_a_server_that_comes_back_with_other_weights_ends_the_run(url, brain, tmp_path):
     brain.reset()
-    brain.says = {"clip_model": "ViT-B-32", "clip_checkpoint": "one", "clip_preprocess": "exact"}
+    brain.parameters = {"clip_model": "ViT-B-32", "clip_checkpoint": "one", "clip_preprocess": "exact"}
     (tmp_path / "wait.jpg").write_bytes(b"wait")
     (tmp_path / "a.jpg").write_bytes(b"a")
     command = [*COMMAND, "wait.jpg", "a.jpg", "--batch-size", "1", "--max-in-flight", "1", "--url", url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
         assert brain.waiting.acquire(timeout=30)
         brain.refusals = [("UNAVAILABLE", "Socket closed")]  # for a.jpg
-        brain.says = {**brain.says, "clip_checkpoint": "two"}
+        brain.parameters = {**brain.parameters, "clip_checkpoint": "two"}
         brain.gate.set()
-        out, said = process.communicate(timeout=30)
+        out, stderr = process.communicate(timeout=30)
     brain.reset()
     assert process.returncode == 3
     assert [json.loads(line)["path"] for line in out.splitlines()] == ["wait.jpg"]
-    assert "came back with other weights: ViT-B-32, two, preprocess exact; before" in said.decode()
+    assert "came back with other weights: ViT-B-32, two, preprocess exact; before" in stderr.decode()
 
 
-def test_a_closed_pipe_is_quiet(waiting, brain):
-    """As in `clip-embed photos | head -1`."""
+def test_a_closed_pipe_ends_the_run_without_a_message(waiting, brain):
+    """For example `clip-embed photos | head -1`."""
     waiting.stdout.readline()
     waiting.stdout.close()
     brain.gate.set()

@@ -1,4 +1,4 @@
-"""Which images the command finds, and what it leaves out and says so."""
+"""Which files `clip-embed` takes, and how it reports those that it skips."""
 
 import inspect
 import io
@@ -27,8 +27,8 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_folders_images_are_sorted_and_other_files_not_taken_but_counted(here):
-    """A named file is taken whatever its suffix; a found one only with an image's."""
+def test_a_folders_images_are_sorted_and_its_other_files_counted(here):
+    """A file given by name is taken whatever its suffix; a file in a folder only with the suffix of an image."""
     make(here, "b.JPG", "a.webp", "notes.txt", "sub/z.jpeg", "sub/IMG_1", "another/y.tiff", "sub.jpg/x.png")
     listing = FileListing()
     assert found(listing, ".", "notes.txt", "missing") == [
@@ -39,7 +39,7 @@ def test_a_folders_images_are_sorted_and_other_files_not_taken_but_counted(here)
     assert FileListing().report() is None
 
 
-def test_the_endings_are_the_servers_or_all(here):
+def test_files_are_taken_by_suffix_or_all_if_there_are_no_suffixes(here):
     make(here, "p/a.jpg", "p/b.heic", "p/c.HEIC", "p/d.mov", "p/e", "p/.DS_Store", "p/Thumbs.db")
     listing = FileListing(suffixes=frozenset({".heic"}))
     assert found(listing, "p") == ["p/b.heic", "p/c.HEIC"]
@@ -49,7 +49,7 @@ def test_the_endings_are_the_servers_or_all(here):
     assert everything.report() == "skipped: 2 litter files (--include GLOB takes them)"
 
 
-def test_a_report_is_one_line_also_of_a_thousand_endings(here):
+def test_a_report_of_a_thousand_suffixes_is_one_line(here):
     listing = FileListing()
     listing.skipped.update({".heic": 12034, ".mov": 80, **{f".x{number}": 1 for number in range(1000)}})
     report = listing.report()
@@ -57,8 +57,8 @@ def test_a_report_is_one_line_also_of_a_thousand_endings(here):
     assert report.endswith("992 with 992 other endings (--all tries every file by its content)")
 
 
-def test_a_path_is_one_however_it_is_given(here):
-    """In a folder, by itself and in a list; another name of the same file stays another."""
+def test_a_path_is_normalised_however_it_is_given(here):
+    """In a folder, by itself and on stdin. `..` is not resolved, because it may follow a link."""
     make(here, "photos/a.jpg")
     for argument in ("photos", "./photos", "photos/", ".//photos/.", "photos/a.jpg", "./photos//a.jpg"):
         assert found(FileListing(), argument) == ["photos/a.jpg"]
@@ -68,7 +68,7 @@ def test_a_path_is_one_however_it_is_given(here):
     ]
 
 
-def test_litter_is_left_out_and_counted(here):
+def test_litter_is_skipped_and_counted(here):
     litter = [
         "@eaDir/a.jpg/SYNO_THUMB.jpg",
         ".Trash-1000/files/b.jpg",
@@ -91,15 +91,15 @@ def test_litter_is_left_out_and_counted(here):
     ]
 
 
-def test_globs_leave_out_and_take_all_the_same(here):
-    """Of a name, or of a path in the folder; a file that is named itself is taken."""
+def test_globs_exclude_and_include_files_and_folders(here):
+    """They match a name or a path in the folder. A file given by name is always taken."""
     make(here, "p/a.jpg", "p/b.png", "p/2019/c.jpg", "p/2019/keep.jpg", "p/@eaDir/d.jpg", "p/e.heic", "p/private/f.jpg")
     listing = FileListing(exclude=("*.png", "2019/*", "private"), include=("keep.*", "@eaDir", "*.heic"))
     assert found(listing, "p", "p/b.png") == ["p/a.jpg", "p/e.heic", "p/2019/keep.jpg", "p/@eaDir/d.jpg", "p/b.png"]
     assert listing.report() is None
 
 
-def test_links_to_folders_are_counted_and_searched_where_they_are_named(here):
+def test_links_to_folders_are_counted_and_searched_only_when_given_by_name(here):
     make(here, "p/a.jpg", "albums/b.jpg")
     (here / "p/album").symlink_to("../albums")
     (here / "p/circle").symlink_to(".")
@@ -111,8 +111,7 @@ def test_links_to_folders_are_counted_and_searched_where_they_are_named(here):
     assert found(FileListing(), "p/album") == ["p/album/b.jpg"]
 
 
-def test_folders_may_be_as_deep_as_paths_are_long(here):
-    """Deeper than Python's calls may be."""
+def test_folders_may_be_deeper_than_pythons_recursion_limit(here):
     deep = "d/" * 300
     make(here, deep + "a.jpg")
     limit = sys.getrecursionlimit()
@@ -123,12 +122,12 @@ def test_folders_may_be_as_deep_as_paths_are_long(here):
         sys.setrecursionlimit(limit)
 
 
-def test_an_argument_that_cannot_be_looked_at_is_an_image_that_cannot_be_read():
+def test_a_path_that_the_system_rejects_is_listed_as_an_image():
     assert found(FileListing(), "a" * 5000, "a\0b") == ["a" * 5000, "a\0b"]
 
 
-def test_a_list_may_have_any_name_with_nul_behind_it(here):
-    """As `find -print0` writes it; read in pieces, so a name may lie across two."""
+def test_a_nul_separated_list_may_contain_any_name(here):
+    """As `find -print0` writes it. The list is read in chunks, so a name may span two."""
     names = [b"a\nb.jpg", b"caf\xe9.jpg", b" c\r", *(b"%05d.jpg" % number for number in range(20_000))]
     got = found(FileListing(separator=b"\0"), "-", stdin=b"\0".join(names) + b"\0\0")
     assert got == [os.fsdecode(name) for name in names]
@@ -136,7 +135,7 @@ def test_a_list_may_have_any_name_with_nul_behind_it(here):
 
 
 @pytest.mark.parametrize(
-    ("stdin", "separator", "says"),
+    ("stdin", "separator", "message"),
     [
         (b"a.jpg\0b.jpg\0", b"\n", "-0 is for lists"),
         (b"\xff\xd8\xff\xe1\n\n and so on", b"\n", "got an image"),
@@ -146,6 +145,6 @@ def test_a_list_may_have_any_name_with_nul_behind_it(here):
         (b"x" * 100_000, b"\0", "bytes without an end of a path"),
     ],
 )
-def test_what_is_no_list_is_a_sentence_and_no_path(stdin, separator, says):
-    with pytest.raises(UnusableList, match=says):
+def test_stdin_that_is_not_a_list_is_refused_with_the_reason(stdin, separator, message):
+    with pytest.raises(UnusableList, match=message):
         next(FileListing(separator=separator).paths(["-"], io.BytesIO(stdin)))

@@ -1,4 +1,4 @@
-"""A class of options becomes a command: one declaration gives the option, its default and its help."""
+"""`@takes` turns the fields of a class into options: one declaration gives the option, its default and its help."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ class Asked:
 
 @pytest.fixture
 def run():
-    """Call the command; what its verb was given, and what was printed."""
+    """Runs the command. Returns what the verb received and what was printed."""
     given = []
 
     @takes(Asked)
@@ -52,7 +52,7 @@ def test_a_tuple_is_written_with_commas(run):
         run("--size", "large")
 
 
-def test_the_help_has_every_option_but_what_is_no_option_and_the_models_last(run):
+def test_the_help_lists_every_annotated_field_and_models_last(run):
     words = run("--help")[1]
     assert "What it does." in words and "How large." in words and "1,2" in words
     assert "hidden" not in words

@@ -1,4 +1,4 @@
-"""Where the command writes: what was there keeps its kind, mode and owner, and nothing is left of what failed."""
+"""Output files are replaced atomically and keep their kind, mode and owner. A failed run leaves nothing behind."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def paths_in(content: bytes) -> list[str]:
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    """After a failure the old file is as it was, and nothing lies beside it."""
+    """After a failure the old file is unchanged, and no other file is beside it."""
     out = tmp_path / "out.jsonl"
     out.write_text("old")
 
@@ -50,8 +50,8 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("file_format", [Format.jsonl, Format.npy])
-def test_what_a_killed_run_left_goes_with_the_next(tmp_path, file_format):
-    """Whose half is in a folder that is not hidden."""
+def test_the_next_run_removes_what_a_killed_run_left(tmp_path, file_format):
+    """Its unfinished file is in a folder that is not hidden."""
     out = tmp_path / f"out.{file_format}"
     kill = f"""
 import os, signal
@@ -78,11 +78,11 @@ def test_two_runs_cannot_write_one_file(tmp_path):
     assert paths_in(out.read_bytes()) == ["b.jpg"]
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path, there):
+@pytest.mark.parametrize("target_exists", [True, False])
+def test_a_link_stays_and_its_target_is_written(tmp_path, target_exists):
     target, link, first = tmp_path / "disk" / "out.jsonl", tmp_path / "out.jsonl", tmp_path / "first"
     target.parent.mkdir()
-    if there:
+    if target_exists:
         target.write_text("old")
     link.symlink_to("disk/out.jsonl")
     first.symlink_to(link)
@@ -102,7 +102,7 @@ def test_a_link_to_itself_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("file_format", [Format.jsonl, Format.npy])
 def test_a_fifo_is_written_to_and_stays(tmp_path, file_format):
-    """As the shell does for `>(gzip > x)`; a format that is written last to first is written at its end."""
+    """The shell passes one for `>(gzip > x)`. NPY is written at the end, because its header has the number of rows."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     content = []
@@ -119,7 +119,7 @@ def test_a_fifo_is_written_to_and_stays(tmp_path, file_format):
 
 
 def test_a_device_is_written_to_and_stays(tmp_path):
-    """Also by a link, and where stdout goes to a file."""
+    """Through a link too. A folder is an error."""
     link = tmp_path / "out.jsonl"
     link.symlink_to("/dev/null")
     write(resolve_link(link))
@@ -139,16 +139,16 @@ def test_mode_and_owner_stay(tmp_path, mode):
     before = out.stat()
     with open_output(out, Format.jsonl) as output:
         (unfinished,) = parts_folder(out).iterdir()
-        assert stat.S_IMODE(unfinished.stat().st_mode) == mode  # nor may others read what is not finished
+        assert stat.S_IMODE(unfinished.stat().st_mode) == mode  # the unfinished file is no more readable
         output.add(stat_image("a.jpg"), vector_of(b"a"))
     after = out.stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     assert after.st_ino != before.st_ino
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
-def test_anothers_file_stays_theirs_and_a_read_only_one_is_refused(tmp_path):
-    """Who may write to a file, but not give one away, writes into it."""
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to run as another user")
+def test_another_users_file_keeps_its_owner_and_a_read_only_one_is_refused(tmp_path):
+    """A user who may not change the owner of a file overwrites it in place."""
     tmp_path.chmod(0o777)
     for folder in tmp_path.parents[:3]:  # one of them is the xdist worker's
         folder.chmod(folder.stat().st_mode | 0o055)
@@ -173,8 +173,7 @@ for path in ({str(theirs)!r}, {str(read_only)!r}):
     assert read_only.read_text() == "old" * 9999
 
 
-def test_the_other_names_of_a_file_see_it_too(tmp_path):
-    """A hard link."""
+def test_hard_links_to_a_file_have_the_new_content(tmp_path):
     out, other = tmp_path / "out.jsonl", tmp_path / "other.jsonl"
     out.write_text("old" * 9999)
     other.hardlink_to(out)
@@ -182,8 +181,8 @@ def test_the_other_names_of_a_file_see_it_too(tmp_path):
     assert paths_in(other.read_bytes()) == paths_in(out.read_bytes()) == ["a.jpg"]
 
 
-def test_every_name_is_printable_and_comes_back():
-    """Common names stay as they are: accents, emoji, no-break spaces, Windows' separators."""
+def test_every_name_is_made_printable_and_restored():
+    """Common names stay unchanged: accents, emoji, no-break spaces, Windows' separators."""
     plain = ["a b.jpg", "Größe.jpg", "👨\u200d👩\u200d👧.jpg", "at 5.00\u202fPM.png", r"p\u.jpg"]
     assert [printable(name) for name in plain] == plain
     odd = [
@@ -200,8 +199,8 @@ def test_every_name_is_printable_and_comes_back():
 
 
 @pytest.mark.parametrize("file_format", list(Format))
-def test_of_which_weights_the_vectors_are_is_kept_with_them_and_goes_with_them(tmp_path, file_format):
-    """In Parquet's metadata, or beside the file; a file that is written over has none of the old one's."""
+def test_provenance_is_saved_with_the_vectors_and_replaced_with_them(tmp_path, file_format):
+    """In Parquet's metadata or in a file beside it. A file that is replaced does not keep the old provenance."""
     if file_format is Format.parquet:
         pytest.importorskip("pyarrow.parquet", reason="pip install 'clip-embed[parquet]'")
     read = parquet.read_provenance if file_format is Format.parquet else read_sidecar
@@ -217,7 +216,7 @@ def test_of_which_weights_the_vectors_are_is_kept_with_them_and_goes_with_them(t
 
 @pytest.mark.parametrize("size", [1, 768, 1024])
 def test_rows_are_as_long_as_the_served_models_vectors(tmp_path, size):
-    """Also where the first images failed, when that is not known yet."""
+    """Also if the first images failed, when the length is not known yet."""
     for file_format in (Format.npy, Format.parquet):
         with open_output(tmp_path / f"out.{file_format}", file_format) as output:
             output.add(stat_image("bad.jpg"), None)
@@ -233,7 +232,7 @@ def test_rows_are_as_long_as_the_served_models_vectors(tmp_path, size):
         assert read_library(path).embeddings.shape[1] == size
 
 
-def test_parquet_of_vectors_of_two_lengths_is_not_made_one(tmp_path):
+def test_parquet_files_with_vectors_of_two_lengths_are_not_merged(tmp_path):
     for size in (512, 768):
         with open_output(tmp_path / f"{size}.parquet", Format.parquet) as output:
             output.add(stat_image("a.jpg"), np.ones(size, np.float32))

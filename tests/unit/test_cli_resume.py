@@ -1,4 +1,4 @@
-"""`clip-embed --resume`: what is finished is kept however a run ends, and at the end every image is there once."""
+"""`clip-embed --resume` keeps finished rows however a run ends, and the output has every image once."""
 
 import errno
 import json
@@ -52,7 +52,7 @@ def photos(tmp_path):
 
 
 def rows_of(out: Path) -> dict[str, np.ndarray]:
-    """The embedding of each path; no path may be there twice."""
+    """The embedding of each path. Fails if a path is there twice."""
     if out.suffix == ".jsonl":
         lines = [json.loads(line) for line in out.read_bytes().splitlines()]
         rows = [(line["path"], line["embedding"]) for line in lines]
@@ -64,7 +64,7 @@ def rows_of(out: Path) -> dict[str, np.ndarray]:
 
 
 def assert_has(out, images):
-    """Exactly these images, each with the vector of what is in the file now."""
+    """Fails unless the output has exactly these images, each with the vector of its current content."""
     rows = rows_of(out)
     assert sorted(rows) == sorted(map(str, images))
     for path, row in rows.items():
@@ -72,7 +72,7 @@ def assert_has(out, images):
 
 
 def embed(out, table, paths, *, stop_after=None):
-    """As the command does it; returns what had to be embedded. Stops by an exception."""
+    """Embeds as the command does and returns the images it embedded. `stop_after` ends it by an exception."""
     embedded = []
     with open_resumed(out, table) as output:
         for image in output.unfinished(map(str, paths)):
@@ -84,8 +84,8 @@ def embed(out, table, paths, *, stop_after=None):
     return embedded
 
 
-def test_a_run_that_stopped_is_gone_on_with(out, table, photos):
-    """What it finished is not embedded again, and the order is that of the images."""
+def test_an_interrupted_run_is_resumed(out, table, photos):
+    """Finished images are not embedded again, and the rows are in the order of the images."""
     with pytest.raises(InterruptedError):
         embed(out, table, photos, stop_after=7)
     assert not out.exists()
@@ -95,7 +95,7 @@ def test_a_run_that_stopped_is_gone_on_with(out, table, photos):
     assert not parts_folder(out).exists()
     before = out.stat()
     assert embed(out, table, photos) == []
-    assert out.stat() == before  # with nothing new the file is left as it is
+    assert out.stat() == before  # with nothing new the file is not rewritten
 
 
 def test_only_new_changed_and_failed_images_are_embedded_again(out, table, photos):
@@ -104,13 +104,13 @@ def test_only_new_changed_and_failed_images_are_embedded_again(out, table, photo
     photos[1].write_bytes(b"bad now")
     os.utime(photos[2], ns=(0, 0))
     assert embed(out, table, photos[:6]) == [*photos[:3], *photos[4:6]]
-    assert_has(out, [photos[0], *photos[2:6]])  # a vector of what the bad file was before would be a lie
+    assert_has(out, [photos[0], *photos[2:6]])  # without the old vector of the file that is now bad
     photos[1].write_bytes(b"good again")
     assert embed(out, table, photos[:6]) == [photos[1]]
     assert_has(out, photos[:6])
 
 
-def test_rows_of_images_that_were_not_named_stay_and_of_those_that_are_gone_until_they_are_pruned(out, table, photos):
+def test_rows_of_images_that_were_not_given_stay_and_prune_removes_those_of_deleted_ones(out, table, photos):
     embed(out, table, photos[:4])
     photos[0].unlink()
     embed(out, table, photos[4:])
@@ -121,13 +121,13 @@ def test_rows_of_images_that_were_not_named_stay_and_of_those_that_are_gone_unti
     assert_has(out, photos[1:])
 
 
-def test_an_image_that_is_named_twice_is_there_once(out, table, photos):
+def test_an_image_that_is_given_twice_has_one_row(out, table, photos):
     assert embed(out, table, [photos[0], photos[1], photos[0]]) == photos[:2]
     assert_has(out, photos[:2])
 
 
 def test_many_parts_become_one_table(out, table, photos, monkeypatch):
-    """More rows than a part and than a row group hold."""
+    """With more rows than a part or a row group holds."""
     monkeypatch.setattr(resume, "PART_ROWS", 2)
     monkeypatch.setattr(parquet, "ROW_GROUP", 5)
     embed(out, table, photos)
@@ -135,8 +135,8 @@ def test_many_parts_become_one_table(out, table, photos, monkeypatch):
     assert_has(out, photos)
 
 
-def test_a_path_that_is_not_utf8_is_named_and_found_again(out, table, photos, tmp_path):
-    """And one with what a terminal would obey, in a file whose names any reader takes; and that is not gone."""
+def test_a_path_with_invalid_utf8_or_control_characters_is_escaped_and_recognised_again(out, table, photos, tmp_path):
+    """Any reader can decode the table, and --prune knows that the files still exist."""
     odd = [Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)) for name in (b"caf\xe9.jpg", b"\x1b[2Ja\nb.jpg")]
     for path in odd:
         path.write_bytes(b"odd")
@@ -150,7 +150,7 @@ def test_a_path_that_is_not_utf8_is_named_and_found_again(out, table, photos, tm
 
 @pytest.mark.parametrize("year", [1600, 2300])
 def test_a_file_of_any_year_has_its_row(out, table, photos, year):
-    """Nanoseconds of 64 bits end in 2262."""
+    """64-bit nanoseconds end in the year 2262."""
     try:
         os.utime(photos[0], (0, (year - 1970) * 31_556_952))
     except OSError:
@@ -174,8 +174,8 @@ def test_the_columns_of_parquet_are_typed(tmp_path, photos):
     assert table["mtime_ns"].to_pylist() == [path.stat().st_mtime_ns for path in photos]
 
 
-def test_a_torn_last_line_is_no_line(tmp_path, photos):
-    """As `clip-embed photos > vectors.jsonl` leaves it when it is killed."""
+def test_an_incomplete_last_line_is_ignored(tmp_path, photos):
+    """A killed `clip-embed photos > vectors.jsonl` leaves one."""
     out = tmp_path / "v.jsonl"
     embed(out, jsonl, photos[:3])
     whole = out.read_bytes()
@@ -186,7 +186,7 @@ def test_a_torn_last_line_is_no_line(tmp_path, photos):
 
 
 @pytest.mark.parametrize("content", [b"no table\n", b'{"path": "a", "embedding": 1}\n', b"[]\n"])
-def test_a_file_of_something_else_is_left_alone(out, table, photos, content):
+def test_an_output_that_is_not_a_table_is_refused_and_unchanged(out, table, photos, content):
     out.write_bytes(content)
     with pytest.raises(UnusableOutput, match=str(out)):
         embed(out, table, photos)
@@ -194,7 +194,7 @@ def test_a_file_of_something_else_is_left_alone(out, table, photos, content):
     assert not parts_folder(out).exists()
 
 
-def test_a_parquet_file_of_something_else_is_named(tmp_path, photos):
+def test_a_parquet_file_with_other_columns_is_refused_with_their_names(tmp_path, photos):
     pyarrow = parquet_or_skip()
     out = tmp_path / "v.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"path": ["a"], "vector": [1.5]}), out)
@@ -209,15 +209,15 @@ def test_two_runs_cannot_share_an_output(out, table, photos):
 
 
 @pytest.mark.parametrize("full_at", range(1, 6))
-def test_a_full_disk_costs_nothing_that_was_finished(out, table, photos, monkeypatch, full_at):
-    """Whichever part, or the merged file, does not fit: the earlier parts are there, and no half of a file."""
+def test_a_full_disk_loses_no_finished_part(out, table, photos, monkeypatch, full_at):
+    """Whether a part or the merged file does not fit, the earlier parts stay and no partial file is left."""
     monkeypatch.setattr(resume, "PART_ROWS", 3)
     calls = 0
 
     def fsync(_):
         nonlocal calls
         calls += 1
-        if calls >= 2 * full_at - 1:  # each file and its folder
+        if calls >= 2 * full_at - 1:  # one call for a file, one for its folder
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as full:
@@ -250,7 +250,7 @@ def embed(out):
 
 
 def run(out, kill_at=0, report=None):
-    "Embeds in a process of its own, which kills itself at its n-th step; its exit code."
+    "Embeds in a child that kills itself at its n-th step, and returns the exit code."
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     steps = 0
@@ -270,7 +270,7 @@ def run(out, kill_at=0, report=None):
     os._exit(0)
 
 
-embed(folder / f"first.{name}")  # what is imported late is imported now
+embed(folder / f"first.{name}")  # so that late imports take no steps below
 reader, writer = os.pipe()
 assert run(folder / f"vectors.{name}", report=writer) == 0
 steps = int(os.read(reader, 99))
@@ -279,7 +279,7 @@ for moment in range(moments):
     out = folder / f"killed at {kill_at}" / f"vectors.{name}"
     out.parent.mkdir()
     assert run(out, kill_at) == -signal.SIGKILL
-    run(out, kill_at * 2 // 3)  # killed again, or not: what is finished takes no steps
+    run(out, kill_at * 2 // 3)  # a second kill, unless so few steps are left that it finishes first
     assert run(out) == 0
 print(steps)
 """
@@ -289,7 +289,7 @@ MOMENTS = {"jsonl": 40, "parquet": 24}
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.25, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_any_moment_every_image_is_there_once(out, table, photos, tmp_path, record_reliability, share):
-    """A kill -9 at moments spread over a whole run, in the midst of writing too, and then often a second one."""
+    """kill -9 at moments spread over a whole run, also during a write, and often again while it resumes."""
     name = out.suffix.removeprefix(".")
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     moments = int(MOMENTS[name] * share)
@@ -322,7 +322,7 @@ def url(brain):
 
 @pytest.fixture
 def here(url, brain, tmp_path, monkeypatch):
-    """Where the command runs; its parts hold five images each."""
+    """The command runs in tmp_path, and its parts hold five images each."""
     brain.reset()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("INFERENCE_SERVICE_URL", url)
@@ -331,7 +331,7 @@ def here(url, brain, tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(here):
-    """Runs the command: its exit code, stdout and stderr."""
+    """Runs the command and returns its exit code, stdout and stderr."""
 
     def run(*arguments):
         done = run_here(*arguments, text=True)
@@ -342,7 +342,7 @@ def run(here):
 
 @pytest.fixture
 def start(here):
-    """Starts the command as a process, after this Python code."""
+    """Starts the command as a process, which first runs the Python code `before`."""
     *python, main = COMMAND
 
     def start(*arguments, before=""):
@@ -358,18 +358,18 @@ def start(here):
     indirect=["table"],
 )
 @pytest.mark.usefixtures("ctrl_c")
-def test_the_command_goes_on_after_a_signal(start, run, brain, out, table, photos, number):
-    """The eighth image waits at the server: the first five are a part by then, and are not asked for again."""
+def test_a_run_that_was_ended_by_a_signal_is_resumed(start, run, brain, out, table, photos, number):
+    """The eighth image waits at the server. By then the first five are a part, and they are not embedded again."""
     photos[7].write_bytes(b"wait")
     arguments = ("photos", "--out", out.name, "--resume", "--batch-size=1", "--max-in-flight=1")
     with start(*arguments) as process:
         assert brain.waiting.acquire(timeout=60)
         process.send_signal(number)
         process.wait(60)
-        said = process.communicate()[1]
+        stderr = process.communicate()[1]
     assert not out.exists()
     if number == signal.SIGINT:
-        assert said == (
+        assert stderr == (
             f"clip-embed: interrupted after 7 embeddings; finished rows are kept in {out.name}.parts: "
             "run it again with --resume\n"
         )
@@ -382,7 +382,7 @@ def test_the_command_goes_on_after_a_signal(start, run, brain, out, table, photo
 
 
 @pytest.mark.parametrize("table", ["parquet"], indirect=True)
-def test_a_failed_image_is_reported_each_time_until_it_is_mended(run, brain, out, table, photos):
+def test_a_failed_image_is_reported_in_every_run_until_it_is_fixed(run, brain, out, table, photos):
     photos[3].write_bytes(b"bad:corrupt:no image")
     photos[5].write_bytes(b"bad:empty:0 bytes")
     arguments = ("photos", "-o", out.name, "--resume")
@@ -398,8 +398,8 @@ def test_a_failed_image_is_reported_each_time_until_it_is_mended(run, brain, out
 
 
 @pytest.mark.parametrize("table", ["jsonl"], indirect=True)
-def test_a_server_that_goes_leaves_what_was_finished(run, out, table, photos):
-    """And the last line says how to go on."""
+def test_finished_rows_are_kept_when_the_server_is_lost(run, out, table, photos):
+    """The last line says how to resume."""
     photos[8].write_bytes(b"fail:UNAVAILABLE:Socket closed")
     arguments = ("photos", "-o", out.name, "--resume", "--batch-size=1", "--max-in-flight=1")
     code, _, stderr = run(*arguments, "--timeout-s=2")
@@ -410,8 +410,8 @@ def test_a_server_that_goes_leaves_what_was_finished(run, out, table, photos):
     assert (code, stderr) == (0, "8 of the images were there already\n")
 
 
-def test_a_limit_of_the_disk_is_a_sentence_and_nothing_is_lost(start, run, out, table, photos):
-    """Files of at most 40 KB: the parts fit, what they make together does not."""
+def test_a_file_size_limit_exits_2_with_a_message_and_nothing_is_lost(start, run, out, table, photos):
+    """The limit is on the size of a file: the parts fit, the merged table does not."""
     limit_bytes = {"jsonl": 40_000, "parquet": 22_000}[out.suffix.removeprefix(".")]
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes})); "
     with start("photos", "-o", out.name, "--resume", before=limit) as process:
@@ -424,7 +424,7 @@ def test_a_limit_of_the_disk_is_a_sentence_and_nothing_is_lost(start, run, out, 
 
 
 @pytest.mark.parametrize("table", ["jsonl"], indirect=True)
-def test_parts_are_not_forgotten_by_a_run_that_does_not_resume(run, out, table, photos):
+def test_a_run_without_resume_is_refused_while_parts_are_left(run, out, table, photos):
     with pytest.raises(InterruptedError):
         embed(out, table, photos, stop_after=7)
     code, _, stderr = run("photos", "-o", out.name)
@@ -434,7 +434,7 @@ def test_parts_are_not_forgotten_by_a_run_that_does_not_resume(run, out, table, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--resume"], "--resume needs --output FILE"),
         (["--resume", "-o", "v.npy"], "npy does not name its images"),
@@ -444,16 +444,16 @@ def test_parts_are_not_forgotten_by_a_run_that_does_not_resume(run, out, table, 
         (["--prune", "-o", "v.jsonl"], "--prune needs --resume"),
     ],
 )
-def test_a_users_mistake_is_a_sentence(run, photos, arguments, says):
+def test_a_usage_error_exits_2_with_one_line(run, photos, arguments, message):
     photos[0].write_bytes(b"a line\n")
     code, stdout, stderr = run("photos", *arguments)
     assert (code, stdout) == (2, "")
-    assert says in stderr
+    assert message in stderr
     assert stderr.count("\n") == 1
 
 
-def test_the_format_follows_the_name(run, tmp_path, photos):
-    """Also of a table that is written in one piece, or to stdout; a name without an ending has JSON lines."""
+def test_the_format_follows_the_file_name(run, tmp_path, photos):
+    """Without --resume too. A name without a suffix means JSON lines."""
     parquet_or_skip()
     images = [path.relative_to(tmp_path) for path in photos]
     for name in ("v.parquet", "v.jsonl", "v", "w.PARQUET"):
@@ -473,7 +473,7 @@ def test_parquet_without_its_extra_says_what_to_install(run, photos, monkeypatch
 
 
 def test_a_file_that_changes_while_it_is_embedded_is_embedded_again(out, table, photos):
-    """What is kept beside the vector is how the file was before it was read."""
+    """The row has the size and time that the file had before it was read."""
     with open_resumed(out, table) as output:
         (image,) = output.unfinished([str(photos[0])])
         photos[0].write_bytes(b"changed meanwhile")
@@ -488,8 +488,8 @@ ONE, OTHER = Provenance("ViT-B-32", "a" * 64, "exact"), Provenance("ViT-B-32", "
 
 @pytest.mark.parametrize("after", [OTHER, Provenance("ViT-B-32", "a" * 64, "fast"), None])
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_vectors_of_another_server_do_not_get_into_one_file(out, table, photos, is_killed, after):
-    """Whether a run ended well or left its parts; and nothing of what is there is changed."""
+def test_vectors_of_another_provenance_are_not_added_to_a_file(out, table, photos, is_killed, after):
+    """Whether the earlier run finished or left its parts. The refused run changes nothing."""
     with (
         pytest.raises(InterruptedError) if is_killed else nullcontext(),
         open_resumed(out, table, provenance=ONE) as output,
@@ -513,9 +513,9 @@ def test_vectors_of_another_server_do_not_get_into_one_file(out, table, photos, 
     assert_has(out, photos)
 
 
-def test_a_file_of_an_earlier_version_is_gone_on_with_and_stays_one_of_unknown_weights(run, out, table, photos, brain):
+def test_a_file_without_provenance_is_resumed_with_a_warning_and_gets_none(run, out, table, photos, brain):
     embed(out, table, photos[:4])
-    brain.says = {"clip_model": "ViT-B-32", "clip_checkpoint": "tag", "clip_preprocess": "exact"}
+    brain.parameters = {"clip_model": "ViT-B-32", "clip_checkpoint": "tag", "clip_preprocess": "exact"}
     code, _, stderr = run(str(out.parent / "photos"), "--out", out.name, "--resume")
     assert code == 0
     assert "does not name the weights of its vectors" in stderr

@@ -1,4 +1,4 @@
-"""`clip-embed search`: the nearest images of a library, and a library of other weights refused."""
+"""`clip-embed search` prints the nearest images of a library and refuses a library of other weights."""
 
 import json
 from functools import partial
@@ -25,7 +25,11 @@ HERE = Provenance("ViT-B-32", "a" * 64, "exact")
 @pytest.fixture(scope="module")
 def brain():
     brain = Brain()
-    brain.says = {"clip_model": HERE.model, "clip_checkpoint": HERE.checkpoint, "clip_preprocess": HERE.preprocess}
+    brain.parameters = {
+        "clip_model": HERE.model,
+        "clip_checkpoint": HERE.checkpoint,
+        "clip_preprocess": HERE.preprocess,
+    }
     return brain
 
 
@@ -37,7 +41,7 @@ def url(brain):
 
 @pytest.fixture
 def run(url, tmp_path, monkeypatch):
-    """Runs the command in tmp_path, where 20 images lie whose vectors are in v.npy, and one again as same.jpg."""
+    """Runs the command in tmp_path, with 20 images, their vectors in v.npy, and a copy of 07.jpg as same.jpg."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("INFERENCE_SERVICE_URL", url)
     for number in range(20):
@@ -65,7 +69,7 @@ def test_the_nearest_come_first_with_their_cosines(run):
     assert run("search", "v.npy", "same.jpg", "-k", "1").stdout.split() == ["cosine", "path", "1.0000", "07.jpg"]
 
 
-def test_a_page_holds_its_pictures_and_any_name(run):
+def test_the_html_page_embeds_its_pictures_and_escapes_names(run):
     name = "<b>&.jpg"
     Image.new("RGB", (300, 200), (9, 99, 9)).save(name)
     with open_output(Path("w.npy"), Format.npy, HERE) as output:
@@ -75,13 +79,13 @@ def test_a_page_holds_its_pictures_and_any_name(run):
     assert done.returncode == 0
     assert "without thumbnail and size in pixels" in done.stderr
     page = Path("found.html").read_text()
-    assert page.count("data:image/webp;base64,") == 2  # the query and itself; the other one is no image
+    assert page.count("data:image/webp;base64,") == 2  # the query and its own match; 00.jpg is not an image
     assert "&lt;b&gt;&amp;.jpg" in page
     assert "<b>&" not in page
 
 
 @pytest.mark.parametrize("ending", ["npy", "parquet"])
-def test_vectors_of_other_weights_are_refused_and_of_unknown_ones_told(run, ending):
+def test_vectors_of_other_weights_are_refused_and_unknown_weights_are_a_warning(run, ending):
     if ending == "parquet":
         pytest.importorskip("pyarrow.parquet", reason="pip install 'clip-embed[parquet]'")
     library(f"other.{ending}", Provenance("ViT-B-32", "b" * 64, "exact"))
@@ -97,39 +101,39 @@ def test_vectors_of_other_weights_are_refused_and_of_unknown_ones_told(run, endi
 
 
 @pytest.mark.parametrize(
-    ("query", "code", "says"),
+    ("query", "code", "message"),
     [
         ("missing.jpg", 2, "missing.jpg: no such file"),
         ("bad.jpg", 1, "bad.jpg: truncated: ends"),
         ("a dog", 3, "no clip_text_ensemble at"),
     ],
 )
-def test_a_query_that_cannot_be_embedded_is_a_sentence(run, query, code, says):
+def test_a_query_that_cannot_be_embedded_exits_with_a_message(run, query, code, message):
     Path("bad.jpg").write_bytes(b"bad:truncated:ends")
     done = run("search", "v.npy", query)
-    assert (done.returncode, done.stdout, says in done.stderr) == (code, "", True)
+    assert (done.returncode, done.stdout, message in done.stderr) == (code, "", True)
 
 
 @pytest.mark.parametrize("ending", ["npy", "jsonl", "parquet"])
-def test_texts_keep_the_weights_that_their_vectors_come_from(run, brain, monkeypatch, ending):
+def test_texts_are_saved_with_the_weights_of_their_vectors(run, brain, monkeypatch, ending):
     """`--resume` and `search` refuse a server of other weights. Another `preprocess` makes no difference to texts."""
     if ending == "parquet":
         pytest.importorskip("pyarrow.parquet", reason="pip install 'clip-embed[parquet]'")
     monkeypatch.setattr(brain, "has_texts", True)
-    monkeypatch.setattr(brain, "says", dict(brain.says))
+    monkeypatch.setattr(brain, "parameters", dict(brain.parameters))
     file, resumes = f"t.{ending}", [] if ending == "npy" else ["--resume"]
     arguments = ("--text", "a dog", "--text", "a cat", "--output", file, *resumes)
     assert run(*arguments).returncode == 0
     provenance = parquet.read_provenance(Path(file)) if ending == "parquet" else read_sidecar(Path(file))
     assert provenance == HERE.of_texts()
-    brain.says["clip_preprocess"] = "fast"
+    brain.parameters["clip_preprocess"] = "fast"
     done = run(*arguments, "--text", "a fish")
     assert (done.returncode, "2 of the texts were there already" in done.stderr) == (0, bool(resumes))
     if ending != "jsonl":
         found = run("search", file, "a fish", "-k", "1", "--format", "jsonl")
         assert json.loads(found.stdout) == {"path": "a fish", "cosine": 1.0}
         assert "preprocess" not in found.stderr
-    brain.says["clip_checkpoint"] = "b" * 64
+    brain.parameters["clip_checkpoint"] = "b" * 64
     refused = [run(*arguments)] if resumes else []
     refused += [run("search", file, "a dog")] if ending != "jsonl" else []
     for done in refused:
@@ -140,8 +144,8 @@ def test_texts_keep_the_weights_that_their_vectors_come_from(run, brain, monkeyp
         assert "nearest to" not in done.stderr
 
 
-def test_a_folder_of_a_commands_name_is_embedded_as_before(run, tmp_path):
-    """Unless a library comes next, which nobody embeds."""
+def test_a_folder_with_the_name_of_a_command_is_embedded(run, tmp_path):
+    """Unless a library follows, as in `search v.npy`: that is the command."""
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "a.jpg").write_bytes(b"image 7")
     done = run("search")
@@ -152,8 +156,8 @@ def test_a_folder_of_a_commands_name_is_embedded_as_before(run, tmp_path):
     assert not is_library_command(["photos", "search"])
 
 
-def test_an_index_is_kept_and_made_anew_when_the_library_changes(run):
-    """It gives what the search through all gives, on so few."""
+def test_an_index_is_kept_and_rebuilt_when_the_library_changes(run):
+    """With so few vectors it gives the results of the full search."""
     pytest.importorskip("usearch", reason="pip install 'clip-embed[index]'")
     expected = run("search", "v.npy", "same.jpg").stdout
     made = run("search", "v.npy", "same.jpg", "--index")

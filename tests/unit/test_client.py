@@ -70,7 +70,7 @@ def images_of(count: int) -> list[bytes]:
 
 
 def test_embeddings_are_rows_in_the_order_of_the_images(client, brain):
-    """20 images go in requests of 8, 8 and 4, and come back as the very floats that the server gave."""
+    """20 images are sent in requests of 8, 8 and 4, and the rows are exactly the server's floats."""
     images = images_of(20)
     embeddings = client.embed(images)
     assert embeddings.dtype == np.float32
@@ -92,8 +92,8 @@ def test_order_holds_for_any_batching(url, count, batch_size, max_in_flight, lim
         assert np.array_equal(client.embed(images), expected)
 
 
-def test_the_environments_proxy_is_not_asked_for_this_machine(url, monkeypatch):
-    """It is another machine, whose localhost is not ours."""
+def test_a_proxy_in_the_environment_is_not_used_for_localhost(url, monkeypatch):
+    """For a proxy on another machine, localhost is that machine."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -107,11 +107,10 @@ def test_no_images_give_no_rows_and_no_request(client, brain):
     assert brain.requests == []
 
 
-def test_bytes_in_any_dress_and_paths_are_the_same_image(client, tmp_path):
-    """bytes, bytearray, any memoryview, str and Path: one vector."""
+def test_bytes_like_objects_and_paths_give_the_same_vector(client, tmp_path):
     content = b"an encoded file."
     (tmp_path / "image.jpg").write_bytes(content)
-    dresses = [
+    forms = [
         content,
         bytearray(content),
         memoryview(b"xx" + content)[2:],
@@ -120,7 +119,7 @@ def test_bytes_in_any_dress_and_paths_are_the_same_image(client, tmp_path):
         tmp_path / "image.jpg",
         str(tmp_path / "image.jpg"),
     ]
-    assert np.array_equal(client.embed(dresses), np.stack([vector_of(content)] * len(dresses)))
+    assert np.array_equal(client.embed(forms), np.stack([vector_of(content)] * len(forms)))
 
 
 def test_embeddings_can_be_written_to(client):
@@ -136,15 +135,15 @@ def test_embeddings_can_be_written_to(client):
     ],
 )
 def test_one_image_in_place_of_many_is_refused(client, one, brain):
-    """A str is a sequence of str, a file one of lines: without the check each letter would be a path."""
+    """A str iterates over letters, a file over lines. Without the check each letter would be a path."""
     for call in (client.embed, client.embed_many):
         with pytest.raises(TypeError, match=r"give \[image\]"):
             call(one)
     assert brain.requests == []
 
 
-def test_pixels_are_sent_as_png_and_none_is_lost(client, brain):
-    """Arrays, also views of others, and Pillow's images in their own mode: palette, alpha, one bit."""
+def test_pixels_are_sent_as_png_without_loss(client, brain):
+    """Arrays and views, and Pillow's images in their own mode: palette, alpha, one bit."""
     noise = np.random.default_rng(0).integers(0, 256, (31, 17, 3), dtype=np.uint8)
     smooth = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None], (200, 3, 3))
     arrays = [noise, smooth, noise[::-1, ::2], noise[:1, :1]]
@@ -160,8 +159,8 @@ def test_pixels_are_sent_as_png_and_none_is_lost(client, brain):
         assert np.array_equal(np.asarray(one.convert("RGBA")), np.asarray(image.convert("RGBA")))
 
 
-def test_open_files_are_read_from_where_they_are(client, brain, tmp_path):
-    """Whatever `read` gives at a time; in text mode, or closed, one is an image that cannot be read."""
+def test_open_files_are_read_from_their_current_position(client, brain, tmp_path):
+    """Even if `read` returns less than the whole file. A file in text mode or a closed one is unreadable."""
     path = tmp_path / "photo.jpg"
     path.write_bytes(b"skipped, then the image")
     with path.open("rb") as file, path.open() as text, path.open("rb", buffering=0) as raw:
@@ -179,8 +178,8 @@ def file_that_is_closed(path):
         return file
 
 
-def test_pixels_that_are_no_image_are_refused_by_index(client, brain):
-    """Not guessed at: a batch dimension, floats, gray; and a mode of Pillow's that PNG would change."""
+def test_arrays_and_pillow_modes_that_are_not_supported_are_refused(client, brain):
+    """Floats, gray, four channels, other objects, and a mode of Pillow that PNG does not have."""
     for wrong in (np.zeros((2, 2, 3)), np.zeros((2, 2), np.uint8), np.zeros((2, 2, 4), np.uint8), object()):
         with pytest.raises(TypeError, match=r"images\[1\]: expected .*\(H, W, 3\) uint8 array"):
             client.embed([b"a", wrong])
@@ -189,26 +188,26 @@ def test_pixels_that_are_no_image_are_refused_by_index(client, brain):
     assert brain.embedded == []
 
 
-def test_what_a_server_says_of_itself_is_read_and_a_closed_one_says_nothing(client, brain):
+def test_served_reads_the_models_parameters_and_is_empty_when_access_is_restricted(client, brain):
     assert client.served() == ServerInfo()
-    brain.says = {"clip_model": "ViT-B-32", "clip_checkpoint": "a" * 64, "clip_preprocess": "exact", "other": "1"}
+    brain.parameters = {"clip_model": "ViT-B-32", "clip_checkpoint": "a" * 64, "clip_preprocess": "exact", "other": "1"}
     assert client.served() == ServerInfo(Provenance("ViT-B-32", "a" * 64, "exact"))
-    brain.says = {"clip_suffixes": ".jpg .heic"}
+    brain.parameters = {"clip_suffixes": ".jpg .heic"}
     assert client.served() == ServerInfo(suffixes=frozenset({".jpg", ".heic"}))
 
 
-def test_servers_of_different_weights_are_no_servers_of_one_client(url, brain):
+def test_servers_of_different_weights_are_refused_in_one_client(url, brain):
     other = Brain()
-    other.says = {"clip_model": "ViT-B-16", "clip_checkpoint": "tag", "clip_preprocess": "exact"}
+    other.parameters = {"clip_model": "ViT-B-16", "clip_checkpoint": "tag", "clip_preprocess": "exact"}
     with serve("grpc", other) as second, EmbeddingClient(urls=[url, second]) as client:
         with pytest.raises(ContractError, match=r"same weights, got .*does not say; .*ViT-B-16, tag"):
             client.served()
-        brain.says = other.says
+        brain.parameters = other.parameters
         assert client.served().provenance.model == "ViT-B-16"
 
 
 def test_bad_images_are_named_by_the_callers_index_and_path(url, tmp_path):
-    """The server counts inside its request; the caller counts in the call."""
+    """The server's index counts within a request, the caller's within the call."""
     path = tmp_path / "cut.jpg"
     path.write_bytes(b"bad:truncated:the file ends early")
     with EmbeddingClient(url, batch_size=4, max_in_flight=1) as client, pytest.raises(InvalidImageError) as caught:
@@ -222,7 +221,7 @@ def test_bad_images_are_named_by_the_callers_index_and_path(url, tmp_path):
 
 @pytest.mark.parametrize("name", ["missing.jpg", "folder", "fifo.jpg", "socket.jpg", "endless.jpg", "loop.jpg", "a\0b"])
 def test_an_unreadable_file_is_named(client, tmp_path, name):
-    """Nor is anything waited for, or read without end, that is no file."""
+    """FIFOs, sockets and devices too: the client neither waits for them nor reads them without end."""
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "endless.jpg").symlink_to("/dev/zero")
@@ -234,12 +233,12 @@ def test_an_unreadable_file_is_named(client, tmp_path, name):
     (failure,) = caught.value.failures
     assert (failure.index, failure.code, failure.source) == (1, "unreadable", str(tmp_path / name))
     assert str(caught.value).isprintable()
-    assert client.embed([Path("/proc/self/status")]).shape == (1, 512)  # a file, though it says that it has 0 bytes
+    assert client.embed([Path("/proc/self/status")]).shape == (1, 512)  # a file, although its size is 0 bytes
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
-def test_a_client_that_was_used_before_a_fork_works_in_the_child_and_goes_on_in_the_parent(client):
-    """As in joblib and a DataLoader's workers; a child's end does not close the parent's connection."""
+def test_a_client_that_was_used_before_a_fork_works_in_the_child_and_in_the_parent(client):
+    """joblib and a DataLoader's workers fork. The end of a child does not close the parent's connection."""
     for number in range(3):
         client.embed([b"%d in the parent" % number])
         child = os.fork()
@@ -260,13 +259,13 @@ def test_a_client_that_was_used_before_a_fork_works_in_the_child_and_goes_on_in_
     assert client.is_ready()
 
 
-def test_a_client_for_another_process_is_made_there(client):
-    """As where a DataLoader's workers are spawned."""
+def test_a_client_cannot_be_pickled(client):
+    """A DataLoader that spawns its workers would pickle it."""
     with pytest.raises(TypeError, match="create one in each process"):
         pickle.dumps(client)
 
 
-def test_a_bad_image_never_loses_its_neighbours(url, brain, tmp_path):
+def test_a_bad_image_does_not_affect_its_neighbours(url, brain, tmp_path):
     """embed_many gives each bad image its own error, and every other image its vector, in order."""
     images = images_of(30)
     bad = {3: "empty", 4: "corrupt", 17: "corrupt", 29: "truncated"}
@@ -291,7 +290,7 @@ def test_a_whole_request_of_bad_images_is_not_sent_again(client, brain):
 
 
 def test_a_failed_request_of_embed_many_spares_the_others(url):
-    """The error of a request is the result of each of its images, and only of those."""
+    """Each image of the failed request gets its error; the other images get their vectors."""
     with EmbeddingClient(url, batch_size=2) as client:
         results = list(client.embed_many([b"a", b"b", b"fail:INTERNAL:boom", b"c", b"d"]))
     assert [isinstance(result, ServerError) for result in results] == [False, False, True, True, False]
@@ -313,8 +312,8 @@ def test_images_are_read_as_they_are_needed(url):
     assert taken <= 10 + 4 * 2 * 2 + 2
 
 
-def test_a_slow_request_does_not_idle_the_others(url, brain):
-    """While the first request waits, later ones go on; their results still come after it."""
+def test_a_slow_request_does_not_block_the_others(url, brain):
+    """While the first request waits, later ones are answered; their results still come after it."""
     with EmbeddingClient(url, batch_size=1, max_in_flight=2) as client, ThreadPoolExecutor(1) as pool:
         call = pool.submit(client.embed, [b"wait", b"b", b"c", b"d"])
         assert all(brain.arrived.acquire(timeout=10) for _ in range(4))
@@ -334,7 +333,7 @@ def test_requests_in_flight_are_bounded(url, brain):
         assert call.result(10).shape == (5, 512)
 
 
-def test_the_deadline_is_the_whole_calls(url):
+def test_the_deadline_covers_the_whole_call(url):
     with EmbeddingClient(url, timeout_s=0.2) as client, pytest.raises(DeadlineExceededError):
         client.embed([b"wait"])
 
@@ -345,7 +344,7 @@ def test_no_deadline_is_allowed(url):
 
 
 def test_one_failure_cancels_the_rest(url, brain):
-    """After the first failure no request of the call goes on: gRPC tells the server, HTTP drops the connection."""
+    """The call's other requests are cancelled: gRPC tells the server, HTTP drops the connection."""
     with EmbeddingClient(url, batch_size=1, max_in_flight=2) as client:
         with pytest.raises(ServerError, match="boom"):
             client.embed([b"wait", b"fail:INTERNAL:boom", b"never sent"])
@@ -370,7 +369,7 @@ def test_threads_share_a_client(client):
         ("INTERNAL", "boom", ServerError),
     ],
 )
-def test_errors_come_with_their_cause_and_the_servers_words(url, status, message, expected):
+def test_a_failed_request_raises_the_matching_error_with_the_servers_message(url, status, message, expected):
     with EmbeddingClient(url, retry=None) as client, pytest.raises(expected) as caught:
         client.embed([f"fail:{status}:{message}".encode()])
     assert message in str(caught.value)
@@ -385,10 +384,10 @@ def test_errors_come_with_their_cause_and_the_servers_words(url, status, message
         lambda rows: rows * 2,
         lambda rows: rows * np.nan,
     ],
-    ids=["256 numbers", "a row lost", "FP16", "norm 2", "NaN"],
+    ids=["256 numbers", "a row missing", "FP16", "norm 2", "NaN"],
 )
 def test_another_models_answer_is_refused(client, brain, alter):
-    """Never a vector that is not (n, 512) FP32 of norm 1."""
+    """Only (n, 512) FP32 rows of norm 1 are accepted."""
     brain.alter = alter
     with pytest.raises(ContractError, match=r"expected .* got"):
         client.embed([b"a", b"b"])
@@ -403,8 +402,8 @@ def test_readiness_follows_the_model(url, brain):
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_nothing_listens(scheme):
-    """A port that was free a moment ago: not ready, without an exception; a call says where and what to do."""
+def test_a_server_that_does_not_run_is_not_ready_and_a_call_says_what_to_do(scheme):
+    """`is_ready` returns False; a call raises an error with the URL and what to do."""
     with serve(scheme, Brain()) as url:
         pass
     with EmbeddingClient(url, retry=None) as client:
@@ -431,7 +430,7 @@ def test_a_client_may_be_closed_during_a_call(url, brain):
 
 
 def test_the_transport_can_be_replaced():
-    """A test of an application needs no server."""
+    """So that the tests of an application need no server."""
 
     class Constant:
         def send(self, images, timeout_s):
@@ -484,7 +483,7 @@ def test_the_server_may_come_from_the_environment(url, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"max_in_flight": 0}, {"max_batch_bytes": 0}, {"timeout_s": 0}])
-def test_options_that_make_no_sense_are_refused(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(ValueError, match="expected"):
         EmbeddingClient(**options)
 
@@ -496,14 +495,14 @@ def test_http_without_its_extra_says_what_to_install(monkeypatch):
 
 
 def test_the_import_needs_no_extra():
-    """An application that speaks gRPC has numpy and tritonclient, and nothing of ours but this package."""
+    """With gRPC the client needs only numpy and tritonclient."""
     code = "import clip_embed, sys; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert not {"httpx", "typer", "rich", "pyarrow", "gevent", "PIL", "torch", "clip_tools"} & set(modules)
 
 
-def test_the_modules_import_in_one_direction():
-    """None imports one that imports it, not even inside a function."""
+def test_the_modules_have_no_import_cycle():
+    """Imports inside functions count too."""
     folder = Path(clip_embed.__file__).parent
     imports = {
         f"clip_embed.{path.stem}": {
@@ -531,8 +530,7 @@ def test_every_error_is_an_embedding_error_and_says_whether_to_retry():
     }
 
 
-def test_no_threads_are_left_behind(url):
-    """A closed client leaves nothing running."""
+def test_a_closed_client_leaves_no_threads(url):
     before = set(threading.enumerate())
     with EmbeddingClient(url) as client:
         client.embed([b"a"])

@@ -1,4 +1,4 @@
-"""The asyncio client against real sockets: what it shares with the blocking one is tested there."""
+"""The asyncio client against real sockets. test_client.py tests what it shares with the blocking client."""
 
 import asyncio
 import subprocess
@@ -83,7 +83,7 @@ def test_a_cancelled_call_is_cancelled_on_the_server(url, brain):
     asyncio.run(run())
 
 
-def test_the_deadline_is_the_whole_calls(url):
+def test_the_deadline_covers_the_whole_call(url):
     async def run():
         async with AsyncEmbeddingClient(url, timeout_s=0.2) as client:
             await client.embed([b"wait"])
@@ -92,8 +92,8 @@ def test_the_deadline_is_the_whole_calls(url):
         asyncio.run(run())
 
 
-def test_a_client_may_be_made_before_the_loop_and_closed_during_a_call(url, brain):
-    """At a module's import there is no event loop yet; at its end a call may still be waiting."""
+def test_a_client_may_be_created_before_the_event_loop_and_closed_during_a_call(url, brain):
+    """A module creates its client before there is a loop, and may close it while a call waits."""
     client = AsyncEmbeddingClient(url)
 
     async def run():
@@ -110,7 +110,7 @@ def test_a_client_may_be_made_before_the_loop_and_closed_during_a_call(url, brai
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_nothing_listens(scheme):
+def test_a_server_that_does_not_run_is_not_ready_and_a_call_says_what_to_do(scheme):
     with serve(scheme, Brain()) as url:
         pass
 
@@ -132,8 +132,8 @@ def test_one_image_in_place_of_many_is_refused(url):
         asyncio.run(run())
 
 
-def test_each_event_loop_after_the_last_has_the_client(url):
-    """`asyncio.run` three times, in another process: Python closes the sockets of a closed loop when it likes."""
+def test_a_client_works_in_one_event_loop_after_another(url):
+    """In another process, because Python closes the sockets of a closed loop at any time later."""
     script = (
         "import asyncio, sys; from clip_embed import AsyncEmbeddingClient; client = AsyncEmbeddingClient(sys.argv[1])\n"
         "for _ in range(3): print(*asyncio.run(client.embed([b'a']))[0])\n"
@@ -144,7 +144,7 @@ def test_each_event_loop_after_the_last_has_the_client(url):
     assert np.array_equal(rows, [vector_of(b"a")] * 3), done.stderr
 
 
-def test_two_event_loops_at_once_are_told_that_each_needs_a_client(url):
+def test_a_client_in_two_event_loops_at_once_is_refused(url):
     async def run():
         async with AsyncEmbeddingClient(url) as client:
             await client.embed([b"a"])
@@ -158,8 +158,8 @@ def test_two_event_loops_at_once_are_told_that_each_needs_a_client(url):
 
 
 @pytest.mark.parametrize("backend", ["triton", "pytorch"])
-def test_a_server_that_finds_every_path_is_not_ready(backend):
-    """As Triton's metrics port does, and a page that is the same everywhere."""
+def test_a_server_that_answers_200_to_every_path_is_not_ready(backend):
+    """As Triton's metrics port does, and a web server that has one page for all paths."""
     pytest.importorskip("httpx", reason="pip install 'clip-embed[http]'")
 
     class Anything(BaseHTTPRequestHandler):

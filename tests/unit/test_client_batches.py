@@ -1,4 +1,4 @@
-"""The pure part of the client: how a call is cut into requests, and the bytes of each."""
+"""How the client cuts a call into requests, and the bytes of requests and answers; without sockets."""
 
 import json
 import struct
@@ -48,8 +48,8 @@ def test_any_order_of_answers_gives_the_order_of_images(data, sizes, batch_size)
 
 
 @pytest.mark.parametrize(("max_batch_bytes", "limit"), [(1000, 32 << 20), (40 << 20, 40 << 20)])
-def test_a_file_is_read_no_further_than_the_server_takes(tmp_path, max_batch_bytes, limit):
-    """Unless the client was told of a server that takes more."""
+def test_a_file_over_the_servers_limit_is_too_large_and_not_read(tmp_path, max_batch_bytes, limit):
+    """A larger `max_batch_bytes` raises the limit, for a server that accepts more."""
     paths = [tmp_path / name for name in ("largest.jpg", "larger.jpg", "huge.jpg")]
     for path, size in zip(paths, (limit, limit + 1, 1 << 40), strict=True):
         with path.open("wb") as file:
@@ -62,8 +62,8 @@ def test_a_file_is_read_no_further_than_the_server_takes(tmp_path, max_batch_byt
     assert [[failure.code for failure in other.failures] for other in others] == [["too_large"], ["too_large"]]
 
 
-def test_a_failure_that_names_no_image_of_the_request_ends():
-    """A server that names images which were not sent must not make the client ask for ever."""
+def test_a_failure_that_names_no_image_of_the_request_fails_all_of_them():
+    """Otherwise a server that names images which were not sent would make the client retry forever."""
     batches = Batches([b"0", b"1"], batch_size=2, max_batch_bytes=9, read_ahead=9, keep_going=True)
     error = InvalidImageError([ImageFailure(7, "corrupt")])
     batches.fail(batches.next_request(), error)
@@ -73,8 +73,8 @@ def test_a_failure_that_names_no_image_of_the_request_ends():
 
 
 @given(st.lists(st.binary(max_size=300), min_size=1, max_size=9), st.sampled_from([0, 1 << 14, 1 << 21]))
-def test_protobuf_reads_the_request(images, padding):
-    """The hand-made field is the one that protobuf itself would write, at every width of its length."""
+def test_the_grpc_request_is_the_one_that_protobuf_writes(images, padding):
+    """The hand-written encoding equals protobuf's own, at every width of the length field."""
     images[0] += bytes(padding)
     request = service_pb2.ModelInferRequest.FromString(grpc_request("clip_ensemble", [memoryview(i) for i in images]))
     expected = service_pb2.ModelInferRequest(model_name="clip_ensemble")
@@ -84,7 +84,7 @@ def test_protobuf_reads_the_request(images, padding):
     assert request == expected
 
 
-def test_the_http_body_is_a_head_and_raw_elements():
+def test_the_http_body_is_a_json_header_and_raw_elements():
     headers, body = http_request([b"abc", b""])
     end = int(headers["Inference-Header-Content-Length"])
     assert json.loads(body[:end])["inputs"] == [
@@ -94,7 +94,7 @@ def test_the_http_body_is_a_head_and_raw_elements():
 
 
 def test_other_outputs_before_the_embedding_are_skipped():
-    """The outputs' bytes follow each other in the order of the head."""
+    """The bytes of the outputs follow each other in the order of the JSON header."""
     row = np.full((1, 512), 512**-0.5, np.float32)
     other = {"name": "other", "datatype": "INT8", "shape": [3], "parameters": {"binary_data_size": 3}}
     ours = {"name": "embedding", "datatype": "FP32", "shape": [1, 512], "parameters": {"binary_data_size": 2048}}
@@ -112,7 +112,7 @@ def test_other_outputs_before_the_embedding_are_skipped():
         (b'{"outputs":[{"name":"embedding"}]}', "34"),
     ],
 )
-def test_what_is_no_answer_is_a_contract_error(body, length):
+def test_an_invalid_http_answer_is_a_contract_error(body, length):
     with pytest.raises(ContractError, match="expected"):
         read_http_answer(body, length, 1)
 

@@ -1,4 +1,4 @@
-"""What a client shows a server: checked before anything is sent, and never where it could be read."""
+"""The client's API key and certificates: checked before anything is sent, and never shown in text."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ KEY = "key-of-the-clients"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, str]:
-    """A certificate, its key, and the authority that both are of; another's key."""
+    """A CA, a certificate with its key, the key of another certificate, and a text file."""
     folder, ca = tmp_path_factory.mktemp("tls"), trustme.CA()
     one, other = ca.issue_cert("localhost"), ca.issue_cert("localhost")
     ca.cert_pem.write_to_path(folder / "ca.pem")
@@ -29,8 +29,8 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
 @pytest.mark.parametrize("kind", [EmbeddingClient, AsyncEmbeddingClient])
-def test_a_refusal_is_its_own_error_and_is_not_sent_again(scheme, kind):
-    """Though Triton's gRPC says UNAVAILABLE, which otherwise is."""
+def test_refused_credentials_are_a_credentials_error_and_not_retried(scheme, kind):
+    """Triton's gRPC answers UNAVAILABLE, which is otherwise retried."""
     brain = Brain()
     brain.refusals = [
         ("UNAVAILABLE", "This protocol is restricted, expecting header 'triton-grpc-protocol-clip-api-key'")
@@ -49,7 +49,7 @@ def test_a_refusal_is_its_own_error_and_is_not_sent_again(scheme, kind):
     assert len(brain.requests) == 1
 
 
-def test_the_key_goes_into_the_headers_and_into_no_text():
+def test_the_key_is_in_the_headers_and_not_in_the_repr():
     credentials = Credentials(api_key=KEY)
     assert credentials.http_headers() == {"clip-api-key": KEY}
     assert credentials.grpc_metadata() == (("triton-grpc-protocol-clip-api-key", KEY),)
@@ -58,13 +58,13 @@ def test_the_key_goes_into_the_headers_and_into_no_text():
 
 
 @pytest.mark.parametrize("key", ["", "two words", "line\nbreak", "ключ", "a=b"])
-def test_a_key_that_no_header_takes_is_refused_without_being_shown(key):
+def test_a_key_that_is_invalid_in_a_header_is_refused_and_not_shown(key):
     with pytest.raises(ValueError, match="api_key: expected letters") as caught:
         EmbeddingClient(api_key=key)
     assert not key or key not in str(caught.value)
 
 
-def test_files_of_certificates_are_read_before_anything_is_sent(files):
+def test_certificate_files_are_checked_before_anything_is_sent(files):
     for scheme in ("grpcs", "https"):
         url = f"{scheme}://localhost:1"
         with EmbeddingClient(url, ca_file=files["ca"], cert_file=files["cert"], key_file=files["key"]):
@@ -80,14 +80,14 @@ def test_files_of_certificates_are_read_before_anything_is_sent(files):
 
 
 @pytest.mark.parametrize(("url", "secure"), [("grpc://localhost:1", "grpcs"), ("http://localhost:1", "https")])
-def test_certificates_with_a_url_that_is_not_encrypted_are_a_mistake(url, secure, files):
+def test_certificates_with_an_unencrypted_url_are_refused(url, secure, files):
     with pytest.raises(ValueError, match=f"are for {secure}://; this URL is not encrypted"):
         EmbeddingClient(url, ca_file=files["ca"])
     with pytest.raises(ValueError, match="not encrypted"):
         EmbeddingClient(urls=[f"{secure}://localhost:1", url], ca_file=files["ca"])
 
 
-def test_the_environment_names_all_four(monkeypatch, files):
+def test_the_key_and_the_certificate_files_come_from_the_environment(monkeypatch, files):
     names = {"API_KEY": KEY, "CA_FILE": files["ca"], "CERT_FILE": files["cert"], "KEY_FILE": files["key"]}
     expected = Credentials(api_key=KEY, ca_file=files["ca"], cert_file=files["cert"], key_file=files["key"])
     assert Credentials.from_environment({f"CLIP_{name}": value for name, value in names.items()}) == expected

@@ -1,4 +1,4 @@
-"""Which request goes when and where, in a simulated time: servers that fail, hang, refuse and come back."""
+"""When and to which server a request is sent, in simulated time, as servers fail, hang, refuse and come back."""
 
 import random
 from dataclasses import dataclass, field
@@ -37,10 +37,10 @@ def raising(error):
 
 @dataclass
 class World:
-    """A clock and servers.
+    """A simulated clock and servers.
 
-    `downs` says when each cannot be reached; `faults` how its answers fail, in turn: an error, "hang" for no answer
-    before the deadline, None for a good one.
+    `downs` has the times when each server cannot be reached. `faults` has its answers, in turn: an error, "hang" for no
+    answer before the deadline, or None for a good one.
     """
 
     servers: int = 1
@@ -58,7 +58,7 @@ class World:
         self.answered: list[int] = []
 
     def call(self, count, *, timeout_s=30.0, attempt_timeout_s=None, max_in_flight=2, batch_size=1, keep_going=True):
-        """All results of a call, as it would run; the clock goes on meanwhile."""
+        """All results of a call. The clock advances by the time that it takes."""
         batches = Batches(
             [b"%d" % index for index in range(count)],
             batch_size=batch_size,
@@ -86,10 +86,10 @@ class World:
                     started.remove(first)
                     dispatch.settle(first[2], first[1])
                 else:
-                    assert pause_s is not None, "it would wait for ever"
+                    assert pause_s is not None, "the call would wait forever"
                     self.now += pause_s
                 results.extend(dispatch.ready())
-            raise AssertionError("it never ends")
+            raise AssertionError("the call does not end")
         finally:
             for one in started:
                 dispatch.abandon(one[2])
@@ -126,13 +126,13 @@ def rows(results):
     return [result if isinstance(result, EmbeddingError) else int(result[0]) for result in results]
 
 
-def test_a_lost_server_is_probed_until_it_is_ready_and_only_then_asked():
-    """One server is away from 0.05 s to 2 s: nothing is lost, and what was not on its way is not sent in vain."""
+def test_a_lost_server_is_probed_until_it_is_ready_and_only_then_gets_requests():
+    """The only server is down from 0.055 s to 2 s: no image is lost, and no request is sent to it meanwhile."""
     world = World(downs={0: [(0.055, 2.0)]})
     assert rows(world.call(40)) == list(range(40))
     away = [when for when, _, _ in world.attempts if 0.055 <= when < 2]
     assert away == []
-    (probed_s,) = [when for when, _ in world.probes]  # those in vain are not counted here
+    (probed_s,) = [when for when, _ in world.probes]  # only the probe that was answered is recorded
     assert 2 <= probed_s < world.attempts[-1][0]
 
 
@@ -146,7 +146,7 @@ def test_backoff_doubles_up_to_its_limit_and_begins_anew_after_an_answer():
 
 
 def test_the_jitter_is_full_and_can_be_seeded():
-    """Any time from 0 to the longest, so that clients do not come back in step."""
+    """A wait is anything from 0 to its longest, so that clients do not retry in step."""
     waits = [Retry(random=random.Random(0).random).wait_s(3) for _ in range(2)]  # noqa: S311
     assert waits[0] == waits[1]
     many = Retry(random=random.Random(1).random)  # noqa: S311
@@ -156,7 +156,7 @@ def test_the_jitter_is_full_and_can_be_seeded():
 
 
 @pytest.mark.parametrize("numbers", [{"first_wait_s": -1}, {"first_wait_s": 9}, {"factor": 0.5}])
-def test_a_backoff_that_makes_no_sense_is_refused(numbers):
+def test_an_invalid_backoff_is_refused(numbers):
     with pytest.raises(ValueError, match="expected"):
         Retry(**numbers)
 
@@ -166,7 +166,7 @@ def test_a_backoff_that_makes_no_sense_is_refused(numbers):
     [InvalidImageError([ImageFailure(0, "corrupt")]), ContractError("another model"), ServerError("boom")],
     ids=lambda error: type(error).__name__,
 )
-def test_what_a_repetition_cannot_help_is_sent_once(error):
+def test_an_error_that_a_retry_cannot_fix_is_not_retried(error):
     world = World(servers=2, faults={0: [error]})
     (result,) = world.call(1)
     assert type(result) is type(error)
@@ -195,7 +195,7 @@ def test_no_attempt_begins_after_the_deadline_and_the_last_error_counts_them(kee
 
 
 def test_an_attempt_gets_no_more_time_than_is_left():
-    """Of 1 s the first attempt may take 0.6 s, so the second has what is left."""
+    """The first attempt takes 0.6 s of the 1 s, so the second gets 0.4 s."""
     world = World(faults={0: ["hang", "hang"]}, retry=Retry(random=lambda: 0.0))
     (error,) = world.call(1, timeout_s=1, attempt_timeout_s=0.6)
     assert isinstance(error, DeadlineExceededError)
@@ -203,8 +203,8 @@ def test_an_attempt_gets_no_more_time_than_is_left():
     assert world.now == pytest.approx(1)
 
 
-def test_a_server_that_never_comes_is_named_when_the_time_is_over():
-    """The first request met the error; those that never went say that no server was ready, and why."""
+def test_a_server_that_stays_unreachable_is_named_at_the_deadline():
+    """The request that was sent has the connection's error. The others say that no server was ready, and why."""
     world = World(downs={0: [(0, 999)]})
     first, second, *_ = world.call(3, timeout_s=5, max_in_flight=1)
     assert (str(first), first.attempts) == ("server 0: connection refused", 1)
@@ -214,14 +214,14 @@ def test_a_server_that_never_comes_is_named_when_the_time_is_over():
     assert world.now == pytest.approx(15, abs=0.5)
 
 
-def test_requests_go_to_whoever_has_the_fewest_and_in_turn():
+def test_requests_go_to_the_server_with_the_fewest_in_turn():
     world = World(servers=3)
     world.call(30, max_in_flight=6)
     assert [sum(who == server for _, who, _ in world.attempts) for server in range(3)] == [10, 10, 10]
 
 
 def test_another_server_takes_over_at_once():
-    """Of two servers one dies: its requests are repeated on the other without a wait, and it gets no more."""
+    """The requests of a server that dies are retried on the other without a wait, and it gets no more."""
     world = World(servers=2, downs={1: [(0.095, 999)]})
     assert rows(world.call(100, max_in_flight=4)) == list(range(100))
     assert world.now < 100 * ANSWER_S / 2
@@ -235,7 +235,7 @@ def test_a_server_that_comes_back_gets_work_again():
     assert any(who == 1 for when, who, _ in world.attempts if when > 0.5)
 
 
-def test_an_overloaded_servers_request_goes_to_another_and_it_stays_in_use():
+def test_the_request_of_an_overloaded_server_goes_to_another_and_the_server_stays_in_use():
     world = World(servers=2, faults={0: [ServerOverloadedError("full")]})
     assert rows(world.call(20, max_in_flight=1)) == list(range(20))
     (second,) = [who for _, who, images in world.attempts if images == (0,)][1:]
@@ -245,13 +245,13 @@ def test_an_overloaded_servers_request_goes_to_another_and_it_stays_in_use():
 
 
 def test_a_server_that_hangs_is_left_out_after_some_deadlines():
-    """Its requests are repeated on the other; a probe that it answers brings it back."""
+    """Its requests are retried on the other server. A probe that it answers brings it back."""
     world = World(servers=2, faults={0: ["hang"] * MOST_MISSED_DEADLINES})
     assert rows(world.call(40, attempt_timeout_s=1, max_in_flight=2 * MOST_MISSED_DEADLINES)) == list(range(40))
     assert {who for _, who in world.probes} == {0}
 
 
-def test_the_only_server_is_asked_however_slow_it_is():
+def test_the_only_server_gets_requests_however_slow_it_is():
     world = World(faults={0: ["hang"] * 9})
     assert rows(world.call(1, timeout_s=300, attempt_timeout_s=1)) == [0]
     assert world.probes == []
@@ -275,8 +275,8 @@ def test_one_server_is_probed_once_at_a_time():
     assert servers.take() is server
 
 
-def test_eight_requests_lost_at_once_are_one_failure():
-    """Or the wait would begin at its limit."""
+def test_eight_requests_lost_at_once_count_as_one_failure():
+    """Otherwise the first wait would be the longest."""
     servers = Servers([Server("a", None)], ALWAYS_LONGEST)
     for server in [servers.take() for _ in range(8)]:
         servers.settle(server, ServerUnavailableError("gone"), 0.0)
@@ -298,7 +298,7 @@ FAULT = st.sampled_from([None, None, "hang", ServerOverloadedError, ServerUnavai
     seed=st.integers(0, 99),
 )
 def test_every_image_has_one_result_whatever_the_servers_do(count, downs, faults, bad, batch_size, max_in_flight, seed):
-    """With time enough each good image is answered exactly once and in its place, and each bad one is an error."""
+    """With enough time each good image is answered exactly once, in its place, and each bad one is an error."""
     world = World(
         servers=len(downs),
         downs=dict(enumerate(downs)),
@@ -326,8 +326,8 @@ def test_every_image_has_one_result_whatever_the_servers_do(count, downs, faults
     timeout_s=st.floats(0.05, 8),
     seed=st.integers(0, 99),
 )
-def test_the_deadline_rules(downs, timeout_s, seed):
-    """Each image has its vector or an error that says why, and no attempt begins when its request's time is over."""
+def test_no_attempt_begins_after_the_deadline_whatever_the_outages(downs, timeout_s, seed):
+    """Each image has its vector or an error that says why."""
     world = World(servers=len(downs), downs=dict(enumerate(downs)), retry=Retry(random=random.Random(seed).random))  # noqa: S311
     begun = {}
     results = world.call(60, timeout_s=timeout_s, max_in_flight=3)

@@ -1,4 +1,4 @@
-"""The client's errors: what Triton and gRPC say, and what the caller gets."""
+"""The client's error for each message of Triton, gRPC and proxies."""
 
 import pickle
 import re
@@ -26,7 +26,7 @@ from clip_embed.errors import (
 URL = "grpc://localhost:8001"
 
 
-# The messages are verbatim from tritonserver 2.51.0 and grpcio 1.85, but for those marked.
+# The messages were observed, verbatim, with tritonserver 2.51.0 and grpcio 1.85, except those marked.
 @pytest.mark.parametrize(
     ("status", "http_status", "message", "expected"),
     [
@@ -46,7 +46,7 @@ URL = "grpc://localhost:8001"
         ("INVALID_ARGUMENT", 400, "unexpected inference output 'x' for model 'clip_ensemble'", ContractError),
         ("NOT_FOUND", 404, "Request for unknown model: 'nosuch' is not found", ModelNotReadyError),
         ("NOT_FOUND", 404, "Request for unknown model: 'broken' has no available versions", ModelNotReadyError),
-        # Not met: from the server's own strings.
+        # Not observed: from the server's own strings.
         ("UNAVAILABLE", 503, "Request for unknown model: 'm' version 1 is not at ready state", ModelNotReadyError),
         (
             "UNAVAILABLE",
@@ -64,7 +64,7 @@ URL = "grpc://localhost:8001"
         (
             "UNAVAILABLE",
             503,
-            "Server is stopping, scheduler for model has stopped accepting new inference requests",  # not met either
+            "Server is stopping, scheduler for model has stopped accepting new inference requests",  # not observed
             ServerUnavailableError,
         ),
         ("UNAVAILABLE", None, "Socket closed", ServerUnavailableError),
@@ -72,13 +72,13 @@ URL = "grpc://localhost:8001"
         ("DEADLINE_EXCEEDED", None, "Deadline Exceeded", DeadlineExceededError),
         ("RESOURCE_EXHAUSTED", None, "Received message larger than max (9000000 vs. 4194304)", RequestTooLargeError),
         (
-            "INVALID_ARGUMENT",  # not met: of later servers' own tests
+            "INVALID_ARGUMENT",  # not observed: from the tests of later servers
             400,
             "exceeds the maximum allowed value. Use --http-max-input-size to increase the limit",
             RequestTooLargeError,
         ),
-        ("RESOURCE_EXHAUSTED", 429, "too many requests", ServerOverloadedError),  # a proxy's
-        # A proxy's, of which gRPC keeps the number alone.
+        ("RESOURCE_EXHAUSTED", 429, "too many requests", ServerOverloadedError),  # from a proxy
+        # From a proxy. gRPC keeps only the number.
         ("UNKNOWN", None, "Received http2 header with status: 413", RequestTooLargeError),
         ("UNAVAILABLE", None, "Received http2 header with status: 429", ServerOverloadedError),
         ("UNIMPLEMENTED", None, "Method not found!", ContractError),
@@ -118,15 +118,15 @@ URL = "grpc://localhost:8001"
             CredentialsError,
         ),
         (
-            "UNAVAILABLE",  # not met: of grpc-core's own strings
+            "UNAVAILABLE",  # not observed: from grpc-core's own strings
             None,
             "failed to connect to all addresses; last error: UNKNOWN: Peer name localhost is not in peer certificate",
             CredentialsError,
         ),
     ],
 )
-def test_each_message_becomes_what_the_caller_should_do(status, http_status, message, expected):
-    """gRPC and HTTP agree, and the server's words are kept."""
+def test_each_message_becomes_the_error_that_says_what_to_do(status, http_status, message, expected):
+    """gRPC and HTTP give the same error, and it keeps the server's message."""
     errors = [error_from_grpc(status, message, url=URL)]
     if http_status is not None:
         body = b'{"error":"%s"}' % message.encode()
@@ -153,8 +153,8 @@ def test_each_message_becomes_what_the_caller_should_do(status, http_status, mes
         (500, ServerError),
     ],
 )
-def test_a_proxys_page_is_judged_by_its_status(status, expected):
-    """Not JSON, or not Triton's JSON."""
+def test_a_proxys_page_becomes_an_error_by_its_status(status, expected):
+    """The page is not JSON, or not Triton's JSON."""
     for body in (b"<html>no</html>", b"", b"[]", b'{"detail": "no"}', b"\xff"):
         error = error_from_http(status, body, url=URL)
         assert type(error) is expected
@@ -162,12 +162,12 @@ def test_a_proxys_page_is_judged_by_its_status(status, expected):
 
 
 @pytest.mark.parametrize("title", ["No required SSL certificate was sent", "The SSL certificate error"])
-def test_an_nginx_that_wants_a_clients_certificate_says_400(title):
+def test_nginxs_400_for_a_missing_client_certificate_is_a_credentials_error(title):
     page = f"<html>\r\n<head><title>400 {title}</title></head>\r\n<body>".encode()
     assert type(error_from_http(400, page, url=URL)) is CredentialsError
 
 
-def test_the_servers_example_is_parsed():
+def test_the_servers_list_of_refused_images_is_parsed():
     message = (
         "in ensemble 'clip_ensemble', image_bytes: 2 of 5 images refused. "
         "[1] truncated: the file ends early (12 of 40 KB used); [3] empty: 0 bytes"
@@ -179,7 +179,7 @@ def test_the_servers_example_is_parsed():
 
 
 def test_reasons_may_be_missing():
-    """When very many images are bad, the server leaves the reasons out."""
+    """The server omits the reasons if very many images are bad."""
     message = "image_bytes: 3 of 64 images refused. [7] truncated; [8] not_an_image; [63] empty"
     assert [(f.index, f.code, f.reason) for f in parse_failures(message)] == [
         (7, "truncated", ""),
@@ -191,12 +191,12 @@ def test_reasons_may_be_missing():
 @pytest.mark.parametrize(
     "message", ["", "image_bytes: 2 of 5 images refused. ", "expected 3 string elements", "[1] empty"]
 )
-def test_messages_that_name_no_image_give_none(message):
+def test_messages_that_name_no_image_give_no_failures(message):
     assert parse_failures(message) == ()
 
 
-def test_indices_outside_the_request_are_not_believed():
-    """A reason that looks like an item is told from one by its index."""
+def test_text_in_a_reason_that_looks_like_an_item_stays_in_the_reason():
+    """The index of an item must be in the request and larger than the previous one."""
     message = "image_bytes: 2 of 5 images refused. [1] corrupt: a; [9] empty: b; [0] empty; [3] empty: c"
     assert parse_failures(message) == (
         ImageFailure(1, "corrupt", "a; [9] empty: b; [0] empty"),
@@ -236,7 +236,7 @@ def test_a_long_list_of_failures_is_cut_in_the_message_only():
     assert len(error.failures) == 64
 
 
-def test_errors_cross_processes():
+def test_errors_can_be_pickled():
     """A pool of processes pickles what a worker raises."""
     error = pickle.loads(pickle.dumps(InvalidImageError([ImageFailure(3, "empty", "0 bytes", "a.jpg")])))  # noqa: S301
     assert error.failures == (ImageFailure(3, "empty", "0 bytes", "a.jpg"),)

@@ -1,4 +1,4 @@
-"""A stand-in for the server on real loopback sockets, gRPC and HTTP, in Triton's wire formats; and a test of itself."""
+"""A fake server on loopback sockets that speaks Triton's gRPC and HTTP, and a test of it."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ HTTP_STATUS = {"INVALID_ARGUMENT": 400, "NOT_FOUND": 404, "UNAVAILABLE": 503, "I
 
 
 def vector_of(image: bytes) -> np.ndarray:
-    """(512,) float32 of norm 1 that only this image has."""
+    """A vector that only this image has: (512,) float32 of norm 1."""
     seed = int.from_bytes(hashlib.sha256(image).digest()[:8], "little")
     vector = np.random.default_rng(seed).standard_normal(512).astype(np.float32)
     return vector / np.linalg.norm(vector)
@@ -32,7 +32,10 @@ class Refused(Exception):
 
 
 class Brain:
-    """What the server does: `bad:CODE:REASON` is bad, `wait` waits for the gate, `fail:STATUS:MESSAGE` fails."""
+    """What the server does with an image.
+
+    An image `bad:CODE:REASON` is refused, `wait` waits for the gate, and `fail:STATUS:MESSAGE` fails the request.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -48,7 +51,7 @@ class Brain:
         self.alter = lambda embeddings: embeddings
         self.ready = True
         self.has_texts = False
-        self.says: dict[str, str] | None = None  # the parameters of its configuration; None: it is closed
+        self.parameters: dict[str, str] | None = None  # of the model's configuration; None: restricted
 
     def embed(self, raw: bytes, count: int) -> np.ndarray:
         images = []
@@ -88,10 +91,10 @@ class GrpcServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ModelReadyResponse(ready=self.brain.ready and request.name in models)
 
     def ModelConfig(self, request, context):
-        if self.brain.says is None:
+        if self.brain.parameters is None:
             context.abort(grpc.StatusCode.UNAVAILABLE, "This protocol is restricted, expecting header 'x'")
         answer = service_pb2.ModelConfigResponse()
-        for name, value in self.brain.says.items():
+        for name, value in self.brain.parameters.items():
             answer.config.parameters[name].string_value = value
         return answer
 
@@ -120,8 +123,8 @@ def http_handler(brain: Brain) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self):
-            if self.path == "/v2/models/clip_ensemble/config" and brain.says is not None:
-                parameters = {name: {"string_value": value} for name, value in brain.says.items()}
+            if self.path == "/v2/models/clip_ensemble/config" and brain.parameters is not None:
+                parameters = {name: {"string_value": value} for name, value in brain.parameters.items()}
                 self.reply(200, json.dumps({"name": "clip_ensemble", "parameters": parameters}).encode())
                 return
             if self.path == "/v2/models/clip_ensemble/config":
@@ -131,7 +134,7 @@ def http_handler(brain: Brain) -> type[BaseHTTPRequestHandler]:
             self.reply(*((200, b"") if ready else (400, b'{"error":"Model version not ready"}')))
 
         def do_POST(self):
-            assert self.headers["Accept-Encoding"] == "identity"  # or Triton would gzip the floats
+            assert self.headers["Accept-Encoding"] == "identity"  # otherwise Triton would gzip the floats
             body = self.rfile.read(int(self.headers["Content-Length"]))
             end = int(self.headers["Inference-Header-Content-Length"])
             head, raw = json.loads(body[:end]), body[end:]
@@ -175,12 +178,12 @@ def http_handler(brain: Brain) -> type[BaseHTTPRequestHandler]:
 
 class HttpServer(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 64  # with 5, as many connections at once as a client opens wait a second
+    request_queue_size = 64  # with the default, 5, a client's simultaneous connections would wait a second
 
 
 @contextmanager
 def serve(scheme: str, brain: Brain, port: int = 0) -> Iterator[str]:
-    """The URL of a server that runs meanwhile; port 0 is any free one."""
+    """Runs a server and yields its URL. Port 0 means any free port."""
     if scheme == "grpc":
         with ThreadPoolExecutor(32) as pool:
             server = grpc.server(pool, options=[("grpc.max_metadata_size", 1 << 20)])
@@ -202,7 +205,7 @@ def serve(scheme: str, brain: Brain, port: int = 0) -> Iterator[str]:
 
 @contextmanager
 def serve_in_a_process(scheme: str, port: int = 0) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The URL of a server that can be killed, and its process. It ends when its stdin does."""
+    """Runs a server that can be killed and yields its URL and process. It ends when its stdin is closed."""
     command = [sys.executable, __file__, scheme, str(port)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -211,8 +214,8 @@ def serve_in_a_process(scheme: str, port: int = 0) -> Iterator[tuple[str, subpro
             process.kill()
 
 
-def test_vectors_tell_images_apart():
-    """Two images have different vectors of norm 1, so that a swap or a loss in the client shows."""
+def test_different_images_have_different_vectors_of_norm_1():
+    """Otherwise a client that swaps or loses images would pass the tests."""
     one, other = vector_of(b"one"), vector_of(b"other")
     assert abs(np.linalg.norm(one) - 1) < 1e-6  # float32 rounding
     assert one @ other < 0.5

@@ -16,7 +16,7 @@ pytest.importorskip("httpx", reason="pip install 'clip-embed[http]'")
 
 
 class Service(BaseHTTPRequestHandler):
-    """What the baseline service answers; an image `bad` is refused, and `odd` gets an answer of another kind."""
+    """Answers as the baseline service does. It refuses an image `bad`; `odd` gets rows of another shape."""
 
     protocol_version = "HTTP/1.1"
 
@@ -63,7 +63,7 @@ def environment(url, monkeypatch):
     monkeypatch.setenv("INFERENCE_BACKEND", "pytorch")
 
 
-def test_one_variable_moves_a_client_to_the_pytorch_service(environment):
+def test_inference_backend_switches_a_client_to_the_pytorch_service(environment):
     """The same call, the same rows in the same order, in requests of 8, 8 and 4."""
     images = [b"image %d" % i for i in range(20)]
     with EmbeddingClient.from_env() as client:
@@ -71,7 +71,7 @@ def test_one_variable_moves_a_client_to_the_pytorch_service(environment):
         assert np.array_equal(client.embed(images), np.stack([vector_of(image) for image in images]))
 
 
-def test_the_async_client_moves_too(environment):
+def test_the_async_client_switches_too(environment):
     async def embed():
         async with AsyncEmbeddingClient.from_env() as client:
             return await client.embed([b"one", b"two"])
@@ -85,8 +85,8 @@ def test_a_bad_image_is_named(environment):
     assert [(failure.index, failure.code) for failure in caught.value.failures] == [(1, "not_an_image")]
 
 
-def test_base64_goes_in_and_lists_come_out_as_before(environment):
-    """Line ends and a data URL are as good as plain base64; what is no base64 is named, and nothing is sent."""
+def test_embed_base64_images_takes_base64_and_returns_lists(environment):
+    """Line ends and data URLs are allowed. Invalid base64 is an error with its index, and nothing is sent."""
     one, two = (base64.encodebytes(image).decode() for image in (b"one" * 40, b"two"))
     with base64_images.EmbeddingClient.from_env() as client:
         assert isinstance(client, EmbeddingClient)
@@ -104,7 +104,7 @@ def test_an_answer_of_another_shape_is_refused(environment):
         client.embed([b"odd"])
 
 
-def test_triton_is_meant_without_the_variable(url, monkeypatch):
+def test_the_default_backend_is_triton(url, monkeypatch):
     monkeypatch.setenv("INFERENCE_SERVICE_URL", url)
     monkeypatch.delenv("INFERENCE_BACKEND", raising=False)
     with EmbeddingClient.from_env() as client:
@@ -115,7 +115,7 @@ def test_triton_is_meant_without_the_variable(url, monkeypatch):
     ("service", "backend", "message"),
     [("grpc://localhost:8001", "pytorch", "speaks only HTTP"), ("http://localhost", "tensorflow", "expected one of")],
 )
-def test_a_backend_that_does_not_fit_names_the_variable(monkeypatch, service, backend, message):
+def test_the_error_for_an_unusable_backend_names_the_variable(monkeypatch, service, backend, message):
     monkeypatch.setenv("INFERENCE_SERVICE_URL", service)
     monkeypatch.setenv("INFERENCE_BACKEND", backend)
     with pytest.raises(ValueError, match=f"INFERENCE_BACKEND: .*{message}"):

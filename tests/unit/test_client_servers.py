@@ -54,7 +54,7 @@ def assert_right(results, images):
 
 
 def embed_many(kind, url, images, each=lambda count: None, **options):
-    """All results of either client; `each` is called with the number of those that are there."""
+    """All results of the blocking or the async client. Calls `each` with the number of results so far."""
     if kind == "blocking":
         results = []
         with EmbeddingClient(url, **options) as client:
@@ -76,8 +76,8 @@ def embed_many(kind, url, images, each=lambda count: None, **options):
 
 @pytest.mark.parametrize("kind", ["blocking", "async"])
 @pytest.mark.parametrize("refusal", [FULL, LOST, LOADING], ids=["overloaded", "lost", "loading"])
-def test_what_may_pass_is_sent_again(url, brain, refusal, kind):
-    """The caller sees nothing of it, and each image is embedded once."""
+def test_a_temporary_error_is_retried(url, brain, refusal, kind):
+    """The caller does not notice, and each image is embedded once."""
     brain.refusals = [refusal] * 5
     images = images_of(20)
     assert_right(embed_many(kind, url, images, retry=SOON, batch_size=4), images)
@@ -85,7 +85,7 @@ def test_what_may_pass_is_sent_again(url, brain, refusal, kind):
     assert len(brain.requests) == 5 + 5
 
 
-def test_embed_repeats_too(url, brain):
+def test_embed_retries_too(url, brain):
     brain.refusals = [FULL, LOST]
     with EmbeddingClient(url, retry=SOON) as client:
         assert_right(client.embed(images_of(3)), images_of(3))
@@ -101,7 +101,7 @@ def test_embed_repeats_too(url, brain):
 
 @pytest.mark.parametrize("kind", ["blocking", "async"])
 def test_a_bad_image_is_never_sent_again(url, brain, kind):
-    """Two requests: the first, and its good rest. Nor is another model's answer asked for twice."""
+    """The second request has only the good images. A wrong answer is not requested again either."""
     results = embed_many(kind, url, [b"a", b"bad:corrupt:no", b"b"], retry=SOON)
     assert isinstance(results[1], InvalidImageError)
     assert brain.requests == [3, 2]
@@ -125,7 +125,7 @@ class Timeless(EmbeddingClient):
 
 
 def test_the_last_error_is_raised_when_the_deadline_is_near(url, brain):
-    """A quarter of an hour of a full queue passes in no time; a wait that would end after it is not begun."""
+    """The queue is full for 15 simulated minutes. A wait that would end after the deadline is not begun."""
     brain.refusals = [FULL] * 5000
     seeded = Retry(random=random.Random(0).random)  # noqa: S311
     with Timeless(url, timeout_s=900, retry=seeded) as client, pytest.raises(ServerOverloadedError) as caught:
@@ -135,7 +135,7 @@ def test_the_last_error_is_raised_when_the_deadline_is_near(url, brain):
     assert 890 < client.now_s < 900
 
 
-def test_a_server_that_is_gone_is_an_error_at_the_deadline(scheme):
+def test_an_unreachable_server_is_an_error_at_the_deadline(scheme):
     with serve(scheme, Brain()) as url:
         pass
     with Timeless(url, timeout_s=60) as client, pytest.raises(ServerUnavailableError, match="start the server"):
@@ -144,7 +144,7 @@ def test_a_server_that_is_gone_is_an_error_at_the_deadline(scheme):
 
 
 def test_a_wait_ends_when_the_client_is_closed(url, brain):
-    """However long it would have been."""
+    """However long it is."""
     brain.refusals = [FULL]
     hour = Retry(first_wait_s=3600, max_wait_s=3600, random=lambda: 1.0)
     client = EmbeddingClient(url, timeout_s=None, retry=hour)
@@ -157,8 +157,8 @@ def test_a_wait_ends_when_the_client_is_closed(url, brain):
 
 
 @pytest.mark.parametrize("kind", ["blocking", "async"])
-def test_a_server_that_dies_in_the_middle_costs_nothing(scheme, kind, caplog):
-    """One of two servers is killed under embed_many: every image has its own vector, in order, once."""
+def test_no_image_is_lost_when_one_of_two_servers_is_killed(scheme, kind, caplog):
+    """One of two servers is killed during embed_many; every image still has its own vector, once and in order."""
     images = images_of(600)
     with serve_in_a_process(scheme) as (one, process), serve_in_a_process(scheme) as (other, _):
 
@@ -172,8 +172,8 @@ def test_a_server_that_dies_in_the_middle_costs_nothing(scheme, kind, caplog):
 
 
 @pytest.mark.parametrize("kind", ["blocking", "async"])
-def test_a_server_that_hangs_costs_an_attempt(scheme, kind):
-    """Half open: it takes requests and never answers. The other one answers all of them."""
+def test_the_requests_of_a_server_that_hangs_are_retried_on_the_other(scheme, kind):
+    """It accepts requests and never answers. The other server answers all of them."""
     hung, well = Brain(), Brain()
     well.gate.set()
     images = [b"wait"] * 12
@@ -185,7 +185,7 @@ def test_a_server_that_hangs_costs_an_attempt(scheme, kind):
 
 
 def test_a_server_that_comes_back_is_used_again(scheme, caplog):
-    """On the same port; the log tells both."""
+    """On the same port. The log has its loss and its return."""
     caplog.set_level(logging.INFO, logger="clip_embed")
     with serve(scheme, Brain()) as other:
         with serve(scheme, Brain()) as url:
@@ -225,7 +225,7 @@ def test_one_ready_server_of_two_is_enough(url, scheme):
 
 
 def test_a_client_without_a_server_waits_for_it(scheme):
-    """A model that is still loading when the application starts."""
+    """An application may start while the server still loads its model."""
     with serve(scheme, Brain()) as url:
         pass
     with EmbeddingClient(url, retry=SOON, timeout_s=60) as client, ThreadPoolExecutor(1) as pool:
@@ -243,13 +243,13 @@ def test_the_servers_may_come_from_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [[], ["one:1", "grpc://one:1"], ["one:1", ""], ["one:1", "ftp://x"]])
-def test_urls_that_make_no_sense_are_refused(bad):
+def test_invalid_urls_are_refused(bad):
     with pytest.raises(ValueError):
         EmbeddingClient(urls=bad)
 
 
-def test_results_may_be_left(url, brain):
-    """An endless embed_many that is no longer wanted gives its server's places back."""
+def test_results_may_be_abandoned(url, brain):
+    """Closing an endless embed_many leaves no requests in flight."""
     with EmbeddingClient(url, batch_size=1, max_in_flight=3) as client:
         results = client.embed_many(iter(lambda: b"a", None))
         assert len(list(itertools.islice(results, 5))) == 5

@@ -1,4 +1,4 @@
-"""What the container decides before it serves, and the files it is built from. Docker itself runs nowhere here."""
+"""What the container decides before it serves, and the files of its image. Docker itself is not run."""
 
 import contextlib
 import hashlib
@@ -38,7 +38,7 @@ FOUND = Available(onnx=GRAPHS, can_export=False, gpu="NVIDIA L4, 8.9", onnx_engi
 
 
 class Recorder(Mapping):
-    """An environment that remembers which variables were asked for."""
+    """An environment that records which variables are read."""
 
     def __init__(self) -> None:
         self.asked: set[str] = set()
@@ -63,7 +63,7 @@ def variables() -> set[str]:
 CPU = Machine(cores=2, has_gpu=False)
 
 
-def test_without_variables_it_is_an_fp16_plan_of_the_graph_that_is_mounted():
+def test_the_default_start_is_an_fp16_plan_of_the_mounted_graph():
     assert decide_start(Settings.from_environment({}), FOUND) == Start(
         exports=(), graph="model.fp16.onnx", config_name="trt"
     )
@@ -104,15 +104,15 @@ def test_each_variable_reaches_its_setting():
         ({"CLIP_CONFIG_NAME": "ort-trt"}, "CLIP_CONFIG_NAME=ort-trt.*requires SKIP_TRT_BUILD=1"),
     ],
 )
-def test_a_variable_that_cannot_be_is_named_with_what_was_expected(environment, message):
+def test_an_invalid_variable_is_named_with_what_was_expected(environment, message):
     with pytest.raises(ToolError, match=message) as caught:
         Settings.from_environment(environment)
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(("value", "precision"), [("0", "fp32"), ("1", "fp16"), ("", "fp16")])
-def test_trt_fp16_is_taken_for_a_precision(value, precision):
-    """As those set it who come from another container; compose passes what is unset as empty."""
+def test_trt_fp16_sets_the_precision(value, precision):
+    """Other containers have this variable. Compose passes unset variables as empty."""
     assert Settings.from_environment({"TRT_FP16": value, "TRT_PRECISION": ""}).precision == precision
     assert Settings.from_environment({"TRT_FP16": value, "TRT_PRECISION": precision}).precision == precision
 
@@ -130,7 +130,7 @@ def test_a_named_onnx_engine_needs_its_own_graph():
     assert decide_start(settings, FOUND).config_name == "ort-trt"
 
 
-def test_a_missing_graph_says_how_to_make_and_where_to_mount_it():
+def test_the_error_for_a_missing_graph_says_how_to_export_and_where_to_mount_it():
     with pytest.raises(ToolError, match=r"model.int8.onnx.*export-onnx --precision int8.*mount.*WITH_EXPORT=1"):
         decide_start(Settings(precision="int8"), FOUND)
 
@@ -139,12 +139,12 @@ def test_a_missing_graph_is_exported_where_torch_is_installed():
     assert decide_start(Settings(), replace(FOUND, onnx={}, can_export=True)).exports == ("fp16",)
 
 
-def test_no_gpu_is_said_before_anything_is_built():
+def test_a_missing_gpu_is_an_error_before_anything_is_built():
     with pytest.raises(ToolError, match=r"no GPU was found.*--gpus all.*SKIP_TRT_BUILD=1"):
         decide_start(Settings(), replace(FOUND, gpu=None))
 
 
-def test_the_mounted_graph_goes_before_the_exported_one(tmp_path):
+def test_the_mounted_graph_takes_precedence_over_the_exported_one(tmp_path):
     settings = Settings(onnx_dir=tmp_path / "onnx", cache_dir=tmp_path / "cache")
     for folder in (settings.onnx_dir, container_build.exported_dir(settings)):
         folder.mkdir(parents=True)
@@ -153,7 +153,7 @@ def test_the_mounted_graph_goes_before_the_exported_one(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "message"), [("fp12", "expected one of .*ort-trt"), ("trt", "remove SKIP_TRT_BUILD")])
-def test_an_engine_that_is_no_onnx_engine_is_refused(name, message, tmp_path):
+def test_without_a_plan_only_an_onnx_engine_is_accepted(name, message, tmp_path):
     with pytest.raises(ToolError, match=message):
         find_available(Settings(skip_build=True, config_name=name, onnx_dir=tmp_path, cache_dir=tmp_path))
 
@@ -177,7 +177,7 @@ def test_the_volume_has_one_plan_for_each_graph_gpu_version_and_option(tmp_path)
 
 
 def engines(build=None, stale=lambda _plan, **_: None) -> SimpleNamespace:
-    """clip_tools.tensorrt.build_engine, pretended. It runs in a process of its own; `built` has each call's options."""
+    """A fake clip_tools.tensorrt.build_engine. It runs in another process; `built` has the options of each call."""
     manager = multiprocessing.get_context("fork").Manager()
     built = manager.list()
 
@@ -199,7 +199,7 @@ def engines(build=None, stale=lambda _plan, **_: None) -> SimpleNamespace:
 
 @pytest.fixture
 def container(tmp_path, monkeypatch):
-    """A start on a pretended GPU: (settings, prepare(), what was said, install(engines))."""
+    """The start of a container with a fake GPU: `install` a builder, `start` it, read its `log`."""
     onnx = tmp_path / "onnx"
     onnx.mkdir()
     for name in GRAPHS:
@@ -207,7 +207,7 @@ def container(tmp_path, monkeypatch):
     settings = Settings(onnx_dir=onnx, cache_dir=tmp_path / "cache")
     monkeypatch.setattr("clip_tools.container.start.gpu_name", lambda: "NVIDIA L4, 8.9")
     monkeypatch.setattr(container_build, "_runtime_version", lambda _: "10.13.3.9")
-    said: list[str] = []
+    log: list[str] = []
     starts = iter(range(9))
 
     def install(module) -> None:
@@ -215,12 +215,12 @@ def container(tmp_path, monkeypatch):
 
     def start(*, with_plan=True, **changes) -> tuple[list[str], Path]:
         folder = tmp_path / f"served{next(starts)}"
-        return entrypoint.prepare(replace(settings, **changes), folder, said.append, with_plan=with_plan), folder
+        return entrypoint.prepare(replace(settings, **changes), folder, log.append, with_plan=with_plan), folder
 
-    return SimpleNamespace(start=start, said=said, install=install)
+    return SimpleNamespace(start=start, log=log, install=install)
 
 
-def test_the_first_start_builds_and_the_second_takes_the_plan_out_of_the_volume(container):
+def test_the_first_start_builds_the_plan_and_the_second_reuses_it(container):
     module = engines()
     container.install(module)
     for _ in range(2):
@@ -237,12 +237,12 @@ def test_the_first_start_builds_and_the_second_takes_the_plan_out_of_the_volume(
         "opt_batch": 16,
         "max_batch": 64,
     }
-    assert "TensorRT plan: using" in container.said[-1]
+    assert "TensorRT plan: using" in container.log[-1]
 
 
 @pytest.mark.parametrize(("precision", "of"), [("fp32", "onnx"), ("fp16", "exported")])
-def test_each_graph_has_its_own_manifest_and_the_one_that_is_served_its_sample(container, tmp_path, precision, of):
-    """Where one is mounted and the other was exported before."""
+def test_each_graph_has_its_own_manifest_and_the_served_one_its_sample(container, tmp_path, precision, of):
+    """One graph is mounted, the other was exported earlier."""
     container.install(engines())
     exported = container_build.exported_dir(Settings(cache_dir=tmp_path / "cache"))
     exported.mkdir(parents=True)
@@ -263,20 +263,20 @@ def test_each_graph_has_its_own_manifest_and_the_one_that_is_served_its_sample(c
     }
 
 
-def test_without_the_plan_its_batches_stay(container):
-    """Whether it cannot be built or its vectors are wrong: TRT_MAX_BATCH says what a request may hold."""
+def test_trt_max_batch_applies_without_the_plan_too(container):
+    """TRT_MAX_BATCH also limits requests if the plan cannot be built or has wrong vectors."""
     command, folder = container.start(max_batch=8, with_plan=False)
     assert "--model-config-name=trt" not in command
     assert read_config(folder, "clip_ensemble").max_batch_size == 8
 
 
-def test_a_stale_plan_is_built_anew_and_the_reason_is_said(container):
+def test_a_stale_plan_is_rebuilt_and_the_reason_is_logged(container):
     module = engines(stale=lambda _plan, **_: "it was built for driver 1")
     container.install(module)
     container.start()
     container.start()
     assert len(module.built) == 2
-    assert any("it was built for driver 1" in line for line in container.said)
+    assert any("it was built for driver 1" in line for line in container.log)
 
 
 def sha256_of_text(text: str) -> str:
@@ -310,26 +310,26 @@ def test_a_failed_build_stops_the_container_with_the_reason(container, failure, 
 
 
 @pytest.mark.parametrize("failure", [fail, crash, be_killed])
-def test_a_failed_build_falls_back_only_when_told_to_and_says_so(container, failure):
+def test_a_failed_build_falls_back_to_onnx_with_trt_fallback_and_logs_it(container, failure):
     container.install(engines(failure))
     command, folder = container.start(fallback=True)
     assert not any(flag.startswith("--model-config-name") for flag in command)
     assert not (folder / "clip_trt" / "1" / "model.plan").exists()
-    assert container.said[-1] == "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead"
+    assert container.log[-1] == "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead"
 
 
 def test_a_second_container_waits_for_the_first_ones_build(tmp_path):
-    said, order = [], []
+    log, order = [], []
     held, release = threading.Event(), threading.Event()
 
     def first() -> None:
-        with container_build._lock(tmp_path / "plan.lock", said.append):
+        with container_build._lock(tmp_path / "plan.lock", log.append):
             held.set()
             release.wait(10)
             order.append("first")
 
     def say(line: str) -> None:
-        said.append(line)
+        log.append(line)
         release.set()
 
     thread = threading.Thread(target=first)
@@ -339,7 +339,7 @@ def test_a_second_container_waits_for_the_first_ones_build(tmp_path):
         order.append("second")
     thread.join()
     assert order == ["first", "second"]
-    assert said == ["TensorRT plan: waiting for another container that builds it"]
+    assert log == ["TensorRT plan: waiting for another container that builds it"]
 
 
 def test_a_volume_that_cannot_be_written_names_the_user(container, monkeypatch):
@@ -370,7 +370,7 @@ def test_tensorrts_version_is_compared_with_the_servers_down_to_the_fourth_numbe
             assert container_build._runtime_version("tensorrt") == "10.13.3.9"
 
 
-def test_the_library_tells_its_version(monkeypatch):
+def test_the_tensorrt_version_is_read_from_the_library(monkeypatch):
     library = SimpleNamespace(getInferLibVersion=lambda: 101303, getInferLibBuildVersion=lambda: 9)
     monkeypatch.setattr(container_build.ctypes.util, "find_library", lambda _: "libnvinfer.so.10")
     monkeypatch.setattr(container_build.ctypes, "CDLL", lambda _: library)
@@ -386,7 +386,7 @@ def test_a_runtime_that_is_not_installed_is_named(monkeypatch):
         container_build._runtime_version("tensorrt")
 
 
-def test_an_export_that_fails_points_to_its_own_words(tmp_path, monkeypatch):
+def test_a_failed_export_is_an_error_and_gets_the_model_and_the_weights(tmp_path, monkeypatch):
     asked = []
 
     def run(command, **_):
@@ -401,7 +401,7 @@ def test_an_export_that_fails_points_to_its_own_words(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 20, 32, 64, 100])
-def test_another_largest_batch_reaches_every_configuration_and_keeps_the_graphs_gapless(tmp_path, max_batch):
+def test_max_batch_reaches_every_configuration_and_cuda_graphs_cover_every_batch(tmp_path, max_batch):
     write_container_repository(MODELS, tmp_path / "models", files={}, max_batch=max_batch, machine=CPU)
     for name in (None, *config_names(MODELS)):
         for model in deployment(tmp_path / "models", name):
@@ -422,7 +422,7 @@ def test_another_largest_batch_reaches_every_configuration_and_keeps_the_graphs_
     assert list(preprocess.dynamic_batching.preferred_batch_size) == [1]
 
 
-def test_the_committed_batches_are_served_as_they_are_written(tmp_path):
+def test_with_the_committed_max_batch_the_configurations_are_unchanged(tmp_path):
     write_container_repository(MODELS, tmp_path / "models", files={}, max_batch=64, machine=CPU)
     for path in MODELS.glob("*/config.pbtxt"):
         assert (tmp_path / "models" / path.relative_to(MODELS)).read_text() == path.read_text()
@@ -430,7 +430,7 @@ def test_the_committed_batches_are_served_as_they_are_written(tmp_path):
 
 
 @pytest.mark.parametrize("max_batch", [None, 8])
-def test_beside_a_gpu_preprocess_has_the_cores_and_the_engine_is_warmed_up_in_what_it_takes(tmp_path, max_batch):
+def test_with_a_gpu_preprocess_gets_the_cores_and_the_engine_is_warmed_up_to_its_max_batch(tmp_path, max_batch):
     machine = Machine(cores=16, has_gpu=True)
     write_container_repository(MODELS, tmp_path / "models", files={}, max_batch=max_batch, machine=machine)
     for name in (None, "fast", "upright"):
@@ -446,15 +446,15 @@ def small_graph(tmp_path) -> Path:
     return write_small_graph(path)
 
 
-def test_a_real_plan_is_built_once_without_a_gpu_and_then_found(container, small_graph, monkeypatch):
-    """By tensorrt-rtx: NVIDIA's own parser and builder."""
+def test_a_real_plan_is_built_once_without_a_gpu_and_then_reused(container, small_graph, monkeypatch):
+    """With tensorrt-rtx, so by NVIDIA's own parser and builder."""
     pytest.importorskip("tensorrt_rtx", reason="pip install 'clip-embed[rtx]'")
-    monkeypatch.undo()  # no pretended GPU, no pretended builder
+    monkeypatch.undo()  # no fake GPU, no fake builder
     changes = {"runtime": "tensorrt-rtx", "precision": "fp32", "max_batch": 4, "opt_batch": 2}
     folders = [container.start(onnx_dir=small_graph.parent, **changes)[1] for _ in range(2)]
     plans = [(folder / "clip_trt" / "1" / "model.plan").resolve() for folder in folders]
     assert plans[0] == plans[1]
-    assert [" ".join(line.split()[:3]) for line in container.said] == [
+    assert [" ".join(line.split()[:3]) for line in container.log] == [
         "TensorRT plan: building",
         "TensorRT plan: using",
     ]
@@ -471,7 +471,7 @@ def test_a_plan_of_another_precision_than_the_graphs_stops_the_container(contain
         container.start(onnx_dir=small_graph.parent, runtime="tensorrt-rtx")
 
 
-# The files that the image is built from.
+# The files of the image.
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]["triton"]
@@ -487,7 +487,7 @@ def test_every_path_that_the_dockerfile_copies_exists_and_is_not_ignored():
         assert (ROOT / path).exists(), path
 
 
-def test_hadolint_finds_nothing_and_would(tmp_path):
+def test_hadolint_accepts_the_dockerfile_and_rejects_a_bad_one(tmp_path):
     hadolint = Path(sys.executable).with_name("hadolint")
     if not hadolint.is_file():
         pytest.skip("hadolint is not installed: make setup")
@@ -496,7 +496,7 @@ def test_hadolint_finds_nothing_and_would(tmp_path):
     assert subprocess.run([hadolint, tmp_path / "Dockerfile"], check=False, capture_output=True).returncode == 1
 
 
-def test_the_image_is_not_roots_has_the_ports_and_time_for_the_first_build():
+def test_the_image_runs_without_root_and_has_the_ports_and_time_for_the_first_build():
     assert re.search(r"^USER 1000", DOCKERFILE, re.MULTILINE)
     assert "EXPOSE 8000 8001 8002" in DOCKERFILE
     assert "--start-period=600s" in DOCKERFILE
@@ -512,8 +512,8 @@ def test_swap_in_the_image_reads_the_repository_that_is_served(monkeypatch):
     assert f"CLIP_MODELS={entrypoint.served_folder()} " in DOCKERFILE
 
 
-def test_compose_passes_every_variable_on_and_arguments_that_are_declared():
-    assert set(COMPOSE["environment"]) == variables() - {"CLIP_ONNX_DIR", "CLIP_CACHE_DIR"}  # its volumes
+def test_compose_passes_every_variable_and_only_declared_build_arguments():
+    assert set(COMPOSE["environment"]) == variables() - {"CLIP_ONNX_DIR", "CLIP_CACHE_DIR"}  # paths of the volumes
     assert set(COMPOSE["build"]["args"]) <= set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
     defaults = {name: re.search(r":-(.*)}", value)[1] for name, value in COMPOSE["environment"].items()}
     assert Settings.from_environment(defaults) == Settings.from_environment({})
@@ -528,8 +528,8 @@ def test_compose_asks_for_a_gpu_shared_memory_and_a_volume():
 
 
 @pytest.mark.parametrize("service", [COMPOSE, PROXY], ids=["triton", "proxy"])
-def test_compose_takes_from_its_containers_what_they_do_not_need(service):
-    """Root's rights, new ones, and writing anywhere but to volumes and memory."""
+def test_compose_restricts_the_privileges_of_its_containers(service):
+    """They have no capabilities, cannot gain privileges, and write only to volumes and tmpfs."""
     assert service["read_only"] is True
     assert any(mount.startswith("/tmp:") for mount in service["tmpfs"])  # noqa: S108
     assert service["cap_drop"] == ["ALL"]
@@ -539,12 +539,12 @@ def test_compose_takes_from_its_containers_what_they_do_not_need(service):
     assert writable == (["cache:/var/cache/clip-embed"] if service is COMPOSE else [])
 
 
-def test_compose_lets_no_other_machine_in_but_through_the_proxy():
+def test_compose_publishes_only_the_proxy_to_other_machines():
     assert [port.rpartition(":")[0] for port in COMPOSE["ports"]] == [f"127.0.0.1:800{i}" for i in range(3)]
     assert PROXY["ports"] == ["8443:8443"]
 
 
-def test_the_proxy_is_told_every_variable_of_its_template():
+def test_the_proxy_gets_every_variable_of_its_template():
     template = (ROOT / "deploy" / "nginx" / "default.conf.template").read_text()
     assert set(re.findall(r"\$\{(\w+)}", template)) == set(PROXY["environment"])
     assert PROXY["environment"]["TRITON_HTTP"] == "triton:8000"
@@ -556,18 +556,18 @@ def test_the_proxy_waits_for_as_long_as_a_start_may_take():
     assert COMPOSE["healthcheck"] == {"start_period": f"{READY_TIMEOUT_S:.0f}s"}
 
 
-def test_the_containers_keys_close_it_too_and_are_shown_nowhere():
+def test_the_containers_keys_restrict_its_server_and_are_not_shown():
     keys = {"CLIP_ADMIN_KEY": "an-admin-key-of-some-length", "CLIP_API_KEY": "an-api-key-of-some-length"}
     settings = Settings.from_environment(keys)
     access = options_in(["tritonserver"], settings.keys).access
     assert (access.admin_key, access.api_key) == tuple(keys.values())
     assert not any(key in repr(settings) for key in keys.values())
-    assert options_in(["tritonserver"]).access.admin_key  # one of its own
+    assert options_in(["tritonserver"]).access.admin_key  # generated
 
 
 @pytest.mark.parametrize("flag", ["--grpc-use-ssl=true", "--grpc-use-ssl-mutual=true"])
 def test_tls_of_tritonserver_itself_is_refused_before_anything_is_built(flag, monkeypatch, capsys):
-    monkeypatch.setattr(entrypoint, "prepare", lambda *_, **__: pytest.fail("it came to the build"))
+    monkeypatch.setattr(entrypoint, "prepare", lambda *_, **__: pytest.fail("the build was reached"))
     monkeypatch.setattr(entrypoint.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         entrypoint.main([flag, "--grpc-server-cert=c"])
@@ -576,8 +576,8 @@ def test_tls_of_tritonserver_itself_is_refused_before_anything_is_built(flag, mo
 
 
 @pytest.mark.parametrize("fallback", [False, True])
-def test_a_plan_whose_vectors_are_wrong_stops_the_container_or_gives_way_to_onnx(fallback, monkeypatch, capsys):
-    """As one does that cannot be built."""
+def test_a_plan_with_wrong_vectors_stops_the_container_or_falls_back_to_onnx(fallback, monkeypatch, capsys):
+    """As with a plan that cannot be built."""
     starts = []
 
     class PlanIsWrong:
@@ -607,13 +607,13 @@ def test_a_plan_whose_vectors_are_wrong_stops_the_container_or_gives_way_to_onnx
     assert [one.config_name for one in starts] == (["trt", None] if fallback else ["trt"])
     assert all(one.check_vectors and one.models == entrypoint.served_folder() for one in starts)
     assert all(one.open_metadata is fallback for one in starts)
-    said = capsys.readouterr().err
-    assert "worst cosine 0.5 is under 0.999" in said
-    assert ("serving the ONNX model" in said) == fallback
+    log = capsys.readouterr().err
+    assert "worst cosine 0.5 is under 0.999" in log
+    assert ("serving the ONNX model" in log) == fallback
 
 
 @pytest.mark.parametrize("changes", [{}, {"skip_build": True}, {"fallback": True}])
-def test_a_graph_that_is_not_its_manifests_is_neither_served_nor_built_of(container, tmp_path, changes):
+def test_a_graph_that_does_not_match_its_manifest_is_neither_served_nor_built_from(container, tmp_path, changes):
     module = engines()
     container.install(module)
     (tmp_path / "onnx" / "manifest.json").write_text(json.dumps({"sha256": "0" * 64}))
@@ -622,7 +622,7 @@ def test_a_graph_that_is_not_its_manifests_is_neither_served_nor_built_of(contai
     assert not module.built
 
 
-def test_the_document_names_every_variable():
+def test_container_md_names_every_variable():
     text = (ROOT / "docs" / "container.md").read_text()
     assert set(re.findall(r"`((?:TRT|CLIP|SKIP)_[A-Z0-9_]+)`", text.split("## What it needs")[0])) == variables()
 
@@ -661,7 +661,7 @@ except health.ToolError:
 
 
 def test_what_the_dockerfile_copies_is_enough_to_start(tmp_path):
-    """The image's folders at another place, and a tritonserver that only says what it was given."""
+    """With the image's folders in another place, and a fake tritonserver that prints its arguments."""
     image, onnx, binaries = tmp_path / "opt" / "clip", tmp_path / "onnx", tmp_path / "bin"
     ignore = shutil.ignore_patterns("*.onnx", "*.plan", "*.json", "sample.npz", "__pycache__")  # as .dockerignore
     for source, target in re.findall(r"^COPY (models|tools/\S+|client/\S+) /opt/clip/(\S+)$", DOCKERFILE, re.MULTILINE):
@@ -691,14 +691,14 @@ def test_what_the_dockerfile_copies_is_enough_to_start(tmp_path):
         text=True,
         check=False,
     )
-    said = [line for line in done.stderr.splitlines() if "shm-region-prefix-name" not in line]
-    closed = [said.pop(8).partition(":clip-admin-key=") for _ in range(2)]
+    log = [line for line in done.stderr.splitlines() if "shm-region-prefix-name" not in line]
+    closed = [log.pop(8).partition(":clip-admin-key=") for _ in range(2)]
     assert [flag.partition("=")[0] for flag, _, _ in closed] == ["--grpc-restricted-protocol", "--http-restricted-api"]
     assert all(len(key) >= 32 for _, _, key in closed)
     assert done.returncode == 1, done.stderr
-    assert said[0].startswith("clip-embed: starting tritonserver ")
-    assert said[-1].startswith("clip-embed: tritonserver ended with exit code 0")
-    assert said[1:-1] == [
+    assert log[0].startswith("clip-embed: starting tritonserver ")
+    assert log[-1].startswith("clip-embed: tritonserver ended with exit code 0")
+    assert log[1:-1] == [
         f"--model-repository={served}",
         "--model-control-mode=explicit",
         "--load-model=clip_ensemble",
@@ -719,7 +719,7 @@ def test_what_the_dockerfile_copies_is_enough_to_start(tmp_path):
 
 
 def test_the_entry_point_and_swap_need_only_what_the_image_has(tmp_path):
-    """container.txt's packages by import name, our two, and nothing else that this environment has."""
+    """Only the packages of container.txt and this project's two can be imported."""
     (tmp_path / "model.onnx").touch()
     pinned = re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements" / "container.txt").read_text(), re.MULTILINE)
     import_names = {"pillow": "PIL", "grpcio": "grpc", "protobuf": "google", "python-rapidjson": "rapidjson"}
@@ -734,12 +734,12 @@ def test_the_entry_point_and_swap_need_only_what_the_image_has(tmp_path):
     assert done.stdout == "tritonserver\n"
 
 
-def test_where_it_listens_is_read_off_the_servers_flags():
+def test_the_servers_addresses_are_read_from_its_flags():
     options = options_in(["tritonserver", "--grpc-port=1", "--http-port", "2", "--grpc-port=3", "--log-verbose=1"])
     assert (options.grpc_url, options.http_url) == ("grpc://localhost:3", "http://localhost:2")
     assert options.metrics_url == "http://localhost:8002/metrics"
     assert options_in(["tritonserver", "--grpc-address=[::1]"]).grpc_url == "grpc://[::1]:8001"
-    assert options_in([]).grpc_port == 8001  # the container's arguments, as a rule
+    assert options_in([]).grpc_port == 8001  # the container usually has no arguments
 
 
 FAKE_DRIVER = """
@@ -754,7 +754,7 @@ int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "NVIDIA L4
 int cuDeviceGetAttribute(int *value, int which, int device) { *value = which == 75 ? 8 : 9; return state(); }
 int cuDriverGetVersion(int *version) { *version = 13020; return 0; }
 """
-ASKED_AGAIN_IN_A_FORK = """
+DETECT_GPU_IN_A_FORK = """
 from clip_tools.container.build import _in_subprocess
 from clip_tools.gpu import find_gpu
 print(find_gpu(), flush=True)
@@ -762,15 +762,15 @@ _in_subprocess(lambda: print(find_gpu(), flush=True))
 """
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, for a driver that is pretended")
-def test_the_gpu_is_still_there_in_the_fork_that_builds(tmp_path):
-    """The entry point looks for it first, and CUDA does not outlive a fork."""
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, for a fake driver")
+def test_the_forked_build_still_detects_the_gpu(tmp_path):
+    """The entry point looks for it before the fork, and CUDA does not survive a fork."""
     (tmp_path / "cuda.c").write_text(FAKE_DRIVER)
     subprocess.run(
         ["cc", "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), str(tmp_path / "cuda.c")], check=True
     )
     done = subprocess.run(
-        [sys.executable, "-c", ASKED_AGAIN_IN_A_FORK],
+        [sys.executable, "-c", DETECT_GPU_IN_A_FORK],
         env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -780,13 +780,13 @@ def test_the_gpu_is_still_there_in_the_fork_that_builds(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--http-port=abc"], ["--http-port"], ["--grpc-port=-1"]])
-def test_a_port_that_is_none_is_a_wrong_use(flags):
+def test_an_invalid_port_is_a_usage_error(flags):
     with pytest.raises(ToolError, match=r"-port: expected a whole number, got '") as caught:
         options_in(flags)
     assert caught.value.exit_code == 2
 
 
-def test_what_cannot_be_read_is_one_line(monkeypatch, capsys):
+def test_an_unreadable_file_exits_1_with_one_line_that_names_the_user(monkeypatch, capsys):
     def prepare(*_, **__):
         raise PermissionError(13, "Permission denied", "/onnx/model.onnx")
 
@@ -799,6 +799,6 @@ def test_what_cannot_be_read_is_one_line(monkeypatch, capsys):
     assert "Permission denied: '/onnx/model.onnx': user " in line
 
 
-def test_the_best_batch_is_never_over_the_largest():
+def test_the_default_opt_batch_is_at_most_the_max_batch():
     assert Settings.from_environment({"TRT_MAX_BATCH": "4"}).opt_batch == 4
     assert Settings.from_environment({"TRT_MAX_BATCH": "32"}).opt_batch == 16
