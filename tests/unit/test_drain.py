@@ -1,4 +1,4 @@
-"""What a server answers before it is told to end; on a real one: tests/e2e/test_faults.py."""
+"""`drain` unloads the ensembles and waits for their requests. tests/e2e/test_faults.py shows it on a real server."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ KEY = {"clip-admin-key": "0123456789abcdef"}
 
 @pytest.fixture
 def server():
-    """A server whose ensemble is unloading when it is asked for the first two times."""
+    """A server that reports the text ensemble as UNLOADING twice, then as UNAVAILABLE. It requires the admin key."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -42,7 +42,7 @@ def server():
         thread.join()
 
 
-def test_it_waits_until_the_ensemble_has_answered(server):
+def test_drain_unloads_the_ensembles_and_waits_until_none_is_unloading(server):
     drain(server.url, KEY, 30)
     index = ("/v2/repository/index", KEY["clip-admin-key"])
     names = ("clip_ensemble", "clip_text_ensemble")
@@ -50,13 +50,13 @@ def test_it_waits_until_the_ensemble_has_answered(server):
     assert server.asked == [*unloads, *[index] * 3]
 
 
-def test_it_waits_no_longer_than_it_may(server):
+def test_drain_returns_after_its_timeout(server):
     server.unloaded_after = 1_000_000
     began = time.monotonic()
     drain(server.url, KEY, 0.3)
     assert time.monotonic() - began < 10
 
 
-def test_a_server_that_refuses_is_an_error(server):
+def test_a_server_that_refuses_the_key_is_an_error(server):
     with pytest.raises(OSError, match="403"):
         drain(server.url, {"clip-admin-key": "another"}, 30)

@@ -1,4 +1,4 @@
-"""`clip-embed duplicates`: which photographs are one group, which one is kept, and that no only copy is offered up."""
+"""`clip-embed duplicates`: how photographs are grouped, which one is kept, and that the only copy is no duplicate."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ run = partial(run_here, text=True)
 
 
 def vector(angle: float) -> np.ndarray:
-    """In one plane, so that the cosine of two is that of their angles' difference, in degrees."""
+    """A unit vector at this angle, in degrees. The cosine of two vectors is the cosine of the angle between them."""
     rows = np.zeros(512, np.float32)
     rows[:2] = np.cos(np.radians(angle)), np.sin(np.radians(angle))
     return rows
@@ -52,15 +52,15 @@ def groups_of(name: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("ending", ["npy", "parquet"])
-def test_what_hangs_together_is_a_group_and_the_best_comes_first(here, ending):
-    """a-b and b-c are near enough, a-c are not: one group, of a chain. The largest picture is kept."""
+def test_connected_photographs_are_one_group_with_the_best_first(here, ending):
+    """a-b and b-c are near enough, a-c is not: a chain is one group. The largest picture comes first."""
     if ending == "parquet":
         pytest.importorskip("pyarrow.parquet", reason="pip install 'clip-embed[parquet]'")
     for name, size_px in {"a.jpg": 8, "b.jpg": 64, "c.jpg": 16, "other.jpg": 99, "x.jpg": 8, "y.jpg": 8}.items():
         photograph(name, size_px=size_px, age_s=name == "y.jpg")
     angles = {"a.jpg": 0, "b.jpg": 12, "c.jpg": 24, "failed.jpg": None, "other.jpg": 90, "x.jpg": 150, "y.jpg": 151}
     if ending == "parquet":
-        del angles["failed.jpg"]  # which has no row there
+        del angles["failed.jpg"]  # a Parquet file has no rows for failed images
     library(f"v.{ending}", angles, Provenance("ViT-B-16", "tag", "exact"))
     done = run("duplicates", f"v.{ending}", "--json", "d.json", "--csv", "d.csv")
     assert (done.returncode, done.stdout) == (0, "")
@@ -94,7 +94,7 @@ def test_what_hangs_together_is_a_group_and_the_best_comes_first(here, ending):
         ("newest", "new large big old"),
     ],
 )
-def test_the_one_to_keep_is_chosen_as_asked(here, keep, order):
+def test_keep_chooses_which_photograph_is_kept(here, keep, order):
     photograph("large.jpg", size_px=80, age_s=5)
     photograph("big.jpg", size_px=16, age_s=10)
     with Path("big.jpg").open("ab") as file:
@@ -107,8 +107,8 @@ def test_the_one_to_keep_is_chosen_as_asked(here, keep, order):
     assert groups_of("d.json") == [[f"{name}.jpg" for name in order.split()]]
 
 
-def test_neither_a_file_that_is_gone_nor_its_own_other_name_makes_a_duplicate(here):
-    """Who then removed all but one of each group would lose the only copy. Nor do they hold a chain together."""
+def test_missing_files_and_other_names_of_a_file_are_no_duplicates(here):
+    """A user who deletes all but one of each group would lose the only copy. Nor do such files connect a chain."""
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         photograph(name)
     os.link("a.jpg", "hard.jpg")
@@ -121,7 +121,7 @@ def test_neither_a_file_that_is_gone_nor_its_own_other_name_makes_a_duplicate(he
     assert "3 that are other names of the same files" in done.stderr
 
 
-def test_what_cannot_be_read_is_said_and_any_name_is_written(here):
+def test_unreadable_and_changed_images_are_reported_and_any_file_name_is_written_safely(here):
     names = ["</script><img src=x>.jpg", "caf\udce9\n.jpg"]
     for name in names:
         photograph(name)
@@ -151,7 +151,7 @@ def test_what_cannot_be_read_is_said_and_any_name_is_written(here):
         (["there.npy", "--html", "no/such/d.html"], "No such file or directory"),
     ],
 )
-def test_a_users_mistake_is_a_sentence(here, arguments, says):
+def test_a_usage_error_exits_2_with_the_reason(here, arguments, says):
     photograph("a.jpg")
     library("v.npy", {"nowhere.jpg": 0})
     library("there.npy", {"a.jpg": 0})
@@ -163,7 +163,7 @@ def test_a_users_mistake_is_a_sentence(here, arguments, says):
     assert says in " ".join(done.stderr.split())
 
 
-def test_nothing_alike_is_no_group_and_a_page_all_the_same(here):
+def test_without_duplicates_there_is_no_group_but_the_page_is_written(here):
     photograph("a.jpg")
     library("v.npy", {"a.jpg": 0})
     done = run("duplicates", "v.npy", "--html", "d.html", "--csv", "d.csv")

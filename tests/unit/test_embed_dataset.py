@@ -1,4 +1,4 @@
-"""What `embed-dataset` writes, without Ray: the e2e test has the job itself."""
+"""The parts that `clip-tools embed-dataset` reads and writes, without Ray. tests/e2e/test_ray.py runs whole jobs."""
 
 import re
 import subprocess
@@ -45,15 +45,15 @@ def test_parts_of_different_weights_are_refused(tmp_path):
         read_library(tmp_path)
 
 
-def test_a_part_is_not_resumed_as_a_file_of_clip_embed(tmp_path):
-    """It would lose its errors."""
+def test_clip_embed_cannot_resume_a_part(tmp_path):
+    """Resuming would lose the errors in the part."""
     write(tmp_path / "a.parquet", ["empty"])
     with pytest.raises(UnusableOutput, match="expected the columns of clip-embed"):
         list(parquet.read_images(tmp_path / "a.parquet"))
 
 
 def test_files_of_a_uri_are_listed_and_read_by_pyarrow(tmp_path):
-    """Here by pyarrow's local file system, in the place of an object store's."""
+    """pyarrow's local file system stands in for that of an object store."""
     fs = pytest.importorskip("pyarrow.fs")
     (tmp_path / "a").mkdir()
     for name in ("a/1.jpg", "a/2.txt", "a/._1.jpg"):
@@ -70,7 +70,7 @@ def test_files_of_a_uri_are_listed_and_read_by_pyarrow(tmp_path):
         not_there.read(9)
 
 
-def test_nothing_else_imports_ray():
+def test_only_embed_dataset_imports_ray():
     code = "import clip_embed.cli, clip_tools.cli, clip_tools.embed_dataset, sys; print('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     importing = re.compile(r"^\s*(import|from) ray\b", re.MULTILINE)

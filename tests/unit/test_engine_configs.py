@@ -1,4 +1,4 @@
-"""The configurations that choose an engine: what each asks for, and what docs/engines.md says of it."""
+"""The named configurations that choose an engine: their settings, and their description in docs/engines.md."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ SECTION = (ROOT / "docs" / "engines.md").read_text().split("## Choosing and swap
 
 
 def engine(config_name: str | None):
-    """The model that makes embeddings in a deployment of this name."""
+    """The model that computes the embeddings in this deployment."""
     return deployment(MODELS, config_name)[-2]
 
 
@@ -31,18 +31,18 @@ def buckets(config) -> list[int]:
     return [warmup.batch_size for warmup in config.model_warmup]
 
 
-def test_the_table_names_every_configuration_and_no_other():
+def test_the_documented_table_lists_every_configuration_and_no_other():
     named = re.findall(r"^\| `([a-z0-9-]+)` \|", SECTION, re.MULTILINE)
     assert sorted(named) == config_names(MODELS)
 
 
-def test_which_configurations_verify_holds_to_open_clips_own_pixels():
+def test_all_configurations_except_fast_and_gpu_have_exact_pixels():
     near = [name for name in config_names(MODELS) if not has_exact_pixels(Engine(config_name=name, models=MODELS))]
     assert near == ["fast", "gpu"]
     assert has_exact_pixels(Engine(models=MODELS))
 
 
-def test_the_commands_are_verbs_and_options_that_exist():
+def test_the_documented_commands_use_existing_verbs_and_options():
     import typer
 
     from clip_tools.cli import app
@@ -56,7 +56,7 @@ def test_the_commands_are_verbs_and_options_that_exist():
     assert {line.split()[1] for line in lines if line.startswith("swap")} <= set(config_names(MODELS))
 
 
-def test_onnx_is_the_default_under_a_name():
+def test_onnx_is_the_name_of_the_default_configuration():
     assert read_config(MODELS, "clip_ensemble", "onnx") == read_config(MODELS, "clip_ensemble")
     assert [model.config for model in deployment(MODELS, "onnx")] == [model.config for model in deployment(MODELS)]
 
@@ -77,7 +77,7 @@ def test_each_name_runs_its_own_model_and_file(name, model, file):
     assert engine(name).file.name == file
 
 
-def test_ort_trt_gives_the_profile_the_caches_and_the_precision_to_onnx_runtime():
+def test_ort_trt_sets_the_profile_caches_and_precision_of_onnx_runtime():
     (provider, options), (fallback, _), _ = plan_of("ort-trt", "GPU").providers
     assert (provider, fallback) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
     sizes = {key: options[f"trt_profile_{key}_shapes"] for key in ("min", "opt", "max")}
@@ -87,7 +87,7 @@ def test_ort_trt_gives_the_profile_the_caches_and_the_precision_to_onnx_runtime(
 
 
 @pytest.mark.parametrize("name", ["onnx", "ort-fp16", "trt", "ort-trt"])
-def test_each_engine_of_a_gpu_is_warmed_up_in_the_batches_that_the_embedded_server_runs(name):
+def test_each_gpu_engine_is_warmed_up_with_every_batch_size_of_the_embedded_server(name):
     config = engine(name).config
     Machine(cores=16, has_gpu=True).apply_to(config)
     assert buckets(config) == bucket_sizes(config.max_batch_size)
@@ -107,8 +107,8 @@ def test_the_cuda_graphs_cover_every_batch_once_and_each_is_warmed_up():
     assert set(config.dynamic_batching.preferred_batch_size) < set(buckets(config))
 
 
-def test_no_configuration_that_a_gpu_may_run_has_an_accelerator_of_the_cpu():
-    """Triton's native backend of ONNX Runtime would append it there."""
+def test_no_configuration_for_a_gpu_has_a_cpu_accelerator():
+    """Triton's native ONNX Runtime backend would add it on a GPU too."""
     looked = []
     for path in [*MODELS.glob("*/config.pbtxt"), *MODELS.glob("*/configs/*.pbtxt")]:
         config = read_config(MODELS, path.relative_to(MODELS).parts[0], path.stem)
@@ -119,7 +119,7 @@ def test_no_configuration_that_a_gpu_may_run_has_an_accelerator_of_the_cpu():
 
 
 @pytest.mark.parametrize("name", ["onnx", "ort-fp16"])
-def test_the_cuda_provider_runs_graphs_and_looks_for_no_convolution(name):
+def test_the_cuda_provider_uses_cuda_graphs_and_heuristic_convolution_search(name):
     plan = plan_of(name, "GPU")
     assert plan.graphs
     assert plan.providers[0][1]["cudnn_conv_algo_search"] == "HEURISTIC"

@@ -1,4 +1,4 @@
-"""The GPU host's environment: all of one CUDA, and the CUDA provider's libraries where the server's Python looks."""
+"""The GPU host's environment: one CUDA version, and the server's Python finds the CUDA provider's libraries."""
 
 import json
 import mmap
@@ -17,14 +17,15 @@ from clip_tools.paths import BACKENDS, ROOT
 
 REQUIREMENTS = ROOT / "requirements"
 LATER = ["libcudnn.so.9", "libcufft.so.12", "libnvrtc.so.13"]  # opened when an operator needs them
-DRIVER = {"libcuda.so.1", "libnvidia-ml.so.1"}  # the driver's own: no wheel has them
+DRIVER = {"libcuda.so.1", "libnvidia-ml.so.1"}  # part of the driver: no wheel has them
 
 SERVER = """
 import json
 from clip_tools.serving.tritonserver import find_installation
 print(json.dumps(find_installation().environment))
 """
-# Run by the Python that the server's models see, in the server's environment. What is missing, and a CUDA session.
+# Run by the Python of the server's models, in the server's environment. Prints which libraries are missing, and whether
+# a CUDA session opens.
 PROBE = """
 import ctypes, json, sys
 sys.path.append(sys.argv[1])
@@ -51,7 +52,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def needed(library: Path) -> list[str]:
-    """The names of the libraries that an ELF file of 64 bits links to."""
+    """The names of the libraries that a 64-bit ELF file links to."""
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as elf:
         (table,), (size, count) = struct.unpack_from("<Q", elf, 32), struct.unpack_from("<HH", elf, 54)
         headers = [
@@ -66,7 +67,7 @@ def needed(library: Path) -> list[str]:
 
 
 def check(python: Path, model: Path) -> None:
-    """Every library of the CUDA provider resolves for the server's Python, save the driver's."""
+    """Assert that the server's Python finds every library of the CUDA provider, except those of the driver."""
     tools = {**os.environ, "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT / 'client'}"}
     environment = json.loads(subprocess.run([python, "-c", SERVER], env=tools, check=True, capture_output=True).stdout)
     (provider,) = python.parents[1].glob("lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so")
@@ -81,7 +82,7 @@ def check(python: Path, model: Path) -> None:
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["missing"] == {}
-    if find_gpu() is None:  # then ONNX Runtime misses the driver and nothing else, and the load fails
+    if find_gpu() is None:  # then ONNX Runtime lacks only the driver, and the load fails
         assert "CUDAExecutionProvider is asked for, but ONNX Runtime fell back to CPUExecutionProvider" in found["said"]
         assert set(re.findall(r"error: (\S+): cannot open shared object", done.stderr)) <= DRIVER
     else:
@@ -91,12 +92,12 @@ def check(python: Path, model: Path) -> None:
 def test_both_environments_have_the_same_versions():
     cpu, gpu = pins("all.txt"), pins("gpu.txt")
     assert {name: (cpu[name], gpu[name]) for name in cpu.keys() & gpu.keys() if cpu[name] != gpu[name]} == {}
-    assert cpu.keys() - gpu.keys() == {"onnxruntime-openvino"}  # they share one import name
+    assert cpu.keys() - gpu.keys() == {"onnxruntime-openvino"}  # it has the import name of onnxruntime-gpu
     assert "onnxruntime-gpu" in gpu and "torch" in gpu
 
 
-def test_all_of_the_gpu_environment_is_of_one_cuda():
-    """That of PyTorch's toolkit, whose major version the other packages have in their names or as their own."""
+def test_all_packages_of_the_gpu_environment_are_for_one_cuda_version():
+    """The version of PyTorch's CUDA toolkit. The others have its major version in their name or as their version."""
     gpu = pins("gpu.txt")
     major = gpu["cuda-toolkit"].split(".")[0]
     of_cuda = {name: match[1] for name in [*gpu, *pins("tensorrt.txt")] if (match := re.search(r"-cu(\d+)", name))}
@@ -113,7 +114,7 @@ def test_the_pins_have_hashes_and_name_no_index(name):
     assert len(re.findall(r"^[\w.-]+==\S+ \\\n    --hash=sha256:", text, re.MULTILINE)) == len(pins(name))
 
 
-def test_tensorrt_is_the_one_that_the_tensorrt_provider_links_to():
+def test_the_pinned_tensorrt_is_the_version_that_the_tensorrt_provider_links_to():
     provider = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
     if not provider.is_file():
         pytest.skip("this environment's onnxruntime has no TensorRT provider: make setup-gpu")
@@ -128,8 +129,8 @@ def test_the_servers_python_finds_the_cuda_providers_libraries(onnx_model):
 
 
 @pytest.mark.long
-def test_they_are_found_in_a_fresh_environment_from_the_pins(onnx_model, tmp_path):
-    """Some GB from the package index, or from uv's cache."""
+def test_the_libraries_are_found_in_a_fresh_environment_from_the_pins(onnx_model, tmp_path):
+    """Downloads some GB, or takes them from uv's cache."""
     uv, python = Path(sys.executable).with_name("uv"), tmp_path / "venv" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     sync = [uv, "pip", "sync", "-q", "--python", python, "--require-hashes", REQUIREMENTS / "gpu.txt"]

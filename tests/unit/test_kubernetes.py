@@ -1,4 +1,4 @@
-"""The manifests of `deploy/kubernetes` as kustomize renders them: valid, and of one piece with the image and Triton."""
+"""The manifests of `deploy/kubernetes` as kustomize renders them: valid, and consistent with the image and Triton."""
 
 import re
 import subprocess
@@ -31,8 +31,8 @@ def of_kind(manifests: list[dict], kind: str) -> dict:
 
 @pytest.mark.parametrize("version", API_VERSIONS)
 @pytest.mark.parametrize("folder", [*(f"overlays/{name}" for name in OVERLAYS), "monitoring"])
-def test_each_manifest_is_what_the_api_takes(folder, version):
-    """Strictly: a field that it does not know is an error. The operator's own kinds have no schema here."""
+def test_each_manifest_is_valid_for_the_kubernetes_api(folder, version):
+    """Unknown fields are errors. Kinds of the Prometheus operator are left out: there is no schema for them here."""
     checked = [manifest for manifest in rendered(folder) if "coreos.com" not in manifest["apiVersion"]]
     assert checked
     for manifest in checked:
@@ -40,7 +40,7 @@ def test_each_manifest_is_what_the_api_takes(folder, version):
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_each_selector_finds_the_servers_pods_and_only_clients_reach_them(name):
+def test_each_selector_matches_the_servers_pods_and_only_clients_may_connect(name):
     manifests = rendered(f"overlays/{name}")
     spec = of_kind(manifests, "Deployment")["spec"]
     labels = spec["template"]["metadata"]["labels"]
@@ -53,7 +53,7 @@ def test_each_selector_finds_the_servers_pods_and_only_clients_reach_them(name):
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_a_pod_has_what_the_container_needs(name):
-    """Variables of docs/container.md, ports by name, and somewhere to write under a read-only root."""
+    """It has only variables of docs/container.md, named ports, and writable folders under a read-only root."""
     (container,) = of_kind(manifests := rendered(f"overlays/{name}"), "Deployment")["spec"]["template"]["spec"][
         "containers"
     ]
@@ -78,7 +78,7 @@ def test_a_pod_has_what_the_container_needs(name):
     }[name]
 
 
-def test_the_autoscaler_asks_for_what_the_adapter_gives():
+def test_the_autoscaler_uses_the_metric_that_the_adapter_provides():
     scaler = of_kind(manifests := rendered("monitoring"), "HorizontalPodAutoscaler")["spec"]
     (rule,) = yaml.safe_load((KUBERNETES / "monitoring" / "adapter-rules.yaml").read_text())["rules"]["custom"]
     assert scaler["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"]
@@ -87,11 +87,11 @@ def test_the_autoscaler_asks_for_what_the_adapter_gives():
     monitor = of_kind(manifests, "ServiceMonitor")["spec"]
     service = of_kind(rendered("overlays/gpu"), "Service")
     assert service["metadata"]["labels"].items() >= monitor["selector"]["matchLabels"].items()
-    assert service["metadata"]["labels"][monitor["jobLabel"]] == "clip"  # the job of alerts and dashboard
+    assert service["metadata"]["labels"][monitor["jobLabel"]] == "clip"  # the job that alerts and dashboard select
     assert monitor["endpoints"][0]["port"] in {port["name"] for port in service["spec"]["ports"]}
 
 
-def test_the_pages_command_makes_a_prometheus_rule_of_all_alerts():
+def test_the_documented_command_makes_a_prometheus_rule_of_all_alerts():
     page = (ROOT / "docs" / "kubernetes.md").read_text()
     (command,) = re.findall(r"^    \{ printf .*?$\n.*? \| kubectl apply -f -$", page, re.MULTILINE)
     shell = command.replace("kubectl apply -f -", "cat")
@@ -102,10 +102,10 @@ def test_the_pages_command_makes_a_prometheus_rule_of_all_alerts():
 
 
 def instances_by_gpu(config, gpus: int) -> list[int]:
-    """How many instances of a model Triton makes on each GPU, as its page on instance groups says; none for the CPU.
+    """The number of instances that Triton creates on each GPU, as in its documentation of instance groups.
 
-    A group makes `count` on each GPU that it names, and on every GPU where it names none; KIND_AUTO takes GPUs where
-    there are some.
+    A group creates `count` instances on each GPU that it names, or on every GPU if it names none. KIND_AUTO uses GPUs
+    if there are any; KIND_CPU uses none.
     """
     made = [0] * gpus
     for group in config.instance_group:
@@ -116,8 +116,8 @@ def instances_by_gpu(config, gpus: int) -> list[int]:
 
 
 @pytest.mark.parametrize("config_name", [None, *config_names(MODELS)])
-def test_an_engine_is_made_once_on_each_gpu_of_the_host(config_name):
-    """One queue before them all. Those that run on the CPU have none there."""
+def test_an_engine_has_one_instance_on_each_gpu(config_name):
+    """One queue feeds all GPUs. CPU engines have no instance on a GPU."""
     engine = engine_of(deployment(MODELS, config_name))
     expected = 0 if config_name in ("cpu-fp32", "cpu-bf16") else 1
     for gpus in (1, 4, 8):

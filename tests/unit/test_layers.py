@@ -1,4 +1,4 @@
-"""Who may import whom inside `clip_tools`, as CONTRIBUTING.md says."""
+"""Which packages of `clip_tools` may import which, as in CONTRIBUTING.md."""
 
 import ast
 import graphlib
@@ -8,7 +8,7 @@ from pathlib import Path
 from clip_tools.paths import ROOT
 
 TOOLS = ROOT / "tools" / "clip_tools"
-# From the lowest; a layer may import those before it, and itself. A name is a package or a module of clip_tools.
+# Lowest first. A layer may import itself and those before it. A name is a package or a module of clip_tools.
 LAYERS = [
     {
         "c_libraries",
@@ -40,7 +40,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
 def imports_of(file: Path) -> Iterator[str]:
-    """The modules of clip_tools that a file imports, anywhere in it: "serving.serve"."""
+    """The modules of clip_tools that a file imports, such as "serving.serve". Imports inside functions count too."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "clip_tools":
             for name in node.names:
@@ -71,6 +71,5 @@ def test_no_module_imports_one_of_a_later_layer():
     assert upward == []
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    """Also where an import is inside a function."""
-    list(graphlib.TopologicalSorter(graph()).static_order())  # raises CycleError, with the cycle
+def test_there_is_no_import_cycle():
+    list(graphlib.TopologicalSorter(graph()).static_order())  # raises CycleError, which names the cycle

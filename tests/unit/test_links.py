@@ -1,4 +1,4 @@
-"""The relative links of every Markdown page lead to a file, and to a heading where they name one."""
+"""The relative links of every Markdown page lead to an existing file and heading."""
 
 import re
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ def prose(page: Path) -> str:
 
 
 def links(page: Path) -> Iterator[str]:
-    """The targets of its links and pictures that are in this repository."""
+    """The targets of the page's links and pictures within this repository."""
     text = re.sub(r"`[^`\n]*`", "", prose(page))
     return (link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link))
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub makes of its headings."""
+    """The anchors that GitHub gives the page's headings."""
     headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -45,7 +45,7 @@ def test_every_link_leads_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_source_file_that_a_page_names_exists(page):
-    """`models/preprocess/config.pbtxt` from the top, `serving/access.py` from the tools; NAME and the like for any."""
+    """A path may start at the root, `tools` or `clip_tools`. Paths with a placeholder such as NAME are skipped."""
     named = set(re.findall(r"`([\w.-]+/[\w./-]+\.(?:py|c|cu|pbtxt|sh|ya?ml|md))`", prose(page)))
     tops = (ROOT, ROOT / "tools", ROOT / "tools" / "clip_tools")
     named = {path for path in named if not re.search("NAME|MODEL|BACKEND", path)}

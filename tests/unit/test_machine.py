@@ -1,4 +1,4 @@
-"""What the start makes of the repository for the machine that it is on."""
+"""How the start of a server adapts the model repository to its machine."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ GPU_HOST = Machine(cores=16, has_gpu=True)
 
 
 def group(root: Path, path: str, limit: str, *, mine: str = "/a/b") -> Path:
-    """A machine whose control group at `path` has this `cpu.max`, with this process in the one at `mine`."""
+    """A root folder where the cgroup at `path` has this `cpu.max`, and this process is in the cgroup at `mine`."""
     (root / "proc" / "self").mkdir(parents=True, exist_ok=True)
     (root / "proc" / "self" / "cgroup").write_text(f"0::{mine}\n")
     folder = root / "sys" / "fs" / "cgroup" / path
@@ -28,18 +28,18 @@ def group(root: Path, path: str, limit: str, *, mine: str = "/a/b") -> Path:
     [
         ("a/b", "max 100000", 16),
         ("a/b", "400000 100000", 4),
-        ("a", "150000 100000", 2),  # of a group around it; half a core counts as one
+        ("a", "150000 100000", 2),  # of the parent cgroup; half a core counts as one
         ("", "5000 100000", 1),
-        ("a/c", "100000 100000", 16),  # another's
+        ("a/c", "100000 100000", 16),  # of another process
         ("a/b", "6400000 100000", 16),
     ],
 )
-def test_the_cores_are_those_that_the_control_group_lets_it_use(tmp_path, monkeypatch, path, limit, cores):
+def test_available_cores_respect_the_cpu_limit_of_the_cgroup(tmp_path, monkeypatch, path, limit, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     assert available_cores(group(tmp_path, path, limit)) == cores
 
 
-def test_without_control_groups_the_cores_are_those_of_its_affinity(tmp_path, monkeypatch):
+def test_without_cgroups_available_cores_are_those_of_the_affinity(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
     assert available_cores(tmp_path) == 2
 
@@ -57,7 +57,7 @@ def test_without_control_groups_the_cores_are_those_of_its_affinity(tmp_path, mo
         (64, True, 56),
     ],
 )
-def test_preprocess_has_nearly_every_core(cores, has_gpu, instances):
+def test_preprocess_gets_nearly_every_core(cores, has_gpu, instances):
     assert Machine(cores, has_gpu).preprocess_instances == instances
 
 
@@ -68,23 +68,23 @@ def count(models: Path, config_name: str | None = None) -> int:
 
 
 @pytest.mark.parametrize("config_name", [None, "fast", "upright"])
-def test_every_configuration_that_is_served_has_the_machines_processes(tmp_path, config_name):
+def test_served_configurations_get_as_many_preprocess_instances_as_the_machine_allows(tmp_path, config_name):
     write_served_repository(MODELS, tmp_path / "models", GPU_HOST)
     assert count(tmp_path / "models", config_name) == 14
     assert count(MODELS, config_name) == 2
     assert GPU_HOST.describe_preprocess(MODELS, config_name) == "14 processes for preprocess on 16 cores"
 
 
-def test_in_mode_gpu_the_processes_are_those_of_the_configuration_unless_the_user_says_another(tmp_path):
-    """Each has a context and memory on the GPU: fourteen would fill it."""
+def test_in_mode_gpu_preprocess_keeps_its_configured_instances_unless_the_user_sets_them(tmp_path):
+    """Each process has a CUDA context and memory on the GPU; fourteen would fill it."""
     write_served_repository(MODELS, tmp_path / "models", GPU_HOST)
     assert count(tmp_path / "models", "gpu") == 4
     write_served_repository(MODELS, tmp_path / "others", Machine(16, has_gpu=True, instances=2))
     assert count(tmp_path / "others", "gpu") == 2
 
 
-def test_the_committed_repository_is_linked_also_what_comes_later(tmp_path):
-    """Built files are found; a configuration that need not change is the committed file itself."""
+def test_the_served_repository_links_to_committed_files_and_to_later_ones(tmp_path):
+    """Files that are built later appear. A configuration without changes is the committed file itself."""
     models, served = tmp_path / "models", tmp_path / "served"
     for name in ("preprocess", "clip_onnx"):
         (models / name / "1").mkdir(parents=True)
@@ -97,7 +97,7 @@ def test_the_committed_repository_is_linked_also_what_comes_later(tmp_path):
     assert "count: 2" in (models / "preprocess" / "config.pbtxt").read_text()
 
 
-def test_a_count_that_was_tuned_stays_unless_the_user_says_another():
+def test_a_tuned_instance_count_is_kept_unless_the_user_sets_one():
     tuned = read_config(MODELS, "preprocess")
     tuned.instance_group[0].ClearField("name")
     assert not GPU_HOST.apply_to(tuned)
@@ -105,7 +105,7 @@ def test_a_count_that_was_tuned_stays_unless_the_user_says_another():
     assert tuned.instance_group[0].count == 5
 
 
-def test_an_engine_is_warmed_up_beside_a_gpu_alone():
+def test_an_engine_is_warmed_up_only_if_it_runs_on_a_gpu():
     on_cpu, on_gpu, kept_off = (read_config(MODELS, "clip_onnx", name) for name in (None, None, "cpu-fp32"))
     assert not Machine(cores=2, has_gpu=False).apply_to(on_cpu)
     assert GPU_HOST.apply_to(on_gpu)

@@ -1,4 +1,4 @@
-"""A model's file is the one that its manifest describes, or it is not loaded."""
+"""A model file that does not match its manifest is not loaded."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from clip_tools.serving.manifests import check_manifests, check_towers, wrong_fi
 
 @pytest.fixture
 def models(tmp_path):
-    """The repository with two graphs, each with its manifest."""
+    """A model repository with two graphs, each with a manifest."""
     folder = tmp_path / "models"
     shutil.copytree(MODELS, folder, ignore=shutil.ignore_patterns("*.onnx", "*.plan", "manifest*.json", "__pycache__"))
     for name, manifest in (("model.onnx", "manifest.json"), ("model.fp16.onnx", "manifest.fp16.json")):
@@ -33,7 +33,7 @@ def models(tmp_path):
     return folder
 
 
-def test_files_of_their_manifests_are_let_through_without_a_word(models):
+def test_files_that_match_their_manifests_are_accepted_silently(models):
     said = []
     for name in (None, "ort-fp16"):
         check_manifests(deployment(models, name), said.append)
@@ -47,7 +47,7 @@ def test_files_of_their_manifests_are_let_through_without_a_word(models):
         ("ort-fp16", "model.fp16.onnx", "clip-tools export-onnx --precision fp16`"),
     ],
 )
-def test_another_file_is_refused_with_both_sums_and_the_command(models, config_name, file, command):
+def test_a_file_that_does_not_match_is_refused_with_both_sha256_and_the_command(models, config_name, file, command):
     path = models / "clip_onnx" / "1" / file
     expected = sha256_of(path)
     path.write_bytes(path.read_bytes() + b"\0")
@@ -56,16 +56,16 @@ def test_another_file_is_refused_with_both_sums_and_the_command(models, config_n
     for words in ("clip_onnx: ", str(path), expected, sha256_of(path), command, "replaced"):
         assert words in str(caught.value)
     assert "\n" not in str(caught.value)
-    check_manifests(deployment(models, {None: "ort-fp16", "ort-fp16": None}[config_name]))  # the other is as it was
+    check_manifests(deployment(models, {None: "ort-fp16", "ort-fp16": None}[config_name]))  # the other file is intact
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "{", '{"sha256": null}'])
-def test_a_manifest_without_a_sum_vouches_for_nothing(models, content):
+def test_a_manifest_without_a_sha256_is_refused(models, content):
     (models / "clip_onnx" / "1" / "manifest.json").write_text(content)
     assert wrong_file(models / "clip_onnx" / "1" / "model.onnx")
 
 
-def test_a_file_without_a_manifest_is_said_to_be_unchecked(models):
+def test_a_file_without_a_manifest_is_reported_as_unchecked(models):
     (models / "clip_onnx" / "1" / "manifest.json").unlink()
     said = []
     check_manifests(deployment(models), said.append)
@@ -74,7 +74,7 @@ def test_a_file_without_a_manifest_is_said_to_be_unchecked(models):
 
 
 @pytest.mark.parametrize(("graph", "lines"), [(GRAPH, 0), (GRAPH - 1, 1)])
-def test_an_earlier_versions_graph_is_served_and_said_to_be_slower(models, graph, lines):
+def test_a_graph_of_an_earlier_version_is_accepted_and_reported_as_slower(models, graph, lines):
     file = models / "clip_onnx" / "1" / "model.onnx"
     manifest = make_manifest(file, Weights("ViT-B-32", "random:0"), "fp32", 1.0, 0.0)
     file.with_name("manifest.json").write_text(replace(manifest, graph=graph).to_json())
@@ -93,8 +93,8 @@ def test_an_earlier_versions_graph_is_served_and_said_to_be_slower(models, graph
         ("tag", "random:0", True),
     ],
 )
-def test_an_image_and_a_text_tower_of_different_weights_do_not_serve_together(models, image, text, refused):
-    """Where a manifest is missing, nothing is known."""
+def test_image_and_text_towers_of_different_weights_are_refused(models, image, text, refused):
+    """Without both manifests nothing is checked."""
     for name, pretrained in (("clip_onnx", image), ("clip_text_onnx", text)):
         file = models / name / "1" / "model.onnx"
         file.write_text("graph")
@@ -113,7 +113,7 @@ def test_an_image_and_a_text_tower_of_different_weights_do_not_serve_together(mo
 
 
 @pytest.mark.parametrize(("name", "file"), [("onnx", "clip_onnx/1/model.onnx"), ("trt", "clip_trt/1/model.plan")])
-def test_swap_asks_no_server_to_load_such_a_file(models, name, file):
+def test_swap_refuses_a_file_that_does_not_match_before_it_asks_the_server(models, name, file):
     path = models / file
     path.write_text("another")
     path.with_name("manifest.json").write_text(json.dumps({"sha256": "0" * 64}))
@@ -123,12 +123,12 @@ def test_swap_asks_no_server_to_load_such_a_file(models, name, file):
 
 
 def test_a_file_is_read_again_only_when_it_has_changed(models, monkeypatch):
-    """A server that died is replaced at once; a change is noticed also where its time was set back."""
+    """So a server that died is replaced at once. A change is noticed even if the file's mtime was set back."""
     read, path, file_digest = [], models / "clip_onnx" / "1" / "model.onnx", hashlib.file_digest
     monkeypatch.setattr(
         hashlib, "file_digest", lambda file, new: read.append(Path(file.name)) or file_digest(file, new)
     )
-    digest._sum_of.cache_clear()  # the fixture has asked for it
+    digest._sum_of.cache_clear()  # the fixture has filled it
     assert [wrong_file(path), wrong_file(path)] == [None, None]
     assert read == [path]
     before = path.stat()

@@ -1,4 +1,4 @@
-"""The nearest vectors and all near pairs: exactly those that the whole product of all vectors has."""
+"""The nearest vectors and all near pairs are exactly those of the full product of all vectors."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from clip_embed.nearest import Pairs, nearest, pairs_above
 
 
 def vectors(count: int, size: int, *, seed: int = 0) -> np.ndarray:
-    """As CLIP's: a common direction, fewer and fewer of the others, and every fifth near the one before it."""
+    """Unit vectors like CLIP's: one common direction, decreasing variance in the others, every fifth near another."""
     random = np.random.default_rng(seed)
     rows = random.standard_normal((count, size)) / np.sqrt(np.arange(1, size + 1))
     rows[:, -1] += 4
@@ -31,25 +31,25 @@ def found(pairs: Pairs) -> dict[tuple[int, int], float]:
 
 @pytest.mark.parametrize(("count", "size"), [(700, 512), (1, 512), (2, 512), (333, 768), (100, 8)])
 @pytest.mark.parametrize("threshold", [0.6, 0.96, 0.999])
-def test_pairs_are_those_of_the_whole_product(monkeypatch, count, size, threshold):
-    """Across blocks, whose last is not full, and for vectors shorter than the head by which pairs are ruled out."""
+def test_pairs_are_those_of_the_full_product(monkeypatch, count, size, threshold):
+    """Also across blocks, with an incomplete last block, and for vectors shorter than the head that rules pairs out."""
     monkeypatch.setattr(module, "_PAIR_ROWS", 64)
     rows = vectors(count, size)
     got, expected = found(pairs_above(rows, threshold)), by_hand(rows, threshold)
     near_the_edge = {pair for pair, cosine in expected.items() if abs(cosine - threshold) < 1e-5}
-    assert set(got) ^ set(expected) <= near_the_edge  # float32 sums
+    assert set(got) ^ set(expected) <= near_the_edge  # float32 rounding
     assert count < 100 or len(expected) >= 20 or threshold > 0.99
     assert all(abs(got[pair] - expected[pair]) < 1e-5 for pair in set(got) & set(expected))
 
 
-def test_rows_that_failed_or_are_not_wanted_have_no_pairs():
+def test_failed_and_excluded_rows_have_no_pairs():
     rows = np.repeat(vectors(1, 512), 5, axis=0)
     rows[1] = np.nan
     assert set(found(pairs_above(rows, 0.96, included=np.array([1, 1, 0, 1, 1], bool)))) == {(0, 3), (0, 4), (3, 4)}
     assert nearest(rows, rows[0], 9)[0].tolist() == [0, 2, 3, 4]
 
 
-def test_of_too_many_pairs_those_are_kept_that_give_the_same_groups_at_every_threshold(monkeypatch):
+def test_too_many_pairs_are_reduced_to_those_that_give_the_same_groups(monkeypatch):
     monkeypatch.setattr(module, "_PAIR_ROWS", 64)
     rows = vectors(400, 512)
     everything = pairs_above(rows, 0.6)
@@ -67,7 +67,7 @@ def at(pairs: Pairs, threshold: float) -> Pairs:
     return Pairs(pairs.first[some], pairs.second[some], pairs.cosines[some], int(some.sum()))
 
 
-def test_the_nearest_are_those_of_the_whole_product_best_first(monkeypatch):
+def test_the_nearest_are_those_of_the_full_product_best_first(monkeypatch):
     monkeypatch.setattr(module, "_SEARCH_ROWS", 64)
     rows = vectors(500, 512)
     for query in rows[:3]:
