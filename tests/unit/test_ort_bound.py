@@ -1,4 +1,4 @@
-"""Batches on a device whose tensors are bound: the real binding of ONNX Runtime, with the CPU as the device."""
+"""`BoundSession`: batches in preallocated tensors. ONNX Runtime's I/O binding is real, and the device is the CPU."""
 
 import functools
 import importlib.util
@@ -41,9 +41,8 @@ def test_the_buckets_end_with_the_largest_batch(max_batch, sizes):
     assert bucket_sizes(max_batch) == sizes
 
 
-def test_every_batch_gives_its_own_rows_as_unpadded(session, bound):
-    """In any order of sizes, so that each finds others' rows in what is left of its bucket. FP32 of another batch size
-    may be summed otherwise."""
+def test_a_padded_batch_gives_the_same_rows_as_an_unpadded_one(session, bound):
+    """The sizes are mixed, so that the padding holds rows of earlier batches. FP32 sums may be in another order."""
     for rows in (6, 1, 5, 2, 3, 4, 1):
         pixels = PIXELS[rows : rows + rows] if 2 * rows <= 8 else PIXELS[:rows]
         (expected,) = session.run(["embedding"], {"pixels": pixels})
@@ -52,7 +51,7 @@ def test_every_batch_gives_its_own_rows_as_unpadded(session, bound):
         assert np.abs(got - expected).max() < 1e-5
 
 
-def test_requests_are_joined_in_order_and_an_answer_outlives_the_next_run(bound):
+def test_requests_are_joined_in_order_and_the_next_run_does_not_change_an_answer(bound):
     (whole,) = bound.run(["embedding"], {"pixels": PIXELS[:5]})
     kept = whole.copy()
     (parts,) = bound.run(["embedding"], {"pixels": [PIXELS[:1], PIXELS[1:4], PIXELS[4:5]]})
@@ -62,7 +61,7 @@ def test_requests_are_joined_in_order_and_an_answer_outlives_the_next_run(bound)
 
 
 class Counting:
-    """A session that keeps what it is run with."""
+    """A session that records the batch size and the graph of each run."""
 
     def __init__(self, session) -> None:
         self._session, self.runs = session, []
@@ -79,7 +78,7 @@ class Counting:
         return onnxruntime.IOBinding(self._session)
 
 
-def test_every_size_has_run_twice_when_it_is_made_the_largest_first_and_is_a_graph_of_its_own(session):
+def test_the_constructor_runs_every_size_twice_the_largest_first_each_as_its_own_graph(session):
     counting = Counting(session)
     bound = BoundSession(counting, 4, device="cpu", graphs=True)
     assert counting.runs == [(4, "4"), (4, "4"), (2, "2"), (2, "2"), (1, "1"), (1, "1")]
@@ -105,8 +104,8 @@ def test_arrays_that_do_not_fit_are_refused(bound, feeds, message):
         bound.run(["embedding"], feeds)
 
 
-def test_a_size_that_does_not_run_fails_the_load_with_its_number(tmp_path):
-    """As one that cannot be captured does."""
+def test_a_batch_size_that_does_not_run_fails_the_load_with_its_number(tmp_path):
+    """So does a size that cannot be captured as a CUDA graph."""
     path = write_small_graph(tmp_path / "model.onnx")
     model = onnx.load(path)
     fixed = onnx.numpy_helper.from_array(np.array([1, 512]), "one_row")
@@ -123,8 +122,8 @@ def test_a_size_that_does_not_run_fails_the_load_with_its_number(tmp_path):
         BoundSession(session, 2, device="cpu")
 
 
-def test_memory_that_is_not_to_be_had_fails_the_load(session, monkeypatch):
-    """On a device that this ONNX Runtime has no memory of."""
+def test_memory_that_cannot_be_allocated_fails_the_load(session, monkeypatch):
+    """Here on a device that this ONNX Runtime cannot allocate on."""
     monkeypatch.setattr("ort_bound._page_locked", lambda shape, dtype, _: np.zeros(shape, dtype))
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime may have a GPU")
@@ -142,7 +141,7 @@ def test_page_locked_memory_needs_a_driver(session):
         pytest.skip("this machine has a GPU")
 
 
-def test_only_the_batch_may_be_open(tmp_path):
+def test_only_the_batch_dimension_may_be_dynamic(tmp_path):
     model = onnx.load(write_small_graph(tmp_path / "model.onnx"))
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "height"
     onnx.save(model, tmp_path / "model.onnx")
@@ -150,8 +149,8 @@ def test_only_the_batch_may_be_open(tmp_path):
         BoundSession(open_session(tmp_path / "model.onnx"), 4, device="cpu")
 
 
-def test_what_a_plan_for_a_gpu_opens_is_bound(tmp_path, monkeypatch):
-    """With the CPU in place of the GPU. As it came, a session with CUDA graphs would replay its first batch."""
+def test_a_session_for_a_gpu_is_bound(tmp_path, monkeypatch):
+    """With the CPU in place of the GPU. An unbound session with CUDA graphs would replay its first batch."""
     monkeypatch.setattr(ort_session, "BoundSession", functools.partial(BoundSession, device="cpu"))
     path = write_small_graph(tmp_path / "model.onnx")
     plan = ort_session.SessionPlan([("CPUExecutionProvider", {})], gpu=0, graphs=True, max_batch=3)
@@ -162,8 +161,8 @@ def test_what_a_plan_for_a_gpu_opens_is_bound(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_on_a_real_gpu_every_batch_gives_what_it_gives_unbound(tmp_path):
-    """By CUDA graphs, in FP32; both sum in the GPU's order, but a padded batch may have another kernel."""
+def test_on_a_real_gpu_bound_and_unbound_sessions_give_the_same_vectors(tmp_path):
+    """With CUDA graphs, in FP32. A padded batch may use another kernel, so the bits may differ."""
     if find_gpu() is None or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs an NVIDIA GPU and onnxruntime-gpu")
     path = write_small_transformer(tmp_path / "model.onnx")
@@ -186,7 +185,7 @@ def test_a_model_without_batches_is_refused(session, max_batch):
 
 
 class Tensor:
-    """Of pb_utils: a name and its array."""
+    """Stands in for pb_utils.Tensor: a name and an array."""
 
     def __init__(self, name, array) -> None:
         self.name, self._array = name, array
@@ -196,7 +195,7 @@ class Tensor:
 
 
 def test_the_backend_gives_each_request_its_own_rows(bound, monkeypatch):
-    """Three requests in a bucket with room to spare."""
+    """Three requests in a bucket that they do not fill."""
     pb_utils = ModuleType("triton_python_backend_utils")
     pb_utils.Tensor = Tensor
     pb_utils.get_input_tensor_by_name = lambda request, name: request[name]

@@ -1,4 +1,4 @@
-"""What `backends/onnxruntime` reads out of a `config.pbtxt`."""
+"""How `backends/onnxruntime` turns a `config.pbtxt` into an ONNX Runtime session."""
 
 import json
 from dataclasses import replace
@@ -46,8 +46,8 @@ def test_the_default_on_a_cpu_is_openvino_in_fp32():
 
 
 @pytest.mark.parametrize("name", [None, "cpu-fp32"], ids=["by default", "by name"])
-def test_without_openvino_its_fp32_is_onnx_runtimes_own_which_the_servers_log_says(name):
-    """What `make setup-gpu` leaves serves on a machine without a GPU too."""
+def test_without_openvino_onnx_runtimes_cpu_provider_runs_fp32_and_the_log_says_so(name):
+    """So the environment of `make setup-gpu` also serves on a machine without a GPU."""
     plan = session_plan(as_triton_gives_it(name), "CPU", 0, available=["CUDAExecutionProvider", CPU[0]])
     assert plan.providers == [CPU]
     assert plan.names == ["ONNX Runtime FP32 on the CPU, as OpenVINO is not installed"]
@@ -62,7 +62,7 @@ def test_without_openvino_bf16_is_refused_with_what_to_install():
 
 
 def test_the_default_on_a_gpu_is_cuda_on_the_instances_device():
-    """As CUDA graphs, in FP32, and without a search at each new batch size where a graph has a convolution."""
+    """With CUDA graphs, in FP32, and without a search for convolution algorithms at each new batch size."""
     plan = session_plan(as_triton_gives_it(), "GPU", 1)
     name, options = plan.providers[0]
     assert (name, options.pop("cudnn_conv_algo_search")) == ("CUDAExecutionProvider", "HEURISTIC")
@@ -80,7 +80,7 @@ def test_bf16_is_a_named_configuration():
 
 
 def test_bf16_on_a_cpu_without_it_is_refused(monkeypatch, openvino, tiny_model):
-    """Also where one part of several is in BF16."""
+    """Even if only one of several parts is in BF16."""
     monkeypatch.setattr("ort_session.computes_bf16", lambda: False)
     mixed = accelerated("cpu", "openvino_bf16", parts="fp32 bf16")
     for config in (as_triton_gives_it("cpu-bf16"), mixed):
@@ -92,8 +92,8 @@ def test_bf16_on_a_cpu_without_it_is_refused(monkeypatch, openvino, tiny_model):
 
 
 @pytest.mark.usefixtures("openvino")
-def test_whether_the_cpu_has_bf16_is_seen_in_what_it_computes():
-    """AVX-512 is what Linux shows of OpenVINO's two ways to BF16."""
+def test_computes_bf16_detects_whether_the_cpu_has_bf16():
+    """OpenVINO needs AVX-512 or AVX2-VNNI-2 for BF16, and Linux lists only AVX-512."""
     flags = set(Path("/proc/cpuinfo").read_text().split())
     if flags >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"}:
         assert computes_bf16()
@@ -107,10 +107,10 @@ def test_threads_reach_onnx_runtime_and_openvino():
     assert plan.intra_op_threads == 3
     device = json.loads(plan.providers[0][1]["load_config"])["CPU"]
     assert device["INFERENCE_NUM_THREADS"] == "3"
-    assert device["ENABLE_CPU_PINNING"] == "NO"  # two instances of one thread, pinned, shared a core: half as fast
+    assert device["ENABLE_CPU_PINNING"] == "NO"  # pinned, two one-thread instances shared a core: half as fast
 
 
-def test_tensorrt_comes_before_cuda_with_triton_s_parameter_names():
+def test_tensorrt_comes_before_cuda_and_takes_tritons_parameter_names():
     config = accelerated("gpu", "tensorrt", precision_mode="FP16", trt_engine_cache_enable="1")
     (first, options), (second, _), _ = session_plan(config, "GPU", 0).providers
     assert (first, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
@@ -128,12 +128,12 @@ def test_tensorrt_comes_before_cuda_with_triton_s_parameter_names():
         ("GPU", {"optimization": accelerated("gpu", "tensorrt")["optimization"] | {"cuda": {"graphs": True}}}),
     ],
 )
-def test_what_is_unknown_is_refused_and_not_ignored(kind, config):
+def test_unknown_settings_are_refused_and_not_ignored(kind, config):
     with pytest.raises(ConfigError, match=r"expected|unknown"):
         session_plan(config, kind, 0)
 
 
-def test_a_provider_that_is_not_there_is_refused_with_what_to_install():
+def test_a_missing_provider_is_refused_with_what_to_install():
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this environment has the CUDA provider")
     with pytest.raises(ConfigError, match=r"CUDAExecutionProvider is asked for.*onnxruntime-gpu"):
@@ -141,7 +141,7 @@ def test_a_provider_that_is_not_there_is_refused_with_what_to_install():
 
 
 def test_a_provider_that_cannot_be_used_fails_the_load(tiny_model, capfd):
-    """ONNX Runtime raises nothing and takes the next: for CUDA without a GPU, and OpenVINO without its device."""
+    """ONNX Runtime itself silently falls back, for CUDA without a GPU and for OpenVINO without its device."""
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         if find_gpu():
             pytest.skip("CUDA can be used here")
@@ -153,8 +153,8 @@ def test_a_provider_that_cannot_be_used_fails_the_load(tiny_model, capfd):
     assert "Failed to create" in capfd.readouterr().err
 
 
-def test_a_session_whose_provider_fails_at_a_request_stays_on_it(tiny_model):
-    """ONNX Runtime's own wrapper would go on with the CPU provider, and answer from there ever after."""
+def test_a_session_does_not_fall_back_to_the_cpu_when_a_request_fails(tiny_model):
+    """By default ONNX Runtime would switch to the CPU provider, and stay on it."""
     session = open_session(tiny_model, session_plan({}, "CPU", 0))
 
     class Failing:

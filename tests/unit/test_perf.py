@@ -1,4 +1,4 @@
-"""perf_analyzer's input as its documentation wants it, and its CSV as it writes it."""
+"""The input that perf_analyzer expects, and the figures that are read from its output."""
 
 import base64
 import csv
@@ -25,7 +25,7 @@ from clip_tools.measuring.report import keep
 from clip_tools.paths import MODELS
 from clip_tools.serving.probe import probe_image
 
-# Two lines of a real run of 2.51.0, --verbose-csv, most columns left out.
+# Two lines from a real run of perf_analyzer 2.51.0 with --verbose-csv. Most columns are left out.
 CSV = """Concurrency,Inferences/Second,Client Send,Server Queue,Server Compute Infer,p50 latency,p99 latency,Avg latency
 4,25.3399,12,1,98400,110104,298222,156031
 
@@ -33,8 +33,8 @@ Concurrency,request_id
 """
 
 
-def test_each_image_is_an_entry_of_its_own_with_its_length_before_it():
-    """The length is 4 bytes little-endian, as Triton stores a BYTES element; without it perf_analyzer sends nothing."""
+def test_each_image_is_one_entry_with_its_length_before_it():
+    """The length is 4 bytes little-endian, as in a BYTES element of Triton. Without it perf_analyzer sends nothing."""
     data = json.loads(perf_input([b"abc", b"x" * 300], "clip_ensemble"))["data"]
     assert [entry["image_bytes"]["shape"] for entry in data] == [[1], [1]]
     raw = [base64.b64decode(entry["image_bytes"]["b64"]) for entry in data]
@@ -49,12 +49,12 @@ def test_the_engine_alone_gets_the_pixels_of_preprocess():
     assert set(pixels) == {128}  # the probe is gray
 
 
-def test_no_images_are_refused():
+def test_an_empty_list_of_images_is_refused():
     with pytest.raises(ToolError, match="at least one image"):
         perf_input([], "clip_ensemble")
 
 
-def test_a_row_becomes_milliseconds():
+def test_a_row_of_the_csv_gives_throughput_and_times_in_milliseconds():
     (row,) = csv.DictReader(CSV.splitlines()[:2])
     assert figures_of(row) == {
         "throughput": 25.3399,
@@ -63,14 +63,14 @@ def test_a_row_becomes_milliseconds():
     }
 
 
-def test_a_level_that_settles_has_the_first_row_of_the_csv(perf_analyzer, tmp_path):
-    """Below an empty line perf_analyzer puts tables of its own."""
+def test_a_level_that_settles_gets_the_first_row_of_the_csv(perf_analyzer, tmp_path):
+    """perf_analyzer writes other tables below an empty line."""
     perf_analyzer(f'#!/bin/sh\nfor last; do :; done\nwhile [ "$1" != -f ]; do shift; done\ncat >"$2" <<END\n{CSV}END\n')
     level = run_level(PerfOptions(), "concurrency", 4, tmp_path / "input.json")
     assert level["settled"] and level["throughput"] == 25.3399 and level["level"] == 4
 
 
-# What 2.51.0 says with -v, some lines left out, of a throughput that rises; it then writes no CSV.
+# Shortened output of perf_analyzer 2.51.0 with -v while the throughput rises. It then writes no CSV.
 NOT_SETTLED = """#!/bin/sh
 echo "  Pass [1] throughput: 548.2 infer/sec. Avg latency: 116000 usec (std 98332 usec). "
 echo "  Pass [2] throughput: 645 infer/sec. Avg latency: 99000 usec (std 128888 usec). "
@@ -84,7 +84,7 @@ exit 2
 
 @pytest.fixture
 def perf_analyzer(tmp_path, monkeypatch):
-    """Put a script in the place of perf_analyzer."""
+    """Replace perf_analyzer by a script."""
 
     def put(script: str) -> None:
         path = tmp_path / "perf_analyzer"
@@ -95,7 +95,7 @@ def perf_analyzer(tmp_path, monkeypatch):
     return put
 
 
-def test_a_level_that_does_not_settle_is_a_result_with_its_windows(perf_analyzer, tmp_path):
+def test_a_level_that_does_not_settle_gives_the_throughput_of_each_window(perf_analyzer, tmp_path):
     perf_analyzer(NOT_SETTLED)
     result = perf(PerfOptions(concurrency=(64,)), tmp_path / "results")
     (level,) = result["levels"]
@@ -109,16 +109,16 @@ def test_a_level_that_does_not_settle_is_a_result_with_its_windows(perf_analyzer
     assert (tmp_path / "results" / "perf.svg").is_file()
 
 
-def test_a_window_in_which_no_request_ended_is_zero(perf_analyzer, tmp_path):
-    """It then exits 3 in place of 2."""
+def test_a_window_without_a_finished_request_counts_as_zero(perf_analyzer, tmp_path):
+    """perf_analyzer then exits with 3 instead of 2."""
     empty = "  Pass [4] cb::Error: No valid requests recorded within time interval. Please use a larger time window."
     perf_analyzer(NOT_SETTLED.replace("exit 2", f"echo '{empty}'\nexit 3").replace("Failed to obtain stable", "no"))
     level = run_level(PerfOptions(), "concurrency", 1, tmp_path / "input.json")
     assert level["windows"][-2:] == (1153.6, 0) and level["throughput"] == pytest.approx((1031.4 + 1153.6) / 3)
 
 
-def test_bench_goes_on_with_the_mean_of_all_windows(perf_analyzer):
-    """An hour of other arms is not lost for it; what is not known is None."""
+def test_bench_continues_with_the_mean_of_all_windows_when_a_level_does_not_settle(perf_analyzer):
+    """So an hour of measurements of other arms is not lost. Unknown values are None."""
     perf_analyzer(NOT_SETTLED)
     service = SimpleNamespace(url="grpc://localhost:1")
     workload = SimpleNamespace(images=(probe_image(),))
@@ -127,13 +127,13 @@ def test_bench_goes_on_with_the_mean_of_all_windows(perf_analyzer):
     assert row["p50_ms"] is None and row["not_settled"].startswith("concurrency 64 has not settled")
 
 
-def test_a_perf_analyzer_that_fails_is_an_error_with_its_last_words(perf_analyzer, tmp_path):
+def test_a_failed_perf_analyzer_is_an_error_with_its_last_output(perf_analyzer, tmp_path):
     perf_analyzer("#!/bin/sh\necho 'error: failed to get model metadata'\nexit 99\n")
     with pytest.raises(ToolError, match=r"perf_analyzer failed \(99\): error: failed to get model metadata"):
         run_level(PerfOptions(), "concurrency", 1, tmp_path / "input.json")
 
 
-def test_the_printed_command_names_no_machine(tmp_path):
+def test_the_printed_command_has_no_absolute_paths(tmp_path):
     flags = arguments(
         PerfOptions(models=MODELS), "request-rate", 20, MODELS.parent / "results" / "in.json", tmp_path / "perf.csv"
     )

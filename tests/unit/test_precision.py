@@ -1,4 +1,4 @@
-"""The graph passes: what is lowered, what stays in FP32, what an emulation shows; the gates and the calibration."""
+"""Lower precisions: the graph passes, their emulation in FP32, calibration and quantisation, and the gates."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'c
 
 @pytest.fixture(scope="module")
 def block() -> "onnx.ModelProto":
-    """One transformer block in small, from our pixels to our embedding, with every kind of node of the real graph."""
+    """A small transformer block from pixels to embedding, with every kind of node of the real graph."""
     helper, array = onnx.helper, onnx.numpy_helper.from_array
     random = np.random.default_rng(0)
     make = helper.make_node
@@ -103,7 +103,7 @@ def block() -> "onnx.ModelProto":
 
 @pytest.fixture(scope="module")
 def tower() -> "onnx.ModelProto":
-    """A pre-norm tower in small: a norm, a stream with one branch, a norm, a projection; channel 5 stands out."""
+    """A small pre-norm tower: norm, residual stream with one branch, norm and projection. Channel 5 is an outlier."""
     helper, array = onnx.helper, onnx.numpy_helper.from_array
     random = np.random.default_rng(2)
     make, width = helper.make_node, 32
@@ -155,7 +155,7 @@ def tower() -> "onnx.ModelProto":
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    """12 images of coarse noise, so that they differ in more than grain."""
+    """(12, 224, 224, 3) uint8: images of coarse noise, so that they differ in more than fine detail."""
     random = np.random.default_rng(1)
     return np.kron(random.integers(0, 256, (12, 4, 4, 3)), np.ones((1, 56, 56, 1))).astype(np.uint8)
 
@@ -169,7 +169,7 @@ def types_of(model: "onnx.ModelProto") -> dict[str, str]:
 
 @pytest.mark.parametrize(("half", "name"), [("fp16", "FLOAT16"), ("bf16", "BFLOAT16")])
 def test_matrices_are_lowered_and_the_rest_stays_in_fp32(block: "onnx.ModelProto", half: str, name: str) -> None:
-    """LayerNorm, softmax, the residual stream and the norm in FP32; inputs and outputs as they were."""
+    """LayerNorm, softmax, the residual stream and the L2 norm stay in FP32. Inputs and outputs do not change."""
     lowered = lower(block, half)
     onnx.checker.check_model(lowered, full_check=True)
     types = types_of(lowered)
@@ -187,13 +187,13 @@ def test_matrices_are_lowered_and_the_rest_stays_in_fp32(block: "onnx.ModelProto
 
 
 def test_the_naive_conversion_leaves_nothing_in_fp32_but_the_output(block: "onnx.ModelProto") -> None:
-    """It is what the table in docs/precision.md calls FP16 throughout."""
+    """docs/precision.md calls it FP16 throughout."""
     types = types_of(naive_half(block))
     assert {name for name, kind in types.items() if kind == "FLOAT"} == {"embedding"}
 
 
 def test_folding_the_normalisation_changes_nothing(block: "onnx.ModelProto", pixels: np.ndarray) -> None:
-    """And the convolution's input is exact in BF16: whole numbers over 128."""
+    """The convolution's input is exact in BF16, because it is an integer divided by 128."""
     folded = fold_normalisation(block)
     assert [node.op_type for node in folded.graph.node].count("Div") == 1
     before, after = run_onnx(block, pixels).embeddings, run_onnx(folded, pixels).embeddings
@@ -204,7 +204,7 @@ def test_folding_the_normalisation_changes_nothing(block: "onnx.ModelProto", pix
 
 
 def test_a_padded_convolution_is_not_folded(block: "onnx.ModelProto") -> None:
-    """Its padding is black before the normalisation, so it would be another image."""
+    """The zeros of the padding would stand for another colour after folding."""
     padded = onnx.ModelProto()
     padded.CopyFrom(block)
     conv = next(node for node in padded.graph.node if node.op_type == "Conv")
@@ -214,7 +214,7 @@ def test_a_padded_convolution_is_not_folded(block: "onnx.ModelProto") -> None:
 
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
 def test_the_emulation_computes_as_the_low_types_would(block: "onnx.ModelProto", pixels: np.ndarray, half: str) -> None:
-    """Against numpy, rounding by hand: the same bits after the first convolution's rounding and the first product."""
+    """The first product has the same bits as in numpy with explicit rounding."""
     ml_dtypes = pytest.importorskip("ml_dtypes")
     low = np.float16 if half == "fp16" else ml_dtypes.bfloat16
     lowered = lower(block, half)
@@ -228,7 +228,7 @@ def test_the_emulation_computes_as_the_low_types_would(block: "onnx.ModelProto",
     weight = onnx.numpy_helper.to_array(next(t for t in block.graph.initializer if t.name == "weight_qk"))
     by_hand = (even.astype(low).astype(np.float32) @ weight.astype(low).astype(np.float32)).astype(low)
     same = by_hand.astype(np.float32) == product
-    assert same.mean() > 0.99  # the sum's order may turn a tie
+    assert same.mean() > 0.99  # another order of the sum may round a tie differently
     run = run_onnx(lowered, pixels)
     assert run.how == EMULATED
     assert run_onnx(block, pixels).how == NATIVE
@@ -236,7 +236,7 @@ def test_the_emulation_computes_as_the_low_types_would(block: "onnx.ModelProto",
 
 
 def test_a_weight_that_fp16_cannot_hold_is_refused(block: "onnx.ModelProto") -> None:
-    """It would be infinite; BF16 has the range."""
+    """It would become infinite. BF16 has the range."""
     wide = onnx.ModelProto()
     wide.CopyFrom(block)
     tensor = next(t for t in wide.graph.initializer if t.name == "projection")
@@ -247,10 +247,10 @@ def test_a_weight_that_fp16_cannot_hold_is_refused(block: "onnx.ModelProto") -> 
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_quantised_layers_have_explicit_pairs_and_stay_near(
+def test_quantised_layers_have_q_dq_pairs_and_embeddings_stay_close(
     block: "onnx.ModelProto", pixels: np.ndarray, tmp_path: Path, kind: str
 ) -> None:
-    """Q/DQ around the linear layers, patch embedding and projection left alone, attention's products in FP16."""
+    """Linear layers get Q/DQ pairs. Patch embedding, projection and attention's products are in FP16."""
     prepared = prepare(block, kind)
     calibration = calibrate(prepared, pixels, pixels, kind, folder=tmp_path)
     assert set(calibration.layers) == {node.name for node in linear_layers(prepared)} == {"qk", "out_matmul"}
@@ -262,8 +262,10 @@ def test_quantised_layers_have_explicit_pairs_and_stay_near(
     assert found.worst_cosine > 0.99
 
 
-def test_calibration_is_kept_by_content(block: "onnx.ModelProto", pixels: np.ndarray, tmp_path: Path) -> None:
-    """The same graph and images: nothing is watched again; other images: it is."""
+def test_calibration_is_cached_by_graph_and_images(
+    block: "onnx.ModelProto", pixels: np.ndarray, tmp_path: Path
+) -> None:
+    """The same graph and images are not calibrated again; other images are."""
     told: list[str] = []
 
     def tell(what: str, _done: int, _total: int) -> None:
@@ -282,10 +284,10 @@ def test_calibration_is_kept_by_content(block: "onnx.ModelProto", pixels: np.nda
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 100])
-def test_a_calibration_that_was_cut_off_is_made_again(
+def test_a_truncated_calibration_file_is_made_again(
     block: "onnx.ModelProto", pixels: np.ndarray, tmp_path: Path, kept_bytes: int
 ) -> None:
-    """Not even one byte, or no zip archive any more."""
+    """The file is empty, or no longer a zip archive."""
     prepared = prepare(block, "int8")
     made = calibrate(prepared, pixels, pixels, "int8", folder=tmp_path)
     (path,) = tmp_path.iterdir()
@@ -294,14 +296,14 @@ def test_a_calibration_that_was_cut_off_is_made_again(
 
 
 def product_in_eight_bits(layer: QuantisedLayer, data: np.ndarray) -> np.ndarray:
-    """What a layer's Q/DQ nodes compute in INT8, in numpy."""
+    """The product that a layer's Q/DQ nodes compute in INT8, by numpy."""
     varying = data - layer.centre
     size = np.abs(varying).max(axis=-1, keepdims=True).clip(1e-6)
     return np.rint(varying / size * 127) / 127 * size @ (layer.levels * layer.weight_scales) + layer.bias
 
 
-def test_an_outlier_channel_does_not_take_the_others_along() -> None:
-    """One channel 100 times the others: plain INT8 loses a tenth of the product, a fitted layer a hundredth."""
+def test_an_outlier_channel_does_not_spoil_the_others() -> None:
+    """One channel is 100 times the others. A fitted layer has less than a quarter of plain INT8's error."""
     random = np.random.default_rng(0)
     data = random.normal(size=(256, 64)).astype(np.float32)
     data[:, 7] = 100 + 10 * random.normal(size=256)
@@ -316,8 +318,8 @@ def test_an_outlier_channel_does_not_take_the_others_along() -> None:
 
 
 @pytest.mark.parametrize("images_axis", [0, 1])
-def test_a_token_that_hardly_varies_keeps_what_varies(images_axis: int) -> None:
-    """Among tokens of size one, one that is 5 and varies by a hundredth: its variation stays within a hundredth."""
+def test_a_nearly_constant_token_keeps_its_variation(images_axis: int) -> None:
+    """One token is 5 and varies by 0.01, while the others vary by 1. Its variation is kept to within a hundredth."""
     random = np.random.default_rng(0)
     data = random.normal(size=(96, 20, 32)).astype(np.float32)  # (images, tokens, channels)
     data[:, 0] = 5 + data[:, 0] / 100
@@ -329,8 +331,8 @@ def test_a_token_that_hardly_varies_keeps_what_varies(images_axis: int) -> None:
     assert off.std() < 0.01 * (given @ weight)[token].std(axis=0).mean()
 
 
-def test_rows_that_never_change_are_not_fitted_to() -> None:
-    """White in every image, most of them: the others are as near as without them. Nothing but such rows is refused."""
+def test_constant_rows_do_not_affect_the_fit() -> None:
+    """Most rows are the same in every image. The others stay as accurate. Data of constant rows alone is refused."""
     random = np.random.default_rng(0)
     data = random.normal(size=(64, 20, 32)).astype(np.float32)
     weight = random.normal(size=(32, 24)).astype(np.float32)
@@ -345,8 +347,8 @@ def test_rows_that_never_change_are_not_fitted_to() -> None:
         fit(layer_statistics([np.ones((8, 20, 32), np.float32)], [8]), weight, "int8")
 
 
-def test_no_row_is_clipped_whatever_its_size() -> None:
-    """A row ten times those that the layer was fitted to is as near, for its size, as they are."""
+def test_rows_larger_than_those_of_the_calibration_are_not_clipped() -> None:
+    """A row ten times as large has about ten times the error."""
     random = np.random.default_rng(0)
     data, weight = random.normal(size=(256, 32)).astype(np.float32), random.normal(size=(32, 24)).astype(np.float32)
     layer = fit(layer_statistics([data], [256]), weight, "int8")
@@ -355,8 +357,10 @@ def test_no_row_is_clipped_whatever_its_size() -> None:
     assert off_large < 11 * off
 
 
-def test_a_turned_stream_is_the_same_tower_without_an_outlier(tower: "onnx.ModelProto", pixels: np.ndarray) -> None:
-    """Equal embeddings; what comes into the first layer has no channel that stands out any more."""
+def test_a_rotated_stream_gives_the_same_embeddings_with_smaller_outliers(
+    tower: "onnx.ModelProto", pixels: np.ndarray
+) -> None:
+    """The channels of the first linear layer's input are less than half as uneven."""
     turned = rotate(tower)
     onnx.checker.check_model(turned, full_check=True)
     before, after = run_onnx(tower, pixels).embeddings, run_onnx(turned, pixels).embeddings
@@ -373,16 +377,14 @@ def test_a_turned_stream_is_the_same_tower_without_an_outlier(tower: "onnx.Model
     assert unevenness(turned) < unevenness(tower) / 2
 
 
-def test_a_graph_of_another_form_is_not_turned(block: "onnx.ModelProto") -> None:
-    """Its first norm is read by a product: whose stream that is nobody knows."""
+def test_a_graph_of_another_form_is_not_rotated(block: "onnx.ModelProto") -> None:
+    """A product reads its first norm, so the residual stream cannot be identified."""
     assert rotate(block) is block
 
 
 @pytest.mark.parametrize(("axis", "turns"), [(1, True), (2, False)])
-def test_a_stream_may_pass_through_a_choice_of_tokens_and_not_of_channels(
-    tower: "onnx.ModelProto", axis: int, turns: bool
-) -> None:
-    """A channel of the turned stream is a mixture of them all."""
+def test_a_stream_may_be_sliced_by_token_but_not_by_channel(tower: "onnx.ModelProto", axis: int, turns: bool) -> None:
+    """Each channel of the rotated stream is a mixture of all channels."""
     sliced = onnx.ModelProto()
     sliced.CopyFrom(tower)
     nodes = {node.name: node for node in sliced.graph.node}
@@ -396,16 +398,16 @@ def test_a_stream_may_pass_through_a_choice_of_tokens_and_not_of_channels(
 
 
 def test_the_rotation_keeps_lengths_and_means() -> None:
-    """Which is why LayerNorm commutes with it."""
+    """This is why LayerNorm commutes with it."""
     turn = mean_keeping_rotation(48)
     assert np.allclose(turn @ turn.T, np.eye(48), atol=1e-12)
     row = np.random.default_rng(0).normal(size=48)
     assert np.isclose((row @ turn).mean(), row.mean())
-    assert np.abs(turn).max() < 0.9  # and it does spread
+    assert np.abs(turn).max() < 0.9  # it does mix the channels
 
 
-def test_rounding_one_after_another_keeps_the_product_nearer() -> None:
-    """On inputs that go together, as a layer's do, a third of plain rounding's error; each weight on the grid."""
+def test_gptq_rounding_has_a_smaller_error_than_plain_rounding() -> None:
+    """On correlated inputs, as a layer's are, less than a third of the error. Each weight is on the grid."""
     random = np.random.default_rng(0)
     rows = (random.normal(size=(2048, 16)) @ random.normal(size=(16, 64)) + random.normal(size=(2048, 64)) / 10).astype(
         np.float32
@@ -416,19 +418,19 @@ def test_rounding_one_after_another_keeps_the_product_nearer() -> None:
     assert np.square(rows @ (rounded - steps)).mean() < np.square(rows @ (np.rint(steps) - steps)).mean() / 3
 
 
-def test_weights_are_fitted_to_what_the_layer_will_see() -> None:
-    """A channel that arrives at half its size gets twice the weight; the others keep theirs."""
+def test_weights_are_fitted_to_the_inputs_that_the_layer_will_get() -> None:
+    """A channel whose input is halved gets twice the weight. The others keep theirs."""
     random = np.random.default_rng(0)
     exact = random.normal(size=(512, 8)).astype(np.float32)
     seen = exact * np.where(np.arange(8) == 3, 0.5, 1).astype(np.float32)
     weight = random.normal(size=(8, 4)).astype(np.float32)
     fitted = fit_weights(weight, exact, seen, curvature(seen))
-    assert np.allclose(fitted[3], 2 * weight[3], rtol=0.05)  # damping holds it back a little
+    assert np.allclose(fitted[3], 2 * weight[3], rtol=0.05)  # damping makes it a little smaller
     assert np.allclose(np.delete(fitted, 3, 0), np.delete(weight, 3, 0), atol=0.05)
 
 
-def test_images_go_through_a_graph_in_steps(block: "onnx.ModelProto", pixels: np.ndarray) -> None:
-    """From any node on, the embeddings are those of the whole graph, and again; a change on the way shows."""
+def test_a_graph_can_be_run_stepwise_from_any_node(block: "onnx.ModelProto", pixels: np.ndarray) -> None:
+    """The embeddings are those of the whole graph, and a change to a part changes them."""
     images = Stepwise(block, pixels)
     whole = run_onnx(block, pixels).embeddings
     nodes = {node.name: node for node in block.graph.node}
@@ -453,7 +455,7 @@ def test_images_go_through_a_graph_in_steps(block: "onnx.ModelProto", pixels: np
     ("count", "seen", "held_out"), [(100, 75, 25), (512, 384, 128), (513, 384, 128), (5000, 384, 128)]
 )
 def test_a_quarter_of_the_images_is_held_out(count: int, seen: int, held_out: int) -> None:
-    """The last of them, none twice; of many images every so many."""
+    """The last quarter of at most 512 images, which are sampled evenly. No image is in both parts."""
     first, last = split(np.arange(count))
     assert (len(first), len(last)) == (seen, held_out)
     assert first.max() < last.min()
@@ -464,14 +466,14 @@ def test_a_quarter_of_the_images_is_held_out(count: int, seen: int, held_out: in
     [(0.986, 0.996, 0.99, True), (0.98, 0.996, 0.99, False), (0.986, 0.994, 0.99, False), (0.986, 0.996, 0.98, False)],
 )
 def test_a_mix_must_hold_with_a_margin(worst: float, mean: float, unchanged: float, holds: bool) -> None:
-    """Half of the error that INT8's gate allows; all four would pass the gate itself."""
+    """A mix may have half of the error that INT8's gate allows. All four here pass the gate itself."""
     found = Agreement(128, worst, mean, worst, 0.1, unchanged, 0.9, unchanged)
     assert not failures(found, GATES["int8"], trained=True)
     assert holds_with_margin(found, "int8") == holds
 
 
-def test_the_mixes_leave_out_first_what_is_dearest_for_its_weights() -> None:
-    """From every layer down to half of the graph's weights, or somewhat over."""
+def test_mixes_first_leave_out_the_layers_with_the_highest_cost_per_weight() -> None:
+    """From all layers down to the smallest mix with at least half of the graph's weights."""
 
     def layer(weights: int) -> QuantisedLayer:
         nothing = np.zeros(0, np.float32)
@@ -480,14 +482,14 @@ def test_the_mixes_leave_out_first_what_is_dearest_for_its_weights() -> None:
     costs = {"wide": 8e-6, "narrow": 3e-6, "cheap": 1e-6, "dear": 9e-6}
     calibration = Calibration({"wide": layer(40), "narrow": layer(10), "cheap": layer(10), "dear": layer(30)}, costs)
     assert [list(mix) for mix in calibration.mixes(100)] == [
-        ["wide", "narrow", "cheap", "dear"],  # all there are: the patches and the projection are not among them
+        ["wide", "narrow", "cheap", "dear"],  # all layers: patch embedding and projection are not among them
         ["wide", "narrow", "cheap"],
         ["wide", "cheap"],
     ]
 
 
-def test_how_many_neighbours_stay_is_told_from_the_spread_of_the_errors() -> None:
-    """Much as counting has it over many images, though told from few; without errors, and of ties, all stay."""
+def test_likely_neighbours_kept_estimates_from_few_images_what_many_show() -> None:
+    """The estimate from 60 images is close to the count over 1,500. Without errors all neighbours stay."""
     random = np.random.default_rng(0)
 
     def unit(rows: np.ndarray) -> np.ndarray:
@@ -499,14 +501,14 @@ def test_how_many_neighbours_stay_is_told_from_the_spread_of_the_errors() -> Non
     assert 0.9 < counted < 0.99
     assert abs(likely_neighbours_kept(got[:60], exact[:60], exact) - counted) < 0.02
     assert likely_neighbours_kept(exact[:60], exact[:60], exact) == 1
-    assert likely_neighbours_kept(exact[:2], exact[:2], exact) == 0  # nobody can tell
+    assert likely_neighbours_kept(exact[:2], exact[:2], exact) == 0  # too few to estimate
 
 
-def test_a_tie_that_turns_is_told_apart_and_still_counts_at_the_gate() -> None:
-    """Two photographs 0.0008 apart in likeness to a third are tied; 0.0012 apart they are not."""
+def test_a_swapped_tie_keeps_its_neighbour_but_still_counts_at_the_gate() -> None:
+    """Two photographs are tied if their similarities to a third differ by 0.0008, and not if by 0.0012."""
 
     def near(*likeness: float) -> np.ndarray:
-        """A first row, and one for each likeness to it, else orthogonal to all."""
+        """A first row, and one row with each of these cosines to it. In other directions they are orthogonal."""
         rows = np.zeros((1 + len(likeness), 512), np.float32)
         rows[0, 0] = 1
         for index, like in enumerate(likeness, 1):
@@ -523,8 +525,8 @@ def test_a_tie_that_turns_is_told_apart_and_still_counts_at_the_gate() -> None:
 @pytest.mark.parametrize(
     ("count", "force", "note"), [(8, True, "8"), (99, True, "99"), (100, False, "500"), (500, False, None)]
 )
-def test_how_many_images_a_calibration_wants(count: int, force: bool, note: str | None) -> None:
-    """Under 100 it is refused unless forced, under 8 even then; under 500 it says so."""
+def test_calibration_needs_100_images_and_advises_500(count: int, force: bool, note: str | None) -> None:
+    """Fewer than 100 are refused unless forced, fewer than 8 always. Fewer than 500 give a note."""
     said = check_count(count, force=force)
     assert said is None if note is None else note in (said or "")
     with pytest.raises(ToolError, match=r"at least 100 images, better 500.*--force"):
@@ -535,7 +537,7 @@ def test_how_many_images_a_calibration_wants(count: int, force: bool, note: str 
 
 
 def test_a_nan_is_no_agreement() -> None:
-    """NaN compares false with everything, so it must not slip under a gate."""
+    """NaN compares false with everything, so a careless comparison would let it pass a gate."""
     expected = np.eye(8, 512, dtype=np.float32)
     broken = expected.copy()
     broken[3] = np.nan
@@ -545,8 +547,8 @@ def test_a_nan_is_no_agreement() -> None:
     assert failures(found, GATES["int8"], trained=True)
 
 
-def test_neighbours_are_compared_as_sets_of_the_nearest() -> None:
-    """Images that change places: their own cosines fall, and the neighbours of all that were near them."""
+def test_swapped_images_lower_cosines_and_common_neighbours() -> None:
+    """If images swap places, their cosines fall, and so does the share of common neighbours."""
     random = np.random.default_rng(0)
     rows = random.normal(size=(40, 512)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -559,8 +561,8 @@ def test_neighbours_are_compared_as_sets_of_the_nearest() -> None:
         agreement(rows[:39], rows)
 
 
-def test_a_gate_says_what_is_under_it_and_when_it_counts_for_nothing() -> None:
-    """Untrained neighbours lie within rounding of each other, so they are not looked at."""
+def test_failures_name_the_figure_below_the_gate_and_untrained_or_few_images_do_not_count() -> None:
+    """Neighbours are not compared for untrained weights: those differ by no more than rounding."""
     expected = np.eye(120, 512, dtype=np.float32)
     turned = np.roll(expected, 1, axis=1) * 0.1 + expected
     found = agreement(turned, expected)
@@ -571,26 +573,24 @@ def test_a_gate_says_what_is_under_it_and_when_it_counts_for_nothing() -> None:
     assert "99 images" in (counts_for_nothing(99, trained=True) or "")
 
 
-def test_near_pixels_are_held_to_the_lower_of_two_gates() -> None:
-    """In FP32 what `fast` may cost, in BF16 what either may."""
+def test_near_pixels_use_the_lower_of_two_gates() -> None:
+    """For FP32 that is the gate of near pixels, for BF16 its own."""
     assert gate_of("fp32") == GATES["fp32"]
     assert gate_of("fp32", exact_pixels=False) == Gate(0.995, 0.999)
     assert gate_of("bf16", exact_pixels=False) == Gate(0.99, 0.999)
 
 
-def test_the_page_has_the_gates_as_the_code_has_them() -> None:
-    """One home for these numbers."""
+def test_docs_precision_has_the_gates_of_the_code() -> None:
     assert gates_table() in (ROOT / "docs" / "precision.md").read_text()
     assert set(GATES) == {"fp32", "fp16", "bf16", "int8", "fp8"}
 
 
-def test_the_page_has_the_measured_precisions_as_they_were_committed() -> None:
-    """The page's figures are those of docs/results."""
+def test_docs_precision_has_the_committed_results() -> None:
     assert results_table() in (ROOT / "docs" / "precision.md").read_text()
 
 
-def test_a_gemm_is_one_product_and_one_sum(block: "onnx.ModelProto", pixels: np.ndarray) -> None:
-    """The numbers stay; linear layers have one form."""
+def test_a_gemm_is_split_into_one_product_and_one_sum(block: "onnx.ModelProto", pixels: np.ndarray) -> None:
+    """So all linear layers have one form. The embeddings do not change."""
     split = split_gemm(block)
     assert "Gemm" not in {node.op_type for node in split.graph.node}
     assert np.abs(run_onnx(split, pixels).embeddings - run_onnx(block, pixels).embeddings).max() < 1e-6

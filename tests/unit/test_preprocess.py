@@ -1,4 +1,4 @@
-"""`clip_preprocess` on made images: what colours, order and limits mean."""
+"""`clip_preprocess` on generated images: colours, geometry, limits, and which files are refused with which code."""
 
 import base64
 import dataclasses
@@ -50,7 +50,7 @@ def test_the_centre_is_kept_and_the_sides_are_cut():
     assert (pixels_of(encoded(wide), LIMITS) == (0, 0, 255)).all()
 
 
-def test_exif_orientation_is_applied_where_it_was_asked_for():
+def test_exif_orientation_is_applied_only_if_upright_is_set():
     left_red = Image.new("RGB", (448, 448))
     left_red.paste((255, 0, 0), (0, 0, 224, 448))
     exif = Image.Exif()
@@ -65,15 +65,15 @@ def test_exif_orientation_is_applied_where_it_was_asked_for():
     "exif",
     [
         b"II*\0\x08\0\0\0" + b"\xff" * 60_000,
-        b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\xff\xff\xff\xff\0\6\0\0",  # 4 billion values, of which none is there
-        b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\x09\0\0\0\0\0\0",  # a ninth way
-        b"MM\0*\0\0\0\x08\0\1\x01\x12\0\2\0\0\0\2six\0\0\0\0\0",  # a word
+        b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\xff\xff\xff\xff\0\6\0\0",  # claims 4 billion values and has none
+        b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1\0\x09\0\0\0\0\0\0",  # orientation 9 does not exist
+        b"MM\0*\0\0\0\x08\0\1\x01\x12\0\2\0\0\0\2six\0\0\0\0\0",  # text in place of a number
         b"MM\0*",
         b"no EXIF",
         b"",
     ],
 )
-def test_a_photograph_with_broken_exif_stays_as_it_lies(exif):
+def test_a_photograph_with_broken_exif_is_not_turned(exif):
     jpeg = encoded(Image.linear_gradient("L").resize((300, 500)), "JPEG")
     length = (8 + len(exif)).to_bytes(2, "big")
     broken = jpeg[:2] + b"\xff\xe1" + length + b"Exif\0\0" + exif + jpeg[2:]
@@ -86,7 +86,7 @@ def test_an_animation_gives_its_first_frame():
     assert (pixels_of(gif, LIMITS) == 255).all()
 
 
-def test_empty_bytes():
+def test_empty_bytes_are_refused():
     assert refusal(b"").code == "empty"
 
 
@@ -101,7 +101,7 @@ def test_a_truncated_jpeg_is_refused_and_not_half_gray():
         assert refusal(whole[: int(len(whole) * part)]).code == "truncated"
 
 
-def test_a_cut_header_names_the_format():
+def test_a_truncated_header_is_refused():
     error = refusal(encoded(Image.new("RGB", (9, 9)), "JPEG")[:15])
     assert error.code in ("corrupt", "truncated")
 
@@ -113,7 +113,7 @@ def test_too_many_bytes_says_how_many_are_accepted():
 
 
 @pytest.mark.parametrize("size", [(3000, 3000), (65_500, 65_500)])
-def test_bombs_are_refused_by_their_header(size):
+def test_decompression_bombs_are_refused_by_their_header(size):
     header = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG"))
     frame = header.index(b"\xff\xc0")
     header[frame + 5 : frame + 9] = size[1].to_bytes(2, "big") + size[0].to_bytes(2, "big")
@@ -122,31 +122,31 @@ def test_bombs_are_refused_by_their_header(size):
 
 @pytest.fixture
 def without_kernel(monkeypatch):
-    """As where the library was not built: Pillow resizes, and the whole image."""
+    """As if the kernel was not built: Pillow resizes, and always the whole image."""
     monkeypatch.setattr("clip_preprocess.find_kernel", lambda: None)
 
 
 @pytest.mark.parametrize("size", [(40_000, 1), (1, 3000)])
-def test_of_a_strip_only_its_centre_is_made(size):
+def test_only_the_centre_of_a_long_strip_is_resized(size):
     strip = Image.new("RGB", size, (255, 0, 0))
     strip.paste((0, 0, 255), (size[0] // 2 - 20, size[1] // 2 - 20, size[0] // 2 + 20, size[1] // 2 + 20))
     assert (pixels_of(encoded(strip), LIMITS) == (0, 0, 255)).all()
 
 
 @pytest.mark.parametrize("size", [(65_500, 1), (1, 65_500)])
-def test_a_strip_is_refused_before_pillow_blows_it_up(without_kernel, size):
+def test_a_strip_that_pillow_would_enlarge_too_much_is_refused(without_kernel, size):
     error = refusal(encoded(Image.new("RGB", size)))
     assert (error.code, "when resized" in error.reason) == ("too_many_pixels", True)
 
 
-def test_a_strip_that_the_kernel_does_not_take_is_refused_too():
+def test_a_strip_that_the_kernel_does_not_support_is_refused_too():
     assert refusal(encoded(Image.new("P", (65_500, 1)))).code == "too_many_pixels"
     assert refusal(encoded(Image.new("RGB", (1, 5_000_000)))).code == "too_many_pixels"
 
 
 @pytest.mark.parametrize(("mode", "size", "cost"), [("P", (30, 20), 224 * 336), ("RGB", (400, 300), 400 * 300)])
-def test_a_requests_images_share_its_pixels_and_one_that_finds_too_few_takes_none(mode, size, cost):
-    """Those of an image as it is decoded; or as it is resized, where Pillow does that and it is larger then."""
+def test_images_of_a_request_share_a_pixel_budget_and_a_refused_one_uses_none(mode, size, cost):
+    """An image costs its decoded pixels, or its resized ones if Pillow resizes it and they are more."""
     image, small = encoded(Image.new(mode, size)), encoded(Image.new("RGB", (1, 1)))
     budget = PixelBudget(2 * cost + 224 * 224)
     for _ in range(2):
@@ -157,7 +157,7 @@ def test_a_requests_images_share_its_pixels_and_one_that_finds_too_few_takes_non
     pixels_of(small, LIMITS, budget=budget)
 
 
-def test_an_image_that_cannot_be_decoded_has_cost_its_pixels_too():
+def test_an_image_that_fails_to_decode_uses_its_pixels_of_the_budget():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
     budget = PixelBudget(300 * 300)
     with pytest.raises(RefusedImage, match="truncated"):
@@ -174,7 +174,7 @@ def test_formats_that_are_not_listed_are_not_read():
 def ftyp(major: bytes, *others: bytes) -> bytes:
     return (
         (16 + 4 * len(others)).to_bytes(4, "big") + b"ftyp" + major + b"heic" + b"".join(others)
-    )  # no brand: a version
+    )  # heic here is the minor version, not a brand
 
 
 @pytest.mark.parametrize(
@@ -199,15 +199,15 @@ def test_a_known_but_unlisted_format_is_named(start, name):
 
 
 @pytest.mark.parametrize("start", [ftyp(b"isom", b"mp42"), ftyp(b"qt  "), b"\0\0\0\x04ftyp", b"\xff\xff\xff\xffftyp"])
-def test_a_film_is_not_an_image(start):
+def test_a_video_is_not_an_image(start):
     assert refusal(start + b"\0" * 50).code == "not_an_image"
 
 
 @pytest.mark.parametrize(
     ("mode", "image_format"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF"), ("I;16", "PPM")]
 )
-def test_gray_of_over_8_bits_is_refused_unless_it_is_to_be_clipped(mode, image_format):
-    """open_clip makes one and the same white image of nearly all of them, whose vector says nothing."""
+def test_gray_of_over_8_bits_is_refused_unless_deep_gray_is_clip(mode, image_format):
+    """open_clip turns nearly all of them into the same white image, whose vector is meaningless."""
     gradient = np.linspace(300, 60_000, 300 * 300).reshape(300, 300)
     dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
     deep = encoded(Image.fromarray(gradient.astype(dtype)), image_format)
@@ -218,8 +218,8 @@ def test_gray_of_over_8_bits_is_refused_unless_it_is_to_be_clipped(mode, image_f
     assert (pixels_of(deep, dataclasses.replace(limits, deep_gray="clip")) == 255).all()
 
 
-def test_what_is_decided_for_files_at_the_edge():
-    """With open_clip: a file without its end marker, and texts of over a MiB, are refused; many segments are not."""
+def test_borderline_files_are_refused_or_read_as_by_open_clip():
+    """As with open_clip, a missing end marker and a text of over a MiB are refused, and 1,100 segments are not."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
     jpeg = encoded(noise, "JPEG")
     assert jpeg.endswith(b"\xff\xd9")
@@ -236,7 +236,7 @@ def test_what_is_decided_for_files_at_the_edge():
 
 
 def test_a_photograph_of_108_megapixels_is_read(limits):
-    """As phones take them; open_clip reads up to 178 million pixels, which would need 0.7 GB."""
+    """Phones take such photographs. open_clip reads up to 178 million pixels, which would need 0.7 GB."""
     assert limits.max_image_pixels >= 12_000 * 9_000
     photo = encoded(Image.new("L", (12_000, 9_000), 99), "JPEG")
     assert (pixels_of(photo, limits) == 99).all()
@@ -269,7 +269,7 @@ JPEG = encoded(Image.new("RGB", (9, 9)), "JPEG")
         (b"\xff" * 99, "no decoder knows"),
     ],
 )
-def test_what_people_send_by_mistake_is_named(sent, named):
+def test_common_mistakes_are_named_in_the_refusal(sent, named):
     error = refusal(sent)
     assert (error.code, named in error.reason) == ("not_an_image", True), error
 
@@ -283,7 +283,7 @@ PARAMETERS = {
 }
 
 
-def test_without_its_package_heif_is_off_and_the_rest_goes_on(monkeypatch):
+def test_without_pillow_heif_only_heif_is_refused(monkeypatch):
     heic = ftyp(b"heic") + b"\0" * 50
     with pytest.raises(RefusedImage, match="corrupt: it begins as HEIC"):
         pixels_of(heic, ImageLimits.of(PARAMETERS))
@@ -295,7 +295,7 @@ def test_without_its_package_heif_is_off_and_the_rest_goes_on(monkeypatch):
         pixels_of(heic, limits)
 
 
-def test_a_mode_that_is_none_is_said_so():
+def test_an_unknown_parameter_value_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="mode is quick, not exact, fast or gpu"):
         open_pixels({**PARAMETERS, "mode": "quick"})
     with pytest.raises(ValueError, match="orientation is upright, not ignore or exif"):
@@ -304,7 +304,7 @@ def test_a_mode_that_is_none_is_said_so():
         open_pixels({**PARAMETERS, "mode": "exact", "deep_gray": "scale"})
 
 
-def test_a_progressive_photograph_is_read_and_one_of_too_many_scans_is_not():
+def test_a_progressive_jpeg_is_read_unless_it_has_too_many_scans():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
     jpeg = encoded(noise, "JPEG", progressive=True)
     assert jpeg.count(b"\xff\xda") == 10
@@ -316,14 +316,14 @@ def test_a_progressive_photograph_is_read_and_one_of_too_many_scans_is_not():
     assert str(LIMITS.max_jpeg_scans) in error.reason
 
 
-def test_scans_inside_a_thumbnail_or_behind_the_end_do_not_count():
-    """EXIF has a JPEG of its own, and a phone may hang a film on to its photograph."""
+def test_scans_in_a_thumbnail_or_after_the_end_do_not_count():
+    """EXIF may contain a JPEG, and a phone may append a video to a photograph."""
     many = b"\xff\xda" * 1000
     jpeg = encoded(Image.new("RGB", (300, 200)), "JPEG", progressive=True, exif=b"Exif\0\0" + many)
     assert pixels_of(jpeg + many, LIMITS).shape == (224, 224, 3)
 
 
-def test_a_file_in_too_many_pieces_is_refused(monkeypatch):
+def test_a_file_with_too_many_blocks_is_refused(monkeypatch):
     monkeypatch.setattr("clip_bounds._MAX_READS", 1000)
     blocks = b"!\xfe\x01a\0" * 1000
     gif = encoded(Image.new("P", (9, 9)), "GIF")

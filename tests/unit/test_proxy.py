@@ -1,4 +1,4 @@
-"""Which hosts are this machine, where the environment has a proxy."""
+"""Proxy settings in the environment: which hosts bypass the proxy, and which settings are accepted."""
 
 import os
 import urllib.request
@@ -21,7 +21,7 @@ from clip_tools import proxy
         ({"no_proxy": "a", "NO_PROXY": "b"}, ["a", "b"]),
     ],
 )
-def test_this_machine_is_added_to_what_needs_no_proxy(monkeypatch, given, kept):
+def test_localhost_is_added_to_no_proxy(monkeypatch, given, kept):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, given.get(name, ""))
     monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
@@ -30,11 +30,11 @@ def test_this_machine_is_added_to_what_needs_no_proxy(monkeypatch, given, kept):
         assert os.environ[name].split(",") == [*kept, "localhost", "127.0.0.1", "::1"]
     assert urllib.request.proxy_bypass("localhost:8000")
     assert not urllib.request.proxy_bypass("hub.example")
-    httpx.Client().close()  # which refuses a list that it cannot read
+    httpx.Client().close()  # httpx refuses a list that it cannot parse
 
 
-def test_where_nothing_goes_to_the_proxy_it_stays_so(monkeypatch):
-    """Beside other names `*` would be one of them."""
+def test_a_no_proxy_of_star_is_kept(monkeypatch):
+    """Next to other names, urllib would take `*` for a host name."""
     monkeypatch.setenv("no_proxy", "*")
     proxy.bypass_for_localhost()
     assert os.environ["no_proxy"] == "*"
@@ -48,7 +48,7 @@ def test_a_url_of_this_machine_is_local(host):
 
 
 @pytest.mark.parametrize("host", ["gpu-host", "10.0.0.1", "localhost.example", "[2001:db8::1]"])
-def test_another_machine_is_not(host):
+def test_a_url_of_another_machine_is_not_local(host):
     assert not parse_url(f"grpc://{host}:8001").is_local
 
 
@@ -66,7 +66,7 @@ def environment(monkeypatch):
     "given", ["proxy:3128", "//proxy:3128", "http://proxy:3128", " HTTP://proxy:3128/x ", "[::1]:3128"]
 )
 @pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
-def test_every_form_of_a_proxy_that_urllib_takes_is_taken(environment, given, variable):
+def test_every_form_of_proxy_that_urllib_accepts_is_accepted(environment, given, variable):
     environment(**{variable: given})
     assert _proxy_of(parse_url("http://gpu-host:8000")).url.port == 3128
     EmbeddingClient("http://gpu-host:8000").close()
@@ -81,7 +81,7 @@ def test_every_form_of_a_proxy_that_urllib_takes_is_taken(environment, given, va
         ("u@proxy:1", b""),
     ],
 )
-def test_a_proxys_password_may_have_any_letter_and_is_not_told(environment, given, login):
+def test_a_proxy_password_may_have_any_character_and_no_error_shows_it(environment, given, login):
     environment(http_proxy=given)
     assert _proxy_of(parse_url("http://gpu-host:8000")).raw_auth == (b"u", login)
     environment(http_proxy=given.replace(":1", ":port"))
@@ -93,7 +93,7 @@ def test_a_proxys_password_may_have_any_letter_and_is_not_told(environment, give
 @pytest.mark.parametrize(
     "given", ["socks4://proxy:1", "socks5://proxy:1", "ftp://proxy", "proxy:port", "http://", "a\x07:1"]
 )
-def test_a_proxy_that_http_cannot_use_is_named_in_a_sentence(environment, given):
+def test_an_unusable_proxy_is_refused_with_the_expected_form(environment, given):
     environment(all_proxy=given)
     with pytest.raises(ValueError, match="http_proxy or all_proxy of the environment: expected http://HOST:PORT, got"):
         EmbeddingClient("http://gpu-host:8000")
@@ -112,7 +112,7 @@ def test_a_proxy_that_http_cannot_use_is_named_in_a_sentence(environment, given)
         ("10.0.0.0/8,[::1],::1/128,http://x,*.y,a b", []),
     ],
 )
-def test_every_list_of_what_goes_without_a_proxy_is_taken(environment, left_out, hosts):
+def test_every_form_of_no_proxy_is_accepted(environment, left_out, hosts):
     environment(http_proxy="proxy:3128", no_proxy=left_out)
     for host in hosts:
         assert _proxy_of(parse_url(f"http://{host}")) is None

@@ -1,4 +1,4 @@
-"""docs/reliability.md shows what the tests recorded, and a soak fails for what grew."""
+"""docs/reliability.md shows the figures that tests recorded, and a soak fails if something grew."""
 
 import random
 
@@ -12,13 +12,13 @@ from clip_tools.paths import ROOT
 from clip_tools.reliability import LONG_RUN, NOT_MEASURED, PROMISES, document, names, where_and_when
 
 
-def test_what_is_recorded_under_an_unknown_name_is_refused(record_reliability):
+def test_recording_under_an_unknown_name_is_refused(record_reliability):
     assert len(names()) == sum(map(len, PROMISES.values()))
     with pytest.raises(KeyError, match="faults_nowhere"):
         record_reliability("faults_nowhere", faults=1)
 
 
-def test_only_the_whole_long_run_writes_the_figures_that_are_shown():
+def test_make_test_long_uses_the_marker_expression_that_publishes_figures():
     assert f'-m "{LONG_RUN}"' in (ROOT / "Makefile").read_text()
 
 
@@ -52,18 +52,18 @@ def test_figures_are_summed_and_shown_beside_their_promise():
         assert row in words
 
 
-def test_figures_of_two_machines_are_not_shown_as_one():
+def test_figures_of_two_machines_in_one_file_are_refused():
     with pytest.raises(ToolError, match="one machine, found those of Other CPU, 2 cores, no GPU; Some CPU, 2 cores"):
         document({"2core": {"soak": entry(), "overload": entry(cpu="Other CPU")}})
 
 
-def test_a_promise_without_a_figure_is_not_measured():
+def test_a_promise_without_a_figure_is_shown_as_not_measured():
     words = document({})
     assert words.count(f"| {NOT_MEASURED} |  |  |") == sum(map(len, PROMISES.values()))
     assert f"| peak throughput | {NOT_MEASURED} |" in words
 
 
-def test_the_slope_is_that_of_the_many():
+def test_theil_sen_ignores_outliers():
     x = list(range(40))
     y = [3 * value + (1000 if value % 5 == 0 else 0) for value in x]
     assert theil_sen(x, y) == pytest.approx(3, abs=0.5)
@@ -71,7 +71,7 @@ def test_the_slope_is_that_of_the_many():
 
 
 def soaked(**rise_a_minute: float) -> list[dict[str, float]]:
-    """An hour of samples, two a minute, that breathe a little, with a rise where one is given."""
+    """An hour of samples, two a minute, with a little noise and the given rises."""
     dice = random.Random(0)  # noqa: S311
     level = {"private_mib": 2000.0, "open_files": 80, "threads": 150, "regions": 3, "shared_mib": 20.0, "p50_ms": 300.0}
     return [
@@ -85,7 +85,7 @@ def soaked(**rise_a_minute: float) -> list[dict[str, float]]:
     ]
 
 
-def test_an_hour_that_only_breathes_has_no_problem():
+def test_a_soak_with_noise_alone_has_no_problem():
     assert [rise["problem"] for rise in judge(soaked())] == [""] * len(BOUNDS)
 
 
@@ -100,14 +100,14 @@ def test_an_hour_that_only_breathes_has_no_problem():
         ("p50_ms", 20),
     ],
 )
-def test_what_grows_is_a_problem_with_its_reason(name, a_minute):
+def test_growth_is_a_problem_with_its_reason(name, a_minute):
     problems = [rise["problem"] for rise in judge(soaked(**{name: a_minute})) if rise["problem"]]
     assert len(problems) == 1
     assert problems[0].startswith(f"{BOUNDS[name].title}: +")
     assert BOUNDS[name].reason in problems[0]
 
 
-def test_what_was_filled_in_the_first_half_is_no_growth():
+def test_growth_in_the_first_half_is_no_problem():
     points = soaked()
     for point in points[:55]:
         point["private_mib"] /= 2

@@ -1,4 +1,4 @@
-"""`deploy/rented-gpu.sh`: what it starts, without a GPU and without Docker."""
+"""`deploy/rented-gpu.sh`: the commands that it runs, without a GPU or Docker."""
 
 import os
 import re
@@ -14,7 +14,7 @@ SCRIPT = ROOT / "deploy" / "rented-gpu.sh"
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A folder of programs that say what they are asked, and do nothing."""
+    """A folder of fake programs, which print their arguments."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, does in {
@@ -34,7 +34,7 @@ def run(way: str, programs: Path, tmp_path: Path) -> subprocess.CompletedProcess
     return subprocess.run([SCRIPT, way], env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_the_environment_is_served_with_tls_and_a_key_that_stay_the_same(programs, tmp_path):
+def test_environment_serves_with_tls_and_a_key_that_a_second_run_reuses(programs, tmp_path):
     first = run("environment", programs, tmp_path)
     assert first.returncode == 0, first.stderr
     keys = tmp_path / "keys"
@@ -46,8 +46,7 @@ def test_the_environment_is_served_with_tls_and_a_key_that_stay_the_same(program
     assert {path.name: path.read_bytes() for path in keys.iterdir()} == made
 
 
-def test_docker_gets_what_the_page_says(programs, tmp_path):
-    """The same flags, and no port that faces others."""
+def test_docker_run_gets_the_documented_flags_and_publishes_only_to_localhost(programs, tmp_path):
     done = run("docker", programs, tmp_path)
     assert done.returncode == 0, done.stderr
     (given,) = re.findall(r"^docker run (.*)$", done.stdout, re.MULTILINE)
@@ -57,7 +56,7 @@ def test_docker_gets_what_the_page_says(programs, tmp_path):
     assert all(port.startswith("127.0.0.1:") for port in re.findall(r"--publish (\S+)", given))
 
 
-def test_without_a_driver_it_says_so(programs, tmp_path):
+def test_without_an_nvidia_driver_it_exits_1_with_the_reason(programs, tmp_path):
     (programs / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     done = run("environment", programs, tmp_path)
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""The documents are those of the results: the same JSON, the same text; and what two runs differ by."""
+"""Documents are generated from results alone, and `compare` shows how two results differ."""
 
 import copy
 import json
@@ -62,7 +62,7 @@ def bench_result(*, speed: float = 1.0, rounds: int = 4) -> dict:
 
 
 def test_the_same_results_give_the_same_documents_to_the_letter():
-    """Pictures too: no date, no version, no random id in them."""
+    """Pictures too: they have no date, version or random id."""
     first = document({"one": bench_result()}, pictures_at="benchmarks")
     assert first == document({"one": copy.deepcopy(bench_result())}, pictures_at="benchmarks")
     words, pictures = first
@@ -72,7 +72,7 @@ def test_the_same_results_give_the_same_documents_to_the_letter():
     assert all(f"benchmarks/{name}" in words for name in pictures)
 
 
-def test_the_ratio_in_the_table_is_that_of_the_rounds():
+def test_the_ratio_in_the_table_is_paired_by_round():
     words, _ = document({"one": bench_result(speed=1.2)}, pictures_at=".")
     assert "| ensemble-grpc | 640x480 | 16 at once | 36.5 |" in words
     assert "4.50 (4.50 to 4.50, 4 rounds)" in words
@@ -93,7 +93,7 @@ def test_devices_and_the_gpu_are_in_the_table():
     assert "|  | CPU |  |  |" in words
 
 
-def test_what_did_not_settle_is_in_the_table_without_latencies():
+def test_an_arm_that_did_not_settle_is_in_the_table_without_latencies():
     result = bench_result()
     line = "concurrency 1 has not settled; images/s by window: 6.0, 0.0, 4.0"
     for row in [row for row in result["cells"] if row["arm"] == "pytorch"]:
@@ -105,7 +105,7 @@ def test_what_did_not_settle_is_in_the_table_without_latencies():
     assert "perf-analyzer, 640x480, batch 1, 1 at once, images/s" in compare(result, result).changes
 
 
-def test_what_is_in_fp16_stands_beside_the_service_in_fp16_too():
+def test_pytorch_in_fp16_gets_its_own_ratio_column():
     result = bench_result()
     rows = [{**row, "arm": f"{row['arm']}@fp16", "throughput": 2 * row["throughput"]} for row in result["cells"]]
     result["cells"] += [row for row in rows if row["arm"] == "pytorch@fp16"]
@@ -115,8 +115,8 @@ def test_what_is_in_fp16_stands_beside_the_service_in_fp16_too():
     assert "| 2.00 (2.00 to 2.00, 4 rounds) |  |" in words
 
 
-def test_the_providers_of_nodes_outside_the_served_one_are_named():
-    """ONNX Runtime keeps what shapes are made of on the CPU; a kernel that a GPU lacks would be there too."""
+def test_nodes_on_another_provider_are_listed_with_their_operators():
+    """ONNX Runtime computes shapes on the CPU. An operator without a GPU kernel would run there too."""
     names = [("MatMul", "CUDAExecutionProvider", 2), ("Gather", "CPUExecutionProvider", 1)]
     events = [
         {"cat": "Node", "name": f"{op}_{i}_kernel_time", "dur": 10, "args": {"op_name": op, "provider": provider}}
@@ -136,7 +136,7 @@ def test_the_providers_of_nodes_outside_the_served_one_are_named():
 
 
 def test_the_committed_documents_are_those_of_the_committed_results():
-    """What `make lint` checks too; without results there is nothing to generate."""
+    """`make lint` checks this too. Without results nothing is generated."""
     made = committed_documents()
     assert bool(made) == any(COMMITTED.glob("*.json"))
     assert made.items() <= generated().items()
@@ -158,10 +158,10 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     result = json.loads(json.dumps(bench_result()))
     write(result, tmp_path / "bench.json")
     assert read(tmp_path / "bench.json") == result
-    assert len((tmp_path / "bench.json").read_text().splitlines()) > len(result["cells"])  # a row a line
+    assert len((tmp_path / "bench.json").read_text().splitlines()) > len(result["cells"])  # one row per line
 
 
-def test_the_readmes_figure_is_the_committed_results(tmp_path):
+def test_the_readmes_figure_is_that_of_the_committed_results(tmp_path):
     text = "# Title\n<!-- figure -->\nold\n<!-- /figure -->\nthe rest\n"
     assert readme(text, tmp_path) == text  # nothing measured, nothing changed
     write(bench_result(), tmp_path / "laptop.json")
@@ -174,18 +174,18 @@ def test_the_readmes_figure_is_the_committed_results(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"kind": "bench"}'])
-def test_what_is_no_result_is_refused(tmp_path, content):
+def test_a_file_that_is_no_result_is_refused(tmp_path, content):
     (tmp_path / "bench.json").write_text(content)
     with pytest.raises(ToolError, match="expected a result"):
         read(tmp_path / "bench.json")
 
 
-def test_a_kind_that_nobody_renders_is_refused():
+def test_an_unknown_kind_of_result_is_refused():
     with pytest.raises(ToolError, match="expected a result of kind"):
         document({"one": {"kind": "poem"}}, pictures_at=".")
 
 
-def test_compare_tells_a_change_from_noise():
+def test_compare_distinguishes_a_change_from_noise():
     comparison = compare(bench_result(), bench_result(speed=1.3))
     changed = comparison.changes["ensemble-grpc, 640x480, batch 1, 16 at once, images/s"]
     assert (changed.verdict, round(changed.ratio, 2)) == ("faster", 1.3)
@@ -193,13 +193,13 @@ def test_compare_tells_a_change_from_noise():
     assert comparison.same_machine and comparison.differences == []
 
 
-def test_compare_says_where_an_arm_computed_elsewhere():
+def test_compare_shows_that_an_arm_ran_on_another_device():
     before, after = bench_result() | {"devices": {"pytorch": "CPU"}}, bench_result() | {"devices": {"pytorch": "GPU"}}
     comparison = compare(before, after)
     assert "device of pytorch: CPU -> GPU" in comparison.differences and not comparison.same_machine
 
 
-def test_compare_says_what_else_is_unlike():
+def test_compare_shows_differences_between_the_environments():
     other = bench_result()
     other["environment"] = {**ENVIRONMENT, "cpu": "Another CPU", "packages": {"torch": "2.16.0"}}
     comparison = compare(bench_result(), other)

@@ -39,7 +39,7 @@ def test_each_tensor_has_one_name_type_and_shape_from_end_to_end(config_name, ro
 
 @pytest.mark.parametrize("root", [ENSEMBLE, TEXT_ENSEMBLE])
 @pytest.mark.parametrize("config_name", NAMED)
-def test_no_queue_is_without_a_limit_nor_too_short_for_64_clients(config_name, root):
+def test_every_queue_has_a_limit_and_room_for_64_clients(config_name, root):
     *steps, _ = deployment(MODELS, config_name, root=root)
     for model in steps:
         policy = model.config.dynamic_batching.default_queue_policy
@@ -48,13 +48,13 @@ def test_no_queue_is_without_a_limit_nor_too_short_for_64_clients(config_name, r
 
 
 @pytest.mark.parametrize("config_name", NAMED)
-def test_clip_onnx_and_clip_trt_can_take_each_others_place(config_name):
+def test_clip_onnx_and_clip_trt_have_the_same_tensors(config_name):
     onnx, trt = (read_config(MODELS, name, config_name) for name in ("clip_onnx", "clip_trt"))
     assert tensors(onnx.input) == tensors(trt.input)
     assert tensors(onnx.output) == tensors(trt.output)
 
 
-def test_the_client_asks_for_the_ensembles_tensors():
+def test_the_client_uses_the_ensembles_tensors():
     ensemble = read_config(MODELS, "clip_ensemble")
     assert [entry.name for entry in ensemble.input] == [wire.INPUT]
     assert [entry.name for entry in ensemble.output] == [wire.OUTPUT]
@@ -80,13 +80,13 @@ def test_each_preprocess_configuration_is_the_exact_one_but_for_one_parameter(na
     assert other.parameters[parameter].string_value == value
     other.parameters[parameter].string_value = {"mode": "exact", "orientation": "ignore"}[parameter]
     for config in (exact, other):
-        del config.instance_group[:]  # on a GPU where that decodes, and whole batches
+        del config.instance_group[:]  # mode gpu decodes on the GPU, in whole batches
         del config.dynamic_batching.preferred_batch_size[:]
         config.dynamic_batching.max_queue_delay_microseconds = 0
     assert other == exact
 
 
-def test_texts_are_served_where_their_tower_was_exported(tmp_path):
+def test_texts_are_served_if_the_text_tower_was_exported(tmp_path):
     models = tmp_path / "models"
     shutil.copytree(MODELS, models, ignore=shutil.ignore_patterns("*.onnx"))
     assert not any(TEXT_ENSEMBLE in flag for flag in repository_flags(models, None))
@@ -108,6 +108,6 @@ def test_a_missing_model_file_names_the_command_that_makes_it(tmp_path):
 
 
 @pytest.mark.parametrize("config_name", [None, "trt"])
-def test_a_folder_that_is_no_repository_is_said_to_be_none(tmp_path, config_name):
+def test_a_folder_that_is_no_model_repository_is_refused(tmp_path, config_name):
     with pytest.raises(ToolError, match=r"expected a model repository"):
         deployment(tmp_path, config_name)

@@ -1,4 +1,4 @@
-"""What a server and a new engine are held to before they are used: the sample that an export keeps beside its graph."""
+"""The sample beside an exported graph: a server or new engine is verified with it before it is used."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ WEIGHTS = Weights("ViT-B-32", "laion2b_s34b_b79k")
 
 
 def write_graph(folder, name="model.onnx", precision="fp32", weights=WEIGHTS):
-    """A file that its manifest calls an exported graph."""
+    """Write a file with the manifest of an exported graph."""
     path = folder / "clip_onnx" / "1" / name
     path.write_bytes(name.encode())
     manifest_path(path).write_text(make_manifest(path, weights, precision, 1.0, 0.0).to_json())
@@ -43,7 +43,7 @@ def sample():
 
 @pytest.fixture
 def models(tmp_path, sample):
-    """The repository with the graphs of two precisions and their sample."""
+    """A model repository with graphs in two precisions and their sample."""
     folder = tmp_path / "models"
     built = shutil.ignore_patterns("*.onnx", "*.plan", "manifest*", FILE, "__pycache__")
     shutil.copytree(MODELS, folder, ignore=built)
@@ -54,7 +54,7 @@ def models(tmp_path, sample):
 
 
 def off_by(cosine):
-    """An engine whose vectors have this cosine to open_clip's."""
+    """A fake engine whose vectors have this cosine to open_clip's."""
 
     def embed(sample):
         other = np.roll(sample.embeddings, 1, axis=1)
@@ -65,7 +65,7 @@ def off_by(cosine):
     return embed
 
 
-def test_a_sample_comes_back_as_it_was_kept(models, sample):
+def test_a_sample_is_read_as_it_was_written(models, sample):
     kept = Sample.read(models / "clip_onnx" / "1" / "model.onnx")
     assert (kept.weights, kept.files) == (sample.weights, sample.files)
     assert np.array_equal(kept.inputs, sample.inputs)
@@ -73,7 +73,7 @@ def test_a_sample_comes_back_as_it_was_kept(models, sample):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", NPY, None])
-def test_one_that_cannot_be_read_is_none(models, content):
+def test_without_a_readable_sample_the_vectors_are_not_verified(models, content):
     path = models / "clip_onnx" / "1" / FILE
     path.unlink()
     if content is not None:
@@ -84,7 +84,7 @@ def test_one_that_cannot_be_read_is_none(models, content):
     assert f"export {WEIGHTS.model}, {WEIGHTS.pretrained}, again" in said
 
 
-def test_one_with_a_part_missing_is_none(models, sample):
+def test_an_incomplete_sample_is_not_used(models, sample):
     graph = models / "clip_onnx" / "1" / "model.onnx"
     dataclasses.replace(sample, embeddings=sample.embeddings[:9]).write(graph)
     assert Sample.read(graph) is None
@@ -99,7 +99,7 @@ def test_one_with_a_part_missing_is_none(models, sample):
         ("fast", 0.994005, "worst cosine 0.99400 is under 0.995, the gate of fp32, near pixels,"),
     ],
 )
-def test_each_configuration_is_held_to_its_own_gate(models, config_name, cosine, gate):
+def test_each_configuration_has_its_own_gate(models, config_name, cosine, gate):
     engine = Engine(models=models, config_name=config_name)
     with pytest.raises(
         WrongVectors, match=rf"do not match open_clip's: {gate} on 10 photographs.*CLIP_CHECK_VECTORS=0"
@@ -108,21 +108,21 @@ def test_each_configuration_is_held_to_its_own_gate(models, config_name, cosine,
     assert "the vectors match open_clip's: worst cosine 0.9999" in check_vectors(engine, off_by(0.999995))
 
 
-def test_an_engine_that_is_given_the_very_pixels_has_no_such_excuse(models):
+def test_an_engine_that_gets_exact_pixels_must_pass_the_stricter_gate(models):
     fast = Engine(models=models, config_name="fast")
     assert "near pixels" in check_vectors(fast, off_by(0.9995))
     with pytest.raises(WrongVectors, match="the gate of fp32, on"):
         check_vectors(fast, off_by(0.9995), on_pixels=True)
 
 
-def test_the_mean_of_so_few_is_not_asked(models):
-    """One photograph of three may be the worst of a hundred that pass."""
+def test_the_mean_of_ten_photographs_is_not_checked(models):
+    """One of few photographs may be the worst of a hundred that pass."""
     assert "the vectors match open_clip's" in check_vectors(Engine(models=models, config_name="fast"), off_by(0.9965))
 
 
 @pytest.mark.parametrize("bound", [4_000_000, 40_000_000, None])
-def test_photographs_far_larger_than_others_are_not_kept(tmp_path, monkeypatch, bound):
-    """Which a server might refuse; whatever Pillow's own bound is: over it it warns, over twice as much it fails."""
+def test_very_large_photographs_are_left_out_of_the_sample(tmp_path, monkeypatch, bound):
+    """A server might refuse them. Pillow's own limit does not matter: it warns above it, and fails above twice that."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", bound)
 
     def png(width, height, more=0):
@@ -149,8 +149,8 @@ def test_photographs_far_larger_than_others_are_not_kept(tmp_path, monkeypatch, 
     assert Sample.read(graph).files == tuple(small[:10])
 
 
-def test_an_upright_configuration_is_held_to_the_upright_vectors(models, sample):
-    """Of a photograph that lies on its side they are others."""
+def test_an_upright_configuration_is_compared_with_the_upright_vectors(models, sample):
+    """They differ for a photograph that lies on its side."""
     graph, upright = models / "clip_onnx" / "1" / "model.onnx", Engine(models=models, config_name="upright")
     assert "were not verified against open_clip" in check_vectors(upright, off_by(1.0))
     turned = np.roll(sample.embeddings, 1, axis=0)
@@ -163,18 +163,18 @@ def test_an_upright_configuration_is_held_to_the_upright_vectors(models, sample)
         check_vectors(Engine(models=models), lambda _: turned)
 
 
-def test_vectors_that_are_no_numbers_are_wrong(models):
+def test_vectors_of_nan_are_wrong(models):
     with pytest.raises(WrongVectors, match="worst cosine -1"):
         check_vectors(Engine(models=models), lambda sample: sample.embeddings * np.nan)
 
 
-def test_a_sample_of_other_weights_vouches_for_nothing(models):
+def test_a_sample_of_other_weights_is_not_used(models):
     write_graph(models, weights=dataclasses.replace(WEIGHTS, pretrained="openai"))
     assert "were not verified against open_clip" in check_vectors(Engine(models=models), off_by(1.0))
 
 
-def test_a_plan_is_held_to_the_sample_of_its_graph(models):
-    """Which is known by its sum."""
+def test_a_plan_is_verified_with_the_sample_of_its_graph(models):
+    """The plan's manifest has the graph's sha256."""
     graph, plan = models / "clip_onnx" / "1" / "model.fp16.onnx", models / "clip_trt" / "1" / "model.plan"
     plan.write_bytes(b"plan")
     fields = {

@@ -1,4 +1,4 @@
-"""`clip-tools serve` and `health` where they need no server: URLs, a first image that waits, what no client can use."""
+"""`clip-tools serve` and `health` without a server: URLs, the first image, the check of vectors, usage errors."""
 
 import sys
 
@@ -25,7 +25,7 @@ from clip_tools.serving.server import EmbeddedServer
     ("host", "reached_at"),
     [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "localhost"), ("::", "[::1]"), ("::1", "[::1]")],  # noqa: S104
 )
-def test_urls_name_a_host_that_this_machine_reaches(host, reached_at):
+def test_urls_name_a_host_that_this_machine_can_reach(host, reached_at):
     options = ServeOptions(host=host)
     assert options.grpc_url == f"grpc://{reached_at}:8001"
     assert options.http_url == f"http://{reached_at}:8000"
@@ -55,7 +55,7 @@ class Process:
 
 
 class Client:
-    """Fails with each error in turn, embeds where there is none, and from then on."""
+    """`embed` raises the given errors in turn. It succeeds for a None, and when no error is left."""
 
     def __init__(self, *errors):
         self.errors = list(errors)
@@ -80,23 +80,23 @@ def started(monkeypatch, client, **options):
     nobody = ServeOptions(metrics_port=1, **options)
     server = EmbeddedServer(nobody)
     server._process = Process()
-    server._text_models = []  # also where a text tower was exported
+    server._text_models = []  # even if a text tower was exported
     return server
 
 
-def test_a_first_image_that_others_are_before_is_sent_again(monkeypatch):
+def test_the_first_image_is_sent_again_while_the_server_is_busy(monkeypatch):
     client = Client(DeadlineExceededError("slow"), DeadlineExceededError("slow"))
     started(monkeypatch, client).wait_until_ready()
     assert not client.errors
 
 
-def test_a_first_image_that_never_has_its_turn_is_said_so(monkeypatch):
+def test_a_server_that_stays_busy_until_the_timeout_is_an_error(monkeypatch):
     server = started(monkeypatch, Client(*[DeadlineExceededError("slow")] * 1000), ready_timeout_s=0.3)
     with pytest.raises(ToolError, match=r"loaded but busy: slow; the server was not ready after"):
         server.wait_until_ready()
 
 
-def test_a_first_image_that_fails_otherwise_is_not_sent_again(monkeypatch):
+def test_a_first_image_that_fails_for_another_reason_is_not_sent_again(monkeypatch):
     client = Client(ServerError("no such tensor"), ServerOverloadedError("not reached"))
     with pytest.raises(ToolError, match="loaded but does not embed: no such tensor"):
         started(monkeypatch, client).wait_until_ready()
@@ -105,13 +105,13 @@ def test_a_first_image_that_fails_otherwise_is_not_sent_again(monkeypatch):
 
 @pytest.fixture
 def three(monkeypatch):
-    """A sample of three photographs, of which the vectors only have to come."""
+    """A sample of three photographs. Its check accepts any vectors."""
     sample = Sample(("m", "p"), (b"a", b"b", b"c"), np.zeros((3, 224, 224, 3), np.uint8), np.zeros((3, 512)))
     monkeypatch.setattr(embedded, "check_vectors", lambda _, embed: f"its vectors are {embed(sample).shape}")
 
 
-def test_a_photograph_of_the_sample_waits_for_room_as_well(monkeypatch, three):
-    """After the first image, and without sending those again that had their turn."""
+def test_a_photograph_of_the_sample_is_sent_again_while_the_server_is_full(monkeypatch, three):
+    """Photographs that were already embedded are not sent again."""
     client = Client(None, None, ServerOverloadedError("full"), DeadlineExceededError("slow"))
     assert started(monkeypatch, client, check_vectors=True).wait_until_ready() == "its vectors are (3, 512)"
     assert not client.errors
@@ -120,14 +120,14 @@ def test_a_photograph_of_the_sample_waits_for_room_as_well(monkeypatch, three):
 @pytest.mark.parametrize(
     "errors", [[ServerOverloadedError("full")] * 1000, [InvalidImageError("too_many_pixels")]], ids=["full", "limits"]
 )
-def test_a_server_that_has_no_room_for_the_sample_or_refuses_it_serves_unproven(monkeypatch, three, errors):
+def test_a_server_that_stays_full_or_refuses_the_sample_serves_unverified(monkeypatch, three, errors):
     monkeypatch.setattr(embedded, "_CHECK_S", 0.3)
     server = started(monkeypatch, Client(None, *errors), check_vectors=True)
     assert server.wait_until_ready() == f"the vectors were not verified against open_clip: {errors[0]}"
 
 
-def test_a_server_that_is_lost_meanwhile_is_not_ready(monkeypatch, three):
-    """And says why it ended, when it has."""
+def test_a_server_that_is_lost_during_the_check_is_not_ready(monkeypatch, three):
+    """If its process has ended, the error says why."""
     for ended, words in ((False, "loaded but does not embed: connection refused"), (True, "out of memory")):
         server = started(monkeypatch, Client(None, ServerUnavailableError("connection refused")), check_vectors=True)
         if ended:
@@ -137,7 +137,7 @@ def test_a_server_that_is_lost_meanwhile_is_not_ready(monkeypatch, three):
             server.wait_until_ready()
 
 
-def test_a_stop_meanwhile_is_no_ready_server(monkeypatch, three):
+def test_a_server_that_is_stopped_during_the_check_is_not_ready(monkeypatch, three):
     server = started(monkeypatch, Client(None, ServerOverloadedError("full")), check_vectors=True)
     stops = iter([False, True])
     monkeypatch.setattr(Process, "is_stopping", property(lambda _: next(stops)))
@@ -152,7 +152,7 @@ def test_a_stop_meanwhile_is_no_ready_server(monkeypatch, three):
         ("grpc://localhost:1", {"CLIP_CA_FILE": "ca.pem"}, "this URL is not encrypted"),
     ],
 )
-def test_what_no_client_can_use_is_the_callers_mistake(monkeypatch, url, environment, words):
+def test_an_unusable_url_is_a_usage_error(monkeypatch, url, environment, words):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ToolError, match=words) as caught:
@@ -160,7 +160,7 @@ def test_what_no_client_can_use_is_the_callers_mistake(monkeypatch, url, environ
     assert caught.value.exit_code == 2
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(ToolError, match="an http:// URL needs httpx") as caught:
         check_health("http://localhost:1", 1)

@@ -1,4 +1,4 @@
-"""What the soak takes for right, and what for a problem."""
+"""Which answers the soak accepts, and which it reports as problems."""
 
 import time
 
@@ -19,7 +19,7 @@ def caller():
     return Caller("grpc://localhost:1", PHOTOGRAPHS, seed=0)
 
 
-def test_a_vector_is_right_when_it_is_the_photographs_own(caller):
+def test_a_vector_is_right_if_it_is_the_photographs_own(caller):
     own, other = PHOTOGRAPHS.embeddings
     assert caller.check([0, 1], [own, other]) == (0, "")
     lost, why = caller.check([0, 1], [own, own])
@@ -33,7 +33,7 @@ def test_a_vector_is_right_when_it_is_the_photographs_own(caller):
     ("answer", "lost"),
     [(RequestTooLargeError("65 images"), 0), (ContractError("shape"), 65), ("vectors", 65)],
 )
-def test_a_bad_request_ends_in_its_own_error_or_is_a_problem(answer, lost):
+def test_a_bad_request_without_its_expected_error_is_a_problem(answer, lost):
     def ask():
         if isinstance(answer, Exception):
             raise answer
@@ -44,7 +44,7 @@ def test_a_bad_request_ends_in_its_own_error_or_is_a_problem(answer, lost):
     assert bool(why) == bool(lost)
 
 
-def test_a_bad_image_that_is_answered_is_a_problem(caller, monkeypatch):
+def test_a_bad_image_that_gets_a_vector_is_a_problem(caller, monkeypatch):
     for middle, expected in ((InvalidImageError([]), 0), (PHOTOGRAPHS.embeddings[0], 1)):
         monkeypatch.setattr(caller, "choose", lambda _count: [0, 1])
         answers = [PHOTOGRAPHS.embeddings[0], middle, PHOTOGRAPHS.embeddings[1]]
@@ -52,7 +52,7 @@ def test_a_bad_image_that_is_answered_is_a_problem(caller, monkeypatch):
         assert BAD_REQUESTS["broken"][0](caller)[:2] == (3, expected)
 
 
-def test_what_nobody_expected_is_a_problem_and_ends_no_client(monkeypatch):
+def test_an_unexpected_exception_is_a_problem_and_does_not_end_the_client(monkeypatch):
     def fail(_caller):
         raise KeyError("surprise")
 
@@ -68,7 +68,7 @@ def test_what_nobody_expected_is_a_problem_and_ends_no_client(monkeypatch):
     assert {(one.lost, one.problem) for one in traffic.ended} == {(1, "KeyError: 'surprise'")}
 
 
-def test_a_server_that_is_gone_is_said():
+def test_a_server_process_that_is_gone_is_named():
     with pytest.raises(ToolError, match="process 4194304, is gone"):
         sample(4194304, 0.0)  # Linux gives no process this number
     with pytest.raises(ToolError, match="nothing of this user listens on port 1"):

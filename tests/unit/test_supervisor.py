@@ -1,4 +1,4 @@
-"""What ends a server that no longer embeds, and what starts the next one."""
+"""A server that no longer embeds is ended, and the supervisor starts the next one."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ LONG_S = 60.0
 
 
 def a_process(script: str) -> TritonProcess:
-    """A shell in place of tritonserver; the flags that it gets are its $0 and so on."""
+    """A shell in place of tritonserver. Its flags become $0, $1 and so on."""
     return TritonProcess(["/bin/sh", "-c", script], {"PATH": "/usr/bin:/bin"})
 
 
@@ -39,12 +39,12 @@ def wait_for_a_line(process: TritonProcess) -> None:
 
 @pytest.fixture
 def stub(tmp_path):
-    """A child of this process that has a stub's name."""
+    """A child process with the name of Triton's stub for a Python model."""
     binary = tmp_path / "triton_python_backend_stub"
     shutil.copy(shutil.which("sleep"), binary)
     process = subprocess.Popen([binary, "600"])
     deadline = time.monotonic() + LONG_S
-    while process.pid not in stubs(os.getpid()):  # a kernel gives it its name after Popen has returned
+    while process.pid not in stubs(os.getpid()):  # the kernel may set the name after Popen has returned
         assert time.monotonic() < deadline
     yield process
     process.kill()
@@ -52,7 +52,7 @@ def stub(tmp_path):
 
 
 @pytest.mark.parametrize(("signal", "words"), [("SIGKILL", "has ended"), ("SIGSTOP", "is stopped")])
-def test_a_python_models_process_that_is_gone_or_stands_still_is_named(stub, signal, words):
+def test_a_stub_that_has_ended_or_is_stopped_is_named(stub, signal, words):
     os.kill(stub.pid, getattr(signals, signal))
     dog = Watchdog(os.getpid(), probe=lambda: None)
     found = dog.watch(lambda seconds: threading.Event().wait(seconds / 10))
@@ -60,14 +60,14 @@ def test_a_python_models_process_that_is_gone_or_stands_still_is_named(stub, sig
     assert f"(process {stub.pid}) {words}" in found
 
 
-def test_a_well_one_is_left_alone_until_the_server_ends(stub):
+def test_a_healthy_stub_is_left_alone_until_the_server_ends(stub):
     assert stubs(os.getpid()).keys() == {stub.pid}
     looks = iter([False, False, False, True])
     assert Watchdog(os.getpid(), probe=lambda: None).watch(lambda _: next(looks)) is None
 
 
-def test_a_process_with_a_name_that_is_no_text_is_passed_over(tmp_path):
-    """The kernel shows names as they are, of everyone's processes."""
+def test_a_process_whose_name_is_not_utf8_is_skipped(tmp_path):
+    """The kernel shows the names of all users' processes as raw bytes."""
     binary = os.fsencode(tmp_path) + b"/\xff\xfe"
     shutil.copy(shutil.which("sleep"), binary)
     process = subprocess.Popen([binary, "600"])
@@ -79,7 +79,7 @@ def test_a_process_with_a_name_that_is_no_text_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize(("instance", "counts"), [("preprocess_0_1", True), ("clip_onnx_0_0", False)])
-def test_the_cpu_time_of_preprocess_alone_is_a_sign_of_life(tmp_path, instance, counts):
+def test_only_the_cpu_time_of_preprocess_counts_as_decoding(tmp_path, instance, counts):
     binary = tmp_path / "triton_python_backend_stub"
     shutil.copy(shutil.which("sh"), binary)
     process = subprocess.Popen([binary, "-c", "while :; do :; done", instance, "last"])
@@ -94,7 +94,7 @@ def test_the_cpu_time_of_preprocess_alone_is_a_sign_of_life(tmp_path, instance, 
 
 
 @pytest.mark.parametrize(("answers", "is_broken"), [(["no", "no"], True), (["no", None, "no", None], False)])
-def test_two_failed_probes_in_a_row_are_a_broken_server(monkeypatch, answers, is_broken):
+def test_two_failed_probes_in_a_row_mean_a_broken_server(monkeypatch, answers, is_broken):
     monkeypatch.setattr(watchdog, "PROBE_EVERY_S", 0.001)
     monkeypatch.setattr(watchdog, "PROBE_AGAIN_S", 0.001)
     left, asked = iter(answers), threading.Event()
@@ -109,7 +109,7 @@ def test_two_failed_probes_in_a_row_are_a_broken_server(monkeypatch, answers, is
     assert found == ("a test image was not embedded: no" if is_broken else None)
 
 
-def test_a_probe_that_fails_itself_is_one_that_failed(monkeypatch):
+def test_an_exception_in_a_probe_counts_as_a_failed_probe(monkeypatch):
     monkeypatch.setattr(watchdog, "PROBE_EVERY_S", 0.001)
     monkeypatch.setattr(watchdog, "PROBE_AGAIN_S", 0.001)
 
@@ -122,7 +122,7 @@ def test_a_probe_that_fails_itself_is_one_that_failed(monkeypatch):
 
 
 class Client:
-    """Fails as it is told to."""
+    """Raises `error` from `embed`, if it has one."""
 
     def __init__(self, error=None):
         self.error = error
@@ -152,11 +152,11 @@ def metrics(path: Path, batches: int, decoded: int = 99) -> str:
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """A full queue counts as stuck when nothing was embedded since the last look."""
+    """A full queue counts as stuck as soon as nothing was embedded since the last probe."""
     monkeypatch.setattr(probes, "STUCK_S", 0.0)
 
 
-def test_a_full_queue_is_not_broken_within_one_long_batch(tmp_path):
+def test_a_server_with_a_full_queue_is_not_broken_during_one_long_batch(tmp_path):
     client = Client()
     probe = ImageProbe(client, b"image", metrics(tmp_path / "metrics", 7))
     client.error = ServerOverloadedError("full")
@@ -164,7 +164,7 @@ def test_a_full_queue_is_not_broken_within_one_long_batch(tmp_path):
 
 
 @pytest.mark.usefixtures("impatient")
-def test_an_engine_that_is_stuck_is_broken_though_images_are_decoded(tmp_path):
+def test_a_stuck_engine_is_broken_even_while_images_are_decoded(tmp_path):
     client = Client(ServerOverloadedError("full"))
     probe = ImageProbe(client, b"image", metrics(tmp_path / "metrics", 7))
     metrics(tmp_path / "metrics", 7, decoded=500)
@@ -174,7 +174,7 @@ def test_an_engine_that_is_stuck_is_broken_though_images_are_decoded(tmp_path):
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("error", [ServerOverloadedError("full"), DeadlineExceededError("slow")])
 def test_a_server_that_is_only_busy_is_not_broken(tmp_path, error):
-    """Busy is one that embeds for others meanwhile."""
+    """A busy server embeds images of other clients meanwhile."""
     client = Client()
     probe = ImageProbe(client, b"image", metrics(tmp_path / "metrics", 7))
     assert probe() is None
@@ -186,8 +186,8 @@ def test_a_server_that_is_only_busy_is_not_broken(tmp_path, error):
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("error", [ServerOverloadedError("full"), DeadlineExceededError("slow")])
-def test_a_server_that_decodes_something_dear_is_not_broken(tmp_path, error):
-    """Its images may all take long: nothing is embedded, but its CPU time goes on."""
+def test_a_server_that_decodes_slow_images_is_not_broken(tmp_path, error):
+    """All its images may take long. Then nothing is embedded, but its CPU time still grows."""
     cpu_s = [5.0]
     probe = ImageProbe(Client(error), b"image", metrics(tmp_path / "metrics", 7), lambda: cpu_s[0])
     cpu_s[0] += LONG_S
@@ -195,20 +195,20 @@ def test_a_server_that_decodes_something_dear_is_not_broken(tmp_path, error):
     assert str(error) in probe()
 
 
-def test_an_error_of_the_server_is_one_however_busy_it_is(tmp_path):
+def test_a_server_error_is_a_failure_even_on_a_busy_server(tmp_path):
     client = Client(ServerError("Stub process is not healthy"))
     probe = ImageProbe(client, b"image", metrics(tmp_path / "metrics", 7))
     metrics(tmp_path / "metrics", 8)
     assert probe() == "Stub process is not healthy"
 
 
-def test_without_metrics_a_deadline_is_no_sign_of_life(tmp_path):
+def test_without_metrics_an_exceeded_deadline_is_a_failure(tmp_path):
     probe = ImageProbe(Client(DeadlineExceededError("slow")), b"image", (tmp_path / "none").as_uri())
     assert probe() == "slow"
 
 
 @pytest.mark.usefixtures("impatient")
-def test_without_metrics_a_full_queue_is_one_but_not_where_there_were_some(tmp_path):
+def test_without_metrics_a_full_queue_passes_unless_metrics_were_there_before(tmp_path):
     client = Client(ServerOverloadedError("full"))
     assert ImageProbe(client, b"image", (tmp_path / "none").as_uri())() is None
     probe = ImageProbe(client, b"image", metrics(tmp_path / "metrics", 7))
@@ -217,7 +217,7 @@ def test_without_metrics_a_full_queue_is_one_but_not_where_there_were_some(tmp_p
 
 
 class Server:
-    """One that embeds at once, until `life` seconds are over; or that cannot start."""
+    """A server that embeds at once. With `failure` it cannot start; `broken` is what its watchdog reports."""
 
     def __init__(self, script="exec sleep 600", *, failure=None, broken=None, result=None):
         self.script, self.failure, self.broken, self.result = script, failure, broken, result
@@ -248,8 +248,8 @@ class Server:
             self.process.stop(is_broken=is_broken)
 
 
-def test_each_server_that_breaks_or_cannot_start_has_a_successor(monkeypatch):
-    """At once after one that embedded; the next one waits longer each time after those that did not."""
+def test_each_server_that_breaks_or_cannot_start_is_replaced(monkeypatch):
+    """The wait is short after a server that embedded, and doubles after each one that did not."""
     monkeypatch.setattr(supervisor, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(supervisor, "LONGEST_WAIT_S", 0.04)
     servers = [
@@ -279,7 +279,7 @@ def test_each_server_that_breaks_or_cannot_start_has_a_successor(monkeypatch):
     assert next(one for one in reversed(servers) if one.stopped is not None).stopped is False
 
 
-def test_it_is_tried_for_as_long_as_it_takes(monkeypatch):
+def test_the_supervisor_never_stops_trying(monkeypatch):
     monkeypatch.setattr(supervisor, "FIRST_WAIT_S", 1e-9)
     monkeypatch.setattr(supervisor, "LONGEST_WAIT_S", 1e-6)
     servers = [Server(broken="broken"), *(Server(failure="port taken") for _ in range(1100)), Server()]
@@ -297,13 +297,13 @@ def test_it_is_tried_for_as_long_as_it_takes(monkeypatch):
     assert said[-1] == "the server was stopped"
 
 
-def test_a_first_server_that_does_not_start_is_the_error():
+def test_a_first_server_that_does_not_start_is_an_error():
     with pytest.raises(ToolError, match="port taken"):
         Supervisor(lambda: Server(failure="port taken"), print, "").run()
 
 
-def test_a_stop_while_the_first_one_fails_is_a_stop():
-    """And not the error for which another would be started."""
+def test_a_stop_while_the_first_server_fails_is_no_error():
+    """The server's error is not raised."""
 
     class Failing(Server):
         def stop(self, *, is_broken):
@@ -316,7 +316,7 @@ def test_a_stop_while_the_first_one_fails_is_a_stop():
     keeper.run()
 
 
-def test_a_stop_ends_the_wait_for_the_next_one(monkeypatch):
+def test_a_stop_ends_the_wait_for_the_next_server(monkeypatch):
     monkeypatch.setattr(supervisor, "FIRST_WAIT_S", LONG_S)
     began = time.monotonic()
     keeper = Supervisor(lambda: Server(broken="broken"), lambda line: "new" in line and keeper.stop(), "")
@@ -325,7 +325,7 @@ def test_a_stop_ends_the_wait_for_the_next_one(monkeypatch):
 
 
 def test_a_broken_server_is_killed_when_it_has_drained():
-    """Its log says so; it is not waited for until it has unloaded."""
+    """Its log says that its models have stopped. Nothing waits until it has unloaded them."""
     process = a_process("trap 'echo All models are stopped; sleep 600' TERM; echo up; while :; do sleep 0.05; done")
     wait_for_a_line(process)
     began = time.monotonic()
@@ -334,8 +334,8 @@ def test_a_broken_server_is_killed_when_it_has_drained():
     assert process.why_it_ended() is None
 
 
-def test_one_that_does_not_unload_is_not_waited_for(monkeypatch):
-    """As Triton 24.10 does not after a model that did not load anew, nor a Python model that hangs in a driver."""
+def test_a_server_that_does_not_unload_its_models_is_killed(monkeypatch):
+    """Triton 24.10 does not unload after a model failed to reload, or while a Python model hangs in a driver."""
     monkeypatch.setattr(processes, "UNLOAD_S", 0.1)
     process = a_process("trap 'echo All models are stopped' TERM; echo up; while :; do sleep 0.05; done")
     wait_for_a_line(process)
@@ -344,8 +344,8 @@ def test_one_that_does_not_unload_is_not_waited_for(monkeypatch):
     assert time.monotonic() - began < LONG_S / 4
 
 
-def test_one_that_does_not_answer_is_killed_after_its_limit():
-    """Also while nobody waits in `stop`, as when it is told to end while it is being asked whether it embeds."""
+def test_a_server_that_ignores_sigterm_is_killed_after_its_limit():
+    """Even while nothing waits in `stop`, for example during the first image."""
     process = a_process("trap '' TERM; echo up; while :; do sleep 0.05; done")
     wait_for_a_line(process)
     process.terminate(limit_s=0.1)
@@ -373,8 +373,8 @@ sys.stdin.read()
 """
 
 
-def test_when_this_process_is_killed_the_server_and_its_children_are_too_and_nothing_is_left():
-    """Not when the thread ends that started it, which is what Linux takes for the parent."""
+def test_killing_this_process_kills_the_server_and_its_children_and_frees_their_shared_memory():
+    """The server survives the end of the thread that started it, which Linux treats as its parent."""
     command = [sys.executable, "-c", DIES]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as parent:
@@ -388,7 +388,7 @@ def test_when_this_process_is_killed_the_server_and_its_children_are_too_and_not
         assert time.monotonic() < deadline
 
 
-def test_a_parent_that_has_ended_before_the_child_could_ask_is_noticed():
+def test_a_child_exits_if_its_parent_ended_before_the_death_signal_was_set():
     code = """
 import os, sys
 from clip_tools.serving.process import _dying_with_parent
@@ -402,8 +402,8 @@ sys.exit(10 * code_of(ask) + code_of(lambda: code_of(ask)))  # its own child; a 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 1
 
 
-def test_the_end_of_one_whose_models_processes_live_on_is_seen_at_once():
-    """They hold its log open, and one that hangs would do so for ever."""
+def test_the_end_of_a_server_is_seen_at_once_while_its_stubs_live_on():
+    """Stubs keep the server's log open, and a stub that hangs would do so forever."""
     process = a_process("sleep 600 & kill -s SEGV $$")
     assert process.wait(LONG_S)
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The steps of a swap, and how each failure is undone: on a server that is pretended, with the committed repository."""
+"""The steps of a swap, and how each failure is undone, on a fake server with the committed repository."""
 
 from types import SimpleNamespace
 
@@ -22,8 +22,8 @@ from clip_tools.serving.vector_check import WrongVectors
 
 
 class FakeServer:
-    """Triton as it was seen to behave: an ensemble whose new configuration does not load is unloaded; a model that does
-    not load again in place goes on as it was. `fails` names what goes wrong."""
+    """Behaves like Triton: an ensemble whose new configuration does not load is unloaded, and a model that does not
+    reload keeps its old configuration. `fails` names the calls that fail."""
 
     def __init__(self, name: str = "onnx", *fails: str) -> None:
         models = deployment(MODELS, name)
@@ -57,7 +57,7 @@ class FakeServer:
             raise ToolError("the connection was lost")
 
     def forget_failures(self, models):
-        """Of Triton itself; see tests/e2e/test_swap_under_load.py."""
+        """Only the real Triton has any: tests/e2e/test_swap_under_load.py."""
 
     def embed_pixels(self, model, pixels):
         self.batches.append(len(pixels))
@@ -90,7 +90,7 @@ def swapped(server, name: str, **options) -> list[str]:
     return said
 
 
-def test_the_target_is_loaded_and_asked_before_the_ensemble_changes_and_the_old_one_goes_last():
+def test_the_new_engine_embeds_before_the_ensemble_uses_it_and_the_old_one_is_unloaded_last():
     server = FakeServer()
     said = swapped(server, "trt")
     assert server.log == ["load clip_trt", "load clip_ensemble", "ask clip_ensemble", "unload clip_onnx"]
@@ -104,7 +104,7 @@ def test_the_target_is_loaded_and_asked_before_the_ensemble_changes_and_the_old_
     assert sorted(server.models) == ["clip_ensemble", "clip_trt", "preprocess"]
 
 
-def test_there_and_back_is_where_it_was():
+def test_a_swap_there_and_back_restores_every_configuration():
     server = FakeServer()
     before = dict(server.models)
     swapped(server, "trt")
@@ -112,24 +112,24 @@ def test_there_and_back_is_where_it_was():
     assert server.models == before
 
 
-def test_a_model_of_the_same_name_is_loaded_again_in_place_and_the_ensemble_stays():
+def test_a_model_of_the_same_name_is_reloaded_in_place_and_the_ensemble_stays():
     server = FakeServer()
     swapped(server, "cpu-bf16")
     assert server.log == ["load clip_onnx", "ask clip_ensemble"]
     assert server.models["clip_onnx"] == read_config(MODELS, "clip_onnx", "cpu-bf16")
 
 
-def test_a_name_that_changes_preprocess_alone_leaves_the_engine_alone():
+def test_a_configuration_that_changes_only_preprocess_does_not_reload_the_engine():
     server = FakeServer()
     swapped(server, "fast")
     assert server.log == ["load preprocess", "load clip_ensemble", "ask clip_ensemble"]
-    assert server.models["clip_ensemble"].parameters["clip_preprocess"].string_value == "fast"  # what clients are told
+    assert server.models["clip_ensemble"].parameters["clip_preprocess"].string_value == "fast"  # clients read it
     swapped(server, "onnx")
     assert server.models["preprocess"] == read_config(MODELS, "preprocess")
 
 
-def test_preprocess_keeps_the_processes_that_the_start_gave_it():
-    """Which this side may not know: the server may be another machine's, or was told how many."""
+def test_preprocess_keeps_the_instance_count_that_it_started_with():
+    """`swap` may not know the count: the server may be on another machine, or its user chose the count."""
     server = FakeServer()
     server.models["preprocess"].instance_group[0].count = 14
     assert swapped(server, "trt")[0].startswith("1/5 clip_trt loaded")
@@ -139,7 +139,7 @@ def test_preprocess_keeps_the_processes_that_the_start_gave_it():
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
-def test_a_server_with_a_gpu_warms_the_engine_up_also_when_it_is_asked_from_a_machine_without():
+def test_an_engine_on_a_gpu_server_is_warmed_up_even_if_swap_runs_on_a_machine_without_a_gpu():
     server = FakeServer("trt")
     server.models["clip_trt"].instance_group[0].kind = 1  # KIND_GPU, as a server completes it
     swapped(server, "onnx")
@@ -148,7 +148,7 @@ def test_a_server_with_a_gpu_warms_the_engine_up_also_when_it_is_asked_from_a_ma
 
 @pytest.fixture
 def with_texts(monkeypatch):
-    """A server that embeds texts too, from a repository where their tower is."""
+    """A server that embeds texts too, and a repository with their tower."""
     texts = deployment(MODELS, root="clip_text_ensemble")
     monkeypatch.setattr(
         steps_of_a_swap, "text_deployment", lambda _, name: deployment(MODELS, name, root="clip_text_ensemble")
@@ -158,7 +158,7 @@ def with_texts(monkeypatch):
     return server
 
 
-def test_the_text_tower_stays_unless_its_own_configuration_or_the_weights_change(with_texts):
+def test_the_text_tower_is_reloaded_only_if_its_configuration_or_the_weights_change(with_texts):
     swapped(with_texts, "trt")
     swapped(with_texts, "onnx")
     assert not any("text" in line for line in with_texts.log)
@@ -176,7 +176,7 @@ def test_the_text_tower_stays_unless_its_own_configuration_or_the_weights_change
 
 
 def test_towers_of_different_weights_are_refused_before_anything_changes(with_texts, monkeypatch):
-    """Also where the vectors may be other ones: no text would be near any image."""
+    """Even with `allow_other_weights`: no text would be near any image."""
 
     def made(file):
         return SimpleNamespace(identity=("ViT-B-32", file.parents[1].name))
@@ -187,10 +187,10 @@ def test_towers_of_different_weights_are_refused_before_anything_changes(with_te
     ):
         swapped(with_texts, "trt", allow_other_weights=True)
     assert with_texts.log == []
-    swapped(FakeServer(), "trt")  # which serves no texts
+    swapped(FakeServer(), "trt")  # it serves no texts
 
 
-def test_warm_ups_are_no_reason_to_load_a_model_again():
+def test_a_model_is_not_reloaded_for_its_warm_ups():
     server = FakeServer()
     server.models["clip_onnx"].model_warmup.add(name="batch 1", batch_size=1)
     assert swapped(server, "onnx") == ["the server runs onnx already"]
@@ -204,8 +204,8 @@ def test_warm_ups_are_no_reason_to_load_a_model_again():
         ("fast", "ensemble", "4 of 4 (clip_ensemble verified against open_clip)"),
     ],
 )
-def test_what_does_not_give_open_clips_vectors_is_taken_back(monkeypatch, name, wrong, step):
-    """The engine alone, on the very pixels; then all of it, also where only `preprocess` changed."""
+def test_a_swap_is_undone_if_the_vectors_do_not_match_open_clip(monkeypatch, name, wrong, step):
+    """First the engine alone, on exact pixels. Then the whole ensemble, even if only `preprocess` changed."""
 
     def check(engine, _embed, *, on_pixels=False):
         assert engine.config_name == name
@@ -223,14 +223,14 @@ def test_what_does_not_give_open_clips_vectors_is_taken_back(monkeypatch, name, 
 
 
 @pytest.mark.parametrize("words", ["Exceeds maximum queue size", "Request timeout expired"])
-def test_tritons_words_for_a_full_queue_are_an_error_that_is_tried_again(words):
+def test_tritons_messages_for_a_full_queue_raise_server_full_error(words):
     control = GrpcModelControl("grpc://localhost:1")
     with pytest.raises(ServerFullError, match=words), control._our_errors():
         raise InferenceServerException(words, status="StatusCode.UNAVAILABLE")
 
 
-def test_a_server_without_room_is_asked_again(monkeypatch):
-    """It is a busy one that is swapped."""
+def test_a_full_server_is_asked_again(monkeypatch):
+    """Servers are swapped under load."""
     server, refused = FakeServer(), ["full", "full"]
     embed_image = server.embed_image
 
@@ -244,8 +244,8 @@ def test_a_server_without_room_is_asked_again(monkeypatch):
     assert not refused
 
 
-def test_the_vectors_are_asked_for_one_by_one(monkeypatch):
-    """An engine may take no batch; both ways."""
+def test_the_sample_is_verified_one_image_at_a_time(monkeypatch):
+    """An engine may not accept batches. The ensemble is verified in the same way."""
     random, seen = np.random.default_rng(0), []
     pixels = random.integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
     sample = Sample(("m", "p"), (b"a", b"b", b"c"), pixels, np.zeros((3, 512), np.float32))
@@ -257,7 +257,7 @@ def test_the_vectors_are_asked_for_one_by_one(monkeypatch):
     assert "3/7 clip_trt verified against open_clip: right" in said[2]
 
 
-def test_what_runs_already_is_left_alone():
+def test_a_swap_to_the_running_configuration_does_nothing():
     server = FakeServer("cpu-bf16")
     assert swapped(server, "cpu-bf16") == ["the server runs cpu-bf16 already"]
     assert server.log == []
@@ -273,7 +273,7 @@ def test_what_runs_already_is_left_alone():
         ("unload clip_onnx", "5 of 5 (clip_onnx unloaded)"),
     ],
 )
-def test_whichever_step_fails_everything_is_as_before_and_the_step_is_named(fails, step):
+def test_a_failure_at_any_step_is_undone_and_names_the_step(fails, step):
     server = FakeServer("onnx", fails)
     before = dict(server.models)
     with pytest.raises(ToolError) as caught:
@@ -283,7 +283,7 @@ def test_whichever_step_fails_everything_is_as_before_and_the_step_is_named(fail
     assert server.models == before
 
 
-def test_an_in_place_change_that_does_not_embed_is_taken_back():
+def test_an_in_place_change_that_does_not_embed_is_undone():
     server = FakeServer("onnx", "embed clip_ensemble")
     before = dict(server.models)
     with pytest.raises(ToolError, match="everything is as before"):
@@ -291,7 +291,7 @@ def test_an_in_place_change_that_does_not_embed_is_taken_back():
     assert server.models == before
 
 
-def test_an_undo_that_fails_says_so_and_does_not_say_as_before():
+def test_a_failed_undo_is_reported_as_such():
     server = FakeServer("onnx", "embed clip_ensemble")
     load = server.load
 
@@ -303,10 +303,10 @@ def test_an_undo_that_fails_says_so_and_does_not_say_as_before():
     server.load = load_once
     with pytest.raises(ToolError, match=r"could not be undone \(.*the server has gone.*\): restart the server"):
         swapped(server, "trt")
-    assert "clip_trt" in server.models  # the ensemble goes through it
+    assert "clip_trt" in server.models  # the ensemble uses it
 
 
-def test_ctrl_c_in_the_middle_undoes_too():
+def test_ctrl_c_during_a_swap_undoes_it():
     server = FakeServer()
     before = dict(server.models)
 
@@ -320,7 +320,7 @@ def test_ctrl_c_in_the_middle_undoes_too():
     assert server.models == before
 
 
-def test_other_weights_are_refused_unless_they_are_meant():
+def test_other_weights_are_refused_unless_allowed():
     server = FakeServer()
     server.weights["clip_trt"] = 3
     with pytest.raises(ToolError, match=r"clip_trt was built from other weights.*cosine 0\.00.*as before"):
@@ -329,21 +329,21 @@ def test_other_weights_are_refused_unless_they_are_meant():
     assert "clip_trt" in server.models
 
 
-def test_a_model_that_another_ensemble_goes_through_stays():
+def test_a_model_that_another_ensemble_uses_stays_loaded():
     server = FakeServer()
     server.models["thumbnails"] = read_config(MODELS, "clip_ensemble")
     swapped(server, "trt")
     assert "clip_onnx" in server.models
 
 
-def test_a_model_that_still_gets_requests_stays(monkeypatch):
+def test_a_model_that_still_gets_requests_stays_loaded(monkeypatch):
     server = FakeServer()
     monkeypatch.setattr("clip_tools.serving.swap_steps.becomes_idle", lambda *_: False)
     assert "still gets requests" in swapped(server, "trt")[-1]
     assert "clip_onnx" in server.models
 
 
-def test_idle_is_no_answer_for_a_while_and_not_one_quiet_look():
+def test_a_model_is_idle_only_after_a_quiet_period():
     server = FakeServer()
     server.counts = [1, 2, 2, 3]
     assert becomes_idle(server, "clip_onnx", 0.02)
@@ -352,15 +352,15 @@ def test_idle_is_no_answer_for_a_while_and_not_one_quiet_look():
     assert not becomes_idle(server, "clip_onnx", 0.02, limit_s=0.05)
 
 
-def test_an_unknown_name_changes_nothing():
+def test_an_unknown_configuration_name_changes_nothing():
     server = FakeServer()
     with pytest.raises(ToolError, match=r"'fp12'.*cpu-bf16"):
         swap_steps(server, SwapOptions("fp12"))
     assert server.log == []
 
 
-def test_what_triton_adds_to_a_configuration_is_no_difference():
-    """As a server without a GPU completed models/clip_onnx/config.pbtxt (24.10)."""
+def test_fields_that_triton_adds_to_a_configuration_are_no_difference():
+    """Here those that Triton 24.10 adds to models/clip_onnx/config.pbtxt on a server without a GPU."""
     wanted = read_config(MODELS, "clip_onnx")
     present = type(wanted)()
     present.CopyFrom(wanted)
@@ -392,7 +392,7 @@ def test_what_triton_adds_to_a_configuration_is_no_difference():
         ("Request for unknown model: 'x' is not found", "Request for unknown model: 'x' is not found"),
     ],
 )
-def test_the_reason_is_found_in_tritons_message(message, reason):
+def test_the_reason_is_extracted_from_tritons_message(message, reason):
     assert reason_in(message) == reason
 
 
@@ -403,7 +403,7 @@ def test_a_url_of_another_protocol_is_a_usage_error():
 
 
 def test_files_of_other_weights_than_those_served_are_refused_before_anything_is_loaded(monkeypatch):
-    """An export under a running server: loading any model would read the new file."""
+    """After an export beside a running server, loading any model would read the new file."""
     server = FakeServer("onnx")
     parameters = server.models["clip_ensemble"].parameters
     for name, value in ((MODEL, "ViT-B-16"), (CHECKPOINT, "random:1")):

@@ -1,4 +1,4 @@
-"""What an exported model of another size makes of the configurations that are served."""
+"""How an exported model of another size changes the served configurations."""
 
 from dataclasses import replace
 
@@ -25,8 +25,8 @@ TEXT = replace(DEFAULT, tensors={"tokens": [64], "embedding": [1024]}, fit={})
 
 
 @pytest.mark.parametrize("config_name", [None, *config_names(MODELS)])
-def test_the_committed_configurations_are_the_defaults(config_name):
-    """Also where an earlier version's manifest says nothing, and where there is none."""
+def test_the_committed_configurations_fit_the_default_model(config_name):
+    """Manifests of the default model do not change them, nor do missing ones."""
     for towers in (Towers(DEFAULT, replace(TEXT, tensors={"tokens": [77], "embedding": [512]})), Towers()):
         for root in (ENSEMBLE, TEXT_ENSEMBLE):
             for model in deployment(MODELS, config_name, root=root):
@@ -34,7 +34,7 @@ def test_the_committed_configurations_are_the_defaults(config_name):
 
 
 @pytest.mark.parametrize("config_name", [None, *config_names(MODELS)])
-def test_every_place_has_the_towers_dimensions(config_name):
+def test_every_field_gets_the_towers_dimensions(config_name):
     """Warm-ups, CUDA graphs and TensorRT's profile too."""
     for root, was, wanted in (
         (ENSEMBLE, ("224", "512"), ("378", "1024")),
@@ -49,11 +49,11 @@ def test_every_place_has_the_towers_dimensions(config_name):
             assert f"dims: {number}\n" not in found and f"dim: {number}\n" not in found and f"x{number}" not in found
 
 
-def test_preprocess_is_told_how_to_resize_and_only_where_it_would_do_otherwise():
+def test_preprocess_gets_the_resize_parameters_that_differ_from_its_own():
     config = read_config(MODELS, "preprocess")
     Towers(LARGE).apply_to(config)
     found = {key: value.string_value for key, value in config.parameters.items()}
     assert (found["resize_mode"], found["interpolation"]) == ("squash", "bilinear")
     assert "fill_color" not in found
-    Towers(DEFAULT).apply_to(config)  # back, as a swap would
+    Towers(DEFAULT).apply_to(config)  # and back, as a swap does
     assert config.parameters["resize_mode"].string_value == "shortest"

@@ -1,4 +1,4 @@
-"""What `backends/tensorrt` checks before it serves a plan, and how it moves batches: on a device that is pretended."""
+"""`backends/tensorrt`: its checks before it serves a plan, and how it moves batches, on a fake device."""
 
 import ctypes
 import json
@@ -33,7 +33,7 @@ def as_triton_gives_it() -> dict:
 
 
 class FakeCuda:
-    """A device whose memory is the host's, at other addresses."""
+    """A device whose memory is host memory at other addresses."""
 
     def __init__(self) -> None:
         self.memory, self.log = {}, []
@@ -122,7 +122,7 @@ class FakeEngine:
 
 
 def with_engine(trt: ModuleType, engine) -> SimpleNamespace:
-    """TensorRT, but for its deserializer, which needs a GPU."""
+    """TensorRT with a fake deserializer that returns `engine`; the real one needs a GPU."""
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda _: engine)
     return SimpleNamespace(
         Runtime=lambda _: runtime,
@@ -156,7 +156,7 @@ def images(*first_bytes: int) -> np.ndarray:
     return array
 
 
-def test_the_tensors_of_an_engine_bear_tritons_types(trt):
+def test_the_tensors_of_an_engine_have_tritons_types(trt):
     assert plan_tensors(FakeEngine(trt), trt) == [
         PlanTensor("pixels", "TYPE_UINT8", (-1, 2, 2, 3), (1, 4)),
         PlanTensor("embedding", "TYPE_FP32", (-1, 5), None),
@@ -199,8 +199,10 @@ WITH_GRAPHS = SMALL | {"optimization": {"cuda": {"graphs": True, "graph_spec": [
 
 
 @pytest.mark.parametrize("captures_itself", [False, True], ids=["tensorrt", "tensorrt-rtx"])
-def test_with_cuda_graphs_a_batch_is_padded_to_the_next_one_and_has_only_its_own_rows(trt, plan, cuda, captures_itself):
-    """Each has run when the plan is loaded. TensorRT for RTX is told to capture by itself."""
+def test_with_cuda_graphs_a_batch_is_padded_to_the_next_size_and_returns_only_its_own_rows(
+    trt, plan, cuda, captures_itself
+):
+    """Each size has run when the plan is loaded. TensorRT for RTX captures the graphs itself."""
     engine = FakeEngine(trt)
     library = with_engine(trt, engine)
     if captures_itself:
@@ -221,7 +223,7 @@ def test_with_cuda_graphs_a_batch_is_padded_to_the_next_one_and_has_only_its_own
     assert ("in", 2 * 12, 7) in cuda.log and ("out", 2 * 5 * 4, 7) in cuda.log
 
 
-def test_a_graph_that_cannot_be_captured_fails_the_load_with_a_sentence(trt, plan, cuda, monkeypatch):
+def test_a_graph_that_cannot_be_captured_fails_the_load_with_the_reason(trt, plan, cuda, monkeypatch):
     def fail(_stream, _enqueue):
         raise CudaError("cudaStreamEndCapture: cudaErrorStreamCaptureInvalidated")
 
@@ -245,7 +247,7 @@ def test_arrays_that_do_not_fit_are_refused_before_the_device_sees_them(runner, 
     assert [entry for entry in cuda.log if entry != "use"] == []
 
 
-def test_closing_gives_every_buffer_back(runner, cuda):
+def test_close_frees_every_buffer(runner, cuda):
     runner.close()
     assert cuda.memory == {}
 
@@ -260,7 +262,7 @@ def test_a_missing_plan_names_the_command_that_makes_it(trt, tmp_path, cuda):
         PlanRunner(tmp_path / "model.plan", SMALL, trt=trt, cuda=cuda)
 
 
-def test_without_a_gpu_the_reason_and_the_way_out_are_given():
+def test_without_a_gpu_the_error_says_why_and_what_to_do():
     with pytest.raises(PlanError, match=r"needs an NVIDIA GPU.*without --model-config-name=trt"):
         check_machine("CPU")
     check_machine("GPU")
@@ -282,7 +284,7 @@ def test_the_library_is_the_one_that_built_the_plan(plan):
         find_tensorrt(plan, installed("tensorrt"))
 
 
-def test_without_a_manifest_it_is_whichever_is_installed(plan):
+def test_without_a_manifest_any_installed_tensorrt_is_used(plan):
     assert find_tensorrt(plan, installed("tensorrt_rtx")).__name__ == "tensorrt_rtx"
     with pytest.raises(PlanError, match="needs tensorrt or tensorrt-rtx"):
         find_tensorrt(plan, installed())
@@ -295,7 +297,7 @@ def test_a_manifest_of_an_unknown_runtime_is_refused(plan):
 
 
 class FakeRuntime:
-    """cuda.bindings.runtime with one call."""
+    """cuda.bindings.runtime with one call, which returns `code`."""
 
     def __init__(self, code: int) -> None:
         self._code = code
@@ -308,7 +310,7 @@ class _Code(int):
     name = "cudaErrorNoDevice"
 
 
-def test_a_cuda_call_that_fails_says_which_and_why(monkeypatch):
+def test_a_failed_cuda_call_raises_its_name_and_error(monkeypatch):
     bindings = pytest.importorskip("cuda.bindings", reason="pip install cuda-bindings")
     monkeypatch.setattr(bindings, "runtime", FakeRuntime(0), raising=False)
     cuda = Cuda(0)
@@ -317,7 +319,7 @@ def test_a_cuda_call_that_fails_says_which_and_why(monkeypatch):
         cuda.use_device()
 
 
-def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch):
+def test_a_gpu_that_cannot_be_used_is_an_error_that_asks_for_the_driver(monkeypatch):
     bindings = pytest.importorskip("cuda.bindings", reason="pip install cuda-bindings")
     monkeypatch.setattr(bindings, "runtime", FakeRuntime(100), raising=False)
     with pytest.raises(PlanError, match=r"GPU 3 cannot be used: .*is the NVIDIA driver installed"):
@@ -325,7 +327,7 @@ def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch):
 
 
 class Capturing:
-    """cuda.bindings.runtime's capture, which says what it was asked."""
+    """cuda.bindings.runtime that records its calls. `ends` is the error code at the end of a capture."""
 
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread")  # noqa: N815
 
@@ -361,14 +363,14 @@ def test_a_capture_is_begun_ended_and_made_ready_to_launch(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_real_plan_runs_on_a_real_gpu(tmp_path):
-    """The mean of each colour, by a network small enough to build in a second."""
+    """A network that computes the mean of each colour. It builds in a second."""
     try:
         cuda = Cuda(0)
     except PlanError as error:
         pytest.skip(str(error))
     trt = find_tensorrt(tmp_path / "model.plan")
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    # TensorRT 11 and tensorrt_rtx know strongly typed networks only, and 11 has no flag for it.
+    # TensorRT 11 and tensorrt_rtx accept only strongly typed networks, and 11 has no flag for that.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     pixels = network.add_input("pixels", trt.DataType.UINT8, (-1, 2, 2, 3))
@@ -389,4 +391,4 @@ def test_a_real_plan_runs_on_a_real_gpu(tmp_path):
     batch = np.random.default_rng(0).integers(0, 256, (3, 2, 2, 3), dtype=np.uint8)
     result = runner.run({"pixels": [batch[:1], batch[1:]]})["embedding"]
     runner.close()
-    assert np.abs(result - batch.mean(axis=(1, 2))).max() < 1e-3  # 255 in FP32 has 2e-5 to spare
+    assert np.abs(result - batch.mean(axis=(1, 2))).max() < 1e-3  # FP32 resolves 2e-5 near 255

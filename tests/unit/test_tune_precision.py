@@ -1,4 +1,4 @@
-"""A graph in parts gives what the whole gives; the mix that is chosen is the fastest inside the gate, and is served."""
+"""`tune-precision`: a graph in parts gives the same vectors, and the fastest mix that passes the gate is served."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def model(path):
 
 @pytest.fixture(scope="module")
 def expected(model) -> Reference:
-    """Twenty images of coarse noise and what the graph makes of them by ONNX Runtime's own CPU provider."""
+    """Twenty images of coarse noise, and their embeddings by ONNX Runtime's own CPU provider."""
     import onnxruntime
 
     coarse = np.random.default_rng(1).integers(0, 256, (20, 7, 7, 3))
@@ -57,7 +57,7 @@ def expected(model) -> Reference:
 
 @pytest.fixture
 def repository_copy(tmp_path):
-    """The committed model repository, without what is built, to be written to."""
+    """A writable copy of the committed model repository, without built files."""
     folder = tmp_path / "models"
     shutil.copytree(MODELS, folder, ignore=shutil.ignore_patterns("*.onnx", "*.plan", "manifest*", "__pycache__"))
     return folder
@@ -70,8 +70,8 @@ def mix_of(precisions, worst_cosine: float, ratio: float) -> Mix:
     return Mix(tuple(precisions), 2, found, ratio, ratio, ratio, 10.0)
 
 
-def test_a_layer_is_a_product_with_weights_and_attention_is_one(model):
-    """Cut where least crosses: the residual stream alone, but for the MLP's middle."""
+def test_each_product_with_weights_is_a_layer_and_attention_is_one_layer(model):
+    """Cuts are where the fewest tensors cross: the residual stream alone, except within the MLP."""
     found = layers(model)
     assert [layer.name for layer in found] == NAMES
     assert [layer.first for layer in found] == [0, *(layer.end for layer in found[:-1])]
@@ -80,8 +80,8 @@ def test_a_layer_is_a_product_with_weights_and_attention_is_one(model):
 
 
 @pytest.mark.usefixtures("bf16")
-def test_the_parts_give_what_the_whole_gives(model, expected, tmp_path):
-    """In FP32; and one layer in BF16 changes it, but not by much."""
+def test_a_graph_in_parts_gives_the_same_vectors_as_the_whole(model, expected, tmp_path):
+    """In FP32. Layers in BF16 change the vectors only a little."""
     whole = embed(LayeredGraph(model, tmp_path).open(["fp32"] * 5), expected.pixels)
     alternating = LayeredGraph(model, tmp_path).open(["fp32", "bf16", "fp32", "bf16", "fp32"])
     assert isinstance(alternating, SessionChain)
@@ -92,7 +92,7 @@ def test_the_parts_give_what_the_whole_gives(model, expected, tmp_path):
 
 @pytest.mark.usefixtures("bf16")
 def test_tuning_measures_every_layer_and_finds_the_mix_at_the_gates_edge(model, expected):
-    """BF16 throughout fails a gate that is set just above it, so the search has to find what passes."""
+    """The second gate is just above BF16 throughout, so the search must find a mix that passes."""
     first = verb.tune(model, expected, worst_cosine=0.5, rounds=1)
     throughout = first.mixes[-1]
     assert [layer.name for layer in first.layers] == NAMES and all(layer.fp32_ms > 0 for layer in first.layers)
@@ -112,7 +112,7 @@ def test_a_graph_of_other_weights_is_refused(model, expected):
         verb.tune(model, other, rounds=1)
 
 
-def test_the_best_is_the_fastest_inside_the_gate_and_worth_it():
+def test_the_best_mix_is_the_fastest_that_passes_the_gate():
     plain, good, slow, fast = (
         mix_of(["fp32"] * 2, 1.0, 1.0),
         mix_of(["fp32", "bf16"], 0.9995, 1.4),
@@ -138,20 +138,20 @@ def test_the_mix_is_written_as_a_configuration_that_the_backend_opens(path, mode
     session = open_session(folder / config["default_model_filename"], plan)
     check_contract(config, session)
     assert cosines(embed(session, expected.pixels), expected.embeddings).min() > 0.99
-    # Applied again with fewer parts, the old ones go; BF16 throughout needs none.
+    # Applying another mix removes the old parts. BF16 throughout needs none.
     apply(mix_of(["bf16"] * 5, 0.9995, 2.0), path, weights, "mixed", "on a machine", repository_copy)
     assert list(folder.glob("*mixed*")) == []
     assert read_config(repository_copy, "clip_onnx", "mixed").default_model_filename == ""
 
 
 @pytest.mark.parametrize(("name", "message"), [("Mixed", "lower-case"), ("cpu-bf16", "take another")])
-def test_a_configuration_that_is_not_ours_is_not_overwritten(name, message):
+def test_a_configuration_that_tune_precision_did_not_write_is_not_overwritten(name, message):
     with pytest.raises(ToolError, match=message):
         check_name(name, MODELS)
 
 
 @pytest.mark.parametrize("parts", ["", "fp32 fp16", "f32"])
-def test_a_precision_that_no_part_can_have_is_refused(parts):
+def test_an_unknown_precision_of_a_part_is_refused(parts):
     accelerator = {"name": "openvino_bf16", "parameters": {"parts": parts}}
     config = {"optimization": {"execution_accelerators": {"cpu_execution_accelerator": [accelerator]}}}
     with pytest.raises(ConfigError, match="parts, such as"):
@@ -175,7 +175,7 @@ def test_parts_of_two_graphs_and_a_missing_part_are_refused(model, path, reposit
 
 
 @pytest.mark.usefixtures("bf16")
-def test_the_verb_writes_the_result_and_its_curve_and_applies_nothing_untrained(
+def test_the_verb_writes_its_result_and_picture_but_applies_nothing_for_untrained_weights(
     path, expected, repository_copy, monkeypatch
 ):
     weights = Weights("ViT-B-32", "random:0")
@@ -203,7 +203,7 @@ def test_a_cpu_without_bf16_is_refused_before_anything_is_measured(monkeypatch, 
     )
 
 
-def test_what_takes_one_file_says_so_of_a_mix(path, repository_copy):
+def test_onnx_profile_refuses_a_mix_and_a_missing_part_names_its_command(path, repository_copy):
     apply(mix_of(MIX, 0.9995, 1.4), path, Weights("ViT-B-32", "random:0"), "mixed", "", repository_copy)
     with pytest.raises(ToolError, match="'mixed' is a mix of precisions in several files"):
         onnx_profile(OnnxProfileOptions(models=repository_copy, config_name="mixed"))

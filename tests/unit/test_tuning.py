@@ -1,4 +1,4 @@
-"""Model Analyzer's file and results as it takes and writes them, our own sweep, and winners as configurations."""
+"""Model Analyzer's configuration file and results, the sweep, and how a winner becomes a named configuration."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from clip_tools.measuring.variants import Variant, change, committed_variant
 from clip_tools.paths import MODELS, ROOT
 from clip_tools.repository import deployment, read_config
 
-# Of a real run of Model Analyzer 1.58.
+# From a real run of Model Analyzer 1.58.
 CSV = """\
 Model,Batch,Concurrency,Model Config Path,Instance Group,Max Batch Size,Satisfies Constraints,Throughput (infer/sec),\
 p99 Latency (ms)
@@ -31,14 +31,14 @@ ENVIRONMENT = {"cpu": "Some CPU", "cores": 2, "date": "2026-11-20T06:00:00+00:00
 
 @pytest.fixture
 def models(tmp_path) -> Path:
-    """A copy of the committed repository that may be written to."""
+    """A writable copy of the committed model repository."""
     folder = tmp_path / "models"
     shutil.copytree(MODELS, folder, ignore=shutil.ignore_patterns("*.onnx", "*.plan", "__pycache__"))
     return folder
 
 
-def test_the_committed_file_is_one_that_model_analyzer_takes(tmp_path):
-    """By its own parser, in a folder like a checkout's root, after `clip-tools perf --write-input` made its folder."""
+def test_model_analyzer_accepts_the_committed_configuration_file(tmp_path):
+    """Its own parser reads it, in a folder like a checkout after `clip-tools perf --write-input`."""
     (tmp_path / "results" / "model-analyzer").mkdir(parents=True)
     (tmp_path / "models").symlink_to(MODELS)
     (tmp_path / ".venv").symlink_to(sys.prefix)
@@ -56,7 +56,7 @@ def test_the_committed_file_is_one_that_model_analyzer_takes(tmp_path):
     assert done.stdout.splitlines()[-1] == "['preprocess', 'clip_onnx'] local"
 
 
-def test_the_committed_file_names_no_machine():
+def test_the_committed_configuration_file_has_no_absolute_paths():
     text = ProfileOptions().config.read_text()
     assert str(ROOT) not in text and "/home" not in text
     options = ProfileOptions(http_port=18000, mode="remote", host="gpu-host", folder=ROOT / "results")
@@ -64,7 +64,7 @@ def test_the_committed_file_names_no_machine():
     assert (config["triton_launch_mode"], config["triton_http_endpoint"]) == ("remote", "gpu-host:18000")
 
 
-def test_the_best_comes_first_and_says_what_it_is():
+def test_points_are_sorted_best_first_and_describe_their_setting():
     points = profile.read_points(CSV)
     assert [point["throughput"] for point in points] == [37.2, 36.0, 20.6]
     assert points[0]["setting"] == "preprocess 3 instances, batch limit 4; clip_onnx 2 instances, batch limit 8"
@@ -83,9 +83,9 @@ def test_the_winner_becomes_a_configuration_of_the_models_it_changes(models):
         [4],
         [8],
     ]
-    # A client sends as many images at once as before.
+    # Clients may send as many images at once as before.
     assert {part.max_batch_size for part in parts.values()} == {read_config(MODELS, "clip_ensemble").max_batch_size}
-    # All else is as it was committed: the engine, the limits on images and on what may wait.
+    # Everything else is as committed: the engine, the limits on images and the queues.
     for name in ("preprocess", "clip_onnx"):
         queue = read_config(MODELS, name).dynamic_batching.default_queue_policy
         assert parts[name].dynamic_batching.default_queue_policy == queue
@@ -100,13 +100,13 @@ def test_when_the_committed_configuration_wins_nothing_is_written(models):
 
 
 @pytest.mark.parametrize("name", ["", "../evil", "Tuned", "a b"])
-def test_a_configurations_name_stays_a_file_name(models, name):
+def test_a_configuration_name_that_is_no_plain_file_name_is_refused(models, name):
     with pytest.raises(ToolError, match="expected lower-case letters"):
         sweep.apply({"kind": "profile", "best": ""}, name, models)
 
 
 def hill(variant: Variant) -> sweep.Point:
-    """The more instances the better, up to 3; a batch limit of 16 is best; delays cost."""
+    """A fake measurement: more instances are better up to 3, a batch limit of 16 is best, and a delay costs."""
     gain = min(variant.preprocess_instances, 3) * 10 - abs(variant.max_batch - 16) / 8 - variant.queue_delay_us / 100
     return sweep.Point(variant, 20 + gain, 100.0)
 
@@ -121,7 +121,7 @@ AXES = {
 
 @pytest.mark.parametrize("cores", [1, 2, 6, 64])
 def test_the_sweeps_engines_share_the_cores_and_are_few(cores):
-    """Each instance holds the weights anew."""
+    """Each instance has its own copy of the weights."""
     tried = [replace(START, **engine) for engine in sweep._engines(cores)]
     assert START in tried
     assert len(set(tried)) == len(tried)
@@ -129,7 +129,7 @@ def test_the_sweeps_engines_share_the_cores_and_are_few(cores):
     assert all(one.engine_instances * one.engine_threads <= max(cores, 2) for one in tried)
 
 
-def test_every_axis_is_one_of_a_variants_settings():
+def test_every_axis_changes_settings_of_a_variant():
     for axis in sweep.axes_of(["preprocess_instances", "engine", "max_batch", "queue_delay_us"]).values():
         assert all(replace(START, **value) for value in axis)
 
@@ -152,8 +152,8 @@ def test_a_difference_within_noise_changes_nothing():
     assert best == START
 
 
-def test_an_interrupted_sweep_goes_on_from_what_it_measured(tmp_path):
-    """Only points of the same machine and load count, and a line that was cut off is no point."""
+def test_an_interrupted_sweep_resumes_from_its_log(tmp_path):
+    """Only points of the same machine and load count. A truncated line is ignored."""
     log, same = tmp_path / "sweep.jsonl", {"cpu": "Some CPU", "cores": 2}
     mine, other = hill(START), hill(replace(START, max_batch=8))
     rows = [{**same, **asdict(mine)}, {**same, "cores": 4, **asdict(other)}]
@@ -177,16 +177,16 @@ def test_the_sweeps_winner_becomes_a_configuration_too(models):
     assert read_config(models, "clip_onnx", "swept").dynamic_batching.max_queue_delay_microseconds == 500
 
 
-def test_the_sweep_starts_from_what_is_committed(models):
-    """So that "as committed" in its table is true, whatever is committed by then."""
+def test_the_sweep_starts_from_the_committed_configuration(models):
+    """So "as committed" in its table stays true when the committed configuration changes."""
     start = committed_variant(models)
     assert not any(change(read_config(models, name), start) for name in ("preprocess", "clip_onnx", "clip_ensemble"))
     result = {"kind": "sweep", "environment": ENVIRONMENT, "best": sweep.describe(start), "best_variant": asdict(start)}
     assert sweep.apply(result, "swept", models) == []
 
 
-def test_checkpoints_of_another_commit_are_not_gone_on_from(tmp_path):
-    """The same run again keeps them, which is what an interruption needs."""
+def test_checkpoints_of_another_commit_are_deleted(tmp_path):
+    """A run of the same commit keeps them, so that it can resume after an interruption."""
     checkpoint = tmp_path / "checkpoints" / "0.ckpt"
     for commit, kept in (("a", False), ("a", True), ("b", False)):
         checkpoint.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Repositories that differ in one thing, and the graph that takes tensors."""
+"""Model repositories that differ in what a measurement varies, and the graph that takes tensors."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from clip_tools.serving.machine import Machine
 
 
 def small_graph():
-    """The head of an image tower with a convolution: cast, scale, and a batch size read off the input."""
+    """The head of an image tower with a convolution: cast, scale, and a batch size read from the input."""
     nodes = [
         helper.make_node("Shape", ["pixels"], ["batch_size"], start=0, end=1),
         helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
@@ -38,7 +38,7 @@ def small_graph():
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def test_the_cut_graph_takes_normalised_tensors_and_gives_the_same():
+def test_the_cut_graph_takes_normalised_tensors_and_gives_the_same_vectors():
     import onnxruntime
 
     whole, cut = small_graph(), small_graph()
@@ -52,12 +52,12 @@ def test_the_cut_graph_takes_normalised_tensors_and_gives_the_same():
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         return session.run(["embedding"], feeds)[0]
 
-    # The tensors are made pixels again, in FP32.
+    # The graph turns the tensors back into pixels, in FP32.
     assert np.allclose(run(whole, {"pixels": pixels}), run(cut, {TENSOR_INPUT: tensors}), atol=1e-6)
 
 
 def test_a_graph_whose_weights_normalise_takes_normalised_tensors_too(tiny_model):
-    """The exported one: its tensors are made pixels again, so that it runs the same arithmetic."""
+    """The exported graph turns the tensors back into pixels, so the arithmetic is the same."""
     import onnx
     import onnxruntime
 
@@ -78,7 +78,7 @@ def test_a_graph_whose_weights_normalise_takes_normalised_tensors_too(tiny_model
     assert (whole * run(cut.SerializeToString(), {TENSOR_INPUT: tensors})).sum(axis=1).min() > 0.999999
 
 
-def test_a_graph_that_begins_otherwise_cannot_be_cut():
+def test_a_graph_without_a_cast_of_its_pixels_cannot_be_cut():
     model = small_graph()
     del model.graph.node[1]
     with pytest.raises(ToolError, match="no Cast of its pixels"):
@@ -98,8 +98,8 @@ def test_a_variant_changes_what_it_names_and_nothing_else():
     assert not change(read_config(MODELS, "preprocess"), Variant())
 
 
-def test_a_variants_processes_are_served_as_it_says():
-    """Where that is not what the start gives by itself."""
+def test_the_start_keeps_the_preprocess_instances_of_a_variant():
+    """Also if the start itself would choose another count."""
     here = Machine.here().preprocess_instances
     for count in (here, here + 1):
         config = read_config(MODELS, "preprocess")
@@ -109,7 +109,7 @@ def test_a_variants_processes_are_served_as_it_says():
 
 
 def test_a_variants_repository_serves_the_same_files(tmp_path):
-    """The named configuration that is served is the one that is changed, and the committed files stay as they are."""
+    """Only the named configuration is changed. The committed files stay as they are."""
     repository = write_repository(Variant("cpu-bf16", preprocess_instances=1), tmp_path / "models")
     assert read_config(repository, "preprocess", "cpu-bf16").instance_group[0].count == 1
     assert read_config(repository, "clip_onnx", "cpu-bf16") == read_config(MODELS, "clip_onnx", "cpu-bf16")
