@@ -143,7 +143,7 @@ def test_the_printed_command_has_no_absolute_paths(tmp_path):
     assert str(MODELS.parent) not in command and str(tmp_path) not in command
 
 
-def test_the_binary_finds_its_libraries():
+def test_perf_analyzer_is_found_with_its_libraries():
     binary, environment = find_perf_analyzer()
     assert binary.name == "perf_analyzer"
     folder = environment["LD_LIBRARY_PATH"].split(":")[0]

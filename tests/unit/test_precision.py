@@ -213,7 +213,7 @@ def test_a_padded_convolution_is_not_folded(block: "onnx.ModelProto") -> None:
 
 
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
-def test_the_emulation_computes_as_the_low_types_would(block: "onnx.ModelProto", pixels: np.ndarray, half: str) -> None:
+def test_the_fp32_emulation_rounds_as_fp16_and_bf16_do(block: "onnx.ModelProto", pixels: np.ndarray, half: str) -> None:
     """The first product has the same bits as in numpy with explicit rounding."""
     ml_dtypes = pytest.importorskip("ml_dtypes")
     low = np.float16 if half == "fp16" else ml_dtypes.bfloat16
@@ -536,7 +536,7 @@ def test_calibration_needs_100_images_and_advises_500(count: int, force: bool, n
     assert caught.value.exit_code == 2
 
 
-def test_a_nan_is_no_agreement() -> None:
+def test_a_nan_fails_the_gate() -> None:
     """NaN compares false with everything, so a careless comparison would let it pass a gate."""
     expected = np.eye(8, 512, dtype=np.float32)
     broken = expected.copy()
