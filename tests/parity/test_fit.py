@@ -1,4 +1,4 @@
-"""Each way in which open_clip fits an image into a model's square: the same pixels."""
+"""Each resize mode and interpolation of open_clip gives the same pixels here."""
 
 import itertools
 
@@ -43,8 +43,8 @@ def test_every_fit_gives_open_clips_pixels(resize_mode, interpolation, side_px, 
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
-def test_every_fit_of_a_turned_image_is_that_of_the_image_turned_before(resize_mode):
-    """By the library, and by Pillow for padding."""
+def test_turning_while_fitting_equals_fitting_the_turned_image(resize_mode):
+    """The library turns while it resizes. For `longest`, Pillow turns first."""
     for number, turn in TURNS.items():
         with lent_memory():
             image = Image.effect_noise((640, 427), 90).convert("RGB")
@@ -53,7 +53,7 @@ def test_every_fit_of_a_turned_image_is_that_of_the_image_turned_before(resize_m
         assert np.array_equal(centre_of(image, turn=turn, fit=fit), centre_of(turned, fit=fit)), number
 
 
-def test_parameters_that_say_nothing_known_are_refused(limits):
+def test_an_unknown_interpolation_or_resize_mode_is_refused(limits):
     with pytest.raises(ValueError, match="interpolation is nearest, not one of bicubic, bilinear"):
         Fit.of({"interpolation": "nearest"})
     with pytest.raises(ValueError, match="resize_mode is fit, not one of shortest, squash, longest"):

@@ -1,4 +1,4 @@
-"""`mode: "gpu"` with everything but the GPU: its kernel compiled for the CPU, and a decoder that is handed in."""
+"""`mode: "gpu"` without a GPU: its kernel is compiled for the CPU, and Pillow takes the decoder's place."""
 
 import dataclasses
 import gc
@@ -46,7 +46,7 @@ def parameters(**changes: str) -> dict[str, str]:
 
 
 def pixels_by(gpu, images, **changes):
-    """All pixels of a batch, and what failed."""
+    """The pixels of a batch, and its errors by image index."""
     batches = clip_gpu.Batches(parameters(**changes), gpu)
     batch = batches([(image, PixelBudget(10**9)) for image in images], batches.on_cpu)
     return np.from_dlpack(batches.lent(batch, 0, len(images))), batch.failed
@@ -64,8 +64,8 @@ def test_the_kernel_compiles_for_every_gpu(architecture):
     assert b"resample" in clip_gpu.compiled(architecture).code
 
 
-def test_hundreds_of_random_images_are_pillows_to_the_byte(gpu, limits):
-    """The same sums as the library's, in every size, order of passes and orientation."""
+def test_the_kernel_is_byte_identical_to_exact_mode_on_random_images(gpu, limits):
+    """Size, order of the passes and EXIF orientation vary."""
     images, orientations = [], []
     for case in cases(seed=7, count=300):
         if case.mode == "RGB" and not case.box:
@@ -83,7 +83,7 @@ def test_hundreds_of_random_images_are_pillows_to_the_byte(gpu, limits):
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
-def test_another_models_square_is_filled_too(gpu, limits, demo_photos, resize_mode):
+def test_the_pixels_equal_exact_mode_at_336_px(gpu, limits, demo_photos, resize_mode):
     changes = {"side_px": "336", "resize_mode": resize_mode}
     made, failed = pixels_by(gpu, [demo_photos[0].read_bytes()], **changes)
     assert (failed, made.shape) == ({}, (1, 336, 336, 3))
@@ -99,7 +99,7 @@ def test_photographs_of_all_requests_are_decoded_in_one_call(gpu, limits, demo_p
         assert np.array_equal(pixels, pixels_of(photo, limits))
 
 
-def test_an_image_alone_is_the_same_on_the_host(gpu, limits, monkeypatch, demo_photos):
+def test_a_single_image_gets_the_pixels_of_exact_mode(gpu, limits, monkeypatch, demo_photos):
     monkeypatch.setattr("clip_gpu.CudaGpu", lambda _: gpu)
     alone, photo = open_pixels(parameters()), demo_photos[0].read_bytes()
     assert np.array_equal(alone(photo), pixels_of(photo, limits))
@@ -129,11 +129,11 @@ def test_a_gpu_gives_nearly_the_same_pixels(limits, demo_photos):
         pytest.skip(str(error))
     for path in demo_photos:
         difference = np.abs(alone(path.read_bytes()).astype(int) - pixels_of(path.read_bytes(), limits))
-        assert difference.max() <= 24, path.name  # as much as `fast` may
+        assert difference.max() <= 24, path.name  # as for mode `fast`
         assert difference.mean() < 1, path.name
 
 
-def test_what_is_too_much_for_one_call_is_decoded_in_several(gpu, monkeypatch):
+def test_a_batch_over_the_pixel_limit_is_decoded_in_several_calls(gpu, monkeypatch):
     monkeypatch.setattr(clip_batch, "_MAX_PIXELS_AT_ONCE", 300_000)
     photos = [encoded(Image.new("RGB", (400, 300), (50 * index, 0, 0))) for index in range(5)]
     made, _ = pixels_by(gpu, photos)
@@ -141,7 +141,7 @@ def test_what_is_too_much_for_one_call_is_decoded_in_several(gpu, monkeypatch):
     assert [round(float(pixels[..., 0].mean()) / 50) for pixels in made] == [0, 1, 2, 3, 4]
 
 
-def test_what_the_gpu_cannot_decode_or_is_not_asked_for_pillow_does(gpu, limits):
+def test_pillow_decodes_what_the_gpu_cannot(gpu, limits):
     image = Image.linear_gradient("L").resize((400, 300)).convert("RGB")
     unknown, gray, png, cut = encoded(image), encoded(image.convert("L")), encoded(image, "PNG"), encoded(image)[:-2]
     gpu.fails.append(unknown)
@@ -152,7 +152,7 @@ def test_what_the_gpu_cannot_decode_or_is_not_asked_for_pillow_does(gpu, limits)
     assert gpu.calls == [1]
 
 
-def test_a_picture_of_another_size_than_its_header_says_is_not_used(gpu, limits, monkeypatch):
+def test_a_decoded_picture_whose_size_differs_from_its_header_is_discarded(gpu, limits, monkeypatch):
     photo = encoded(Image.new("RGB", (400, 300), (200, 0, 0)))
     monkeypatch.setattr(gpu, "_decoded", lambda _: clip_batch.Picture(0, 9, 3, 3, None))
     made, failed = pixels_by(gpu, [photo])
@@ -160,7 +160,7 @@ def test_a_picture_of_another_size_than_its_header_says_is_not_used(gpu, limits,
     assert np.array_equal(made[0], pixels_of(photo, limits))
 
 
-def test_lent_memory_lives_until_whoever_took_it_lets_go():
+def test_lent_memory_is_freed_when_its_last_dlpack_consumer_is_gone():
     array, gone = np.arange(24, dtype=np.uint8), []
 
     class Owner:
@@ -183,7 +183,7 @@ def test_lent_memory_lives_until_whoever_took_it_lets_go():
 
 
 class Utils:
-    """What model.py uses of triton_python_backend_utils."""
+    """The part of triton_python_backend_utils that model.py uses."""
 
     class TritonError:
         INVALID_ARG, INTERNAL = "INVALID_ARG", "INTERNAL"
@@ -218,7 +218,7 @@ def model(monkeypatch, gpu):
     sys.modules.pop("model")
 
 
-def test_one_bad_image_fails_its_request_and_no_other(model, gpu, limits):
+def test_a_bad_image_fails_its_request_and_no_other(model, gpu, limits):
     good, other = (encoded(Image.linear_gradient("L").rotate(angle).convert("RGB")) for angle in (0, 90))
     requests = [[good], [other, good[:500], b""], [encoded(Image.new("RGB", (4000, 3000)))], [other, good]]
     tensors = [np.array(images, dtype=object).reshape(-1, 1) for images in requests]
@@ -236,7 +236,7 @@ def test_one_bad_image_fails_its_request_and_no_other(model, gpu, limits):
     assert gpu.calls == [4]
 
 
-def test_what_is_the_servers_trouble_fails_the_request_that_met_it_alone(model, gpu):
+def test_out_of_memory_is_internal_for_the_affected_requests_only(model, gpu):
     good = encoded(Image.linear_gradient("L").convert("RGB"))
     gray = encoded(Image.linear_gradient("L"))
 
@@ -251,7 +251,7 @@ def test_what_is_the_servers_trouble_fails_the_request_that_met_it_alone(model, 
     assert [one.error.code for one in model.execute(tensors)] == ["INTERNAL", "INTERNAL"]
 
 
-def test_without_its_packages_or_a_gpu_the_mode_says_so(monkeypatch):
+def test_mode_gpu_is_refused_with_the_reason_when_it_cannot_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
     with pytest.raises(ValueError, match=r"needs the packages .*nvidia-nvimgcodec-cu13.*use mode exact or fast"):
         clip_gpu.open_batches(parameters())

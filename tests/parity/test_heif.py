@@ -1,4 +1,4 @@
-"""HEIC and HEIF: the pixels of open_clip's transform where Pillow has the same opener."""
+"""HEIC and HEIF give the pixels of open_clip's transform when Pillow has the opener of pillow-heif."""
 
 import dataclasses
 import io
@@ -25,7 +25,10 @@ def encoded(image: Image.Image, **options: object) -> bytes:
 
 
 def assert_same(content: bytes, oracle, limits) -> np.ndarray:
-    """However the image lies in the file: pillow-heif turns it, by HEIF's own properties, and ignores EXIF's."""
+    """The pixels, after comparing them with open_clip's, upright or not.
+
+    `upright` makes no difference: pillow-heif turns an image by its HEIF properties and ignores EXIF.
+    """
     pixels = oracle.pixels(content)
     upright = dataclasses.replace(oracle, orientation="exif").pixels(content)
     assert np.array_equal(pixels_of(content, limits), pixels)
@@ -36,7 +39,7 @@ def assert_same(content: bytes, oracle, limits) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P"])
 @pytest.mark.parametrize("options", [{}, {"tile_size": 128, "quality": 90}, {"chroma": 444}], ids=str)
-def test_colour_modes_and_grids(oracle, limits, photo, mode, options):
+def test_colour_modes_and_grids_give_open_clips_pixels(oracle, limits, photo, mode, options):
     image = photo.convert(mode)
     if mode in ("LA", "RGBA"):
         image.putalpha(Image.linear_gradient("L").resize(image.size))
@@ -44,7 +47,7 @@ def test_colour_modes_and_grids(oracle, limits, photo, mode, options):
 
 
 @pytest.mark.parametrize("mode", ["RGB;16", "RGBA;16"])
-def test_ten_bits(oracle, limits, photo, mode):
+def test_ten_bit_images_give_open_clips_pixels(oracle, limits, photo, mode):
     bands = np.asarray(photo.convert(mode.removesuffix(";16")))
     buffer = io.BytesIO()
     pillow_heif.encode(mode, photo.size, (bands.astype(np.uint16) * 257).tobytes(), buffer)
@@ -52,16 +55,16 @@ def test_ten_bits(oracle, limits, photo, mode):
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_an_image_is_turned_by_its_own_properties_whatever_was_asked_for(oracle, limits, photo, orientation):
+def test_an_image_is_turned_by_its_heif_properties_whatever_the_orientation_option(oracle, limits, photo, orientation):
     plain, marked = pixels_of(encoded(photo), limits), photo.copy()
     marked.getexif()[0x0112] = orientation
     assert not np.array_equal(assert_same(encoded(marked), oracle, limits), plain)
-    # A file with the orientation in its EXIF alone is not turned.
+    # A file with the orientation only in its EXIF is not turned.
     assert np.array_equal(assert_same(encoded(photo, exif=marked.getexif()), oracle, limits), plain)
 
 
 @pytest.mark.parametrize("primary", [0, 1])
-def test_of_a_burst_the_primary_image_is_taken(oracle, limits, photo, primary):
+def test_the_primary_image_of_a_burst_is_used(oracle, limits, photo, primary):
     other = Image.new("RGB", photo.size, (255, 0, 0))
     pixels = assert_same(encoded(photo, save_all=True, append_images=[other], primary_index=primary), oracle, limits)
     assert (np.abs(pixels.astype(int) - (255, 0, 0)).max() < 9) == (primary == 1)
@@ -75,6 +78,6 @@ def test_gray_of_over_8_bits_is_refused_as_in_other_formats(limits, photo):
         pixels_of(buffer.getvalue(), limits)
 
 
-def test_clients_are_told_its_endings():
+def test_a_server_that_decodes_heif_reports_its_file_suffixes():
     assert {".heic", ".heif"} <= set(suffixes_of(["JPEG", "HEIF"]))
     assert not {".heic", ".heif"} & set(suffixes_of(["JPEG", "AVIF"]))

@@ -1,4 +1,4 @@
-"""`clip_preprocess` gives the very pixels that open_clip's own transform gives: max abs difference 0."""
+"""`clip_preprocess` gives exactly the pixels of open_clip's own transform: max abs difference 0."""
 
 import dataclasses
 import io
@@ -16,32 +16,32 @@ from clip_tools import photos
 
 
 def assert_same(image_bytes: bytes, oracle, limits, name: object) -> None:
-    with warnings.catch_warnings():  # what Pillow says of odd palettes is the same on both sides
+    with warnings.catch_warnings():  # Pillow warns about odd palettes on both sides
         warnings.simplefilter("ignore")
         expected = oracle.pixels(image_bytes)
     difference = np.abs(pixels_of(image_bytes, limits).astype(int) - expected).max()
     assert difference == 0, f"{name}: max abs difference {difference}"
 
 
-def test_photographs(oracle, limits, demo_photos):
+def test_photographs_give_open_clips_pixels(oracle, limits, demo_photos):
     for path in [*demo_photos, *photos.phone_photos()]:
         assert_same(path.read_bytes(), oracle, limits, path.name)
 
 
 @settings(max_examples=60, deadline=None)
 @given(width=st.integers(1, 1300), height=st.integers(1, 1300), index=st.integers(0, 7))
-def test_any_size(oracle, limits, demo_photos, width, height, index):
-    """Rounding is where others are off by one pixel: 24 % of sizes when the crop's offset is floored."""
+def test_any_size_gives_open_clips_pixels(oracle, limits, demo_photos, width, height, index):
+    """Rounding matters: flooring the crop's offset is off by one pixel for 24 % of the sizes."""
     with Image.open(demo_photos[index]) as photo:
         resized = photo.convert("RGB").resize((width, height))
     buffer = io.BytesIO()
     resized.save(buffer, "BMP")
-    if max(width, height) / min(width, height) < 400:  # beyond, open_clip resizes to hundreds of megabytes
+    if max(width, height) / min(width, height) < 400:  # beyond that, open_clip resizes to hundreds of megabytes
         assert_same(buffer.getvalue(), oracle, limits, (width, height))
 
 
 @pytest.mark.parametrize("size", [(640, 427), (1024, 683), (427, 640), (225, 224), (500, 333), (4032, 3024)])
-def test_sizes_that_others_get_wrong(oracle, limits, demo_photos, size):
+def test_sizes_that_are_easily_rounded_wrong_give_open_clips_pixels(oracle, limits, demo_photos, size):
     buffer = io.BytesIO()
     with Image.open(demo_photos[0]) as photo:
         photo.convert("RGB").resize(size).save(buffer, "JPEG")
@@ -49,7 +49,7 @@ def test_sizes_that_others_get_wrong(oracle, limits, demo_photos, size):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
-def test_colour_modes(oracle, limits, demo_photos, mode):
+def test_colour_modes_give_open_clips_pixels(oracle, limits, demo_photos, mode):
     """Resizing before converting matters for palettes, alpha and CMYK."""
     image_format = {"CMYK": "JPEG", "YCbCr": "JPEG", "I": "TIFF"}.get(mode, "PNG")
     with Image.open(demo_photos[1]) as photo:
@@ -60,7 +60,7 @@ def test_colour_modes(oracle, limits, demo_photos, mode):
         image.putalpha(Image.linear_gradient("L").resize(image.size))
     buffer = io.BytesIO()
     image.save(buffer, image_format)
-    if mode in ("I;16", "I"):  # refused unless they are to be clipped as open_clip does
+    if mode in ("I;16", "I"):  # refused unless deep_gray is `clip`, as in open_clip
         with pytest.raises(RefusedImage, match="too_deep"):
             pixels_of(buffer.getvalue(), limits)
         limits = dataclasses.replace(limits, deep_gray="clip")
@@ -68,7 +68,7 @@ def test_colour_modes(oracle, limits, demo_photos, mode):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientations(oracle, limits, demo_photos, orientation):
+def test_exif_orientations_give_open_clips_pixels(oracle, limits, demo_photos, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     buffer = io.BytesIO()
@@ -96,7 +96,7 @@ def test_exif_orientations(oracle, limits, demo_photos, orientation):
 def test_upright_is_open_clips_transform_of_the_turned_image(
     oracle, limits, demo_photos, orientation, mode, image_format, size
 ):
-    """Whichever way the image lies: in which order its axes are resized, and where the crop of an odd side begins."""
+    """A turn affects the order in which the axes are resized, and where the crop of an odd side begins."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     buffer = io.BytesIO()
@@ -108,7 +108,7 @@ def test_upright_is_open_clips_transform_of_the_turned_image(
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_fast_mode_turns_as_exact_does(limits, orientation):
-    """An edge stays where it is, to the pixel, in a file whose crop begins between two pixels."""
+    """An edge stays at the same pixel, even when the crop begins between two pixels."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = Image.new("RGB", (2311, 1807))
@@ -117,11 +117,11 @@ def test_fast_mode_turns_as_exact_does(limits, orientation):
     image.save(buffer, "JPEG", quality=95, exif=exif)
     exact, fast = (pixels_of(buffer.getvalue(), limits, upright=True, fast=mode).astype(int) for mode in (False, True))
     assert np.array_equal(exact > 127, fast > 127)
-    assert (exact != fast).any()  # it was decoded at a fraction
+    assert (exact != fast).any()  # so it was decoded at a fraction of its size
 
 
 def test_odd_files_give_open_clips_pixels_or_are_refused(oracle, limits, odd_images: Path):
-    """Of Pillow's own test images: the same pixels, or an error where open_clip has one too or a limit forbids it."""
+    """The files are Pillow's own test images. A refusal is allowed where open_clip fails too or a limit applies."""
     same, refused, ours_alone = 0, 0, []
     for path in sorted(p for p in odd_images.rglob("*") if p.is_file()):
         image_bytes = path.read_bytes()
@@ -134,7 +134,7 @@ def test_odd_files_give_open_clips_pixels_or_are_refused(oracle, limits, odd_ima
                 warnings.simplefilter("ignore")
                 expected = oracle.pixels(image_bytes)
         except Exception:
-            assert pixels is None, f"{path.name}: open_clip fails on it, and we give pixels"
+            assert pixels is None, f"{path.name}: open_clip fails on it, but we give pixels"
             refused += 1
             continue
         if pixels is None:
@@ -149,9 +149,9 @@ def test_odd_files_give_open_clips_pixels_or_are_refused(oracle, limits, odd_ima
 
 
 def test_fast_mode_is_close_on_phone_photographs_and_the_same_on_small_ones(limits, demo_photos):
-    """Twice the target is kept before the last resize, so no pixel moves far: 12 of 255 at most, in 121 photographs.
+    """Twice the target size remains before the last resize: the largest difference in 121 photographs was 12 of 255.
 
-    What that does to the embedding depends on the weights: `clip-tools verify --engine fast`.
+    The effect on embeddings depends on the weights; `clip-tools verify --engine fast` measures it.
     """
     for path in [*photos.phone_photos(), *demo_photos]:
         exact, fast = (pixels_of(path.read_bytes(), limits, fast=mode).astype(int) for mode in (False, True))
@@ -162,7 +162,7 @@ def test_fast_mode_is_close_on_phone_photographs_and_the_same_on_small_ones(limi
 
 
 def test_fast_mode_keeps_the_geometry(limits):
-    """Sizes that are no multiple of the DCT's scale: an edge stays where it is, to the pixel."""
+    """An edge stays at the same pixel when the size is no multiple of the DCT's scale."""
     image = Image.new("RGB", (2311, 1801))
     image.paste((255, 255, 255), (1155, 0, 2311, 1801))
     buffer = io.BytesIO()

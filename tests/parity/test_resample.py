@@ -1,4 +1,4 @@
-"""The library that resamples gives Pillow's bytes, in both forms, and is used only where it does."""
+"""`clip_resample` gives Pillow's bytes in its portable and AVX2 forms, and is not used where it does not."""
 
 import os
 import re
@@ -30,17 +30,17 @@ def central(mode: str, width: int, height: int) -> Case:
     return Case(mode, width, height, size, tuple(round((length - SIDE_PX) / 2) for length in size), None, seed=1)
 
 
-def test_hundreds_of_random_images_are_pillows_to_the_byte():
+def test_hundreds_of_random_images_are_byte_identical_to_pillow():
     assert differing(KERNELS, seed=1, count=250) == []
 
 
 @pytest.mark.long
-def test_ten_thousand_random_images_are_pillows_to_the_byte():
+def test_ten_thousand_random_images_are_byte_identical_to_pillow():
     assert differing(KERNELS, seed=2, count=10_000) == []
 
 
-def test_the_random_images_are_of_every_kind():
-    """What the tests above claim to cover."""
+def test_the_random_images_cover_every_mode_size_and_orientation():
+    """The tests above rely on this coverage."""
     seen = list(cases(seed=1, count=250))
     assert {case.mode for case in seen} == set(MODES)
     sizes = [(case.width, case.height) for case in seen]
@@ -57,8 +57,8 @@ def test_the_random_images_are_of_every_kind():
 
 @pytest.mark.parametrize("height", [1300, 1400])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_the_order_of_the_passes_is_pillows(mode, height):
-    """652 x 1400 goes down first, 652 x 1300 across first, and rounding between them makes that visible."""
+def test_the_order_of_the_passes_is_that_of_pillow(mode, height):
+    """652 x 1400 is resized vertically first, 652 x 1300 horizontally. Rounding between the passes shows which."""
     case = central(mode, 652, height)
     image = case.image()
     for kernel in KERNELS:
@@ -66,8 +66,8 @@ def test_the_order_of_the_passes_is_pillows(mode, height):
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 3000), (3000, 1), pytest.param(40_000, 1, marks=pytest.mark.long)])
-def test_a_strip_is_pillows_too(width, height):
-    """Pillow makes the whole of it first, so in one colour here: 40000 x 1 becomes 2 GB."""
+def test_a_strip_one_pixel_wide_is_byte_identical_to_pillow(width, height):
+    """Gray, because Pillow resizes the whole strip first: 40000 x 1 becomes 2 GB."""
     case = central("L", width, height)
     image = case.image()
     expected = by_pillow(case, image)
@@ -75,8 +75,8 @@ def test_a_strip_is_pillows_too(width, height):
         assert np.array_equal(kernel.crop(image, case.size, case.offset, SIDE_PX), expected)
 
 
-def test_an_image_of_many_megabytes_is_lent_in_one_piece_and_most_of_its_memory_given_back():
-    """By default Pillow keeps 16 MB in a piece, and lends no image of several."""
+def test_a_large_image_is_lent_in_one_block_which_shrinks_when_freed():
+    """By default Pillow splits images into blocks of 16 MB, and it cannot lend an image of several blocks."""
     core = Image.core
     before = core.get_block_size(), core.get_blocks_max()
     try:
@@ -90,11 +90,11 @@ def test_an_image_of_many_megabytes_is_lent_in_one_piece_and_most_of_its_memory_
         core.set_blocks_max(before[1])
 
 
-def test_what_it_does_not_take_it_says_and_is_not_made_to():
+def test_unsupported_images_are_declined_and_invalid_crops_raise():
     takes = clip_resample.Kernel.takes
     for mode in ("1", "P", "PA", "I", "I;16", "F", "LAB", "HSV"):
         assert not takes(Image.new(mode, (9, 9)), (224, 224)), mode
-    assert not takes(Image.new("RGB", (224, 300)), (224, 300))  # Pillow copies that
+    assert not takes(Image.new("RGB", (224, 300)), (224, 300))  # nothing to resize: Pillow copies it
     assert takes(Image.new("RGB", (224, 300)), (224, 300), (0, 0, 224, 299.5))
     assert not takes(Image.new("RGB", (1, 1)), (224, 1 << 31))
     image = Image.new("RGB", (300, 300))
@@ -117,8 +117,8 @@ def test_what_it_does_not_take_it_says_and_is_not_made_to():
     right=st.sets(st.integers(0, 13)),
     boxes=st.tuples(*[st.floats(width=32) | st.just(40.0)] * 2),
 )
-def test_no_arguments_make_the_library_read_or_write_elsewhere(numbers, right, boxes):
-    """The true ones of an image of 40 x 40, some of them replaced: it answers that they do not fit, or fills `out`."""
+def test_no_arguments_make_the_library_access_other_memory(numbers, right, boxes):
+    """Some arguments for a 40 x 40 image are replaced. The library rejects them or fills `out`. It writes nowhere else."""
     image = Image.new("RGB", (40, 40), (7, 7, 7))
     _, lent = image.__arrow_c_array__()
     pointer = clip_resample._pointer_of(lent, b"arrow_array")
@@ -133,7 +133,7 @@ def test_no_arguments_make_the_library_read_or_write_elsewhere(numbers, right, b
     assert out[:-64].any() == (state == 0)
 
 
-# Built to end the process at a wrong access, or at arithmetic that C does not define.
+# Built with sanitizers, which end the process at an invalid memory access or undefined behaviour.
 
 
 def sanitized(tmp_path) -> tuple[str, dict[str, str]]:
@@ -164,7 +164,7 @@ def run_sanitized(tmp_path, *numbers: int) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.long
-def test_no_access_is_wrong_and_no_arithmetic_undefined_in_thousands_of_images_and_files(tmp_path):
+def test_the_sanitizers_detect_no_invalid_access_and_no_undefined_behaviour(tmp_path):
     done = run_sanitized(tmp_path, 3, 800, 800)
     assert done.returncode == 0, done.stderr[-4000:]
     count, pixels = map(int, done.stdout.split())
@@ -173,7 +173,7 @@ def test_no_access_is_wrong_and_no_arithmetic_undefined_in_thousands_of_images_a
 
 
 @pytest.mark.long
-def test_the_sanitizer_would_find_a_wrong_access(tmp_path, monkeypatch):
+def test_the_sanitizers_detect_an_invalid_access(tmp_path, monkeypatch):
     source = tmp_path / built.SOURCE.name
     text = built.SOURCE.read_text()
     wrong = text.replace(
@@ -186,10 +186,10 @@ def test_the_sanitizer_would_find_a_wrong_access(tmp_path, monkeypatch):
     assert "heap-buffer-overflow" in done.stderr
 
 
-# Where it comes from.
+# Which library is loaded.
 
 
-def test_the_library_of_another_source_is_never_used(tmp_path, monkeypatch):
+def test_a_library_built_from_another_source_is_not_used(tmp_path, monkeypatch):
     source = tmp_path / "clip_resample.c"
     source.write_bytes(clip_resample.SOURCE.read_bytes())
     monkeypatch.setattr(clip_resample, "SOURCE", source)
@@ -201,7 +201,7 @@ def test_the_library_of_another_source_is_never_used(tmp_path, monkeypatch):
         clip_resample.kernel.__wrapped__()
 
 
-def test_a_library_that_is_none_or_gives_other_bytes_than_this_pillow_is_not_used(tmp_path, monkeypatch):
+def test_a_library_that_cannot_be_loaded_or_differs_from_this_pillow_is_not_used(tmp_path, monkeypatch):
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"none")
     with pytest.raises(clip_resample.NoKernel, match=r"broken.so cannot be loaded"):
@@ -212,7 +212,7 @@ def test_a_library_that_is_none_or_gives_other_bytes_than_this_pillow_is_not_use
         clip_resample.Kernel(clip_resample.library())
 
 
-def test_a_build_that_fails_leaves_nothing_and_says_why_in_a_line(tmp_path, monkeypatch, capsys):
+def test_a_failed_build_leaves_no_file_and_prints_the_reason_on_one_line(tmp_path, monkeypatch, capsys):
     source = tmp_path / "clip_resample.c"
     source.write_text("no C")
     compiler = (sys.executable, "-c", "import sys; sys.exit('Note: ...\\nclip_resample.c:1:1: error: unknown type')")
@@ -223,9 +223,9 @@ def test_a_build_that_fails_leaves_nothing_and_says_why_in_a_line(tmp_path, monk
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_without_it_the_pixels_are_the_same(monkeypatch, limits, demo_photos):
+def test_without_the_library_the_pixels_are_the_same(monkeypatch, limits, demo_photos):
     image_bytes = demo_photos[0].read_bytes()
     with_it = clip_preprocess.pixels_of(image_bytes, limits)
     monkeypatch.setattr(clip_preprocess, "find_kernel", lambda: None)
-    monkeypatch.setattr(clip_resample.Kernel, "crop", lambda *_: pytest.fail("the library was asked"))
+    monkeypatch.setattr(clip_resample.Kernel, "crop", lambda *_: pytest.fail("the library was used"))
     assert np.array_equal(clip_preprocess.pixels_of(image_bytes, limits), with_it)

@@ -1,4 +1,4 @@
-"""The graph that is written of a plain text tower: open_clip's own answer, of no more tokens than it has."""
+"""The ONNX graph of a plain text tower gives open_clip's embeddings and skips what follows the end token."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ CONTEXT, WORDS = 12, 50  # the end of a text is the highest token
 
 
 def small_tower(**changes) -> SimpleNamespace:
-    """A model with open_clip's text tower in small; no weight is 0 or 1 by default."""
+    """A model with a small text tower of open_clip. Noise moves every weight away from its default 0 or 1."""
     torch.manual_seed(0)
     if "act_layer" in changes:
         changes["act_layer"] = getattr(open_clip.transformer, changes["act_layer"])
@@ -33,7 +33,7 @@ def small_tower(**changes) -> SimpleNamespace:
 
 
 def texts() -> np.ndarray:
-    """Of every length, in no order, zeros behind their end; one ends twice."""
+    """Tokens of every length in random order, with zeros after the end token. One row has two end tokens."""
     noise = np.random.default_rng(0)
     tokens = noise.integers(1, WORDS - 1, (24, CONTEXT))
     for row, length in zip(tokens, noise.permutation(np.arange(24) % (CONTEXT - 1) + 1), strict=True):
@@ -62,8 +62,8 @@ def test_a_plain_text_tower_gives_open_clips_answer_at_every_length(changes, lar
     assert graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT64
 
 
-def test_what_stands_behind_the_last_end_is_not_computed(tmp_path):
-    """A token that has no vector there is no error."""
+def test_tokens_after_the_end_token_are_not_computed(tmp_path):
+    """Even a token outside the vocabulary is no error there."""
     model, tokens = small_tower(), texts()[:1]
     write_text_graph(model, texts()[:2], tmp_path / "text.onnx")
     end = int(tokens.argmax())
@@ -87,5 +87,5 @@ def test_what_stands_behind_the_last_end_is_not_computed(tmp_path):
         {"scale_heads": True},
     ],
 )
-def test_a_tower_that_reads_more_or_is_built_otherwise_is_no_plain_one(changes):
+def test_another_text_tower_is_not_plain(changes):
     assert not is_plain_text(small_tower(**changes))

@@ -1,4 +1,4 @@
-"""The tokens that `tokenize` makes, equal to open_clip's own for whatever text comes."""
+"""`tokenize` gives open_clip's own tokens for any text."""
 
 import random
 import time
@@ -32,7 +32,7 @@ ENTITIES = (
     "&#0;",
     "&#xD800;",
 )
-SAID = ("'s", "'T", "'re", "'ſ", "don't", "<start_of_text>", "<END_OF_TEXT>", "</w>", "  \t\n", "İ", "ß", "ﬁ", "K", "_")
+ODD = ("'s", "'T", "'re", "'ſ", "don't", "<start_of_text>", "<END_OF_TEXT>", "</w>", "  \t\n", "İ", "ß", "ﬁ", "K", "_")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def ours(theirs) -> Tokenizer:
 
 
 def some_texts(count: int) -> list[str]:
-    """Captions, every script, emoji, control characters, HTML entities, mojibake, over-long ones and the empty one."""
+    """Captions, every script, emoji, control characters, HTML entities, mojibake, overlong texts and the empty text."""
     chance = random.Random(0)  # noqa: S311
     captions = texts()
 
@@ -63,7 +63,7 @@ def some_texts(count: int) -> list[str]:
         script,
         mojibake,
         lambda: chance.choice(ENTITIES),
-        lambda: chance.choice(SAID),
+        lambda: chance.choice(ODD),
         lambda: "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(1, 40))),
         lambda: "".join(chance.choices("ab", k=chance.randint(1, 200))),
         lambda: str(chance.randint(0, 10**12)),
@@ -83,11 +83,11 @@ def test_ten_thousand_texts_have_open_clips_tokens(ours, theirs):
         f"{len(wrong)} of {COUNT}, the first {made[wrong[0]]!r}: {got[wrong[0]]}, {expected[wrong[0]]}"
     )
     assert got.dtype == np.int64
-    assert (got[:, -1] == 49407).any()  # some are cut
+    assert (got[:, -1] == 49407).any()  # some texts are cut
 
 
-def test_the_longest_text_is_cut_and_costs_no_more_than_a_photograph(ours, theirs):
-    """open_clip's own way takes minutes for such a word."""
+def test_the_longest_text_is_cut_and_tokenized_within_seconds(ours, theirs):
+    """open_clip's own tokenizer takes minutes for such a word."""
     word = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=65536))  # noqa: S311
     started = time.process_time()
     assert ours.tokens(word.encode())[-1] == 49407
@@ -99,18 +99,18 @@ def test_the_longest_text_is_cut_and_costs_no_more_than_a_photograph(ours, their
 @pytest.mark.parametrize(
     ("text", "code"), [(b"a" * 65537, "too_large"), (b"caf\xe9", "not_text"), (b"\xed\xa0\x80", "not_text")]
 )
-def test_what_is_no_text_is_refused(ours, text, code):
+def test_a_text_that_is_too_long_or_not_utf_8_is_refused(ours, text, code):
     with pytest.raises(RefusedText) as caught:
         ours.tokens(text)
     assert caught.value.code == code
 
 
-def test_another_list_of_merges_is_refused():
+def test_a_list_of_merges_of_another_length_is_refused():
     with pytest.raises(ValueError, match=f"expected {MERGES} merges"):
         Tokenizer(["a b"], 77, max_text_bytes=9)
 
 
-def test_a_model_with_another_tokenizer_is_refused_before_a_hub_is_asked():
+def test_a_model_with_another_tokenizer_is_refused_without_a_download():
     for model in ("ViT-B-16-SigLIP2-256", "roberta-ViT-B-32", "ViT-H-14-CLIPA"):
         with pytest.raises(OtherTokenizer, match=r"tokenizer.*export the image tower alone with --image"):
             load_tokenizer(model)

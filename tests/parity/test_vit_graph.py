@@ -1,4 +1,4 @@
-"""The graph that is written of a plain ViT: few nodes, no convolution, and open_clip's own answer in both forms."""
+"""The ONNX graph of a plain ViT gives open_clip's embeddings in both forms, with few nodes and no convolution."""
 
 import io
 from pathlib import Path
@@ -37,7 +37,7 @@ BLOCK = ("attention", "mlp up", "mlp down")
 
 
 def small_tower(**changes) -> "torch.nn.Module":
-    """open_clip's ViT in small, two blocks over 49 patches and the class token; no weight is 0 or 1 by default."""
+    """A small ViT of open_clip: two blocks, 49 patches and the class token. Noise moves weights away from 0 and 1."""
     torch.manual_seed(0)
     if "act_layer" in changes:
         changes["act_layer"] = LAYERS[changes["act_layer"]]
@@ -60,7 +60,7 @@ def oracle_of(tower: "torch.nn.Module") -> Oracle:
 
 
 def exported(tower: "torch.nn.Module", folder: Path, form: str = "portable") -> "onnx.ModelProto":
-    """The tower's graph, compared with open_clip's own answer as every export is."""
+    """The tower's graph, which is compared with open_clip as in every export."""
     path, file = folder / "model.onnx", io.BytesIO()
     Image.fromarray(coarse_noise(1)[0]).save(file, "PNG")
     oracle = oracle_of(tower)
@@ -76,7 +76,7 @@ def coarse_noise(count: int) -> np.ndarray:
 
 
 def tokens_of_each_mlp(model: "onnx.ModelProto") -> list[int]:
-    """How many tokens of a picture each block's first MLP product has, in order."""
+    """The number of tokens of one image that each block's first MLP product computes, in order."""
     shapes = {
         value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in onnx.shape_inference.infer_shapes(model).graph.value_info
@@ -113,7 +113,7 @@ def gpu(tmp_path_factory) -> "onnx.ModelProto":
     ids=str,
 )
 def test_every_plain_vit_gives_open_clips_answer(changes, form, tmp_path):
-    """`exported` compares it with PyTorch at several batch sizes, and fails where it drifts."""
+    """`exported` compares it with PyTorch at several batch sizes, and fails if they differ."""
     tower = small_tower(**changes)
     assert is_plain_vit(tower)
     graph = exported(tower, tmp_path, form)
@@ -121,15 +121,15 @@ def test_every_plain_vit_gives_open_clips_answer(changes, form, tmp_path):
     onnx.checker.check_model(graph, full_check=True)
 
 
-def test_the_real_graph_holds_what_it_computes(onnx_model, gpu_model, weights):
-    """No convolution, for which CUDA would seek an algorithm at each new batch size, and no shapes at run time."""
+def test_the_exported_model_has_no_convolution_and_no_shape_computation(onnx_model, gpu_model, weights):
+    """CUDA would search for a convolution algorithm at each new batch size."""
     for path, most in ((onnx_model, 260), (gpu_model, 230)):
         graph = onnx.load(str(path)).graph
         assert len(graph.node) <= most
         assert not {"Conv", "Shape", "Slice", "Expand", "Concat"} & {node.op_type for node in graph.node}
     operators = [node.op_type for node in onnx.load(str(gpu_model)).graph.node]
     assert operators.count("Attention") == 12
-    assert "Attention" not in [node.op_type for node in onnx.load(str(onnx_model)).graph.node]  # OpenVINO has none
+    assert "Attention" not in [node.op_type for node in onnx.load(str(onnx_model)).graph.node]  # OpenVINO lacks it
 
 
 def test_the_last_block_computes_one_token(gpu):
@@ -145,7 +145,7 @@ def test_the_last_block_computes_one_token(gpu):
         {"scale_heads": True},
     ],
 )
-def test_a_tower_that_reads_more_or_is_built_otherwise_is_no_plain_vit(changes):
+def test_another_image_tower_is_not_plain(changes):
     assert not is_plain_vit(small_tower(**changes))
 
 
@@ -155,7 +155,7 @@ def test_a_tower_that_reads_more_or_is_built_otherwise_is_no_plain_vit(changes):
     ids=["plain", "gpu", "traced"],
 )
 def test_a_tower_over_the_limit_has_its_weights_in_a_second_file(changes, form, tmp_path):
-    """The same graph as in one file, and the same in FP16."""
+    """The embeddings are the same as with one file, also in FP16."""
     tower = small_tower(**changes)
     whole = exported(tower, tmp_path, form)
     (tmp_path / "apart").mkdir()
@@ -172,15 +172,15 @@ def test_a_tower_over_the_limit_has_its_weights_in_a_second_file(changes, form, 
     assert got[0] == got[1]
 
 
-def test_another_tower_is_exported_by_torch_with_every_token(tmp_path):
+def test_a_tower_that_is_not_plain_is_exported_by_torch_with_every_token(tmp_path):
     graph = exported(small_tower(pool_type="avg"), tmp_path)
     assert tokens_of_each_mlp(graph) == [50, 50]
     assert "Conv" in {node.op_type for node in graph.graph.node}
 
 
 @pytest.mark.parametrize(("half", "off"), [("fp16", 2e-3), ("bf16", 2e-2)])
-def test_a_low_attention_is_its_two_products_with_rounded_shares(gpu, half, off):
-    """The emulation has no Attention in a low type, counts the same products, and is near the FP32 graph, not equal."""
+def test_attention_in_half_precision_is_emulated_by_two_products(gpu, half, off):
+    """Its softmax weights are rounded too. The result is close to the FP32 graph's, but not equal."""
     lowered = lower(gpu, half)
     assert count_matrices(lowered) == {half: 2 * (4 + 2) + 1 + 2}
     assert "Attention" not in {node.op_type for node in emulate_in_fp32(lowered).graph.node}
@@ -189,8 +189,8 @@ def test_a_low_attention_is_its_two_products_with_rounded_shares(gpu, half, off)
     assert 1e-6 < difference < off
 
 
-def test_fp16_adds_no_bias_to_the_residual_stream(gpu):
-    """Query, key, value and the MLP's first layer get theirs in FP16, what goes to the stream in FP32."""
+def test_biases_are_added_to_the_residual_stream_in_fp32(gpu):
+    """Biases of query, key, value and the MLP's first layer are added in FP16."""
     lowered = onnx.shape_inference.infer_shapes(lower(gpu, "fp16"))
     types = {value.name: value.type.tensor_type.elem_type for value in lowered.graph.value_info}
     for node in lowered.graph.node:
@@ -200,16 +200,16 @@ def test_fp16_adds_no_bias_to_the_residual_stream(gpu):
 
 
 def test_attention_with_a_separate_query_is_one_layer(portable, tmp_path):
-    """OpenVINO refuses in BF16 what ends inside an attention; what passes between two blocks is the stream alone."""
+    """OpenVINO rejects a BF16 part that ends inside an attention. Only the residual stream passes between blocks."""
     layered = LayeredGraph(portable, tmp_path)
     blocks = [f"block {block}, {part}" for block in (0, 1) for part in BLOCK]
     assert [layer.name for layer in layered.layers] == ["patches", *blocks, "projection"]
     last_block = layered.single_layers()[4:7]
-    assert [len(part.graph.input) for part in last_block] == [1, 1, 2]  # the MLP's middle goes beside the stream
+    assert [len(part.graph.input) for part in last_block] == [1, 1, 2]  # mlp down takes the stream too
 
 
 @pytest.mark.usefixtures("bf16")
-def test_each_layer_may_be_bf16(portable, tmp_path):
+def test_each_layer_can_run_in_bf16(portable, tmp_path):
     layered, pixels = LayeredGraph(portable, tmp_path), coarse_noise(4)
     plain = embed(layered.open(["fp32"] * 8), pixels)
     for lowered in (range(0, 8, 2), range(1, 8, 2)):
@@ -217,8 +217,8 @@ def test_each_layer_may_be_bf16(portable, tmp_path):
         assert cosines(mixed, plain).min() > 0.99 and np.abs(mixed - plain).max() > 1e-6
 
 
-def test_the_stream_is_turned_through_the_choice_of_the_class_token(gpu):
-    """Before the last block's sums."""
+def test_the_rotation_passes_through_the_selection_of_the_class_token(gpu):
+    """The class token is selected before the last block's additions."""
     pixels = coarse_noise(6)
     turned = rotate(gpu)
     assert ROTATION in {node.name for node in turned.graph.node}
@@ -226,8 +226,8 @@ def test_the_stream_is_turned_through_the_choice_of_the_class_token(gpu):
     assert np.abs(before - after).max() < 1e-5  # FP32 in another order
 
 
-def test_eight_bits_leave_out_what_sees_the_class_token_alone(gpu, tmp_path):
-    """Of the last block all but its keys and values: there is one row an image to fit to, and no work to save."""
+def test_int8_leaves_out_layers_that_see_only_the_class_token(gpu, tmp_path):
+    """In the last block, all but keys and values have one row per image: too few to calibrate with, no work to save."""
     prepared = prepare(gpu, "int8")
     layers = calibrate(prepared, coarse_noise(6), coarse_noise(2), "int8", folder=tmp_path).layers
     left_out = [node.name for node in linear_layers(prepared) if node.name not in layers]
