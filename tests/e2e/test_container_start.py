@@ -1,4 +1,4 @@
-"""The container's entry point, run as it runs there, with the real tritonserver of the wheel."""
+"""The container's entry point, run as in the container, with the real tritonserver of the wheel."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from clip_tools.serving.watchdog import stubs
 
 @pytest.fixture
 def start(light_model, tmp_path):
-    """start(**variables) -> (process, gRPC URL, HTTP URL, log); what was started is ended."""
+    """start(**variables) -> (process, gRPC URL, HTTP URL, log). The processes are killed after the test."""
     processes = []
 
     def run(**variables: str) -> tuple[subprocess.Popen, str, str, Path]:
@@ -72,7 +72,7 @@ def wait_for(log: Path, words: str) -> None:
 def test_onnx_only_serves_what_is_mounted_and_ends_on_sigterm(
     start, server, demo_photos, light_model, light_text_model, tmp_path
 ):
-    """The text tower too."""
+    """The text tower is mounted and served too."""
     mounted = tmp_path / "mounted"
     mounted.mkdir()
     for path in (*light_model.parent.glob("*.*"), light_text_model.parent):
@@ -85,15 +85,15 @@ def test_onnx_only_serves_what_is_mounted_and_ends_on_sigterm(
     assert httpx.get(f"{http}/v2/models/clip_ensemble/ready").status_code == 200  # the image's health check
     wait_for(log, "ready after")
     assert "clip_ensemble embeds, 3 processes for preprocess on " in log.read_text()
-    assert log.read_text().count("the vectors match open_clip's") == 2  # those of the samples that are mounted
+    assert log.read_text().count("the vectors match open_clip's") == 2  # for images and for texts
     with EmbeddingClient(grpc) as client:
         assert client.embed_text(["a dog"]).shape == (1, 512)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
 
 
-def test_the_server_is_started_anew_when_a_models_process_is_lost(start, demo_photos):
-    """And the health check, which is the image's, says what is so."""
+def test_the_server_is_replaced_when_a_models_process_is_killed(start, demo_photos):
+    """The image's health check fails in between."""
     images = [demo_photos[0].read_bytes()]
     process, grpc, _, log = start(SKIP_TRT_BUILD="1")
     expected = embed_when_ready(process, grpc, images, log)
@@ -107,7 +107,7 @@ def test_the_server_is_started_anew_when_a_models_process_is_lost(start, demo_ph
     while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
-    process.send_signal(signal.SIGSTOP)  # or the next server is ready before the health check asks
+    process.send_signal(signal.SIGSTOP)  # so that no new server is ready before the check asks
     done = subprocess.run([*health, "--timeout-s=1"], timeout=60, check=False, capture_output=True, text=True)
     process.send_signal(signal.SIGCONT)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
@@ -117,7 +117,7 @@ def test_the_server_is_started_anew_when_a_models_process_is_lost(start, demo_ph
     assert process.wait(timeout=60) == 0
 
 
-def test_without_a_gpu_it_stops_with_the_reason(start):
+def test_a_start_for_tensorrt_without_a_gpu_exits_1_with_the_reason(start):
     process, _, _, log = start(TRT_PRECISION="fp32")
     code = process.wait(timeout=60)
     if "no GPU was found" not in log.read_text():
@@ -130,7 +130,7 @@ def test_without_a_gpu_it_stops_with_the_reason(start):
 
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
 def test_a_plan_is_built_and_handed_to_the_server_which_needs_a_gpu(start, tmp_path):
-    """The whole way by tensorrt-rtx, of a small graph."""
+    """tensorrt-rtx builds it from a small graph."""
     pytest.importorskip("tensorrt_rtx", reason="pip install 'clip-embed[rtx]'")
     onnx = tmp_path / "onnx"
     onnx.mkdir()
@@ -141,14 +141,14 @@ def test_a_plan_is_built_and_handed_to_the_server_which_needs_a_gpu(start, tmp_p
     assert "clip_trt: a plan needs an NVIDIA GPU, and this server sees none" in log.read_text()
 
 
-def test_with_the_fallback_it_says_so_and_serves_onnx(start, demo_photos):
+def test_trt_fallback_serves_onnx_and_logs_it(start, demo_photos):
     variables = {"TRT_PRECISION": "fp32", "TRT_FALLBACK": "1", "CUDA_VISIBLE_DEVICES": ""}
     process, grpc, _, log = start(**variables)
     assert embed_when_ready(process, grpc, [demo_photos[0].read_bytes()], log).shape == (1, 512)
     assert "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead" in log.read_text()
 
 
-def test_a_variable_that_cannot_be_is_one_line_and_exit_code_2(start):
+def test_an_invalid_variable_exits_2_with_one_line(start):
     process, _, _, log = start(TRT_PRECISION="fp12")
     assert process.wait(timeout=60) == 2
     assert log.read_text() == "clip-embed: TRT_PRECISION=fp12: expected one of fp32, fp16, bf16, int8, fp8\n"

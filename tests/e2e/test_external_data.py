@@ -1,4 +1,4 @@
-"""A graph over protobuf's 2 GB has its weights in a second file. Here a smaller one is written so, and served."""
+"""A graph over protobuf's limit of 2 GB has its weights in a second file. Here a small graph is written that way."""
 
 import shutil
 
@@ -27,7 +27,7 @@ def in_two_files(tiny_oracle, demo_photos, tmp_path_factory):
 
 
 def test_it_is_served_from_links_to_both_files(in_two_files, tiny_oracle, demo_photos, tmp_path):
-    """ONNX Runtime 1.24.1 and the `onnx` package refuse weights behind a link; a measured variant has such links."""
+    """ONNX Runtime 1.24.1 and the `onnx` package refuse weights behind a link, which a measured variant has."""
     images = [photo.read_bytes() for photo in demo_photos[:3]]
     models = with_image(tmp_path / "models", in_two_files)
     options = options_for(
@@ -39,7 +39,7 @@ def test_it_is_served_from_links_to_both_files(in_two_files, tiny_oracle, demo_p
     assert (got * expected).sum(axis=1).min() >= 0.99999
 
 
-def test_its_manifest_covers_both_files(in_two_files, tmp_path):
+def test_the_manifest_covers_both_files(in_two_files, tmp_path):
     path = tmp_path / "models" / "clip_onnx" / "1" / "model.onnx"
     models = with_image(tmp_path / "models", in_two_files)
     for file in (path, data_path(path)):
@@ -59,7 +59,7 @@ def test_its_manifest_covers_both_files(in_two_files, tmp_path):
         check_manifests(deployment(models))
 
 
-def test_a_small_export_in_its_place_takes_both_files_away(in_two_files, light_model, tmp_path):
+def test_a_small_export_in_its_place_removes_the_second_file(in_two_files, light_model, tmp_path):
     draft, placed = tmp_path / "draft" / "model.onnx", tmp_path / "placed" / "model.onnx"
     for folder in (draft.parent, placed.parent):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Faults on real processes, with the real server and the real client: nothing lost, nothing twice, a clear message."""
+"""Faults in the real server and the real client: no image is lost or embedded twice, and errors name their cause."""
 
 import contextlib
 import json
@@ -31,9 +31,9 @@ from clip_tools.serving.server import EmbeddedServer
 
 CLIP_EMBED = str(Path(sys.executable).with_name("clip-embed"))
 CLIP_TOOLS = str(Path(sys.executable).with_name("clip-tools"))
-# One image alone and within a batch run through other kernels, so the last bits of FP32 differ.
+# Kernels depend on the batch size, so the last bits of FP32 differ.
 SAME_IMAGE_MAX_ABS = 1e-5
-TIMEOUT_S = 300  # of anything here: a loaded machine is slow, and only what hangs meets it
+TIMEOUT_S = 300  # for everything here: only a hang reaches it, even on a loaded machine
 
 
 def wait_until(reached: Callable[[], bool], *, what: str, timeout_s: float = TIMEOUT_S) -> None:
@@ -45,7 +45,7 @@ def wait_until(reached: Callable[[], bool], *, what: str, timeout_s: float = TIM
 
 @pytest.fixture(scope="module")
 def photographs(demo_photos, tmp_path_factory) -> list[Path]:
-    """The demo's photographs, small, so that there can be many."""
+    """Small copies of the demo's photographs, so that a test can embed many."""
     folder = tmp_path_factory.mktemp("photographs")
     for photo in demo_photos:
         with Image.open(photo) as image:
@@ -56,15 +56,15 @@ def photographs(demo_photos, tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def embeddings(server, photographs) -> np.ndarray:
-    """What an untroubled server gives for them."""
+    """The photographs' embeddings from a server without faults."""
     with EmbeddingClient(server.options.grpc_url) as client:
         return client.embed(photographs)
 
 
 class Library:
-    """So many files, of which file i is photograph i modulo ten, and what has to come of them.
+    """`count` files and their expected embeddings. File i links to photograph i modulo ten.
 
-    `lost` and `twice` count what its checks have met.
+    `lost` and `twice` count the images that the checks found missing or repeated.
     """
 
     lost = twice = 0
@@ -77,14 +77,14 @@ class Library:
         self.embeddings = embeddings[[index % len(photographs) for index in range(count)]]
 
     def check(self, results: list) -> None:
-        """Every image has its own vector."""
+        """Assert that every image has its own vector."""
         errors = [result for result in results if isinstance(result, EmbeddingError)]
         self.lost += len(errors)
         assert errors == []
         assert np.abs(np.array(results) - self.embeddings).max() < SAME_IMAGE_MAX_ABS
 
     def check_file(self, output: Path) -> None:
-        """Every image is there once, in order, with its own vector."""
+        """Assert that every image is in the file once, in order, with its own vector."""
         lines = [json.loads(line) for line in output.read_text().splitlines()]
         paths = [line["path"] for line in lines]
         self.lost += len(set(map(str, self.paths)) - set(paths))
@@ -99,7 +99,7 @@ def library(photographs, embeddings, tmp_path) -> Callable[[int], Library]:
 
 
 class Fed:
-    """A `clip-embed -` that is given paths as the test goes on."""
+    """A running `clip-embed -` that gets its paths on stdin during the test."""
 
     def __init__(self, url: str, output: Path) -> None:
         self.output = output
@@ -111,12 +111,12 @@ class Fed:
         self.process.stdin.flush()
 
     def wait_until_it_has_begun(self) -> None:
-        """It opens its output once it has found the server."""
+        """It opens its output after it has reached the server."""
         unfinished = self.output.with_name(f"{self.output.name}.parts") / f"{self.output.name}.unfinished"
         wait_until(lambda: unfinished.exists() or self.process.poll() is not None, what="clip-embed has begun")
 
     def finish(self) -> str:
-        """What it said, once it has ended well."""
+        """Wait for exit code 0. Returns stderr."""
         said = self.process.communicate(timeout=TIMEOUT_S)[1]
         assert self.process.returncode == 0, said
         return said
@@ -130,7 +130,7 @@ class Fed:
 
 
 def embed_with_a_fault(client: EmbeddingClient, library: Library, fed: Fed, fault: Callable[[], None]) -> list:
-    """The results of an embed_many in whose midst, and in that of a clip-embed, the fault comes: after a third."""
+    """The results of an embed_many. The fault comes after a third of its images, and of those of a clip-embed."""
     third = len(library.paths) // 3
 
     def images() -> Iterator[Path]:
@@ -146,7 +146,7 @@ def embed_with_a_fault(client: EmbeddingClient, library: Library, fed: Fed, faul
 
 @pytest.fixture(scope="module")
 def pair(light_repository, tmp_path_factory) -> Iterator[list[EmbeddedServer]]:
-    """Two servers of the tests below, each of which says in what state it leaves them."""
+    """Two servers that the next three tests share. Their docstrings say in what state they leave them."""
     folder = tmp_path_factory.mktemp("pair")
     servers = [EmbeddedServer(options_for(light_repository, folder / f"{number}.log")) for number in range(2)]
     try:
@@ -161,7 +161,7 @@ def pair(light_repository, tmp_path_factory) -> Iterator[list[EmbeddedServer]]:
 
 
 def replace(servers: list[EmbeddedServer], number: int) -> None:
-    """Stop what is left of one and start another on its ports."""
+    """Stop what is left of a server and start another one on its ports."""
     servers[number].stop()
     servers[number] = EmbeddedServer(servers[number].options)
     servers[number].start()
@@ -170,14 +170,14 @@ def replace(servers: list[EmbeddedServer], number: int) -> None:
 
 @pytest.fixture(scope="module")
 def new_server(pair) -> Iterator[ThreadPoolExecutor]:
-    """Where new ones are started: a server ends with the thread that started it."""
+    """The thread that starts new servers: a server ends with the thread that started it."""
     with ThreadPoolExecutor(1) as pool:
         yield pool
 
 
 @pytest.mark.promise
 def test_a_killed_server_is_waited_for(pair, new_server, library, tmp_path, record_reliability):
-    """kill -9 in the midst of an embed_many and of a plain clip-embed that know no other; a new one takes its port."""
+    """kill -9 during an embed_many and a clip-embed that know only this server. A new one takes its port."""
     images, output, url = library(30), tmp_path / "vectors.jsonl", pair[0].options.grpc_url
     killed = []
 
@@ -212,7 +212,7 @@ def seconds_since(begin_s: float) -> float:
 
 @pytest.mark.promise
 def test_when_one_of_two_servers_is_killed_the_other_answers(pair, library, tmp_path, record_reliability):
-    """kill -9 of the second under load, which stays away."""
+    """kill -9 of the second server under load. It stays down."""
     images, output = library(48), tmp_path / "vectors.jsonl"
     urls = [one.options.grpc_url for one in pair]
     with (
@@ -234,12 +234,12 @@ def has_ended(pid: int) -> bool:
 
 @pytest.mark.promise
 def test_a_server_that_is_told_to_stop_finishes_what_it_has_taken(pair, photographs, embeddings, record_reliability):
-    """SIGTERM with seven requests in flight, none of which is sent again."""
+    """SIGTERM with up to seven requests in flight, none of which is sent again. The server stays down."""
     stopping, images, expected = pair[0], photographs * 4, np.tile(embeddings, (4, 1))
     with EmbeddingClient(stopping.options.grpc_url, batch_size=len(images), timeout_s=TIMEOUT_S, retry=None) as client:
         with ThreadPoolExecutor(8) as pool:
             requests = [pool.submit(client.embed, images) for _ in range(8)]
-            wait(requests, TIMEOUT_S, FIRST_COMPLETED)  # they were sent together, so all have been taken
+            wait(requests, TIMEOUT_S, FIRST_COMPLETED)  # they were sent together, so the server has taken all
             in_flight = [request for request in requests if not request.done()]
             stopping.terminate()
             answers = [request.result(TIMEOUT_S) for request in requests]
@@ -253,9 +253,9 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_has_taken(pair, photogra
 
 @pytest.mark.long
 def test_a_storm_of_faults(light_repository, library, tmp_path, record_reliability):
-    """Up to ten times a server of two is killed, replaced or frozen, under an embed_many and a clip-embed --resume.
+    """One of two servers is killed, replaced or frozen up to ten times, during an embed_many and clip-embed --resume.
 
-    The dice are seeded; what is in flight at a fault is not.
+    The faults are seeded. The requests in flight at a fault vary.
     """
     dice = random.Random(0)  # noqa: S311
     images, output = library(2000), tmp_path / "vectors.jsonl"
@@ -276,7 +276,7 @@ def test_a_storm_of_faults(light_repository, library, tmp_path, record_reliabili
         os.killpg(group, signal.SIGSTOP)
         over.wait(dice.uniform(2, 8))
         os.killpg(group, signal.SIGCONT)
-        # As `clip-tools serve` does: Triton 24.10 aborts when the time of one of its locks ran out meanwhile.
+        # As `clip-tools serve` does: Triton 24.10 aborts if a lock's time ran out while it was frozen.
         replace(servers, number)
 
     def storm() -> None:
@@ -292,7 +292,7 @@ def test_a_storm_of_faults(light_repository, library, tmp_path, record_reliabili
     with contextlib.ExitStack() as stack:
         for one in servers:
             stack.enter_context(one)
-        stack.callback(lambda: [one.stop() for one in servers])  # those that took their place
+        stack.callback(lambda: [one.stop() for one in servers])  # also the replacements
         pool = stack.enter_context(ThreadPoolExecutor(1))
         paths = stack.enter_context(listed.open())
         process = stack.enter_context(subprocess.Popen(command, stdin=paths, stderr=subprocess.PIPE, text=True))
@@ -329,9 +329,9 @@ def http_half_open(options) -> socket.socket:
 
 
 def slow_answer(options, image: bytes) -> bytes:
-    """The server's answer to an image that comes byte by byte.
+    """The server's answer to an image that is sent byte by byte.
 
-    The head comes at once: Triton 24.10 answers 404 where the first line of a request comes in pieces.
+    The head is sent at once: Triton 24.10 answers 404 if the request line comes in pieces.
     """
     head = (
         "POST /v2/models/clip_ensemble/infer HTTP/1.1\r\nHost: here\r\nConnection: close\r\n"
@@ -357,7 +357,7 @@ def slow_answer(options, image: bytes) -> bytes:
 def test_slow_and_half_open_clients_keep_nobody_waiting(
     server, photographs, embeddings, half_open, requests, record_reliability
 ):
-    """Half of the half-open ones speak gRPC and half HTTP; the slow one gets its answer too."""
+    """Half of the half-open connections speak gRPC and half HTTP. The slow client gets its answer too."""
     options = server.options
     open_files = psutil.Process(server.pid).num_fds
     before, latencies_ms = open_files(), []
@@ -390,7 +390,7 @@ def test_slow_and_half_open_clients_keep_nobody_waiting(
 
 @pytest.fixture(scope="module")
 def namespace() -> list[str]:
-    """The command that gives another one mounts of its own."""
+    """A command prefix that runs a shell script with its own mounts."""
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-euc"]
     done = subprocess.run([*command, "mount -t tmpfs tmpfs /mnt"], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -402,7 +402,7 @@ def namespace() -> list[str]:
 def test_a_full_disk_keeps_what_is_written_and_is_gone_on_from(
     server, library, namespace, tmp_path, record_reliability
 ):
-    """A run that fits, one that meets the end of the disk, and with more room one that embeds only the rest."""
+    """Three runs: one fits, one fills the disk, and one with more room embeds only the rest."""
     images, disk, kept = library(24), tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
     kept.mkdir()
@@ -434,7 +434,7 @@ def test_a_full_disk_keeps_what_is_written_and_is_gone_on_from(
     record_reliability("faults_full_disk", faults=1, lost=images.lost, twice=images.twice)
 
 
-def test_a_full_disk_behind_stdout_is_said(server, photographs):
+def test_a_full_disk_behind_stdout_exits_2_with_one_line(server, photographs):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [CLIP_EMBED, "--url", server.options.grpc_url, *map(str, photographs)],
@@ -481,7 +481,7 @@ def test_the_model_folder_may_be_read_only(cramped, photographs, embeddings, rec
 
 @pytest.mark.promise
 def test_a_small_dev_shm_fails_the_large_request_alone(cramped, photographs, embeddings, record_reliability):
-    """64 images as pixels are 9.6 MB. The message names the cause and the flag; smaller requests go on."""
+    """The pixels of 64 images are 9.6 MB. The error names the cause and the flag, and smaller requests still work."""
     images = [photographs[index % len(photographs)] for index in range(64)]
     with EmbeddingClient(cramped.grpc_url, batch_size=64, timeout_s=TIMEOUT_S) as client:
         with pytest.raises(ServerError, match=r"shared memory.*--shm-size.*No space left on device"):
@@ -493,7 +493,7 @@ def test_a_small_dev_shm_fails_the_large_request_alone(cramped, photographs, emb
 
 @pytest.mark.promise
 def test_a_damaged_model_file_is_named_with_what_to_do(light_repository, tmp_path, record_reliability):
-    """With its manifest, and without one, where ONNX Runtime is the first to notice."""
+    """With and without its manifest. Without one, ONNX Runtime is the first to detect the damage."""
     for number, has_manifest in enumerate((True, False)):
         models = tmp_path / str(number)
         shutil.copytree(light_repository, models, symlinks=True)
@@ -521,7 +521,7 @@ def test_a_damaged_model_file_is_named_with_what_to_do(light_repository, tmp_pat
 
 
 def faketime() -> Path | None:
-    """The library of the package libfaketime, which gives a process another clock."""
+    """The library of the package libfaketime, which gives a process another clock; None if it is not installed."""
     found = find_spec("libfaketime")
     folders = found.submodule_search_locations if found else None
     return next((path for folder in folders or () for path in Path(folder).rglob("libfaketime.so.1")), None)
@@ -530,10 +530,10 @@ def faketime() -> Path | None:
 @pytest.mark.promise
 @pytest.mark.skipif(faketime() is None, reason="needs another clock: pip install libfaketime")
 def test_a_clock_that_jumps_changes_nothing(light_repository, library, tmp_path, record_reliability):
-    """A year back, then two hours on, for the server and for clip-embed, with requests in flight.
+    """The clock of server and clip-embed jumps back a year, then forward two hours, with requests in flight.
 
-    The clock begins a year ahead, for only what a process reads of it jumps: behind the kernel's own, each lock that is
-    waited for until a time of day would be too late at once.
+    It begins a year ahead, so that it is never behind the kernel's clock: libfaketime changes only what a process
+    reads, and behind that clock every lock with a deadline would time out at once.
     """
     images, clock, output = library(30), tmp_path / "clock", tmp_path / "vectors.jsonl"
     clock.write_text("+31536000s")
@@ -541,7 +541,7 @@ def test_a_clock_that_jumps_changes_nothing(light_repository, library, tmp_path,
         "LD_PRELOAD": str(faketime()),
         "FAKETIME_TIMESTAMP_FILE": str(clock),
         "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # as a clock that is set does not
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # setting a clock does not change it
     }
     options = options_for(light_repository, tmp_path / "log")
     ports = [f"--{name}-port={getattr(options, f'{name}_port')}" for name in ("http", "grpc", "metrics")]
@@ -555,7 +555,7 @@ def test_a_clock_that_jumps_changes_nothing(light_repository, library, tmp_path,
         assert abs(now() - before) > 3600
 
     def now() -> float:
-        """As a process reads it that has that clock."""
+        """The time that a process with this clock reads."""
         read = [sys.executable, "-c", "import time; print(time.time())"]
         return float(subprocess.run(read, env=environment, capture_output=True, check=True).stdout)
 

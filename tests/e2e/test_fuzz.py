@@ -1,4 +1,4 @@
-"""Hostile files against the real server: each gets a vector or a refusal, and nobody else notices."""
+"""The real server answers each hostile file with a vector or a refusal, and other clients do not notice."""
 
 import collections
 import itertools
@@ -18,18 +18,18 @@ from tests.fuzz_preprocess import CODES
 
 from clip_embed import DeadlineExceededError, EmbeddingClient, EmbeddingError, InvalidImageError
 
-# No answer takes 10 s where nobody else uses the machine's cores.
+# On an otherwise idle machine no answer takes 10 s.
 HANG_S = 120
-# Of photographs that shared a batch with other images; see test_embeddings.py.
+# For photographs that share a batch with other images: see test_embeddings.py.
 SAME_IMAGE_MAX_ABS = 2e-4
-# Arenas grow until each process has met its largest case: 66 to 91 MB were seen over 1,100 to 2,600 cases, of 1.9 GB;
-# a process that decodes alone grew by 57 MB over 16,000.
+# Memory grows until each process has met its largest case: by 66 to 91 MB of 1.9 GB over 1,100 to 2,600 cases.
+# One process that only decodes grew by 57 MB over 16,000.
 MEMORY_GROWTH_MB = 300
 IN_FLIGHT = 4
 
 
 class Neighbours:
-    """Photographs asked for all the while: their pixels must be the very same as alone, and their embeddings too."""
+    """A client that asks for photographs meanwhile, and compares pixels and embeddings with those from before."""
 
     def __init__(self, server, photos: list[bytes]) -> None:
         self._server, self._photos = server, photos
@@ -68,7 +68,7 @@ class Neighbours:
 
 @contextmanager
 def both_clients(server) -> Iterator[tuple[EmbeddingClient, Callable[[bytes], np.ndarray]]]:
-    """The client of the ensemble, and a function that asks `preprocess` alone for an image's pixels."""
+    """A client of the ensemble, and a function that asks `preprocess` for an image's pixels."""
 
     def pixels(content: bytes) -> np.ndarray:
         tensor = triton.InferInput("image_bytes", [1, 1], "BYTES")
@@ -83,7 +83,10 @@ def both_clients(server) -> Iterator[tuple[EmbeddingClient, Callable[[bytes], np
 
 
 def came_of(client: EmbeddingClient, content: bytes, beside: bytes | None = None) -> str:
-    """`vector`, the code of a refusal, or what should not be; `beside`: in one request with this photograph."""
+    """`vector`, the code of a refusal, or a description of what went wrong.
+
+    With `beside`, the image is sent between two copies of that photograph.
+    """
     images = [content] if beside is None else [beside, content, beside]
     try:
         vectors = client.embed(images)
@@ -101,13 +104,13 @@ def came_of(client: EmbeddingClient, content: bytes, beside: bytes | None = None
 
 
 def memory_mb(server) -> int:
-    """What the server and the processes of its models hold for themselves."""
+    """The private memory of the server and its models' processes."""
     process = psutil.Process(server.pid)
     return sum(one.memory_full_info().uss for one in (process, *process.children(recursive=True))) >> 20
 
 
 def fuzz(server, photos: list[bytes], names: Iterable[str], record) -> collections.Counter[str]:
-    """Send every case, and hold the server to its promises. Gives back how often each thing came."""
+    """Send every case and check what the server promises. Returns how often each outcome came."""
     came: collections.Counter[str] = collections.Counter()
     wrong: dict[str, str] = {}
     slowest = (0.0, "")
@@ -179,7 +182,7 @@ def test_eight_minutes_of_hostile_files_are_refused_and_nobody_notices(server, p
 
 
 def test_large_requests_at_once_share_a_connection(server):
-    """9 MB each, refused one by one; nobody's connection is closed."""
+    """Each has 9 MB and is refused. The connection stays open."""
     bomb = fuzz_files.make("bomb ppm: 9 MB of plain numbers")
     with (
         EmbeddingClient(server.options.grpc_url, retry=None, timeout_s=HANG_S) as client,
@@ -190,13 +193,13 @@ def test_large_requests_at_once_share_a_connection(server):
 
 
 def until(seconds: float, names: list[str]) -> Iterator[str]:
-    """As many of the names as there is time for."""
+    """The names, until the time is over."""
     deadline = time.monotonic() + seconds
     return itertools.takewhile(lambda _: time.monotonic() < deadline, names)
 
 
 def test_refused_neighbours_change_no_bit_of_an_embedding(server, photographs):
-    """None of them reaches the engine, so the photograph runs there alone, as it did before."""
+    """Refused images do not reach the engine, so the photograph runs there alone, as before."""
     refused = [b"", b"<html>", photographs[1][:-3000], fuzz_files.make("bomb jpeg: 5,000 progressive scans")]
     with EmbeddingClient(server.options.grpc_url, retry=None, timeout_s=HANG_S) as client:
         alone = client.embed(photographs[:1])

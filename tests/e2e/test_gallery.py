@@ -1,4 +1,4 @@
-"""The pages of `clip-embed` in a real Chromium: opened from a file, slid, sorted, walked; nothing is fetched."""
+"""The pages of `clip-embed` in a real Chromium: slider, order, keyboard, file names. A page fetches nothing."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-g
 
 @pytest.fixture(scope="module")
 def browser():
-    # Chromium's own sandbox refuses to run as root, as tests in a container do.
+    # Chromium's sandbox refuses to run as root, as tests in a container do.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
@@ -32,7 +32,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser):
-    """Opens a page from its file, and holds it to fetching nothing and failing nowhere."""
+    """Opens a page from its file. After the test, asserts that it fetched nothing and had no error."""
     page = browser.new_page(viewport={"width": 1200, "height": 800})
     requests, failures = [], []
     page.on("request", lambda request: requests.append(request.url))
@@ -64,12 +64,12 @@ def write_gallery(library: Library, path: Path, *, threshold: float) -> None:
         gallery.write_gallery(groups, file, threshold=threshold, about="what it is")
 
 
-EVIL = '<img src="http:x" onerror="document.title=1">.jpg'  # a name that a page must not take for more
+EVIL = '<img src="http:x" onerror="document.title=1">.jpg'  # a file name that the page must not run as HTML
 
 
 @pytest.fixture
 def gallery_page(tmp_path, demo_photos):
-    """Of four photographs: three sizes of one at 0, 4 and 10 degrees, two of the next 2 degrees apart, ..."""
+    """Four photographs: three sizes of the first at 0, 4 and 10 degrees, two of each other at 1, 2 and 3 degrees."""
     names, degrees = [], []
     for number, photo in enumerate(demo_photos[:4]):
         for scale, turned in ((4, 0), (2, 4), (1, 10)) if number == 0 else ((1, 0), (2, number)):
@@ -94,7 +94,7 @@ def test_the_slider_splits_the_groups_and_the_counts_follow(opened, gallery_page
     (chain,) = [text for text in summaries(page) if text.startswith("3 photographs")]
     assert chain.endswith(f"{first}-1.jpg")  # the most pixels
     assert page.locator("figure.keep").count() == 4
-    page.fill("#slider", "0.996")  # 5.1 degrees: the largest of the chain stands alone now
+    page.fill("#slider", "0.996")  # 5.1 degrees: the largest of the three is alone now
     playwright.expect(page.locator("#count")).to_contain_text("4 groups, 8 photographs")
     assert any(text.startswith("2 photographs") and text.endswith(f"{first}-2.jpg") for text in summaries(page))
     page.fill("#slider", "0.999")  # 2.6 degrees
@@ -102,7 +102,7 @@ def test_the_slider_splits_the_groups_and_the_counts_follow(opened, gallery_page
     assert page.inner_text("#value") == "0.999"
 
 
-def test_groups_are_sorted_as_asked_and_walked_by_keyboard(opened, gallery_page):
+def test_groups_can_be_sorted_and_walked_by_keyboard(opened, gallery_page):
     page = opened(gallery_page)
     for order, key_of in {
         "alike": lambda text: -float(text.partition("cosine up to ")[2].partition(":")[0]),
@@ -127,7 +127,7 @@ def test_groups_are_sorted_as_asked_and_walked_by_keyboard(opened, gallery_page)
     assert page.locator("details[open]").count() == 0
 
 
-def test_pictures_are_in_the_page_and_names_are_only_text(opened, gallery_page, demo_photos):
+def test_pictures_are_inside_the_page_and_file_names_are_escaped(opened, gallery_page, demo_photos):
     page = opened(gallery_page)
     sizes = page.locator("figure img").evaluate_all("images => images.map(one => one.naturalWidth)")
     assert len(sizes) == 9
@@ -139,7 +139,7 @@ def test_pictures_are_in_the_page_and_names_are_only_text(opened, gallery_page, 
 
 
 def test_five_thousand_groups_are_still_quick(opened, tmp_path, demo_photos):
-    """Only what is seen is drawn: a slide takes less than a second, of 15,000 photographs."""
+    """Only visible groups are drawn, so the slider reacts at once with 15,000 photographs."""
     with Image.open(demo_photos[0]) as image:
         image.convert("RGB").resize((128, 128)).save(tmp_path / "a.webp", quality=60)
     preview = next(read_previews([str(tmp_path / "a.webp")], thumbnail_px=128))
@@ -162,7 +162,7 @@ def test_five_thousand_groups_are_still_quick(opened, tmp_path, demo_photos):
     slide = (
         "() => { const began = performance.now(); slider.value = 0.98; redraw(); return performance.now() - began; }"
     )
-    assert page.evaluate(slide) < 5000  # 22 ms where it was written; a page that draws all takes far longer
+    assert page.evaluate(slide) < 5000  # 22 ms were measured; drawing all takes far longer
     assert page.inner_text("#count").startswith(f"{sum(number % 39 >= 19 for number in range(5000)):,} groups")
     page.evaluate("slider.value = 0.96; redraw()")
     for _ in range(60):
@@ -170,7 +170,7 @@ def test_five_thousand_groups_are_still_quick(opened, tmp_path, demo_photos):
     assert page.locator("details.current summary").inner_text().endswith("/p/00059-0.jpg")
 
 
-def test_what_a_search_found_is_a_page_of_its_own(opened, tmp_path, demo_photos):
+def test_search_results_are_written_as_a_page(opened, tmp_path, demo_photos):
     previews = list(read_previews(map(str, demo_photos[:3]), thumbnail_px=256))
     found = [
         (str(path), 0.9 - n / 10, preview) for n, (path, preview) in enumerate(zip(demo_photos, previews, strict=False))

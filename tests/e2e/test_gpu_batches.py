@@ -1,4 +1,4 @@
-"""The configuration `gpu` on the real server, with the host in the GPU's place: batches, lent pixels, refusals."""
+"""The configuration `gpu` on the real server, with the CPU in the GPU's place: batches, lent pixels, refusals."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +52,7 @@ def test_photographs_in_batches_get_their_own_vectors_and_a_bad_one_a_refusal(se
                 assert answer == [(1, "truncated")]
             else:
                 rows = [index % len(photos), (index + 1) % len(photos)]
-                assert np.abs(answer - expected[rows]).max() < 2e-4  # of other batches; see test_embeddings.py
+                assert np.abs(answer - expected[rows]).max() < 2e-4  # in other batches: see test_embeddings.py
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")

@@ -1,4 +1,4 @@
-"""The client alone installs light and works without the rest."""
+"""The client installs without the rest of the project, with few dependencies."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from clip_tools.paths import ROOT
 UV = Path(sys.executable).with_name("uv")
 
 
-def test_pip_install_gives_numpy_and_tritonclient_and_not_much_else(tmp_path):
+def test_pip_install_gives_numpy_and_tritonclient_and_little_else(tmp_path):
     """`pip install .`, from the packages that `make` already downloaded."""
     python = tmp_path / "venv" / "bin" / "python"
     pinned = ["--require-hashes", "-r", str(ROOT / "requirements" / "client.txt")]

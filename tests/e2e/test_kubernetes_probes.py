@@ -1,4 +1,4 @@
-"""Kubernetes's probes as the real server answers them."""
+"""The real server answers the probes of the Kubernetes deployment."""
 
 import httpx
 import yaml
@@ -7,7 +7,7 @@ from clip_tools.paths import ROOT
 
 
 def test_each_probe_is_answered_by_a_server_that_embeds(server):
-    """What a server that does not embed answers there, tests/e2e/test_readiness.py has."""
+    """tests/e2e/test_readiness.py has the answers of a server that does not embed."""
     path = ROOT / "deploy" / "kubernetes" / "base" / "deployment.yaml"
     (container,) = yaml.safe_load(path.read_text())["spec"]["template"]["spec"]["containers"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):

@@ -1,4 +1,4 @@
-"""How the embedded server starts, is configured, stops, and says what is wrong."""
+"""How the embedded server starts, stops and is configured, and its error messages."""
 
 import json
 import os
@@ -48,8 +48,8 @@ def wait_for(stream, words: str) -> str:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_says_ready_stops_on_a_signal_and_leaves_nothing(light_repository, tmp_path, number):
-    """Also where the environment has a proxy, which cannot reach this machine's own server. Ready, it says in how many
-    processes it decodes, and leaves no folder behind either."""
+    """A proxy in the environment, which cannot reach the local server, is not used. `serve` says how many processes
+    decode, and removes its temporary folder."""
     options = options_for(light_repository, tmp_path / "log")
     environment = os.environ | {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
     environment |= {"CLIP_PREPROCESS_INSTANCES": "3", "TMPDIR": str(tmp_path)}
@@ -70,7 +70,7 @@ def test_serve_says_ready_stops_on_a_signal_and_leaves_nothing(light_repository,
     assert list(tmp_path.glob("clip-tools-served-*")) == []
 
 
-def test_a_signal_while_the_models_load_ends_it_too(repository, tmp_path):
+def test_a_signal_while_the_models_load_stops_serve(repository, tmp_path):
     options = options_for(repository, tmp_path / "log")
     with subprocess.Popen(serve_command(options), stderr=subprocess.PIPE, text=True) as process:
         wait_for(process.stderr, "loading: clip_onnx")
@@ -81,12 +81,12 @@ def test_a_signal_while_the_models_load_ends_it_too(repository, tmp_path):
     assert [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def test_untrained_weights_are_said_to_be_untrained(repository, weights):
+def test_serve_warns_about_untrained_weights(repository, weights):
     words = warning_if_untrained(ServeOptions(models=repository))
     assert ("UNTRAINED" in words) == (weights.seed is not None)
 
 
-def test_a_server_comes_back_on_the_same_ports(light_repository, demo_photos, tmp_path):
+def test_a_server_restarts_on_the_same_ports(light_repository, demo_photos, tmp_path):
     options = options_for(light_repository, tmp_path / "log")
     answers = []
     for _ in range(2):
@@ -96,7 +96,7 @@ def test_a_server_comes_back_on_the_same_ports(light_repository, demo_photos, tm
 
 
 def test_when_serve_is_killed_the_server_and_its_models_processes_go_too(light_repository, tmp_path):
-    """Also those that hang, and their shared memory; so that another `serve` can have the ports at once."""
+    """Hung processes and shared memory go too, so another `serve` can have the ports at once."""
     options = options_for(light_repository, tmp_path / "log")
     with subprocess.Popen(serve_command(options), stderr=subprocess.PIPE, text=True) as process:
         wait_for(process.stderr, "ready after")
@@ -115,9 +115,9 @@ def test_when_serve_is_killed_the_server_and_its_models_processes_go_too(light_r
 
 @pytest.mark.usefixtures("bf16")
 def test_bf16_is_served_by_name_and_is_not_fp32(light_repository, server, demo_photos, tmp_path):
-    """The precision asked for is the one that runs: its vectors are FP32's, but not to the bit.
+    """The requested precision runs: its vectors are close to FP32's, but not equal.
 
-    How exact it is, `clip-tools verify` says; here ten photographs with these weights may read 0.96.
+    `clip-tools verify` measures its exactness. Ten photographs with these weights may have a cosine of 0.96.
     """
     with EmbeddingClient(server.options.grpc_url) as client:
         fp32 = client.embed(demo_photos)
@@ -129,15 +129,15 @@ def test_bf16_is_served_by_name_and_is_not_fp32(light_repository, server, demo_p
 
 
 @pytest.mark.usefixtures("no_bf16")
-def test_a_cpu_without_bf16_serves_no_fp32_under_its_name(light_repository, tmp_path):
-    """OpenVINO itself would compute in FP32 and say nothing."""
+def test_a_cpu_without_bf16_does_not_serve_fp32_under_that_name(light_repository, tmp_path):
+    """OpenVINO itself would silently compute in FP32."""
     options = options_for(light_repository, tmp_path / "log", config_name="cpu-bf16")
     with pytest.raises(ToolError, match=r"OpenVINO has no BF16 on this CPU.*serve the default configuration"):
         EmbeddedServer(options).__enter__()
 
 
 @pytest.mark.usefixtures("openvino")
-def test_what_runs_is_printed_at_load(server):
+def test_the_log_names_the_runtime_and_the_precision(server):
     assert "runs model.onnx with OpenVINO FP32 on the CPU" in server.options.log.read_text()
 
 
@@ -165,7 +165,7 @@ def test_a_missing_model_file_is_one_line_with_the_command(light_repository, tmp
     assert words.count("\n") == 1
 
 
-def test_a_provider_that_is_not_there_fails_the_load_with_a_sentence(light_repository, tmp_path):
+def test_an_unknown_execution_accelerator_fails_the_load_with_the_known_one(light_repository, tmp_path):
     models = tmp_path / "models"
     shutil.copytree(light_repository, models, symlinks=True)
     config = models / "clip_onnx" / "configs" / "cpu-fp32.pbtxt"
@@ -180,7 +180,7 @@ def test_an_unknown_configuration_name_is_refused_with_the_known_ones(light_repo
     assert "cpu-bf16" in words
 
 
-def test_numpy_2_is_refused_before_a_stub_dies_of_it(monkeypatch):
+def test_numpy_2_is_refused_before_it_stops_a_models_process(monkeypatch):
     from clip_tools.serving import tritonserver
 
     monkeypatch.setattr(tritonserver.importlib.metadata, "version", lambda _: "2.4.6")
@@ -189,7 +189,7 @@ def test_numpy_2_is_refused_before_a_stub_dies_of_it(monkeypatch):
 
 
 def test_the_wrapper_takes_plain_tritonserver_flags(light_repository, demo_photos, tmp_path):
-    """As Model Analyzer calls it."""
+    """Model Analyzer calls it in this way."""
     options = options_for(light_repository, tmp_path / "log")
     command = [
         str(TRITONSERVER),

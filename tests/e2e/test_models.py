@@ -1,4 +1,4 @@
-"""Other models than ViT-B-32: each is served as it was exported, with its own size, transform and length of vectors."""
+"""Models other than ViT-B-32 are served with their own image size, transform and embedding dimension."""
 
 import shutil
 
@@ -22,9 +22,9 @@ from clip_tools.oracle import OtherTokenizer, Weights, load_tokenizer
 from clip_tools.serving.server import EmbeddedServer
 
 MIN_COSINE = 0.99999  # as in test_embeddings
-TINY = "tiny-resnet"  # 96 numbers, 160 px, a convolutional tower, traced
+TINY = "tiny-resnet"  # 96 dimensions, 160 px, a convolutional tower, traced
 LONG = [
-    "RN50",  # 1024 numbers, and a convolutional tower
+    "RN50",  # 1024 dimensions, a convolutional tower
     "MobileCLIP2-S0",  # 256 px, bilinear, two towers traced
     "ViT-B-16-SigLIP2",
     "ViT-L-14",
@@ -34,14 +34,14 @@ LONG = [
 BILINEAR = {"image_mean": (0, 0, 0), "image_std": (1, 1, 1), "image_interpolation": "bilinear"}  # MobileCLIP's
 
 
-def test_seeded_weights_are_fed_as_the_architectures_pretrained_ones_are():
-    """open_clip itself would feed them as OpenAI's."""
+def test_seeded_weights_use_the_transform_of_the_pretrained_ones():
+    """open_clip itself would use the transform of OpenAI's weights."""
     assert oracle_module._transform_of_a_tag("MobileCLIP2-S0").items() >= BILINEAR.items()
     assert oracle_module._transform_of_a_tag(TINY) == {}
 
 
 @pytest.mark.parametrize("name", [TINY, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
-def test_it_gives_open_clips_pixels_and_vectors(name, demo_photos, odd_images, tmp_path, monkeypatch):
+def test_a_model_gives_open_clips_pixels_and_vectors(name, demo_photos, odd_images, tmp_path, monkeypatch):
     if name == TINY:
         monkeypatch.setattr(oracle_module, "_transform_of_a_tag", lambda _: BILINEAR)
     weights = Weights(name, "random:0")
@@ -67,7 +67,7 @@ def test_it_gives_open_clips_pixels_and_vectors(name, demo_photos, odd_images, t
             got = client.embed_text(some)
             assert got.shape == expected_texts.shape == (12, expected.shape[1])
             assert (got * expected_texts).sum(axis=1).min() >= MIN_COSINE
-    if name != TINY:  # gigabytes
+    if name != TINY:  # it has gigabytes
         shutil.rmtree(kept_model(weights, ""))
 
 

@@ -1,4 +1,4 @@
-"""Every alert and panel of `deploy/monitoring` asks for a series that the real server has."""
+"""Every alert and panel of `deploy/monitoring` queries series that the real server exports."""
 
 import json
 import re
@@ -20,12 +20,12 @@ from clip_tools.serving.probe import probe_image
 MONITORING = ROOT / "deploy" / "monitoring"
 PAGE = ROOT / "docs" / "monitoring.md"
 PROMETHEUS_OWN = {"up"}
-# As Triton's page on metrics has them.
+# From Triton's documentation of its metrics.
 OF_A_GPU = {"nv_gpu_utilization", "nv_gpu_memory_used_bytes", "nv_gpu_memory_total_bytes"}
 
 
 def expressions() -> dict[str, list[str]]:
-    """PromQL by alert and panel."""
+    """The PromQL expressions of each alert and panel, by its name."""
     found: dict[str, list[str]] = {}
     for path in MONITORING.glob("alerts*.yml"):
         for group in yaml.safe_load(path.read_text())["groups"]:
@@ -45,7 +45,7 @@ EXPRESSIONS = expressions()
 
 
 def selectors(node: Any) -> Iterator[Any]:
-    """The series that a parsed expression asks for."""
+    """The series selectors of a parsed expression."""
     if isinstance(node, promql_parser.VectorSelector):
         yield node
     for part in ("lhs", "rhs", "expr", "param", "vector_selector", "args"):
@@ -55,8 +55,8 @@ def selectors(node: Any) -> Iterator[Any]:
                 yield from selectors(one)
 
 
-def is_asked_for(selector: Any, labels: dict[str, str]) -> bool:
-    """Whether a series with these labels of Triton's is one that the selector matches; Prometheus adds the others."""
+def matches(selector: Any, labels: dict[str, str]) -> bool:
+    """Whether the selector matches a series with these labels. Labels that Prometheus adds are ignored."""
     added = ("job", "instance", "namespace", "pod")
     wanted = [one for one in selector.matchers.matchers if one.name not in added]
     return all(re.fullmatch(one.value, labels.get(one.name, "")) for one in wanted)
@@ -64,7 +64,7 @@ def is_asked_for(selector: Any, labels: dict[str, str]) -> bool:
 
 @pytest.fixture(scope="module")
 def series(server) -> dict[str, list[dict[str, str]]]:
-    """By name the labels of what the server has counted, after a good image and a bad one."""
+    """The labels of each exported series by metric name, after a good image and a bad one."""
     with EmbeddingClient(server.options.grpc_url) as client:
         client.embed([probe_image()])
         with pytest.raises(InvalidImageError):
@@ -78,8 +78,8 @@ def series(server) -> dict[str, list[dict[str, str]]]:
 
 
 @pytest.mark.parametrize("title", EXPRESSIONS)
-def test_what_an_alert_or_panel_asks_for_is_there(title, series):
-    """Those of a GPU are looked for where there is one, and elsewhere held to Triton's documentation."""
+def test_an_alert_or_panel_queries_series_that_exist(title, series):
+    """Series of a GPU are checked only where there is one."""
     for expression in EXPRESSIONS[title]:
         asked = list(selectors(promql_parser.parse(expression)))
         assert asked, expression
@@ -87,11 +87,11 @@ def test_what_an_alert_or_panel_asks_for_is_there(title, series):
             if selector.name in PROMETHEUS_OWN:
                 continue
             if selector.name not in OF_A_GPU or find_gpu():
-                assert any(is_asked_for(selector, labels) for labels in series.get(selector.name, [])), selector
+                assert any(matches(selector, labels) for labels in series.get(selector.name, [])), selector
 
 
 def test_refusals_are_counted_by_code_and_images_once(server):
-    """Also in a request of several, and by whichever process."""
+    """Also in a request with several images, and whichever process decodes them."""
 
     def counted() -> dict[str, float]:
         lines = httpx.get(server.options.metrics_url).text.splitlines()
@@ -112,7 +112,7 @@ def test_refusals_are_counted_by_code_and_images_once(server):
     assert after["clip_decode_cpu_seconds"] > before["clip_decode_cpu_seconds"]
 
 
-def test_the_page_names_what_is_used_and_nothing_else():
+def test_the_page_lists_exactly_the_series_in_use():
     used = {
         selector.name
         for group in EXPRESSIONS.values()
@@ -123,5 +123,5 @@ def test_the_page_names_what_is_used_and_nothing_else():
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus")
-def test_promtool_takes_the_rules_and_the_scrape():
+def test_promtool_accepts_the_prometheus_configuration():
     subprocess.run(["promtool", "check", "config", MONITORING / "prometheus.yml"], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""A mix of precisions that `clip-tools tune-precision --apply` wrote, on the real server."""
+"""The real server runs a mix of precisions that `clip-tools tune-precision --apply` wrote."""
 
 import io
 import shutil
@@ -22,7 +22,7 @@ MIX = ("fp32", "fp32", "bf16", "bf16", "fp32")
 
 @pytest.mark.usefixtures("bf16")
 def test_an_applied_mix_is_served_under_its_name(tmp_path):
-    """What the server answers is what the mix gives bare, and not what FP32 gives."""
+    """The served vectors are those of the mix without a server, and not those of FP32."""
     import onnx
 
     models = tmp_path / "models"
@@ -43,5 +43,5 @@ def test_an_applied_mix_is_served_under_its_name(tmp_path):
         assert "in 3 parts, 1 of them in BF16" in (tmp_path / "log").read_text()
     layered = LayeredGraph(onnx.load(str(graph)), tmp_path)
     bare, plain = (embed(layered.open(precisions), pixels) for precisions in (MIX, ("fp32",) * 5))
-    assert np.abs(served - bare).max() < 1e-5  # the same sessions; another batch may sum in another order
+    assert np.abs(served - bare).max() < 1e-5  # the same sessions, but other batches may sum in another order
     assert cosines(served, plain).max() < 0.99999999 and np.abs(served - plain).max() > 1e-5

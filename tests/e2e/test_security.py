@@ -1,4 +1,4 @@
-"""What a stranger can do to the real server: embed, and read; and how it is encrypted and keyed."""
+"""What clients without a key can do on the real server, and how TLS, certificates and keys protect it."""
 
 import asyncio
 import contextlib
@@ -43,14 +43,14 @@ BIN = Path(sys.executable).parent
 SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 API_KEY = "the-key-of-those-who-may-embed"
 
-# What is open to everybody. All else of the protocol is closed, also what a later version adds.
+# Open to everyone. All other methods are closed, including any that a later version adds.
 OPEN_METHODS = {"ServerLive", "ServerReady", "ModelReady", "ModelConfig", "ModelInfer", "ModelStreamInfer"}
-# What may be read besides where the server listens on this machine alone.
+# Also open with `open_metadata`, which is the default if the server listens on this machine alone.
 READ_METHODS = {"ServerMetadata", "ModelMetadata", "ModelStatistics"}
 STREAMS = {"ModelStreamInfer"}
 
 CONFIG = '{"backend": "python", "max_batch_size": 0}'
-REQUESTS = {  # as one would ask who means harm; the other methods' requests are empty
+REQUESTS = {  # those of an attacker; the other methods' requests are empty
     "RepositoryModelLoad": {
         "model_name": "intruder",
         "parameters": {
@@ -96,10 +96,10 @@ def grpc_request(method: str) -> bytes:
 
 
 def ask_grpc(channel: grpc.Channel, path: str, request: bytes, *, metadata=(), streams: bool = False) -> str | None:
-    """Why it was refused; None when it was answered."""
+    """The reason of the refusal; None if the request was answered."""
     try:
         if streams:
-            # To its end: after some that were broken off, this Triton took its whole 30 s to stop.
+            # Read to the end: after broken streams, Triton 24.10 took its whole 30 s to stop.
             list(channel.stream_stream(path)(iter([request]), timeout=60, metadata=metadata))
         else:
             channel.unary_unary(path)(request, timeout=60, metadata=metadata)
@@ -122,7 +122,7 @@ def ask_every_method(address: str, *, metadata=()) -> dict[str, str | None]:
         }
 
 
-# Every route of Triton's HTTP that is not for everybody, with both ways to ask; {m} is a model.
+# Every HTTP route of Triton that is not open to everyone; {m} is a model.
 READ_ROUTES = [
     "/v2",
     "/v2/models/{m}",
@@ -149,7 +149,7 @@ CLOSED_ROUTES = [
     "/v2/cudasharedmemory/region/all/register",
     "/v2/cudasharedmemory/unregister",
 ]
-# The same said otherwise, and what other servers have.
+# Other spellings of closed routes, and routes of other servers.
 ODD_ROUTES = [
     "//v2/repository/index",
     "/v2//repository/index",
@@ -171,7 +171,7 @@ ODD_ROUTES = [
 
 
 def ask_http(port: int, method: str, route: str, **headers: str) -> int:
-    """The status; the route goes out as it is written."""
+    """The response's status. The route is sent exactly as written."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(connection):
         connection.request(method, route, body=b"{}" if method in ("POST", "PUT") else None, headers=headers)
@@ -183,7 +183,7 @@ def ask_http(port: int, method: str, route: str, **headers: str) -> int:
 def test_a_stranger_can_embed_and_read_health_and_metrics_and_nothing_else(
     server, light_repository, tmp_path, record_reliability, open_metadata
 ):
-    """Over both protocols, every method and route, without a key and with wrong ones; and closed to be read too."""
+    """Every method and route of both protocols, without a key and with wrong ones, with metadata open and closed."""
     with contextlib.ExitStack() as stack:
         if not open_metadata:
             closed = options_for(light_repository, tmp_path / "log", open_metadata=False)
@@ -195,7 +195,7 @@ def test_a_stranger_can_embed_and_read_health_and_metrics_and_nothing_else(
 
 
 def ask_for_everything(server: EmbeddedServer, read_methods: set[str], read_routes: list[str]) -> dict[str, int]:
-    """How much was asked and refused. Without a key what is named may be read; nothing else may."""
+    """The number of requests and of refusals. Without a key only the named methods and routes may be read."""
     options, methods, refused = server.options, 0, 0
     open_methods = OPEN_METHODS | read_methods
     with GrpcModelControl(options.grpc_url) as control:
@@ -206,7 +206,7 @@ def ask_for_everything(server: EmbeddedServer, read_methods: set[str], read_rout
         (),
         (("triton-grpc-protocol-clip-admin-key", "wrong"),),
         (("triton-grpc-protocol-clip-admin-key", ""),),
-        (("clip-admin-key", right),),  # HTTP's name
+        (("clip-admin-key", right),),  # the name of HTTP's header
         (("triton-grpc-protocol-clip-api-key", right),),
     ):
         answers = ask_every_method(address, metadata=metadata)
@@ -250,7 +250,7 @@ def ask_for_everything(server: EmbeddedServer, read_methods: set[str], read_rout
 
 
 def test_with_the_key_every_method_is_open(server):
-    """So that what is refused above is refused for want of it. Nothing is changed here."""
+    """This shows that the calls above were refused only for lack of the key. Nothing is changed here."""
     harmless = [m.name for m in SERVICE.methods if m.name not in REQUESTS or m.name.startswith("Model")]
     with grpc.insecure_channel(f"127.0.0.1:{server.options.grpc_port}") as channel:
         for name in harmless:
@@ -280,8 +280,8 @@ def run_swap(server: EmbeddedServer, **environment: str) -> subprocess.Completed
     )
 
 
-def test_this_users_swap_finds_the_key_and_anothers_has_to_be_told(server, tmp_path):
-    """Another user's folder of keys is another: TMPDIR."""
+def test_swap_finds_the_admin_key_of_its_own_user_and_others_must_set_it(server, tmp_path):
+    """TMPDIR stands for another user, whose folder of keys is another one."""
     assert "runs onnx already" in run_swap(server).stderr
     stranger = run_swap(server, TMPDIR=str(tmp_path))
     assert stranger.returncode == 1
@@ -296,7 +296,7 @@ def test_no_process_and_no_log_shows_the_key(server):
     key = server.options.access.admin_key.encode()
     shown = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
             shown.append(path.read_bytes())
     assert any(b"clip-admin-key=***" in command_line for command_line in shown)
     assert not any(key in command_line for command_line in shown)
@@ -304,7 +304,7 @@ def test_no_process_and_no_log_shows_the_key(server):
 
 
 class Certificates:
-    """An authority, certificates of it for the server and a client, and another authority."""
+    """A certificate authority, its certificates for a server and a client, and another authority."""
 
     def __init__(self, folder: Path) -> None:
         self.ca, other = trustme.CA(), trustme.CA()
@@ -336,7 +336,7 @@ def certificates(tmp_path_factory) -> Certificates:
 
 @pytest.fixture(scope="module")
 def guarded(light_repository, certificates, tmp_path_factory):
-    """A server with everything: mutual TLS on gRPC, and an API key."""
+    """A server with mutual TLS on gRPC and an API key."""
     tls = Tls(certificates.cert, certificates.key, certificates.ca_pem)
     options = options_for(
         light_repository, tmp_path_factory.mktemp("guarded") / "log", access=Access(api_key=API_KEY, tls=tls)
@@ -345,7 +345,7 @@ def guarded(light_repository, certificates, tmp_path_factory):
         yield running
 
 
-def test_mutual_tls_and_the_key_let_a_client_in(guarded, certificates, server):
+def test_a_client_with_certificate_and_key_can_embed(guarded, certificates, server):
     url, image = guarded.options.grpc_url, probe_image()
     assert url.startswith("grpcs://")
     with EmbeddingClient(url, api_key=API_KEY, **certificates.of_a_client) as client:
@@ -362,7 +362,7 @@ def test_mutual_tls_and_the_key_let_a_client_in(guarded, certificates, server):
 
 @pytest.mark.parametrize("key", [None, "wrong"])
 def test_without_the_key_a_client_is_refused_at_once(guarded, certificates, key):
-    """Long before its deadline, in gRPC and in HTTP; whether the server is ready it may ask."""
+    """Long before its deadline, over gRPC and HTTP. It may still ask whether the server is ready."""
     for url, files in ((guarded.options.grpc_url, certificates.of_a_client), (guarded.options.http_url, {})):
         with EmbeddingClient(url, api_key=key, timeout_s=600, **files) as client:
             assert client.is_ready()
@@ -370,7 +370,7 @@ def test_without_the_key_a_client_is_refused_at_once(guarded, certificates, key)
                 client.embed([probe_image()])
 
 
-def test_a_server_of_another_authority_is_not_believed(guarded, certificates):
+def test_a_server_certificate_of_another_authority_is_rejected(guarded, certificates):
     files = {**certificates.of_a_client, "ca_file": certificates.other}
     with (
         EmbeddingClient(guarded.options.grpc_url, api_key=API_KEY, timeout_s=600, **files) as client,
@@ -379,7 +379,7 @@ def test_a_server_of_another_authority_is_not_believed(guarded, certificates):
         client.embed([probe_image()])
 
 
-def test_a_client_without_a_certificate_or_without_encryption_gets_nothing(guarded, certificates):
+def test_a_client_without_a_certificate_or_without_encryption_is_refused(guarded, certificates):
     url = guarded.options.grpc_url
     for wrong, files in ((url, {"ca_file": certificates.ca_pem}), (url.replace("grpcs", "grpc"), {})):
         with EmbeddingClient(wrong, api_key=API_KEY, retry=None, **files) as client:
@@ -388,14 +388,14 @@ def test_a_client_without_a_certificate_or_without_encryption_gets_nothing(guard
                 client.embed([probe_image()])
 
 
-def test_beside_an_encrypted_grpc_http_is_for_this_machine_alone(guarded):
+def test_with_tls_on_grpc_http_listens_on_this_machine_only(guarded):
     assert guarded.options.http_host == "127.0.0.1"
     flags = Path(f"/proc/{guarded.pid}/cmdline").read_text().split("\0")
     assert "--http-address=127.0.0.1" in flags
 
 
-def test_the_key_stops_what_brings_triton_24_10_down(guarded):
-    """A request in a million pieces: see SECURITY.md and the test below."""
+def test_the_key_blocks_a_request_that_crashes_triton_24_10(guarded):
+    """The request comes in a million chunks: see SECURITY.md and the test below."""
     assert b"403 Forbidden" in in_pieces(guarded.options.http_port, 1_000_000)
     with EmbeddingClient(guarded.options.http_url, api_key=API_KEY) as client:
         assert client.embed([probe_image()]).shape == (1, 512)
@@ -405,8 +405,8 @@ DEEP = b"[" * 1_000_000
 PARAMETERS = json.dumps({"parameters": {f"p{number}": 1 for number in range(60_000)}, "inputs": []}).encode()
 
 
-def test_a_key_for_http_alone_keeps_json_from_the_parser_and_grpc_open(light_repository, tmp_path):
-    """Neither depth nor number of parameters costs anything then, and whoever has the key can embed by HTTP."""
+def test_a_key_for_http_only_blocks_json_before_the_parser_and_leaves_grpc_open(light_repository, tmp_path):
+    """Deep JSON and many parameters then cost nothing. A client with the key can embed over HTTP."""
     options = options_for(light_repository, tmp_path / "log", access=Access(http_key=API_KEY))
     with EmbeddedServer(options):
         for route in ("infer", "generate", "generate_stream", "versions/1/infer"):
@@ -420,8 +420,8 @@ def test_a_key_for_http_alone_keeps_json_from_the_parser_and_grpc_open(light_rep
 
 @pytest.mark.long
 @pytest.mark.parametrize("request_", ["pieces", "depth"])
-def test_without_the_key_it_comes_down_which_security_md_says(repository, tmp_path, request_):
-    """When this fails, the server is fixed: SECURITY.md and `access.exposure_warning` need not warn any more."""
+def test_without_the_key_the_server_crashes_as_security_md_says(repository, tmp_path, request_):
+    """If this fails, Triton is fixed: SECURITY.md and `access.exposure_warning` need not warn any more."""
     with EmbeddedServer(options_for(repository, tmp_path / "log")) as server:
         if request_ == "pieces":
             in_pieces(server.options.http_port, 1_000_000)
@@ -432,7 +432,7 @@ def test_without_the_key_it_comes_down_which_security_md_says(repository, tmp_pa
 
 
 def in_pieces(port: int, pieces: int, tls: ssl.SSLContext | None = None) -> bytes:
-    """The answer to an inference request of so many chunks of one byte; nothing when the connection is lost."""
+    """The answer to an inference request in `pieces` chunks of one byte; empty if the connection is lost."""
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
         if tls:
@@ -449,8 +449,7 @@ def in_pieces(port: int, pieces: int, tls: ssl.SSLContext | None = None) -> byte
             return b""
 
 
-def test_https_before_the_server(guarded, certificates):
-    """The client, blocking and async, and its command, by a CA file."""
+def test_a_client_reaches_an_https_proxy_only_with_the_right_ca_file(guarded, certificates):
     with tls_proxy(certificates.server_context, guarded.options.http_port) as port:
         url, image = f"https://localhost:{port}", probe_image()
         with EmbeddingClient(url, api_key=API_KEY, ca_file=certificates.ca_pem) as client:
@@ -463,7 +462,7 @@ def test_https_before_the_server(guarded, certificates):
                 client.embed([image])
 
 
-def test_the_command_reads_key_and_certificates_from_the_environment(guarded, certificates, demo_photos):
+def test_clip_embed_reads_key_and_certificates_from_the_environment(guarded, certificates, demo_photos):
     environment = {
         **os.environ,
         "CLIP_API_KEY": API_KEY,
@@ -487,7 +486,7 @@ def test_the_command_reads_key_and_certificates_from_the_environment(guarded, ce
     assert done.stderr.endswith("or give --url or the right --ca-file, --cert-file and --key-file\n")
 
 
-def test_swap_speaks_tls_with_the_certificates_of_the_environment(guarded, certificates, monkeypatch):
+def test_swap_uses_tls_with_the_certificates_of_the_environment(guarded, certificates, monkeypatch):
     for name, value in certificates.of_a_client.items():
         monkeypatch.setenv(f"CLIP_{name.upper()}", str(value))
     with GrpcModelControl(guarded.options.grpc_url) as control:
@@ -501,7 +500,7 @@ def test_swap_speaks_tls_with_the_certificates_of_the_environment(guarded, certi
 def test_the_nginx_of_deploy_lets_strangers_embed_and_nothing_else(
     server, certificates, demo_photos, tmp_path, record_reliability
 ):
-    """Both protocols on its one port; and what brings the server down alone does not get through."""
+    """One port serves both protocols. Requests that crash the server itself do not get through."""
     with nginx(
         certificates.cert, certificates.key, server.options.http_port, server.options.grpc_port, tmp_path
     ) as port:
@@ -546,7 +545,7 @@ def test_the_nginx_of_deploy_lets_strangers_embed_and_nothing_else(
         assert "at most 9999 bytes of JSON" in httpx.post(infer, content=DEEP, verify=trusting).text
         for body, headers in ((DEEP[:9999], {}), (DEEP[:9999] + images[0], {length: "9999"}), (DEEP, {length: "0"})):
             answer = httpx.post(infer, content=body, headers=headers, verify=trusting, timeout=5)
-            assert answer.status_code in (400, 500), answer.text  # Triton's own
+            assert answer.status_code in (400, 500), answer.text  # Triton's own answer
             assert "error" in answer.json()
         with (
             EmbeddingClient(f"grpcs://localhost:{port}", ca_file=certificates.ca_pem) as client,
@@ -559,8 +558,8 @@ def test_the_nginx_of_deploy_lets_strangers_embed_and_nothing_else(
 
 
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx: apt-get install nginx-light")
-def test_the_nginx_of_deploy_lets_in_only_clients_with_a_certificate_when_told(server, certificates, tmp_path):
-    """Who has none, or another authority's, is told so at once, in both protocols."""
+def test_the_nginx_of_deploy_lets_in_only_clients_with_a_certificate_when_configured(server, certificates, tmp_path):
+    """A client with none, or with one of another authority, is refused at once over both protocols."""
     foreign = tmp_path / "foreign.pem"
     trustme.CA().issue_cert("client@example.org").private_key_and_cert_chain_pem.write_to_path(foreign)
     stranger = {"ca_file": certificates.ca_pem}

@@ -1,4 +1,4 @@
-"""A real server changes its engine under load, and keeps it when the new one does not load."""
+"""A real server changes its engine under load, and keeps the old one if the new one does not load."""
 
 import shutil
 import subprocess
@@ -28,15 +28,15 @@ CLIP_TOOLS = Path(sys.executable).with_name("clip-tools")
 CLIENTS = 4
 # The same FP32 arithmetic in another process: docs/precision.md.
 MIN_COSINE_FP32 = 0.99999
-# BF16 among FP32 while it changes in place; how exact it is, `clip-tools verify` says (test_lifecycle.py).
+# BF16 vectors among FP32 ones during a change in place; `clip-tools verify` measures BF16 (test_lifecycle.py).
 MIN_COSINE_BF16 = 0.9
 
 
 @pytest.fixture(scope="module")
 def models(light_repository, tmp_path_factory) -> Path:
-    """The repository with a second ONNX model, `clip_copy`, to which the configuration `copy` leads."""
+    """The repository with a second ONNX model, `clip_copy`, which the configuration `copy` routes to."""
     folder = with_second_model(light_repository, tmp_path_factory.mktemp("swap") / "models", "copy")
-    # A real plan, which no machine without a GPU can run; of a small graph, since it is never asked.
+    # A real plan, which needs a GPU to run; of a small graph, because no test embeds with it.
     pytest.importorskip("tensorrt_rtx", reason="pip install 'clip-embed[rtx]'")
     plan = folder / "clip_trt" / "1" / "model.plan"
     graph = write_small_graph(tmp_path_factory.mktemp("small") / "small.onnx")
@@ -46,9 +46,9 @@ def models(light_repository, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def swapping(models, tmp_path_factory):
-    """A server of its own, since its models change. It stops at once, whatever failed in it.
+    """A server for this file alone, because its models change. It must stop at once, whatever failed to load.
 
-    Triton 24.10 by itself takes 30 s when a model failed to load anew in place.
+    Triton 24.10 by itself takes 30 s to stop after a model failed to reload in place.
     """
     with EmbeddedServer(options_for(models, tmp_path_factory.mktemp("swap") / "log")) as running:
         yield running
@@ -64,7 +64,7 @@ def control(swapping):
 
 
 class Load:
-    """Clients that embed one photograph after another until they are told to stop, and keep every answer and error."""
+    """Clients that embed one photograph after another until the block ends, and keep every answer and error."""
 
     def __init__(self, url: str, images: list[bytes]) -> None:
         self._url, self._images, self._stop = url, images, threading.Event()
@@ -98,7 +98,7 @@ class Load:
 
 
 def is_ready(server) -> bool:
-    """What /v2/health/ready says, which a load balancer may ask."""
+    """Whether /v2/health/ready, which a load balancer may ask, answers 200."""
     return httpx.get(f"{server.options.http_url}/v2/health/ready").status_code == 200
 
 
@@ -140,7 +140,7 @@ def test_under_load_a_precision_changes_in_place_and_no_request_is_lost(swapping
 
 
 @pytest.mark.usefixtures("no_bf16")
-def test_a_precision_that_the_cpu_does_not_have_leaves_everything_as_before(swapping, control, models, demo_photos):
+def test_a_precision_that_the_cpu_lacks_leaves_everything_as_before(swapping, control, models, demo_photos):
     images = [path.read_bytes() for path in demo_photos]
     before = embeddings(swapping, images)
     with Load(swapping.options.grpc_url, images) as load:
@@ -152,7 +152,7 @@ def test_a_precision_that_the_cpu_does_not_have_leaves_everything_as_before(swap
 
 
 def test_an_engine_that_does_not_load_leaves_everything_as_before(swapping, control, models, demo_photos):
-    """clip_trt on a machine without a GPU."""
+    """clip_trt does not load on a machine without a GPU."""
     images = [path.read_bytes() for path in demo_photos]
     before, routes = embeddings(swapping, images), control.configuration("clip_ensemble")
     with Load(swapping.options.grpc_url, images) as load:
@@ -190,7 +190,7 @@ def no_version_folder(folder: Path) -> None:
 
 @pytest.fixture(params=[no_plan, another_versions_plan, no_version_folder])
 def damage(request, models, tmp_path):
-    """What is wrong with clip_trt's files, until the test is over."""
+    """Damages clip_trt's files during the test."""
     folder = models / "clip_trt" / "1"
     shutil.copytree(folder, tmp_path / "kept")
     request.param(folder)
@@ -199,11 +199,11 @@ def damage(request, models, tmp_path):
     shutil.copytree(tmp_path / "kept", folder)
 
 
-def test_a_plan_that_cannot_be_right_is_refused_before_the_server_loads_anything(swapping, control, models, damage):
-    """As `serve` refuses it."""
+def test_a_missing_or_incompatible_plan_is_refused_before_the_server_loads_anything(swapping, control, models, damage):
+    """`serve` makes the same check."""
     with pytest.raises(ToolError, match="clip-tools build-engine"):
         check_deployment(swapping.options.grpc_url, SwapOptions("trt", models=models))
-    # Another server's files cannot be looked at, so there it fails when it loads them.
+    # Another machine's files cannot be checked, so there the load fails.
     with pytest.raises(ToolError, match=r"step 1 of 5 \(clip_trt loaded\).*everything is as before"):
         swap(control, SwapOptions("trt", models=models), lambda _: None)
     assert is_ready(swapping)
@@ -218,8 +218,8 @@ def test_a_change_in_place_that_does_not_load_leaves_the_server_ready(swapping, 
     assert is_ready(swapping)
 
 
-def test_a_swap_heals_a_server_that_another_failure_left_not_ready(swapping, control, models):
-    """Triton 24.10 itself never forgets it."""
+def test_a_swap_makes_a_server_ready_again_after_another_failed_load(swapping, control, models):
+    """Triton 24.10 itself stays not ready after a failed load."""
     with pytest.raises(ToolError, match="a plan needs an NVIDIA GPU"):
         control.load("clip_trt", read_config(models, "clip_trt"))
     assert not is_ready(swapping)
@@ -237,8 +237,8 @@ def test_serving_trt_without_a_gpu_says_what_to_do(models, tmp_path):
         EmbeddedServer(options_for(models, tmp_path / "log", config_name="trt")).__enter__()
 
 
-def test_a_server_that_lets_nobody_load_models_says_which_flag_it_needs(swapping, models):
-    """The embedded server's mode is explicit; what Triton answers otherwise was met on 24.10."""
+def test_swap_names_the_flag_when_the_server_does_not_allow_loading(swapping, models):
+    """The embedded server does allow it, so the test raises what Triton 24.10 answers otherwise."""
     message = "explicit model load / unload is not allowed if polling is enabled"
     with GrpcModelControl(swapping.options.grpc_url) as one, pytest.raises(ToolError, match="--model-control-mode"):
         from tritonclient.utils import InferenceServerException

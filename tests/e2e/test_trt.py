@@ -1,4 +1,4 @@
-"""The embedded server runs a TensorRT plan: only where there is a GPU."""
+"""The embedded server runs a TensorRT plan. This needs a GPU."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from clip_tools.serving.server import EmbeddedServer
 from clip_tools.tensorrt.build_engine import PlanOptions, build_engine
 from clip_tools.tensorrt.runtime import RUNTIMES, installed_version
 
-MIN_COSINE = GATES["fp32"].worst_cosine  # which TF32, with FP16's mantissa, would miss
+MIN_COSINE = GATES["fp32"].worst_cosine  # TF32, with FP16's mantissa, would not reach it
 
 
 RUNTIME = next((name for name in RUNTIMES if installed_version(name)), None)
@@ -21,7 +21,7 @@ RUNTIME = next((name for name in RUNTIMES if installed_version(name)), None)
 @pytest.mark.gpu
 @pytest.mark.skipif(find_gpu() is None, reason="needs an NVIDIA GPU")
 @pytest.mark.skipif(RUNTIME is None, reason="needs TensorRT: make setup-trt, or [rtx] on an RTX GPU")
-def test_a_plan_serves_what_onnx_serves(repository, onnx_model, server, demo_photos, tmp_path):
+def test_a_plan_gives_the_vectors_of_the_onnx_model(repository, onnx_model, server, demo_photos, tmp_path):
     models = tmp_path / "models"
     shutil.copytree(repository, models, symlinks=True)
     build_engine(onnx_model, models / "clip_trt" / "1" / "model.plan", PlanOptions(RUNTIME, precision="fp32"))

@@ -1,4 +1,4 @@
-"""A server proves its vectors before `serve` calls it ready, and a swap those of the new engine."""
+"""`serve` compares its vectors with open_clip's before it is ready, and a swap does so with the new engine's."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'c
 
 @pytest.fixture(scope="module")
 def models(light_repository, tmp_path_factory):
-    """`wrong` leads to the graph with its positions in another order, which its manifest calls right."""
+    """`wrong` routes to a graph with its positions in another order. Its manifest matches the file."""
     folder = with_second_model(light_repository, tmp_path_factory.mktemp("proof") / "models", "wrong")
     path = folder / "clip_wrong" / "1" / "model.onnx"
     manifest, graph = Manifest.read(path), onnx.load(str(path))
@@ -31,13 +31,13 @@ def models(light_repository, tmp_path_factory):
     wrong = np.roll(onnx.numpy_helper.to_array(tensor), 7, axis=0)
     tensor.CopyFrom(onnx.numpy_helper.from_array(wrong, tensor.name))
     for built in (path, manifest_path(path)):
-        built.unlink()  # links to the session's own
+        built.unlink()  # links to files that the session shares
     onnx.save(graph, str(path))
     manifest_path(path).write_text(dataclasses.replace(manifest, sha256=sha256_of(path)).to_json())
     return folder
 
 
-def test_serve_says_how_near_its_vectors_are(light_repository, tmp_path):
+def test_serve_prints_the_worst_cosine_to_open_clip(light_repository, tmp_path):
     with subprocess.Popen(
         serve_command(options_for(light_repository, tmp_path / "log")), stderr=subprocess.PIPE, text=True
     ) as process:
@@ -49,7 +49,7 @@ def test_serve_says_how_near_its_vectors_are(light_repository, tmp_path):
 
 
 def test_vectors_that_are_not_open_clips_are_not_served(models, tmp_path):
-    """Triton calls that model ready, and it embeds. Whoever wants it all the same can have it."""
+    """Triton calls that model ready, and it embeds. CLIP_CHECK_VECTORS=0 serves it all the same."""
     command = serve_command(options_for(models, tmp_path / "log"), "--model-config-name=wrong")
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
@@ -64,8 +64,8 @@ def test_vectors_that_are_not_open_clips_are_not_served(models, tmp_path):
         assert process.wait(timeout=60) == 0
 
 
-def test_no_server_is_swapped_to_them(models, demo_photos, tmp_path):
-    """Nobody gets one of them: the engine is asked before the ensemble goes through it."""
+def test_a_swap_to_wrong_vectors_is_refused(models, demo_photos, tmp_path):
+    """The engine is checked before the ensemble uses it, so no client gets a wrong vector."""
     said, served = [], options_for(models, tmp_path / "log")
     image = demo_photos[0].read_bytes()
     with EmbeddedServer(served), EmbeddingClient(served.grpc_url) as client:

@@ -118,7 +118,7 @@ def test_unsupported_images_are_declined_and_invalid_crops_raise():
     boxes=st.tuples(*[st.floats(width=32) | st.just(40.0)] * 2),
 )
 def test_no_arguments_make_the_library_access_other_memory(numbers, right, boxes):
-    """Some arguments for a 40 x 40 image are replaced. The library rejects them or fills `out`. It writes nowhere else."""
+    """Some arguments for a 40 x 40 image are replaced. The library rejects them or fills `out`, but nothing beyond."""
     image = Image.new("RGB", (40, 40), (7, 7, 7))
     _, lent = image.__arrow_c_array__()
     pointer = clip_resample._pointer_of(lent, b"arrow_array")
