@@ -17,7 +17,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from ort_bound import BoundSession
-from ort_session import ConfigError, check_contract, open_session, session_plan
+from ort_session import ConfigError, check_contract, open_session, session_settings
 
 
 class TritonPythonModel:
@@ -29,16 +29,16 @@ class TritonPythonModel:
         folder = (Path(args["model_repository"]) / args["model_version"]).resolve()
         model_path = folder / (config.get("default_model_filename") or "model.onnx")
         try:
-            plan = session_plan(config, args["model_instance_kind"], int(args["model_instance_device_id"]))
-            self._session = open_session(model_path, plan)
+            settings = session_settings(config, args["model_instance_kind"], int(args["model_instance_device_id"]))
+            self._session = open_session(model_path, settings)
             check_contract(config, self._session)
         except ConfigError as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
         self._inputs = [entry["name"] for entry in config["input"]]
         self._outputs = [entry["name"] for entry in config["output"]]
         pb_utils.Logger.log_info(
-            f"{args['model_instance_name']} runs {model_path.name} with {', then '.join(plan.names)}, "
-            f"{plan.intra_op_threads or 'default'} threads"
+            f"{args['model_instance_name']} runs {model_path.name} with {', then '.join(settings.names)}, "
+            f"{settings.intra_op_threads or 'default'} threads"
         )
 
     def execute(self, requests):

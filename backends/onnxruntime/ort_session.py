@@ -45,7 +45,7 @@ _CONVOLUTION_SEARCHES = {"0": "EXHAUSTIVE", "1": "HEURISTIC", "2": "DEFAULT"}
 
 
 @dataclass(frozen=True)
-class SessionPlan:
+class SessionSettings:
     """The session that a configuration describes: providers in order of preference, and threads (0: the default).
 
     `parts` holds the providers of each part of a graph that was cut into files, in order; empty for a single file.
@@ -68,8 +68,10 @@ class SessionPlan:
         return self.gpu is not None
 
 
-def session_plan(config: dict, kind: str, device_id: int, *, available: Collection[str] | None = None) -> SessionPlan:
-    """The plan for one instance of `kind` ("CPU" or "GPU") on `device_id`. Raises ConfigError.
+def session_settings(
+    config: dict, kind: str, device_id: int, *, available: Collection[str] | None = None
+) -> SessionSettings:
+    """The settings for one instance of `kind` ("CPU" or "GPU") on `device_id`. Raises ConfigError.
 
     `available` lists the installed providers; None: those of this onnxruntime. Without OpenVINO, FP32 falls back to
     ONNX Runtime's own CPU provider, which gives the same vectors; BF16 has no fallback.
@@ -115,7 +117,7 @@ def session_plan(config: dict, kind: str, device_id: int, *, available: Collecti
                 parts = [[_openvino(one, intra_op_threads), ("CPUExecutionProvider", {})] for one in mix]
                 names[-1] = f"OpenVINO on the CPU in {len(mix)} parts, {mix.count('bf16')} of them in BF16"
     providers.append(("CPUExecutionProvider", {}))
-    return SessionPlan(
+    return SessionSettings(
         providers=providers,
         parts=parts,
         intra_op_threads=intra_op_threads,
@@ -214,49 +216,53 @@ class SessionChain:
         return [tensors[name] for name in names]
 
 
-def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSession | SessionChain | BoundSession:
-    """A session on the plan's first provider. Raises ConfigError if ONNX Runtime would silently use another.
+def open_session(
+    model_path: Path, settings: SessionSettings
+) -> onnxruntime.InferenceSession | SessionChain | BoundSession:
+    """A session on the first provider of the settings. Raises ConfigError if ONNX Runtime would silently use another.
 
-    On a GPU, every batch size has run before this returns. A plan with parts opens `model.NAME.part1.onnx` and the
+    On a GPU, every batch size has run before this returns. With parts, it opens `model.NAME.part1.onnx` and the
     files after it.
     """
-    if plan.parts:
+    if settings.parts:
         if not model_path.name.endswith(".part1.onnx"):
             raise ConfigError(f"{model_path.name}: expected the first part, whose name ends in .part1.onnx")
         stem = model_path.name.removesuffix("1.onnx")
         return SessionChain(
             [
-                open_session(model_path.with_name(f"{stem}{number}.onnx"), replace(plan, providers=providers, parts=[]))
-                for number, providers in enumerate(plan.parts, 1)
+                open_session(
+                    model_path.with_name(f"{stem}{number}.onnx"), replace(settings, providers=providers, parts=[])
+                )
+                for number, providers in enumerate(settings.parts, 1)
             ]
         )
-    check_plan(plan)
+    check_settings(settings)
     if not model_path.is_file():
         raise ConfigError(f"{model_path} is missing: make it with `{_maker(model_path)}`")
-    for name, provider_options in plan.providers:
+    for name, provider_options in settings.providers:
         if name == "TensorrtExecutionProvider" and (cache := provider_options.get("trt_engine_cache_path")):
             Path(cache).mkdir(parents=True, exist_ok=True)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = plan.intra_op_threads
-    options.inter_op_num_threads = plan.inter_op_threads
+    options.intra_op_num_threads = settings.intra_op_threads
+    options.inter_op_num_threads = settings.inter_op_threads
     options.log_severity_level = 3
-    if plan.graph_level < 0:  # Triton's meaning: -1 basic, 0 default (all), 1 extended
+    if settings.graph_level < 0:  # Triton's meaning: -1 basic, 0 default (all), 1 extended
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    elif plan.graph_level > 0:
+    elif settings.graph_level > 0:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    wanted = plan.providers[0][0]
+    wanted = settings.providers[0][0]
     _load_libraries(wanted)
     try:  # no fallback: a session that fails during a request would silently switch to the next provider
         session = onnxruntime.InferenceSession(
             # ONNX Runtime 1.24.1 refuses weights in a second file behind a link: microsoft/onnxruntime#27374.
             str(model_path.resolve()),
             options,
-            providers=plan.providers,
+            providers=settings.providers,
             enable_fallback=False,
         )
     except Exception as error:
         needs = f"; {wanted} needs {_INSTALL[wanted]}" if wanted == "TensorrtExecutionProvider" else ""
-        without = "; optimization.cuda.graphs: false turns CUDA graphs off" if plan.graphs else ""
+        without = "; optimization.cuda.graphs: false turns CUDA graphs off" if settings.graphs else ""
         raise ConfigError(
             f"ONNX Runtime cannot load {model_path}: {' '.join(str(error).split())}{needs}; if the file is damaged, "
             f"make it again with `{_maker(model_path)}`{without}"
@@ -267,21 +273,25 @@ def open_session(model_path: Path, plan: SessionPlan) -> onnxruntime.InferenceSe
             f"{wanted} is asked for, but ONNX Runtime fell back to {got}: are its driver and libraries installed? "
             "ONNX Runtime's own log lines above name what is missing"
         )
-    if plan.gpu is None:
+    if settings.gpu is None:
         return session
-    return BoundSession(session, plan.max_batch, device_id=plan.gpu, graphs=plan.graphs)
+    return BoundSession(session, settings.max_batch, device_id=settings.gpu, graphs=settings.graphs)
 
 
-def check_plan(plan: SessionPlan) -> None:
+def check_settings(settings: SessionSettings) -> None:
     """Raises ConfigError for a provider or precision that this machine lacks."""
     available = onnxruntime.get_available_providers()
-    for name, _ in plan.providers:
+    for name, _ in settings.providers:
         if name not in available:
             raise ConfigError(
                 f"{name} is asked for, but this onnxruntime {onnxruntime.__version__} has only "
                 f"{', '.join(available)}: install {_INSTALL.get(name, name)}"
             )
-    asked = (options.get("load_config", "") for providers in plan.parts or [plan.providers] for _, options in providers)
+    asked = (
+        options.get("load_config", "")
+        for providers in settings.parts or [settings.providers]
+        for _, options in providers
+    )
     if any('"bf16"' in config for config in asked) and not computes_bf16():
         raise ConfigError(
             "openvino_bf16 is asked for, but OpenVINO has no BF16 on this CPU: it needs AVX-512 or AVX2-VNNI-2, and "

@@ -12,7 +12,7 @@ from clip_tools.repository import check_files, config_names, deployment, read_co
 from clip_tools.serving.engine import Engine, has_exact_pixels
 from clip_tools.serving.machine import Machine
 from ort_bound import bucket_sizes
-from ort_session import session_plan
+from ort_session import session_settings
 
 SECTION = (ROOT / "docs" / "engines.md").read_text().split("## Choosing and swapping the engine")[1].split("\n## ")[0]
 
@@ -22,9 +22,9 @@ def engine(config_name: str | None):
     return deployment(MODELS, config_name)[-2]
 
 
-def plan_of(config_name: str, kind: str):
+def settings_of(config_name: str, kind: str):
     config = json_format.MessageToDict(engine(config_name).config, preserving_proto_field_name=True)
-    return session_plan(config, kind, 0)
+    return session_settings(config, kind, 0)
 
 
 def buckets(config) -> list[int]:
@@ -78,7 +78,7 @@ def test_each_name_runs_its_own_model_and_file(name, model, file):
 
 
 def test_ort_trt_sets_the_profile_caches_and_precision_of_onnx_runtime():
-    (provider, options), (fallback, _), _ = plan_of("ort-trt", "GPU").providers
+    (provider, options), (fallback, _), _ = settings_of("ort-trt", "GPU").providers
     assert (provider, fallback) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
     sizes = {key: options[f"trt_profile_{key}_shapes"] for key in ("min", "opt", "max")}
     assert sizes == {"min": "pixels:1x224x224x3", "opt": "pixels:16x224x224x3", "max": "pixels:64x224x224x3"}
@@ -120,13 +120,13 @@ def test_no_configuration_for_a_gpu_has_a_cpu_accelerator():
 
 @pytest.mark.parametrize("name", ["onnx", "ort-fp16"])
 def test_the_cuda_provider_uses_cuda_graphs_and_heuristic_convolution_search(name):
-    plan = plan_of(name, "GPU")
-    assert plan.graphs
-    assert plan.providers[0][1]["cudnn_conv_algo_search"] == "HEURISTIC"
+    settings = settings_of(name, "GPU")
+    assert settings.graphs
+    assert settings.providers[0][1]["cudnn_conv_algo_search"] == "HEURISTIC"
 
 
 def test_fp32_on_a_gpu_is_not_tf32():
-    assert plan_of("onnx", "GPU").providers[0][1]["use_tf32"] == "0"
+    assert settings_of("onnx", "GPU").providers[0][1]["use_tf32"] == "0"
 
 
 def test_a_missing_fp16_graph_names_the_command_that_makes_it(tmp_path):

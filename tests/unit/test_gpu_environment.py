@@ -39,7 +39,7 @@ for name in json.loads(sys.argv[3]):
         missing[name] = str(error)
 try:
     from pathlib import Path
-    ort_session.open_session(Path(sys.argv[2]), ort_session.session_plan({}, "GPU", 0))
+    ort_session.open_session(Path(sys.argv[2]), ort_session.session_settings({}, "GPU", 0))
     said = "opened"
 except ort_session.ConfigError as error:
     said = str(error)

@@ -153,8 +153,8 @@ def test_a_session_for_a_gpu_is_bound(tmp_path, monkeypatch):
     """With the CPU in place of the GPU. An unbound session with CUDA graphs would replay its first batch."""
     monkeypatch.setattr(ort_session, "BoundSession", functools.partial(BoundSession, device="cpu"))
     path = write_small_graph(tmp_path / "model.onnx")
-    plan = ort_session.SessionPlan([("CPUExecutionProvider", {})], gpu=0, graphs=True, max_batch=3)
-    opened = ort_session.open_session(path, plan)
+    settings = ort_session.SessionSettings([("CPUExecutionProvider", {})], gpu=0, graphs=True, max_batch=3)
+    opened = ort_session.open_session(path, settings)
     assert opened.run(["embedding"], {"pixels": [PIXELS[:1], PIXELS[1:3]]})[0].shape == (3, 512)
     with pytest.raises(ValueError, match="1 to 3"):
         opened.run(["embedding"], {"pixels": PIXELS[:4]})
@@ -168,10 +168,10 @@ def test_on_a_real_gpu_bound_and_unbound_sessions_give_the_same_vectors(tmp_path
     path = write_small_transformer(tmp_path / "model.onnx")
     cuda = {"name": "cuda", "parameters": {"use_tf32": "0"}}
     config = {"max_batch_size": 6, "optimization": {"execution_accelerators": {"gpu_execution_accelerator": [cuda]}}}
-    plain = ort_session.session_plan(config, "GPU", 0)
+    plain = ort_session.session_settings(config, "GPU", 0)
     unbound = onnxruntime.InferenceSession(str(path), providers=plain.providers)
     config["optimization"]["cuda"] = {"graphs": True}
-    bound = ort_session.open_session(path, ort_session.session_plan(config, "GPU", 0))
+    bound = ort_session.open_session(path, ort_session.session_settings(config, "GPU", 0))
     for rows in (6, 1, 5, 2, 3, 4, 1):
         pixels = PIXELS[-rows:]
         got, expected = (one.run(["embedding"], {"pixels": pixels})[0] for one in (bound, unbound))

@@ -25,7 +25,7 @@ from clip_tools.measuring.sections import precision_section
 from clip_tools.oracle import Weights
 from clip_tools.paths import MODELS
 from clip_tools.repository import check_files, deployment, read_config
-from ort_session import ConfigError, SessionChain, check_contract, open_session, session_plan
+from ort_session import ConfigError, SessionChain, check_contract, open_session, session_settings
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'clip-embed[export]'")
 
@@ -133,9 +133,9 @@ def test_the_mix_is_written_as_a_configuration_that_the_backend_opens(path, mode
     config = json_format.MessageToDict(
         read_config(repository_copy, "clip_onnx", "mixed"), preserving_proto_field_name=True
     )
-    plan = session_plan(config, "CPU", 0)
-    assert plan.names == ["OpenVINO on the CPU in 3 parts, 1 of them in BF16"]
-    session = open_session(folder / config["default_model_filename"], plan)
+    settings = session_settings(config, "CPU", 0)
+    assert settings.names == ["OpenVINO on the CPU in 3 parts, 1 of them in BF16"]
+    session = open_session(folder / config["default_model_filename"], settings)
     check_contract(config, session)
     assert cosines(embed(session, expected.pixels), expected.embeddings).min() > 0.99
     # Applying another mix removes the old parts. BF16 throughout needs none.
@@ -155,7 +155,7 @@ def test_an_unknown_precision_of_a_part_is_refused(parts):
     accelerator = {"name": "openvino_bf16", "parameters": {"parts": parts}}
     config = {"optimization": {"execution_accelerators": {"cpu_execution_accelerator": [accelerator]}}}
     with pytest.raises(ConfigError, match="parts, such as"):
-        session_plan(config, "CPU", 0)
+        session_settings(config, "CPU", 0)
 
 
 @pytest.mark.usefixtures("bf16")
@@ -165,13 +165,13 @@ def test_parts_of_two_graphs_and_a_missing_part_are_refused(model, path, reposit
     config = json_format.MessageToDict(
         read_config(repository_copy, "clip_onnx", "mixed"), preserving_proto_field_name=True
     )
-    plan, first = session_plan(config, "CPU", 0), folder / "model.mixed.part1.onnx"
+    settings, first = session_settings(config, "CPU", 0), folder / "model.mixed.part1.onnx"
     (folder / "model.mixed.part2.onnx").unlink()
     with pytest.raises(ConfigError, match=r"part2.onnx is missing.*tune-precision --apply mixed"):
-        open_session(first, plan)
+        open_session(first, settings)
     onnx.save(cut(model, [layers(model)[4].first])[1], str(folder / "model.mixed.part2.onnx"))
     with pytest.raises(ConfigError, match="the parts are not of one graph"):
-        open_session(first, plan)
+        open_session(first, settings)
 
 
 @pytest.mark.usefixtures("bf16")

@@ -47,27 +47,27 @@ def open_engine(models: Path = MODELS, config_name: str | None = None) -> Any:
 
     Raises ToolError with the backend's reason if it cannot be opened.
     """
-    file, plan = engine_plan(models, config_name)
+    file, settings = engine_settings(models, config_name)
     with _backend() as backend:
-        return backend.open_session(file, plan)
+        return backend.open_session(file, settings)
 
 
-def engine_plan(models: Path = MODELS, config_name: str | None = None) -> tuple[Path, Any]:
-    """The deployment's ONNX file, and the backend's `SessionPlan` for it on this machine. Raises ToolError for none."""
+def engine_settings(models: Path = MODELS, config_name: str | None = None) -> tuple[Path, Any]:
+    """The deployment's ONNX file and its `SessionSettings` on this machine. Raises ToolError if there is none."""
     model = next((one for one in deployment(models, config_name) if one.config.backend == "onnxruntime"), None)
     if model is None or model.file is None:
         raise ToolError(f"the deployment '{config_name or 'default'}' has no onnxruntime model to run bare")
     config = json.loads(json_format.MessageToJson(model.config, preserving_proto_field_name=True))
     with _backend() as backend:
-        return model.file, backend.session_plan(config, instance_kind(model.config), 0)
+        return model.file, backend.session_settings(config, instance_kind(model.config), 0)
 
 
 def runs_here(models: Path, config_name: str) -> bool:
     """Whether this machine has the providers and the precision that a configuration asks for."""
-    _, plan = engine_plan(models, config_name)
+    _, settings = engine_settings(models, config_name)
     try:
         with _backend() as backend:
-            backend.check_plan(plan)
+            backend.check_settings(settings)
     except ToolError:
         return False
     return True

@@ -83,7 +83,7 @@ def check_machine() -> None:
     """Raises ToolError on a machine that cannot serve a mix of FP32 and BF16."""
     backend = _backend()
     try:
-        backend.check_plan(_plan(backend, ["fp32", "bf16"]))
+        backend.check_settings(_plan(backend, ["fp32", "bf16"]))
     except backend.ConfigError as error:
         raise ToolError(f"a mix of FP32 and BF16 cannot be served here: {error}") from error
 
@@ -95,10 +95,10 @@ def _backend() -> Any:
 
 
 def _plan(backend: Any, precisions: Sequence[PartPrecision]) -> Any:
-    """The backend's `SessionPlan` for a mix in these precisions."""
+    """The backend's `SessionSettings` for a mix in these precisions."""
     accelerator = {"name": "openvino_bf16", "parameters": {"parts": " ".join(precisions)}}
     config = {"optimization": {"execution_accelerators": {"cpu_execution_accelerator": [accelerator]}}}
-    return backend.session_plan(config, "CPU", 0)
+    return backend.session_settings(config, "CPU", 0)
 
 
 def check_name(name: str, models: Path = MODELS) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_tools.in_process import engine_plan, open_engine, open_preprocess
+from clip_tools.in_process import engine_settings, open_engine, open_preprocess
 from clip_tools.measuring.timing import times_of
 
 
@@ -17,7 +17,7 @@ class Worker:
 
     def __init__(self, models: Path, images: Sequence[bytes]) -> None:
         self._preprocess, self._images = open_preprocess(models), images
-        self._on_gpu = engine_plan(models)[1].on_gpu
+        self._on_gpu = engine_settings(models)[1].on_gpu
         self._session = open_engine(models)
 
     def _run(self, pixels: Any) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.export.external_data import load_nodes
-from clip_tools.in_process import engine_plan, open_engine
+from clip_tools.in_process import engine_settings, open_engine
 from clip_tools.measuring.noise import paired_ratio
 from clip_tools.measuring.options import OnnxProfileOptions
 from clip_tools.measuring.results import begin
@@ -34,8 +34,8 @@ def onnx_profile(options: OnnxProfileOptions, *, tell: Tell = silent) -> dict[st
     Raises ToolError for what is missing.
     """
     result, beside, operator_batch = begin("onnx-profile"), options.beside, options.operator_batch
-    model, plan = engine_plan(options.models, options.config_name)
-    if plan.parts:
+    model, settings = engine_settings(options.models, options.config_name)
+    if settings.parts:
         raise ToolError(
             f"'{options.config_name}' is a mix of precisions in several files: profile `onnx` or `cpu-bf16` for it"
         )
@@ -54,7 +54,7 @@ def onnx_profile(options: OnnxProfileOptions, *, tell: Tell = silent) -> dict[st
         scaling.append(row)
     del session, run
     result |= {"config_name": options.config_name, "session": created, "scaling": scaling, "operators": []}
-    for provider, provider_options in (plan.providers[0], (_CPU, {})):
+    for provider, provider_options in (settings.providers[0], (_CPU, {})):
         tell(f"operators under {provider}")
         result["operators"].append(_operators(model, provider, provider_options, operator_batch))
         if not result["operators"][-1]["fused"]:
@@ -62,7 +62,7 @@ def onnx_profile(options: OnnxProfileOptions, *, tell: Tell = silent) -> dict[st
     if beside:
         tell(f"in turn with {beside.name}")
         result["beside"] = _compare(
-            model, beside, plan, sorted({min(options.batches), operator_batch, max(options.batches)})
+            model, beside, settings, sorted({min(options.batches), operator_batch, max(options.batches)})
         )
     return result
 
@@ -82,7 +82,7 @@ def _pixels(batch: int) -> Any:
     return np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
 
 
-def _compare(served: Path, other: Path, plan: Any, batches: Sequence[int]) -> dict[str, Any]:
+def _compare(served: Path, other: Path, settings: Any, batches: Sequence[int]) -> dict[str, Any]:
     """Nodes, agreement with open_clip on the sample beside the served graph, and the times of both, in turn.
 
     `ratio` is the median of the other's time over the served one's: above 1 the served graph is faster.
@@ -96,8 +96,10 @@ def _compare(served: Path, other: Path, plan: Any, batches: Sequence[int]) -> di
         raise ToolError(f"{served} has no sample.npz beside it: make both with `clip-tools export-onnx`")
     worst = [1.0, 1.0]
     rows = []
-    for provider, options in dict([plan.providers[0], (_CPU, {})]).items():
-        pair = [_open(path, provider, options, intra_op_num_threads=plan.intra_op_threads) for path in (served, other)]
+    for provider, options in dict([settings.providers[0], (_CPU, {})]).items():
+        pair = [
+            _open(path, provider, options, intra_op_num_threads=settings.intra_op_threads) for path in (served, other)
+        ]
         agreements = [float(cosines(embed(one, sample.inputs), sample.embeddings).min()) for one in pair]
         worst = list(map(min, worst, agreements))
         for batch in batches:
