@@ -19,7 +19,7 @@ import clip_gpu
 import clip_resample
 from clip_fit import Fit
 from clip_preprocess import PixelBudget, RefusedImage, open_pixels, pixels_of
-from clip_tools.measuring import bare
+from clip_tools.in_process import open_batches
 from clip_tools.measuring import preprocess as measuring
 from clip_tools.paths import MODELS
 from clip_tools.repository import read_config
@@ -110,7 +110,7 @@ def test_a_single_image_gets_the_pixels_of_exact_mode(gpu, limits, monkeypatch, 
 def test_the_bench_measures_whole_batches_beside_the_other_modes(gpu, monkeypatch):
     monkeypatch.setattr("clip_gpu.CudaGpu", lambda _: gpu)
     photo = encoded(Image.linear_gradient("L").convert("RGB"))
-    times = measuring.mean_of_batches(bare.open_batches(), [photo] * 3, 0.01)
+    times = measuring.mean_of_batches(open_batches(), [photo] * 3, 0.01)
     assert set(gpu.calls) == {64}
     row = {"images": "640x480", "mode": "gpu", "resized_by": "GPU", "round": 0, **times}
     cpu = {**row, "mode": "exact", "preprocess_s": 0.01, "resize_s": 0.001}
