@@ -449,11 +449,17 @@ def in_pieces(port: int, pieces: int, tls: ssl.SSLContext | None = None) -> byte
             return b""
 
 
-def test_a_client_reaches_an_https_proxy_only_with_the_right_ca_file(guarded, certificates):
+def test_clients_reach_an_https_proxy_only_with_the_right_ca_file(guarded, certificates):
     with tls_proxy(certificates.server_context, guarded.options.http_port) as port:
         url, image = f"https://localhost:{port}", probe_image()
         with EmbeddingClient(url, api_key=API_KEY, ca_file=certificates.ca_pem) as client:
             assert client.embed([image]).shape == (1, 512)
+
+        async def embed() -> tuple[int, ...]:
+            async with AsyncEmbeddingClient(url, api_key=API_KEY, ca_file=certificates.ca_pem) as client:
+                return (await client.embed([image])).shape
+
+        assert asyncio.run(embed()) == (1, 512)
         for ca_file in (None, certificates.other):
             with (
                 EmbeddingClient(url, api_key=API_KEY, ca_file=ca_file, timeout_s=600) as client,
