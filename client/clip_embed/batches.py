@@ -56,7 +56,7 @@ class Batches:
         images: read lazily.
         batch_size: at most this many images in a request.
         max_batch_bytes: at most this many bytes in a request; a larger image is sent alone. A file over both this and
-            the server's default limit is not read.
+            the server's default limit is refused and not read to its end.
         read_ahead: how many images may be read before the first of them has a result. This bounds the memory.
         keep_going: a failure becomes the result of its images; otherwise it is raised.
     """

@@ -27,13 +27,13 @@ from clip_embed.names import printable
 
 @dataclass(frozen=True, slots=True)
 class ImageFailure:
-    """One refused image or text.
+    """An image or text that cannot be embedded.
 
     Args:
         index: position in the caller's images or texts, from 0.
         code: from the server `empty`, `too_large`, `not_an_image`, `unsupported_format`, `too_many_pixels`,
             `too_complex`, `too_deep`, `truncated` or `corrupt`, and for a text `too_large` or `not_text`; from the
-            client `unreadable` (no such file, no permission, a folder, a device).
+            client `unreadable` (no such file, no permission, a folder, a device), `too_large` or `not_text`.
         reason: one sentence for people; empty if the server gave none.
         source: the image's path, if it was given as one.
     """

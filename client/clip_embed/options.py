@@ -31,7 +31,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class ClientOptions(Generic[TransportT]):
-    """The part that the blocking and the async client share."""
+    """Base class of both clients: their options, and how a call starts."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class ClientOptions(Generic[TransportT]):
             self._credentials.check(endpoint)
         self._endpoints = endpoints
         self._transport: TransportT | None = transport
-        # The last is in use. Those from before a fork are kept: closing them would wait for its threads.
+        # The last is in use. Those from before a fork stay open: closing them would wait for the parent's threads.
         self._opened: list[Servers[TransportT]] = []
         self._forks = _forks
         self._reopen()

@@ -45,8 +45,8 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
         Promise("odd_files", "No file stops a run of `clip-embed` or makes it hang."),
         Promise(
             "fuzz_served",
-            "The server answers every file with a vector or `INVALID_ARG`. Other images get the vector that they get "
-            "when sent alone.",
+            "The server answers every file with a vector or `INVALID_ARGUMENT`. Other images get the vector that they "
+            "get when sent alone.",
         ),
     ),
     "Overload": (

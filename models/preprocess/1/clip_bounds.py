@@ -269,6 +269,7 @@ def boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]
 
 
 def _check_avif(data: bytes) -> None:
+    """Refuse an AVIF, HEIC or HEIF whose tables would take long to read."""
     for kind, start, end in boxes(data, 0, len(data)):
         if kind == b"moov":
             refuse_over(end - start, _MAX_AVIF_MOVIE_BYTES, "bytes that describe an AVIF or HEIF sequence")

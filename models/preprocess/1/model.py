@@ -34,7 +34,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         value = {key: parameter["string_value"] for key, parameter in config["parameters"].items()}
         value["side_px"] = self._side_px = int(config["output"][0]["dims"][0])
-        self._batches = None
+        self._batches = None  # set in mode gpu
         try:
             if value["mode"] == "gpu":
                 from clip_gpu import open_batches
@@ -135,6 +135,7 @@ class TritonPythonModel:
 
 
 def _watch():
+    """Start the timer anew that ends this process if a decoder hangs: see `_LONGEST_DECODE_S`."""
     faulthandler.dump_traceback_later(_LONGEST_DECODE_S, exit=True)
 
 

@@ -41,7 +41,7 @@ _FALLBACK = "TRT_FALLBACK=1: serving the ONNX model through clip_onnx instead"
 
 
 def prepare(settings: Settings, folder: Path, say: Say, *, models: Path = MODELS, with_plan: bool = True) -> list[str]:
-    """Build everything and write the repository to `folder`; the server's command line without the user's flags.
+    """Build everything and write the repository to `folder`; returns the server's command without the user's flags.
 
     A plan that cannot be built raises ToolError. With TRT_FALLBACK=1 it is reported instead, and clip_onnx serves with
     the plan's batch sizes, as it does with `with_plan=False`.

@@ -17,7 +17,10 @@ _MOUNT = "mount the folder with it at CLIP_ONNX_DIR (-v $PWD/models/clip_onnx/1:
 
 @dataclass(frozen=True)
 class Available:
-    """What the container has. `onnx`: the mounted and the exported graphs, by file name."""
+    """What the container has.
+
+    `onnx` are the mounted and the exported graphs by file name, `onnx_engine_file` is the one to serve without a plan.
+    """
 
     onnx: Mapping[str, Path]
     can_export: bool

@@ -51,7 +51,7 @@ class Tls:
 
 @dataclass(frozen=True)
 class Access:
-    """The keys of a server. `admin_key` is never None: without a given key, nobody has admin access."""
+    """The keys of a server. Without a given `admin_key` it is random, and only its key file gives admin access."""
 
     admin_key: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
     api_key: str | None = field(default=None, repr=False)

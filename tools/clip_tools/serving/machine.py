@@ -55,8 +55,8 @@ class Machine:
         """The number of processes that decode.
 
         Without a GPU one for each core: they run at a lower priority than the engine, and on two cores two processes
-        were measured as best. With a GPU an eighth of the cores, at least one, stays free for the server and for
-        feeding the GPU (not measured).
+        were measured as best. With a GPU and three or more cores, an eighth of them, at least one, stays free for the
+        server and for feeding the GPU (not measured).
         """
         if self.instances is not None:
             return self.instances

@@ -42,13 +42,13 @@ class ModelControl(Protocol):
         """Make the server ready again if it is not because one of these models did not load."""
 
     def embed_pixels(self, model: str, pixels: "npt.NDArray[np.uint8]") -> "npt.NDArray[np.float32]":
-        """The model's own answer for `pixels` (N, 224, 224, 3) uint8 RGB."""
+        """The model's own answer for `pixels` (N, side, side, 3) uint8 RGB."""
 
     def embed_image(self, image: bytes) -> "npt.NDArray[np.float32]":
-        """The answer of `clip_ensemble` for one encoded image, (1, 512)."""
+        """The answer of `clip_ensemble` for one encoded image, (1, D)."""
 
     def embed_text(self, text: bytes) -> "npt.NDArray[np.float32]":
-        """The answer of `clip_text_ensemble` for one text in UTF-8, (1, 512)."""
+        """The answer of `clip_text_ensemble` for one text in UTF-8, (1, D)."""
 
     def answered(self, model: str) -> int:
         """The requests that the model has answered since it was loaded, with failures."""

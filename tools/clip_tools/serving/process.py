@@ -25,8 +25,8 @@ UNLOAD_S = 5.0  # to unload its models with nothing in flight: 3 s on two cores
 _LOG_LINES_KEPT = 2000  # tritonserver's own help, printed after a bad flag, has over 500
 _PYTHON_BACKENDS = ("python", "onnxruntime", "tensorrt")
 _DRAINED = "All models are stopped"  # in Triton's log: it is ending, with nothing in flight
-_LAST_ANSWERS_S = 0.2  # from then on, to send the last answers; not measured
-_BROKEN_DRAIN_S = 5.0  # not measured
+_LAST_ANSWERS_S = 0.2  # after `_DRAINED`, for a broken server to send its last answers; not measured
+_BROKEN_DRAIN_S = 5.0  # for a broken server to finish the requests in flight; not measured
 _KILLED_S = 5.0  # for a killed process to end; not measured
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -131,7 +131,7 @@ class TritonProcess:
     def terminate(self, drain: Callable[[], None] | None = None, *, limit_s: float = EXIT_TIMEOUT_S) -> None:
         """Call `drain`, then ask it to end; called again, kill it. Does not wait.
 
-        It is killed if it still has requests `limit_s` after `drain`, or does not end without any.
+        It is killed if requests are still in flight `limit_s` after `drain`, or if it does not end after the last one.
         """
         if self._process.poll() is not None:
             return

@@ -29,7 +29,7 @@ def popen_with_secrets(
     preexec_fn: Callable[[], None] | None = None,
     **options: Any,
 ) -> "subprocess.Popen[str]":
-    """`subprocess.Popen` of the arguments and the values of `secrets`, of which `ps` shows the keys instead.
+    """Start the program with `arguments` and the values of `secrets`. `ps` shows the keys of that dict instead.
 
     Where tracing is forbidden, the program is started anyway, and a warning says that `ps` shows the secrets.
     """

@@ -30,7 +30,7 @@ def adapt_config(config: Any, towers: Towers, machine: Machine, running: Any | N
 
 
 def rewrite_configs(folder: Path, change: Callable[[Any], bool]) -> None:
-    """Write the configurations of a repository again that `change` changes."""
+    """Apply `change` to each configuration of a repository, and write those that it changed."""
     for path in sorted([*folder.glob("*/config.pbtxt"), *folder.glob("*/configs/*.pbtxt")]):
         name = path.stem if path.parent.name == "configs" else None
         config = read_config(folder, path.relative_to(folder).parts[0], name)

@@ -217,7 +217,7 @@ class EmbeddedServer:
         with needs_extra("server"):
             from clip_embed import EmbeddingClient
         access = self.options.access
-        # With TLS by HTTP: the certificate may be for another name, and we may have no client certificate.
+        # With TLS, over HTTP: gRPC's certificate may be for another name, and we may have no client certificate.
         url, api_key = self.options.grpc_url, access.api_key
         if access.tls:
             url, api_key = self.options.http_url, access.http_key or access.api_key

@@ -215,7 +215,7 @@ def _unload(control: ModelControl, name: str, settle_s: float) -> Step:
 
     def unload_when_idle() -> str | None:
         if not becomes_idle(control, name, settle_s):
-            return "no: it still gets requests from elsewhere, so it stays"
+            return "no, it stays loaded: it still gets requests from elsewhere"
         control.unload(name)
         return None
 

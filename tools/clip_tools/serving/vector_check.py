@@ -68,7 +68,7 @@ def _check(
     gate, of_gate = gate_of(precision, exact_pixels=exact_pixels), gate_name(precision, exact_pixels=exact_pixels)
     what = "photographs" if sample.inputs.ndim == 4 else "texts"
     found = agreement(embed(sample), expected)
-    # Ten images are too few for the mean and the neighbours.
+    # Only the worst cosine: ten images are too few for the mean and the neighbours (`trained=False` leaves them out).
     if under := failures(found, Gate(gate.worst_cosine), trained=False):
         raise WrongVectors(
             f"the vectors of {title} do not match open_clip's: {'; '.join(under)}, the gate of {of_gate}, on "
