@@ -74,7 +74,7 @@ class LayeredGraph:
             onnx.save(part, str(self._folder / f"model.tried.part{number}.onnx"))
         backend = _backend()
         try:
-            return backend.open_session(self._folder / "model.tried.part1.onnx", _plan(backend, precisions))
+            return backend.open_session(self._folder / "model.tried.part1.onnx", _settings(backend, precisions))
         except backend.ConfigError as error:
             raise ToolError(f"a mix of {' '.join(precisions)} cannot be served here: {error}") from error
 
@@ -83,7 +83,7 @@ def check_machine() -> None:
     """Raises ToolError on a machine that cannot serve a mix of FP32 and BF16."""
     backend = _backend()
     try:
-        backend.check_settings(_plan(backend, ["fp32", "bf16"]))
+        backend.check_settings(_settings(backend, ["fp32", "bf16"]))
     except backend.ConfigError as error:
         raise ToolError(f"a mix of FP32 and BF16 cannot be served here: {error}") from error
 
@@ -94,7 +94,7 @@ def _backend() -> Any:
         return import_from(BACKENDS / "onnxruntime", "ort_session")
 
 
-def _plan(backend: Any, precisions: Sequence[PartPrecision]) -> Any:
+def _settings(backend: Any, precisions: Sequence[PartPrecision]) -> Any:
     """The backend's `SessionSettings` for a mix in these precisions."""
     accelerator = {"name": "openvino_bf16", "parameters": {"parts": " ".join(precisions)}}
     config = {"optimization": {"execution_accelerators": {"cpu_execution_accelerator": [accelerator]}}}
