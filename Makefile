@@ -72,7 +72,7 @@ check: setup ## run lint, types, and the unit tests that need neither a server n
 test-quick: setup
 	@$(BIN)/python -m pytest -q -n 2 -m "not long and not slow" tests/unit $(ARGS)
 
-test-long: setup ## run the long tests: thousands of broken files, overload, faults, soak (most of an hour)
+test-long: setup ## run the long tests: thousands of broken files, overload, faults, soak (over an hour)
 	@$(BIN)/python -m pytest -m "long or promise" $(ARGS)
 
 soak: setup models/clip_onnx/1/model.onnx ## send an hour of good and bad traffic; fails if a request is lost or a resource grows

@@ -31,7 +31,8 @@ def test_some_seconds_of_everything(vit_server, tmp_path):
 
 @pytest.mark.long
 def test_minutes_of_everything(repository, tmp_path, record_reliability):
-    result = soak(tmp_path / "soak.json", "--minutes", 3, "--models", repository)
+    """Allocators fill for some minutes. The second half is judged: 14 MiB of 32 were seen, but 35 in three minutes."""
+    result = soak(tmp_path / "soak.json", "--minutes", 12, "--models", repository)
     assert {rise["name"] for rise in result["rises"] if rise["rise"] is None} == set()
     record_reliability("soak", **figures(result))
 
