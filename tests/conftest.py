@@ -25,7 +25,7 @@ from clip_tools.export.manifest import is_exported, manifest_path
 from clip_tools.measuring.services import free_ports
 from clip_tools.oracle import Oracle, Weights, load_oracle
 from clip_tools.paths import BACKENDS, CACHE, MODELS, RESULTS
-from clip_tools.repository import read_config
+from clip_tools.repository import parameters_of, read_config
 from clip_tools.serving import process
 from clip_tools.serving.serve_options import ServeOptions
 from clip_tools.serving.server import EmbeddedServer
@@ -153,8 +153,7 @@ def odd_images() -> Path:
 @pytest.fixture(scope="session")
 def limits() -> clip_preprocess.ImageLimits:
     """The limits that are served."""
-    value = {key: entry.string_value for key, entry in read_config(MODELS, "preprocess").parameters.items()}
-    return clip_preprocess.ImageLimits.of(value)
+    return clip_preprocess.ImageLimits.of(parameters_of(read_config(MODELS, "preprocess")))
 
 
 class Lazily:

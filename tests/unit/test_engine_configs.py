@@ -8,7 +8,7 @@ from google.protobuf import json_format
 
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS, ROOT
-from clip_tools.repository import check_files, config_names, deployment, read_config
+from clip_tools.repository import check_files, config_names, deployment, engine_of, read_config
 from clip_tools.serving.engine import Engine, has_exact_pixels
 from clip_tools.serving.machine import Machine
 from ort_bound import bucket_sizes
@@ -19,7 +19,7 @@ SECTION = (ROOT / "docs" / "engines.md").read_text().split("## Choosing and swap
 
 def engine(config_name: str | None):
     """The model that computes the embeddings in this deployment."""
-    return deployment(MODELS, config_name)[-2]
+    return engine_of(deployment(MODELS, config_name))
 
 
 def settings_of(config_name: str, kind: str):

@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from clip_tools.errors import ToolError, needs_extra
 from clip_tools.gpu import find_gpu
 from clip_tools.paths import BACKENDS, MODELS, import_from
-from clip_tools.repository import deployment, read_config
+from clip_tools.repository import deployment, parameters_of, read_config
 
 
 def import_preprocess(models: Path = MODELS) -> Any:
@@ -20,8 +20,7 @@ def import_preprocess(models: Path = MODELS) -> Any:
 
 
 def _parameters(models: Path, config_name: str | None) -> dict[str, str]:
-    parameters = read_config(models, "preprocess", config_name).parameters
-    return {key: one.string_value for key, one in parameters.items()}
+    return parameters_of(read_config(models, "preprocess", config_name))
 
 
 def open_preprocess(models: Path = MODELS, config_name: str | None = None) -> Callable[[bytes], Any]:
@@ -73,11 +72,16 @@ def runs_here(models: Path, config_name: str) -> bool:
     return True
 
 
+def import_backend() -> Any:
+    """`ort_session` of `backends/onnxruntime`: what the embedded server runs for an ONNX model."""
+    with needs_extra("cpu"):
+        return import_from(BACKENDS / "onnxruntime", "ort_session")
+
+
 @contextlib.contextmanager
 def _backend() -> Iterator[Any]:
-    """The backend's module `ort_session`; its ConfigError becomes a ToolError."""
-    with needs_extra("cpu"):
-        backend = import_from(BACKENDS / "onnxruntime", "ort_session")
+    """The same; its ConfigError becomes a ToolError."""
+    backend = import_backend()
     try:
         yield backend
     except backend.ConfigError as error:

@@ -11,7 +11,7 @@ from clip_embed.errors import ImageFailure, InvalidImageError
 from clip_embed.server_info import ServerInfo
 from clip_embed.wire import OUTPUT, Embeddings, ImageBytes
 from clip_tools.in_process import import_preprocess, open_engine
-from clip_tools.repository import check_files, deployment
+from clip_tools.repository import check_files, deployment, parameters_of
 from clip_tools.serving.provenance import set_provenance
 from clip_tools.serving.towers import Towers
 
@@ -26,12 +26,12 @@ class LocalTransport:
         for model in deployed:
             towers.apply_to(model.config)
         set_provenance(deployed)
-        self._server_info = ServerInfo.of(_parameters(deployed[-1].config))
+        self._server_info = ServerInfo.of(parameters_of(deployed[-1].config))
         config = next(model.config for model in deployed if model.name == "preprocess")
         preprocess = import_preprocess(models)
         preprocess.missing_opener()  # registers HEIC with Pillow
         self._refused: type[Any] = preprocess.RefusedImage
-        self._pixels_of = preprocess.open_pixels({**_parameters(config), "side_px": str(config.output[0].dims[0])})
+        self._pixels_of = preprocess.open_pixels({**parameters_of(config), "side_px": str(config.output[0].dims[0])})
         self._session = open_engine(models)
         self._worker = ThreadPoolExecutor(1)
 
@@ -58,7 +58,3 @@ class LocalTransport:
             raise InvalidImageError(failures)
         embeddings: Embeddings = self._session.run([OUTPUT], {"pixels": np.stack(pixels)})[0]
         return embeddings
-
-
-def _parameters(config: Any) -> dict[str, str]:
-    return {name: parameter.string_value for name, parameter in config.parameters.items()}

@@ -93,6 +93,11 @@ def deployment(models: Path, config_name: str | None = None, *, root: str = ENSE
     return [*steps, Model(root, config, file)]
 
 
+def parameters_of(config: Any) -> dict[str, str]:
+    """The values of a `ModelConfig`'s parameters by name."""
+    return {name: parameter.string_value for name, parameter in config.parameters.items()}
+
+
 def engine_of(deployed: Sequence[Model]) -> Model:
     """The model of a deployment that makes the embeddings: the last step before the ensemble itself."""
     return deployed[-2]

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clip_tools.accuracy.gates import Agreement
-from clip_tools.errors import ToolError, needs_extra
+from clip_tools.errors import ToolError
 from clip_tools.export.export_onnx import make_manifest
 from clip_tools.export.manifest import Manifest, put_in_place
 from clip_tools.export.parts import Layer, cut, layers
+from clip_tools.in_process import import_backend
 from clip_tools.oracle import Weights
-from clip_tools.paths import BACKENDS, MODELS, import_from
+from clip_tools.paths import MODELS
 from clip_tools.repository import config_names, read_config, write_config
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class LayeredGraph:
 
         for number, part in enumerate(parts, 1):
             onnx.save(part, str(self._folder / f"model.tried.part{number}.onnx"))
-        backend = _backend()
+        backend = import_backend()
         try:
             return backend.open_session(self._folder / "model.tried.part1.onnx", _settings(backend, precisions))
         except backend.ConfigError as error:
@@ -81,17 +82,11 @@ class LayeredGraph:
 
 def check_machine() -> None:
     """Raises ToolError on a machine that cannot serve a mix of FP32 and BF16."""
-    backend = _backend()
+    backend = import_backend()
     try:
         backend.check_settings(_settings(backend, ["fp32", "bf16"]))
     except backend.ConfigError as error:
         raise ToolError(f"a mix of FP32 and BF16 cannot be served here: {error}") from error
-
-
-def _backend() -> Any:
-    """The module `ort_session` of the backend that serves a mix."""
-    with needs_extra("cpu"):
-        return import_from(BACKENDS / "onnxruntime", "ort_session")
 
 
 def _settings(backend: Any, precisions: Sequence[PartPrecision]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from clip_embed.server_info import ServerInfo
 from clip_tools.errors import ToolError
 from clip_tools.paths import MODELS
-from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, Model, deployment, text_deployment
+from clip_tools.repository import ENSEMBLE, TEXT_ENSEMBLE, Model, deployment, parameters_of, text_deployment
 from clip_tools.serving import swap_checks
 from clip_tools.serving.machine import Machine
 from clip_tools.serving.manifests import check_towers
@@ -166,10 +166,7 @@ def _check_weights(before: Any, target: Any) -> None:
 
     Triton reads a model's file whenever it loads the model. A swap must not bring in an export of other weights.
     """
-    served, found = (
-        ServerInfo.of({name: one.string_value for name, one in config.parameters.items()}).provenance
-        for config in (before, target)
-    )
+    served, found = (ServerInfo.of(parameters_of(config)).provenance for config in (before, target))
     if served and found and not served.has_weights_of(found):
         raise ToolError(
             f"expected the weights that are served, {served}, found files of {found}: an index must not mix their "
